@@ -1,0 +1,101 @@
+"""NTK blocks and their gradients: `make_kernel` picks an implementation; all obey the contract of `Kernel`."""
+
+import os
+from typing import Callable, Protocol
+
+import numpy as np
+
+from kernels import architectures
+
+IMPLEMENTATIONS = ('auto', 'reference')
+DTYPES = ('float32', 'float64')
+
+Cotangent = np.ndarray | Callable[[np.ndarray], np.ndarray]
+
+
+class Kernel(Protocol):
+  """What `make_kernel` returns. Arrays are NumPy's; `A`, `B` any positive numbers of images.
+
+  Attributes:
+    implementation: the implementation's name, 'auto' resolved.
+    architecture: the network.
+    dtype: of images, blocks and gradients.
+  """
+  implementation: str
+  architecture: architectures.Architecture
+  dtype: np.dtype
+
+  def block(self, x1: np.ndarray, x2: np.ndarray) -> np.ndarray:
+    """The NTK between every image of x1 [A, H, W, D] and of x2 [B, H, W, D]: [A, B]."""
+
+  def block_vjp(self, x1: np.ndarray, x2: np.ndarray, cotangent: Cotangent) -> tuple[np.ndarray, np.ndarray]:
+    """The block, and the gradient of sum(block * cotangent) with respect to x1.
+
+    Args:
+      x1: [A, H, W, D].
+      x2: [B, H, W, D], held constant.
+      cotangent: [A, B], or a function from the finished block [A, B] to it.
+
+    Returns:
+      block [A, B] and gradient [A, H, W, D].
+    """
+
+
+def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'float32', threads: int | None = None) -> Kernel:
+  """An NTK evaluator for `architecture`.
+
+  Args:
+    architecture: a name, a dict of stages or an `architectures.Architecture`; see `architectures.get`.
+    implementation: 'reference' is Neural Tangents; 'auto' the fastest one this machine can run.
+    dtype: 'float32' or 'float64'.
+    threads: how many CPU threads to use; by default as many as this process may. No result depends on it.
+
+  Raises:
+    ValueError: for an unknown architecture, implementation or dtype, and by the returned object for images that are not
+      [N, H, W, D] with N >= 1 and equal H, W, D, that are too small for the network's poolings, or that contain NaN or infinity.
+  """
+  architecture = architectures.get(architecture)
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f'implementation: expected one of {", ".join(IMPLEMENTATIONS)}, got {implementation!r}.')
+  if dtype not in DTYPES:
+    raise ValueError(f'dtype: expected one of {", ".join(DTYPES)}, got {dtype!r}.')
+  threads = threads or len(os.sched_getaffinity(0))
+  from kernels import reference  # here, because Neural Tangents takes seconds to import and only this implementation needs it
+  return _Checked(reference.ReferenceKernel(architecture, dtype, threads))
+
+
+class _Checked:
+  """Checks and casts what goes into an implementation, once for all of them."""
+
+  def __init__(self, kernel: Kernel):
+    self._kernel = kernel
+    self.implementation, self.architecture, self.dtype = kernel.implementation, kernel.architecture, kernel.dtype
+
+  def block(self, x1, x2):
+    return self._kernel.block(*self._images(x1, x2))
+
+  def block_vjp(self, x1, x2, cotangent):
+    x1, x2 = self._images(x1, x2)
+    shape = (len(x1), len(x2))
+
+    def checked(value):
+      value = np.asarray(value, self.dtype)
+      if value.shape != shape:
+        raise ValueError(f'cotangent: expected shape {shape}, got {value.shape}.')
+      return value
+
+    return self._kernel.block_vjp(x1, x2, (lambda block: checked(cotangent(block))) if callable(cotangent) else checked(cotangent))
+
+  def _images(self, x1, x2):
+    images = []
+    for name, x in (('x1', x1), ('x2', x2)):
+      x = np.asarray(x, self.dtype)
+      if x.ndim != 4 or 0 in x.shape:
+        raise ValueError(f'{name}: expected images [N, H, W, D] with nothing empty, got shape {x.shape}.')
+      if not np.isfinite(x).all():
+        raise ValueError(f'{name}: contains NaN or infinity in image {int(np.nonzero(~np.isfinite(x))[0][0])}.')
+      images.append(x)
+    if images[0].shape[1:] != images[1].shape[1:]:
+      raise ValueError(f'x1 and x2: images must have the same [H, W, D], got {images[0].shape[1:]} and {images[1].shape[1:]}.')
+    self.architecture.check_image_size(*images[0].shape[1:3])
+    return images

@@ -1,0 +1,117 @@
+"""Neural Tangents: the oracle of every kernel, the fallback, and the finite networks of an architecture."""
+
+import concurrent.futures
+import os
+import sys
+import types
+
+from kernels import precision  # pylint: disable=unused-import
+
+import jax
+import numpy as np
+
+# neural_tangents imports its `experimental` package, which wants TensorFlow >= 2.15 and tf2jax; nothing here uses it.
+sys.modules.setdefault('neural_tangents.experimental', types.ModuleType('neural_tangents.experimental'))
+from neural_tangents import stax  # pylint: disable=wrong-import-position
+
+from kernels import architectures  # pylint: disable=wrong-import-position
+
+# Neural Tangents holds about this many [H, W, H, W] arrays a pair of images, forward and backward together.
+_ARRAYS_PER_PAIR = 40
+_TILE_BYTES = 2 ** 29
+
+
+def network(architecture: architectures.Architecture, *, width: int = 1, outputs: int = 1, parameterization: str = 'ntk'):
+  """The architecture as Neural Tangents layers.
+
+  Args:
+    architecture: the description.
+    width: channels of every convolution and hidden layer; the kernel does not depend on it.
+    outputs: number of outputs `C`.
+    parameterization: 'ntk' or 'standard'.
+
+  Returns:
+    `(init_fn, apply_fn, kernel_fn)`; `apply_fn(params, x [N, H, W, D]) -> [N, C]`.
+  """
+  scale = dict(W_std=architecture.w_std, b_std=architecture.b_std, parameterization=parameterization)
+  layers = []
+  for stage in architecture.stages:
+    for _ in range(stage.convs):
+      layers += [stax.Conv(width, (3, 3), padding='SAME', **scale), stax.Relu()]
+    if stage.pool:
+      layers.append(stax.AvgPool((2, 2), strides=(2, 2)))
+  layers.append(stax.Flatten() if architecture.readout == 'flatten' else stax.GlobalAvgPool())
+  for _ in range(architecture.hidden):
+    layers += [stax.Dense(width, **scale), stax.Relu()]
+  layers.append(stax.Dense(outputs, **scale))
+  return stax.serial(*layers)
+
+
+class ReferenceKernel:
+  """NTK blocks by Neural Tangents: O(A·B·(H·W)²) time, tile by tile in bounded memory.
+
+  Tiles run on `threads` Python threads and are put together in a fixed order, so that the result does not depend on their number
+  (given NPROC=1, which keeps XLA itself to one thread: the bits of its long dot products follow its thread count).
+  """
+  implementation = 'reference'
+
+  def __init__(self, architecture: architectures.Architecture, dtype: str, threads: int):
+    self.architecture = architecture
+    self.dtype = np.dtype(dtype)
+    self._pool = concurrent.futures.ThreadPoolExecutor(threads)
+    kernel_fn = network(architecture)[2]
+
+    def block(x1, x2):
+      with jax.default_matmul_precision('highest'):
+        return kernel_fn(x1, x2, get='ntk').astype(self.dtype)
+
+    def block_vjp(x1, x2, cotangent):
+      value, pull_back = jax.vjp(lambda x: block(x, x2), x1)
+      return value, pull_back(cotangent)[0]
+
+    self._block, self._block_vjp = jax.jit(block), jax.jit(block_vjp)
+
+  def block(self, x1: np.ndarray, x2: np.ndarray) -> np.ndarray:
+    """See `ntk.Kernel.block`."""
+    a, b = self._tile_shape(x1, x2)
+    rows, columns = _tiles(x1, a), _tiles(x2, b)
+    tiles = list(self._pool.map(lambda pair: np.asarray(self._block(*pair)), [(r, c) for r in rows for c in columns]))
+    n = len(columns)
+    return np.block([tiles[i * n:(i + 1) * n] for i in range(len(rows))])[:len(x1), :len(x2)]
+
+  def block_vjp(self, x1: np.ndarray, x2: np.ndarray, cotangent) -> tuple[np.ndarray, np.ndarray]:
+    """See `ntk.Kernel.block_vjp`. A cotangent that is a function costs one more forward pass."""
+    a, b = self._tile_shape(x1, x2)
+    rows, columns = _tiles(x1, a), _tiles(x2, b)
+    if callable(cotangent):
+      cotangent = cotangent(self.block(x1, x2))
+    padded = np.zeros((a * len(rows), b * len(columns)), self.dtype)
+    padded[:len(x1), :len(x2)] = cotangent
+    tasks = [(r, c, padded[i * a:(i + 1) * a, j * b:(j + 1) * b]) for i, r in enumerate(rows) for j, c in enumerate(columns)]
+    tiles = list(self._pool.map(lambda task: jax.device_get(self._block_vjp(*task)), tasks))
+    n = len(columns)
+    value = np.block([[t[0] for t in tiles[i * n:(i + 1) * n]] for i in range(len(rows))])[:len(x1), :len(x2)]
+    gradient = np.zeros((a * len(rows),) + x1.shape[1:], np.float64)
+    for k, (_, piece) in enumerate(tiles):
+      gradient[k // n * a:(k // n + 1) * a] += piece
+    return value, gradient[:len(x1)].astype(self.dtype)
+
+  def _tile_shape(self, x1, x2) -> tuple[int, int]:
+    """Powers of two, so that ragged sizes compile a few shapes only."""
+    pixels = x1.shape[1] * x1.shape[2]
+    if self.architecture.is_convolutional:
+      pairs = max(1, _TILE_BYTES // (_ARRAYS_PER_PAIR * pixels ** 2 * self.dtype.itemsize))
+    else:
+      pairs = 2 ** 16
+    a = min(_power_of_two_from(len(x1)), 2 ** (pairs.bit_length() // 2))
+    return a, min(_power_of_two_from(len(x2)), max(1, 2 ** (pairs.bit_length() - 1) // a))
+
+
+def _power_of_two_from(n: int) -> int:
+  return 1 << (n - 1).bit_length()
+
+
+def _tiles(x, size):
+  """`x` cut into tiles of exactly `size` images, the last one filled up with its last image."""
+  x = np.concatenate([x, np.repeat(x[-1:], -len(x) % size, axis=0)])
+  return [x[i:i + size] for i in range(0, len(x), size)]
