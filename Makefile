@@ -1,0 +1,29 @@
+# Every target sets up what it needs: see tools/setup.sh.
+PYTHON = .venv/bin/python
+DEMO_DIR ?= runs/demo
+
+.PHONY: demo test setup cuda lock clean
+
+demo: setup
+	@rm -rf $(DEMO_DIR)
+	$(PYTHON) launch.py --config=configs/digits.py --workdir=$(DEMO_DIR) --lp_launch_type=local_mp
+
+test: setup
+	$(PYTHON) -m pytest
+
+setup:
+	@tools/setup.sh
+
+cuda:
+	@tools/setup.sh cuda
+
+# Resolves requirements*.in again; the result is committed.
+lock: setup
+	$(UV) pip compile --quiet --python-version 3.10 --python $(PYTHON) --override overrides.txt --generate-hashes \
+	  --no-emit-index-url --no-header requirements.in -o requirements.txt
+	$(UV) pip compile --quiet --python-version 3.10 --python $(PYTHON) --override overrides.txt --generate-hashes \
+	  --no-emit-index-url --no-header -c requirements.txt requirements-cuda.in -o requirements-cuda.txt
+UV = $(shell command -v uv || echo .uv/bin/uv)
+
+clean:
+	rm -rf .venv .uv
