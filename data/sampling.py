@@ -1,0 +1,43 @@
+"""Every random choice of a run, as a pure function of (seed, stream, step, image index).
+
+Philox's raw words are part of NumPy's compatibility promise and are mapped here by our own rule, so that no library's release can move a
+run; no choice depends on which others were made.
+"""
+
+import numpy as np
+
+INITIAL_SUPPORT, TARGETS = range(2)  # streams
+
+
+def _words(seed: int, stream: int, step: int, n: int) -> np.ndarray:
+  """Word i of the result belongs to image i: Philox keyed by (seed, stream), counter (i // 4, step)."""
+  return np.random.Philox(key=[seed, stream], counter=[0, step, 0, 0]).random_raw(n)
+
+
+def class_balanced(seed: int, stream: int, step: int, labels: np.ndarray, size: int) -> np.ndarray:
+  """Draws `size` different images, as many of each class.
+
+  Args:
+    labels: int64 [N], every class 0 … C-1 present.
+    size: how many; a multiple of C, at most C times the smallest class.
+
+  Returns:
+    int64 [size] indices, class by class, each class's in the order drawn.
+
+  Raises:
+    ValueError: for a size that breaks these rules.
+  """
+  counts = np.bincount(labels)
+  per_class, rest = divmod(size, len(counts))
+  if rest or not 1 <= per_class <= counts.min():
+    raise ValueError(f'size must be a multiple of {len(counts)} (the classes) from {len(counts)} to {len(counts) * counts.min()} '
+                     f'(the smallest class has {counts.min()} images), got {size}.')
+  words = _words(seed, stream, step, len(labels))
+  order = np.lexsort((words, labels))  # by class, then by word; ties (never seen) by index
+  starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+  return np.concatenate([order[start:start + per_class] for start in starts])
+
+
+def centred_one_hot(labels: np.ndarray, num_classes: int) -> np.ndarray:
+  """Labels [N] -> float64 [N, C]: one-hot minus 1/C (K1)."""
+  return np.eye(num_classes)[labels] - 1 / num_classes
