@@ -1,0 +1,195 @@
+"""Every field of a run's configuration: meaning, unit, default; and its validation.
+
+`run` is all that defines the trajectory: a run directory only resumes under the same `run` (`num_steps` may grow). `system` says how it is
+computed and watched, and may change freely between lives of a run.
+"""
+
+import difflib
+from typing import Any, Mapping
+
+import ml_collections
+
+from kernels import architectures
+from kernels import ntk
+
+# Snapshots at these steps, then every 500 (K2's checkpoints).
+PAPER_SNAPSHOTS = (0, 1, 2, 4, 6, 8, 12, 18, 26, 37, 54, 78, 112, 162, 233, 335, 483, 695, 1000)
+_EVERY_AFTER = 500
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot run; the message is one line that names the field, the value and what is allowed."""
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The defaults: KIP as published in K2, on scikit-learn's digits."""
+  config = ml_collections.ConfigDict()
+
+  run = config.run = ml_collections.ConfigDict()
+  run.seed = 0  # of every random choice
+  run.num_steps = 1000  # Adam updates
+  run.images_per_class = 1  # support images of each class
+  run.architecture = 'convnet'  # name (kernels/architectures.py) or dict of stages
+  run.implementation = 'auto'  # of the kernel: see kernels/ntk.py
+  run.kernel_dtype = 'float32'  # of kernel blocks; everything else is float64
+  run.ridge = 1e-6  # relative to the mean of K_ss's diagonal
+  run.learning_rate = 0.04  # of Adam, constant
+  run.learn_labels = True  # move the labels with the images
+  run.targets_per_step = 5000  # class-balanced, drawn anew each step; a multiple of the number of classes
+
+  run.data = ml_collections.ConfigDict()
+  run.data.name = 'digits'  # digits, mnist, fashion_mnist, cifar10, cifar100, svhn_cropped, or the path of an .npz file
+  run.data.dir = ''  # folder with train.parquet and test.parquet; empty: the named set itself
+
+  # How a step is cut into tasks. It fixes the order of sums, so it belongs to the trajectory.
+  run.plan = ml_collections.ConfigDict()
+  run.plan.support_tile = 50  # support images a side of a K_ss task
+  run.plan.target_tile = 250  # target images a kernel block
+  run.plan.target_tiles_per_task = 1  # blocks summed by the worker before it answers
+
+  system = config.system = ml_collections.ConfigDict()
+  system.num_workers = 2  # kernel-worker processes
+  system.worker_threads = 0  # CPU threads of each; 0: an equal share of the machine
+  system.port = 0  # of the coordinator; 0: any free one
+  system.cache_dir = ''  # for preprocessed data; empty: kip in the user's cache folder
+  system.allow_mixed = False  # accept workers that differ in implementation, hardware or versions: other bits
+  system.snapshot_steps = ()  # steps to evaluate besides the first and the last; empty: the papers' schedule
+  system.checkpoint_seconds = 60.0  # at most so long between checkpoints
+  system.log_seconds = 2.0  # at most so often a progress line
+  system.lease_seconds = 300.0  # a task is given to another worker after this, or 5 times the usual time if that is longer
+  system.worker_timeout = 600.0  # seconds without any worker after which the run stops with a checkpoint
+  system.coordinator_timeout = 120.0  # seconds without the coordinator after which workers and evaluator give up
+  system.final_evaluation_timeout = 3600.0  # seconds the finished run waits for its last evaluation
+
+  system.evaluation = ml_collections.ConfigDict()
+  system.evaluation.krr_tile = 250  # test images a kernel block
+  system.evaluation.nn_steps = 1000  # updates of the finite network; 0: train none
+  system.evaluation.nn_snapshots = ()  # steps at which it is trained besides the first and the last
+  system.evaluation.nn_width = 128  # channels
+  system.evaluation.nn_batch = 100  # images an update, at most the support
+  system.evaluation.nn_learning_rate_factor = 1.0  # relative to 2 C n / lambda_max of the empirical NTK (K2)
+  system.evaluation.nn_l2 = 1e-3  # weight decay: 1/2 nn_l2 |theta|^2 in the loss
+  return config
+
+
+def is_snapshot(step: int, num_steps: int, chosen: tuple[int, ...]) -> bool:
+  """Whether the state after `step` updates is evaluated."""
+  scheduled = step in chosen if chosen else step in PAPER_SNAPSHOTS or (step > PAPER_SNAPSHOTS[-1] and step % _EVERY_AFTER == 0)
+  return scheduled or step in (0, num_steps)
+
+
+_POSITIVE_INTS = ('run.num_steps', 'run.images_per_class', 'run.targets_per_step', 'run.plan.support_tile', 'run.plan.target_tile',
+                  'run.plan.target_tiles_per_task', 'system.num_workers', 'system.evaluation.krr_tile', 'system.evaluation.nn_width',
+                  'system.evaluation.nn_batch')
+_POSITIVE_FLOATS = ('run.learning_rate', 'run.ridge', 'system.checkpoint_seconds', 'system.log_seconds', 'system.lease_seconds',
+                    'system.worker_timeout', 'system.coordinator_timeout', 'system.final_evaluation_timeout',
+                    'system.evaluation.nn_learning_rate_factor')
+_RANGES = {'run.seed': (0, 2 ** 63 - 1), 'system.worker_threads': (0, 4096), 'system.port': (0, 65535),
+           'system.evaluation.nn_steps': (0, 10 ** 7)}
+_LIMIT = 10 ** 9
+
+
+def validate(config: Mapping[str, Any]) -> None:
+  """Checks all that can be checked without the data.
+
+  Raises:
+    ConfigError: for the first field that is wrong.
+  """
+  fields, known = flatten(config), flatten(get_config())
+  for path in fields:
+    check_path(path)
+  for path, default in known.items():
+    if path not in fields:
+      raise ConfigError(f'{path} is missing; configs start from configs.base.get_config().')
+    value = fields[path]
+    if path == 'run.architecture':
+      continue
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+      value = float(value)
+    if type(value) is not type(default) and not (isinstance(default, tuple) and isinstance(value, list)):
+      raise ConfigError(f'{path} must be {_kind(default)}, got {value!r}.')
+    if path in _POSITIVE_INTS and not 1 <= value <= _LIMIT:
+      raise ConfigError(f'{path} must be a whole number from 1 to {_LIMIT}, got {value}.')
+    if path in _POSITIVE_FLOATS and not 0 < value <= _LIMIT:
+      raise ConfigError(f'{path} must be above 0 and at most {_LIMIT}, got {value}.')
+    if path in _RANGES and not _RANGES[path][0] <= value <= _RANGES[path][1]:
+      raise ConfigError(f'{path} must lie between {_RANGES[path][0]} and {_RANGES[path][1]}, got {value}.')
+    if isinstance(default, tuple) and not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value):
+      raise ConfigError(f'{path} must be steps, whole numbers from 0, such as (0, 20, 100); got {tuple(value)}.')
+  if not 0 <= fields['system.evaluation.nn_l2'] <= _LIMIT:
+    raise ConfigError(f'system.evaluation.nn_l2 must be at least 0, got {fields["system.evaluation.nn_l2"]}.')
+  _among('run.implementation', fields, ntk.IMPLEMENTATIONS)
+  _among('run.kernel_dtype', fields, ntk.DTYPES)
+  try:
+    architectures.get(fields['run.architecture'])
+  except ValueError as error:
+    raise ConfigError(f'run.{error}') from error
+
+
+def validate_with_data(config: Mapping[str, Any], labels, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+  """Checks what depends on the training set.
+
+  Args:
+    config: already validated.
+    labels: int64 [N], of the training images.
+    num_classes: `C`.
+    image_shape: `(H, W, D)`.
+
+  Raises:
+    ConfigError: as `validate`.
+  """
+  import numpy as np
+  run = config['run']
+  smallest = int(np.bincount(labels, minlength=num_classes).min())
+  if run['images_per_class'] > smallest:
+    raise ConfigError(f'run.images_per_class must be at most {smallest}, the images of the smallest class; got {run["images_per_class"]}.')
+  targets = run['targets_per_step']
+  if targets % num_classes or targets > smallest * num_classes:
+    raise ConfigError(f'run.targets_per_step must be a multiple of {num_classes} (the classes) and at most {smallest * num_classes} '
+                      f'(the smallest class has {smallest} images); got {targets}.')
+  try:
+    architectures.get(run['architecture']).check_image_size(*image_shape[:2])
+  except ValueError as error:
+    raise ConfigError(f'run.{error}') from error
+
+
+def check_path(path: str) -> None:
+  """Raises ConfigError where `path`, such as 'run.seed', is no field; the message lists what it may have meant."""
+  known = flatten(get_config())
+  if path in known or path.startswith('run.architecture.') or any(field.startswith(path + '.') for field in known):
+    return
+  prefix = path.rpartition('.')[0] + '.'
+  near = difflib.get_close_matches(path, known, n=3) or [field for field in known if field.startswith(prefix)] or list(known)
+  raise ConfigError(f'{path} is no field of the configuration; did you mean {", ".join(near)}?')
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+  """The fields of `run` that keep a saved run from going on: 'run.seed (0 there, 1 here)'. `num_steps` may grow; `data.dir` is only a place."""
+  saved, wanted = flatten({'run': saved['run']}), flatten({'run': wanted['run']})
+  found = []
+  for path in sorted(set(saved) | set(wanted)):
+    there, here = saved.get(path), wanted.get(path)
+    if there != here and path != 'run.data.dir' and not (path == 'run.num_steps' and here > there):
+      found.append(f'{path} ({there} there, {here} here)')
+  return found
+
+
+def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """{'run': {'seed': 0}} -> {'run.seed': 0}; an architecture's dict stays whole."""
+  flat = {}
+  for key, value in config.items():
+    path = prefix + key
+    if isinstance(value, (Mapping, ml_collections.ConfigDict)) and path != 'run.architecture':
+      flat.update(flatten(value, path + '.'))
+    else:
+      flat[path] = value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
+  return flat
+
+
+def _kind(default: Any) -> str:
+  return {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', tuple: 'a tuple of whole numbers'}[type(default)]
+
+
+def _among(path: str, fields: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
+  if fields[path] not in allowed:
+    raise ConfigError(f'{path} must be one of {", ".join(allowed)}; got {fields[path]!r}.')

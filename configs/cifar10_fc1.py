@@ -1,0 +1,23 @@
+"""KIP with the FC1 kernel on CIFAR-10, 100 images, fixed labels: the run published in K1's notebook (test accuracy 46.74 % at step 300).
+
+    python launch.py --config=configs/cifar10_fc1.py --config.run.data.dir=FOLDER --workdir=runs/cifar10_fc1 --lp_launch_type=local_mp
+
+Published test accuracy at steps 0, 20, 100, 200, 300: 24.26, 41.41, 45.44, 46.23, 46.74 %.
+"""
+
+from configs import base
+
+
+def get_config():
+  config = base.get_config()
+  config.run.architecture = 'fc1'
+  config.run.data.name = 'cifar10'
+  config.run.kernel_dtype = 'float64'
+  config.run.num_steps = 300
+  config.run.images_per_class = 10
+  config.run.learn_labels = False
+  config.run.plan.target_tile = 250
+  config.run.plan.target_tiles_per_task = 2
+  config.system.snapshot_steps = (0, 20, 100, 200, 300)
+  config.system.evaluation.nn_steps = 0
+  return config

@@ -1,0 +1,17 @@
+"""KIP on scikit-learn's bundled 8x8 digits: 10 learned images with learned labels, ConvNet kernel. What `make demo` runs.
+
+    python launch.py --config=configs/digits.py --workdir=runs/digits --lp_launch_type=local_mp
+"""
+
+from configs import base
+
+
+def get_config():
+  config = base.get_config()
+  config.run.num_steps = 30
+  config.run.targets_per_step = 200
+  config.run.plan.target_tile = 50
+  config.system.snapshot_steps = (0, 5, 10, 20)
+  config.system.evaluation.nn_steps = 500
+  config.system.evaluation.nn_width = 64
+  return config
