@@ -31,7 +31,7 @@ class Lease(NamedTuple):
 
 
 class WorkerCounts(NamedTuple):
-  """What one worker has done: tasks and kernel pairs accepted, seconds from lease to answer."""
+  """What one worker has done: tasks and kernel pairs accepted, seconds from lease to answer (of leases that had not expired)."""
   tasks: int = 0
   pairs: int = 0
   seconds: float = 0.0
@@ -89,7 +89,7 @@ class TaskBoard:
         expiry = min((lease.deadline for lease in self._leases.values()), default=end)
         self._changed.wait(max(0.001, min(end, expiry) - now))
 
-  def complete(self, task: Task, lease_id: int, piece: Piece) -> bool:
+  def complete(self, task: Task, lease_id: int, worker: str, piece: Piece) -> bool:
     """Takes a piece. False where it was of no use: another answer came first, or the phase is over."""
     with self._changed:
       lease = self._leases.pop(lease_id, None)
@@ -98,11 +98,12 @@ class TaskBoard:
         return False
       self._tasks[task] = piece
       self._missing -= 1
+      seconds = 0.0
       if lease is not None:
         seconds = self._clock() - lease.start
         self._durations[task.phase].append(seconds)
-        counts = self._workers[lease.worker]
-        self._workers[lease.worker] = WorkerCounts(counts.tasks + 1, counts.pairs + task.pairs, counts.seconds + seconds)
+      counts = self._workers.get(worker, WorkerCounts())
+      self._workers[worker] = WorkerCounts(counts.tasks + 1, counts.pairs + task.pairs, counts.seconds + seconds)
       self._changed.notify_all()
       return True
 

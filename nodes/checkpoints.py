@@ -1,0 +1,104 @@
+"""The support state on disk: orbax for the arrays, SHA-256 digests of every file written last, one rename to publish.
+
+Orbax restores a flipped bit without a word; so a checkpoint without valid digests does not exist.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from typing import Any, NamedTuple
+
+from kernels import precision  # pylint: disable=unused-import
+
+from absl import logging
+import numpy as np
+import orbax.checkpoint as ocp
+
+from nodes import run_directory
+
+_KEEP = 3
+_DIGESTS = 'digests.json'
+
+
+class SupportState(NamedTuple):
+  """All that a step changes.
+
+  Attributes:
+    step: updates made.
+    images: float64 [S, H, W, D], preprocessed space.
+    labels: float64 [S, C].
+    optimizer: optax's state, NumPy arrays in its own structure.
+  """
+  step: int
+  images: np.ndarray
+  labels: np.ndarray
+  optimizer: Any
+
+
+class Checkpoints:
+  """Saves and restores SupportStates in a folder; keeps the newest few."""
+
+  def __init__(self, folder: str):
+    self._folder = folder
+    self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+
+  def save(self, state: SupportState, meta: dict[str, Any]) -> None:
+    """Writes a checkpoint, unless a good one of that step is there. `meta` is JSON beside the arrays. Raises OSError."""
+    path = os.path.join(self._folder, f'{state.step:08d}')
+    if os.path.exists(path) and self._damage(path) is None:
+      return
+    scratch = path + '.writing'
+    shutil.rmtree(scratch, ignore_errors=True)
+    os.makedirs(scratch)
+    self._orbax.save(os.path.join(scratch, 'state'), args=ocp.args.StandardSave(_tree(state)))
+    run_directory.write_atomically(os.path.join(scratch, 'meta.json'), run_directory.json_line(meta))
+    run_directory.write_atomically(os.path.join(scratch, _DIGESTS), run_directory.json_line(_digests(scratch)))
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(scratch, path)
+    for step in self._steps()[:-_KEEP]:
+      shutil.rmtree(os.path.join(self._folder, f'{step:08d}'))
+
+  def restore(self, template: SupportState) -> tuple[SupportState, dict[str, Any]] | None:
+    """The newest good checkpoint and its `meta`; None if there is none. Says which ones it passes over, and why."""
+    for step in reversed(self._steps()):
+      path = os.path.join(self._folder, f'{step:08d}')
+      damage = self._damage(path)
+      if damage is not None:
+        logging.warning('The checkpoint of step %d is damaged (%s); the one before it is used.', step, damage)
+        continue
+      tree = self._orbax.restore(os.path.join(path, 'state'), args=ocp.args.StandardRestore(_tree(template)))
+      with open(os.path.join(path, 'meta.json'), encoding='utf-8') as file:
+        meta = json.load(file)
+      return SupportState(int(tree['step']), *(tree[name] for name in ('images', 'labels', 'optimizer'))), meta
+    return None
+
+  def _steps(self) -> list[int]:
+    return sorted(int(name) for name in os.listdir(self._folder) if re.fullmatch(r'\d{8,}', name))
+
+  def _damage(self, path: str) -> str | None:
+    try:
+      with open(os.path.join(path, _DIGESTS), encoding='utf-8') as file:
+        expected = json.load(file)
+      found = _digests(path)
+    except (OSError, ValueError) as error:
+      return f'{type(error).__name__}: {error}'
+    wrong = sorted(name for name in set(expected) | set(found) if expected.get(name) != found.get(name))
+    return f'{wrong[0]} is missing or altered' if wrong else None
+
+
+def _tree(state: SupportState) -> dict[str, Any]:
+  return {**state._asdict(), 'step': np.asarray(state.step, np.int64)}
+
+
+def _digests(path: str) -> dict[str, str]:
+  digests = {}
+  for folder, _, names in os.walk(path):
+    for name in names:
+      file_path = os.path.join(folder, name)
+      relative = os.path.relpath(file_path, path)
+      if relative != _DIGESTS:
+        with open(file_path, 'rb') as file:
+          digests[relative] = hashlib.sha256(file.read()).hexdigest()
+  return digests

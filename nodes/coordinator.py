@@ -1,0 +1,428 @@
+"""Owns the support set and Adam's state, cuts every step into tasks, sums the pieces in plan order, checkpoints, and ends the run."""
+
+import datetime
+import json
+import os
+import threading
+import time
+from typing import Any, NamedTuple
+
+from kernels import precision  # pylint: disable=unused-import
+
+from absl import logging
+import jax
+import numpy as np
+import optax
+
+from configs import base
+from data import sampling
+from data import store
+from kernels import krr
+from nodes import export
+from nodes import run_directory
+from nodes import tasks
+from nodes.checkpoints import Checkpoints
+from nodes.checkpoints import SupportState
+from nodes.task_board import TaskBoard
+from nodes.task_board import TaskFailed
+
+_POLL = 0.5  # seconds between looks at the stop event while a phase runs
+_LONG_POLL = 2.0  # seconds a request for work may wait for some
+_LINGER = 10.0  # seconds the finished coordinator stays to tell the others to stop
+
+
+class RunFailed(RuntimeError):
+  """The run cannot go on; the message is one line for the user."""
+
+
+class _NoWorkers(RunFailed):
+  """Nobody has asked for work for too long."""
+
+
+class _Stopped(Exception):
+  """The process was asked to stop."""
+
+
+class Metrics(NamedTuple):
+  """What a step tells of the state it started from: mean over the step's targets; pairs of the whole step a second."""
+  train_loss: float
+  train_accuracy: float
+  wall_seconds: float
+  kernel_pairs_per_second: float
+
+
+class Gradient(NamedTuple):
+  """Of the loss: float64 images [S, H, W, D], labels [S, C]."""
+  images: np.ndarray
+  labels: np.ndarray
+
+
+def initial_state(run: dict[str, Any], prepared: store.Prepared, optimizer: optax.GradientTransformation) -> SupportState:
+  """Real images, class-balanced, and their centred one-hot labels."""
+  chosen = sampling.class_balanced(run['seed'], sampling.INITIAL_SUPPORT, 0, prepared.train_labels,
+                                   run['images_per_class'] * prepared.num_classes)
+  images = prepared.train_images[chosen].astype(np.float64)
+  labels = sampling.centred_one_hot(prepared.train_labels[chosen], prepared.num_classes)
+  return SupportState(0, images, labels, jax.device_get(optimizer.init(_parameters(run, images, labels))))
+
+
+def pairs_per_step(run: dict[str, Any], num_support: int) -> int:
+  """Kernel entries of one step: a target's forward and vjp count once, K_ss's forward and vjp tiles each."""
+  return sum((t[1] - t[0]) * (s[1] - s[0]) for phase in (tasks.SUPPORT_BLOCKS, tasks.TARGETS, tasks.SUPPORT_VJP)
+             for t, s in _plan(run, phase, num_support))
+
+
+class Coordinator:
+  """The program's only server. Its public methods are RPCs (thread safe); `run` is the program."""
+
+  def __init__(self, workdir: str, cache: str, stop: threading.Event):
+    """
+    Args:
+      workdir: run directory with its config.json.
+      cache: folder of prepared data that has this run's.
+      stop: set when the process is to stop: the run is then checkpointed and ends as 'stopped'.
+    """
+    self._directory = run_directory.RunDirectory(workdir)
+    self._config = self._directory.read_config()
+    self._run, self._system = self._config['run'], self._config['system']
+    self._cache, self._stop_event = cache, stop
+    self._prepared = store.open_prepared(self._config['data_key'], cache)
+    if self._prepared is None:
+      raise RunFailed(f'the prepared data {self._config["data_key"]} are not in {cache}; start the run by launch.py.')
+    self._board = TaskBoard(self._system['lease_seconds'])
+    self._checkpoints = Checkpoints(self._directory.checkpoints)
+    self._optimizer = optax.adam(self._run['learning_rate'])
+    self._update = jax.jit(self._optimizer.update)
+    self._dtype = np.dtype(self._run['kernel_dtype'])
+    self._run_id = self._config['data_key'][:8] + format(abs(self._run['seed']), 'x')
+    self._generation = self._directory.next_generation()
+    self._lock = threading.Lock()
+    self._inputs: dict[str, np.ndarray] = {}  # of the current step, what workers fetch
+    self._step = -1
+    self._parts: dict[tuple[int, int], bytes] = {}  # (lease, part) of pieces that are still arriving
+    self._fingerprint: dict[str, str] | None = None
+    self._clients: dict[str, float] = {}  # when each was last heard
+    self._released: set[str] = set()  # who has been told to stop
+    self._rates: dict[str, float] = {}
+    self._over = False
+    self._evaluated = threading.Event()
+    self._last_row: dict[str, Any] | None = None
+    self._start = time.monotonic()
+    self._earlier_seconds = 0.0
+    self._next_log = self._next_checkpoint = 0.0
+    self._saved_step = -1
+    self._pairs = 0
+
+  # RPCs of workers.
+
+  def describe(self) -> str:
+    """The run, as JSON: `run`, `system`, `data_key`, `run_id`, `generation`."""
+    return json.dumps({**self._config, 'run_id': self._run_id, 'generation': self._generation})
+
+  def read_data(self, file: str, offset: int) -> bytes:
+    """Part of a file of the prepared data; see `store.fetch`."""
+    return store.read_chunk(self._prepared.key, self._cache, file, offset)
+
+  def lease(self, worker: str, hello: str) -> dict[str, Any] | None:
+    """Work, within a few seconds.
+
+    Args:
+      worker: its name.
+      hello: JSON with the worker's `fingerprint` {name: value} and measured `pairs_per_second`.
+
+    Returns:
+      None (ask again), `{'stop': reason}`, or `{'task': tuple(Task), 'lease': id}`.
+    """
+    refusal = self._greet(worker, json.loads(hello))
+    if refusal:
+      return {'stop': refusal}
+    if self._over:
+      self._released.add(worker)
+      return {'stop': 'the run is over.'}
+    lease = self._board.lease(worker, _LONG_POLL)
+    return lease and {'task': tuple(lease.task), 'lease': lease.id}
+
+  def fetch(self, generation: int, step: int, name: str) -> np.ndarray | None:
+    """An input of the step's tasks: `images` [S, H, W, D] in the kernel's dtype, `alpha` [S, C], `cotangent` of K_ss [S, S].
+
+    None if the step is over.
+    """
+    with self._lock:
+      return self._inputs.get(name) if (generation, step) == (self._generation, self._step) else None
+
+  def complete(self, worker: str, task: list[Any], lease: int, part: int, parts: int, data: bytes, digest: str) -> None:
+    """Takes part `part` of `parts` of a piece (`tasks.encode`), the last one with the whole piece's digest. Idempotent."""
+    task = _task(task)
+    self._clients[worker] = time.monotonic()
+    with self._lock:
+      if (task.run_id, task.generation, task.step) != (self._run_id, self._generation, self._step):
+        return
+      self._parts[lease, part] = data
+      if part + 1 < parts:
+        return
+      received = [self._parts.pop((lease, i), b'') for i in range(parts)]
+    piece = tasks.decode(received, digest)
+    for name, array in piece.items():
+      if not np.isfinite(array).all():
+        self._board.fail(task, lease, f'{name} contains NaN or infinity')
+        return
+    self._board.complete(task, lease, worker, piece)
+
+  def fail(self, worker: str, task: list[Any], lease: int, message: str) -> None:
+    """Takes note of an error in a worker."""
+    logging.warning('%s: %s', worker, message)
+    self._board.fail(_task(task), lease, message)
+
+  # RPCs of the evaluator.
+
+  def next_snapshot(self, done: list[int]) -> dict[str, Any] | None:
+    """The first snapshot whose step is not in `done`.
+
+    Returns:
+      None (ask again), `{'stop': reason}`, or `step`, `images` [S, H, W, D] and `labels` [S, C] (float32), `metrics` (JSON), `final`.
+    """
+    self._clients['evaluator'] = time.monotonic()
+    for step in self._directory.snapshot_steps():
+      if step not in done and step <= self._run['num_steps']:
+        with np.load(self._directory.snapshot(step), allow_pickle=False) as file:
+          return {'step': step, 'images': file['images'], 'labels': file['labels'], 'metrics': str(file['metrics']),
+                  'final': step == self._run['num_steps']}
+    if self._run['num_steps'] in done:
+      self._evaluated.set()
+    if self._over:
+      self._released.add('evaluator')
+      return {'stop': 'the run is over.'}
+    self._stop_event.wait(1.0)
+    return None
+
+  def evaluated(self, row: str) -> None:
+    """Takes note of a row (JSON) that the evaluator has written."""
+    self._last_row = json.loads(row)
+    if self._last_row['step'] == self._run['num_steps']:
+      self._evaluated.set()
+
+  def progress(self) -> str:
+    """Counters, as JSON: tasks, pairs and seconds by worker, expired leases, `pairs` of all steps of this life."""
+    return json.dumps(self._counters())
+
+  # The program.
+
+  def run(self) -> None:
+    """Distils to the end, or until stopped; whatever happens, status.json tells."""
+    state = None
+    try:
+      state = self._restore()
+      state = self._distil(state)
+      self._directory.write_status(run_directory.FINISHED, **self._status(state.step))
+    except _Stopped:
+      self._directory.write_status(run_directory.STOPPED, message='stopped; the same command goes on from the checkpoint',
+                                   **self._status(self._saved_step))
+      logging.info('Stopped at step %d, checkpointed.', self._saved_step)
+    except (RunFailed, TaskFailed, krr.NotPositiveDefiniteError, OSError) as error:
+      self._fail(str(error))
+    except Exception as error:
+      self._fail(f'{type(error).__name__}: {error}')
+      raise
+    finally:
+      self._release()
+
+  def _restore(self) -> SupportState:
+    template = initial_state(self._run, self._prepared, self._optimizer)
+    restored = self._checkpoints.restore(template)
+    self._directory.write_status(run_directory.RUNNING, **self._status(0))
+    if restored is None:
+      return template
+    state, meta = restored
+    self._earlier_seconds = meta['wall_seconds']
+    self._saved_step = state.step
+    logging.info('Resuming at step %d.', state.step)
+    return state
+
+  def _distil(self, state: SupportState) -> SupportState:
+    num_steps = self._run['num_steps']
+    if state.step > num_steps:
+      raise RunFailed(f'the checkpoint is at step {state.step}, past run.num_steps={num_steps}.')
+    logging.info('%d support images, %d targets a step, %d kernel pairs a step, steps %d to %d.', len(state.images),
+                 self._run['targets_per_step'], pairs_per_step(self._run, len(state.images)), state.step, num_steps)
+    while True:
+      try:
+        metrics, gradient = self._loss_and_gradient(state, with_gradient=state.step < num_steps)
+      except (_Stopped, _NoWorkers):
+        self._save(state)
+        raise
+      if base.is_snapshot(state.step, num_steps, tuple(self._system['snapshot_steps'])):
+        self._write_snapshot(state, metrics)
+        self._save(state)
+      self._log(state, metrics)
+      if state.step == num_steps:
+        break
+      state = self._move(state, gradient)
+      if time.monotonic() >= self._next_checkpoint:
+        self._save(state)
+    self._await_evaluation()
+    return state
+
+  def _loss_and_gradient(self, state: SupportState, with_gradient: bool = True) -> tuple[Metrics, Gradient | None]:
+    """One pass of DESIGN 1.1's split: K_ss, solve, all targets (loss and cotangents), the vjp of K_ss."""
+    started, wall, pairs = time.monotonic(), self._wall_seconds(), self._pairs
+    num_support = len(state.images)
+    with self._lock:
+      self._step, self._inputs, self._parts = state.step, {'images': state.images.astype(self._dtype)}, {}
+    k_ss = np.empty((num_support, num_support))
+    for ((c0, c1), (r0, r1)), piece in self._phase(tasks.SUPPORT_BLOCKS, num_support):
+      k_ss[r0:r1, c0:c1] = piece['block']
+      k_ss[c0:c1, r0:r1] = piece['block'].T
+    try:
+      solution = krr.solve(k_ss, state.labels, self._run['ridge'])
+    except krr.NotPositiveDefiniteError as error:
+      raise RunFailed(f'step {state.step}: {error}') from error
+    self._publish('alpha', solution.alpha)
+    loss, correct, alpha_bar = 0.0, 0, np.zeros_like(solution.alpha)
+    gradient = np.zeros_like(state.images)
+    for _, piece in self._phase(tasks.TARGETS, num_support):
+      loss += float(piece['loss'])
+      correct += int(piece['correct'])
+      alpha_bar += piece['alpha_bar']
+      gradient += piece['gradient']
+    if not np.isfinite(loss):
+      raise RunFailed(f'step {state.step}: the training loss is {loss}; lower run.learning_rate or raise run.ridge.')
+    label_gradient = None
+    if with_gradient:
+      cotangent, label_gradient = krr.pull_back(solution, alpha_bar)
+      self._publish('cotangent', cotangent)
+      for (_, (r0, r1)), piece in self._phase(tasks.SUPPORT_VJP, num_support):
+        gradient[r0:r1] += piece['gradient']
+    rate = (self._pairs - pairs) / (time.monotonic() - started)
+    metrics = Metrics(loss, correct / self._run['targets_per_step'], wall, rate)
+    return metrics, Gradient(gradient, label_gradient) if with_gradient else None
+
+  def _phase(self, phase: str, num_support: int):
+    """Runs a phase: yields (ranges, piece) in plan order. Raises _Stopped, _NoWorkers or TaskFailed."""
+    plan = _plan(self._run, phase, num_support)
+    self._board.post([tasks.Task(self._run_id, self._generation, self._step, phase, i, t, s) for i, (t, s) in enumerate(plan)])
+    waiting_since = time.monotonic()
+    while (pieces := self._board.collect(_POLL)) is None:
+      if self._stop_event.is_set():
+        raise _Stopped()
+      silent = time.monotonic() - max([waiting_since, *(t for name, t in list(self._clients.items()) if name != 'evaluator')])
+      if silent > self._system['worker_timeout']:
+        raise _NoWorkers(f'step {self._step}: no worker has been heard of for {silent:.0f} s (system.worker_timeout); '
+                        'the run is checkpointed and goes on when started again.')
+    self._pairs += sum((t1 - t0) * (s1 - s0) for (t0, t1), (s0, s1) in plan)
+    return zip(plan, pieces)
+
+  def _move(self, state: SupportState, gradient: Gradient) -> SupportState:
+    parameters = _parameters(self._run, state.images, state.labels)
+    gradients = _parameters(self._run, gradient.images, gradient.labels)
+    updates, optimizer = jax.device_get(self._update(gradients, state.optimizer, parameters))
+    moved = {name: value + updates[name] for name, value in parameters.items()}
+    return SupportState(state.step + 1, moved['images'], moved.get('labels', state.labels), optimizer)
+
+  def _publish(self, name: str, value: np.ndarray) -> None:
+    with self._lock:
+      self._inputs[name] = value
+
+  def _greet(self, worker: str, hello: dict[str, Any]) -> str | None:
+    """Checks who asks; a reason to refuse, or None."""
+    new = worker not in self._clients
+    self._clients[worker] = time.monotonic()
+    with self._lock:
+      if self._fingerprint is None:
+        self._fingerprint = hello['fingerprint']
+      differing = [f'{key}: {hello["fingerprint"].get(key)} instead of {value}' for key, value in self._fingerprint.items()
+                   if hello['fingerprint'].get(key) != value]
+      self._rates[worker] = hello['pairs_per_second']
+    if differing and not self._system['allow_mixed']:
+      return (f'this worker would compute other bits than those before it ({"; ".join(differing)}). '
+              'Make them alike, or set system.allow_mixed=True.')
+    if new:
+      self._say_cost(worker)
+    return None
+
+  def _say_cost(self, worker: str) -> None:
+    """What the run will take, once a worker has measured its speed."""
+    rate = self._rates[worker] * self._system['num_workers']
+    num_support = self._run['images_per_class'] * self._prepared.num_classes
+    pairs = pairs_per_step(self._run, num_support)
+    logging.info('%s joined: %.4g kernel pairs/s (%s). With %d such workers: %d pairs a step, about %.2g s a step, %s for %d steps.',
+                 worker, self._rates[worker], self._fingerprint['implementation'], self._system['num_workers'], pairs, pairs / rate,
+                 _duration(pairs / rate * self._run['num_steps']), self._run['num_steps'])
+
+  def _write_snapshot(self, state: SupportState, metrics: Metrics) -> None:
+    images, labels = state.images.astype(np.float32), state.labels.astype(np.float32)
+    if state.step == self._run['num_steps']:
+      export.save(self._directory.distilled, images, labels, state.step, self._config, self._prepared)
+    run_directory.write_atomically(self._directory.snapshot(state.step), lambda file: np.savez(
+        file, images=images, labels=labels, metrics=json.dumps(metrics._asdict())))
+
+  def _save(self, state: SupportState) -> None:
+    if state.step != self._saved_step:
+      self._checkpoints.save(state, {'wall_seconds': self._wall_seconds(), 'fingerprint': self._fingerprint})
+      self._saved_step = state.step
+    self._next_checkpoint = time.monotonic() + self._system['checkpoint_seconds']
+
+  def _await_evaluation(self) -> None:
+    """Leaves when the last row is written, the time for it is over, or the process is asked to stop: the data are exported already."""
+    self._board.post([])
+    end = time.monotonic() + self._system['final_evaluation_timeout']
+    while not self._evaluated.wait(_POLL):
+      if self._stop_event.is_set():
+        raise _Stopped()
+      if time.monotonic() > end:
+        logging.warning('The last evaluation is not done after %.0f s (system.final_evaluation_timeout): ending without it.',
+                        self._system['final_evaluation_timeout'])
+        return
+
+  def _release(self) -> None:
+    """Tells everyone who is still there that the run is over."""
+    self._over = True
+    end = time.monotonic() + _LINGER
+    while time.monotonic() < end and not self._stop_event.is_set():
+      alive = {name for name, seen in list(self._clients.items()) if time.monotonic() - seen < _LINGER}
+      if alive <= self._released:
+        return
+      time.sleep(0.05)
+
+  def _fail(self, message: str) -> None:
+    logging.error('The run failed: %s', message)
+    self._directory.write_status(run_directory.FAILED, message=message, **self._status(self._saved_step))
+
+  def _log(self, state: SupportState, metrics: Metrics) -> None:
+    if time.monotonic() < self._next_log and state.step < self._run['num_steps']:
+      return
+    self._next_log = time.monotonic() + self._system['log_seconds']
+    seconds_a_step = pairs_per_step(self._run, len(state.images)) / metrics.kernel_pairs_per_second
+    row = f', test {100 * self._last_row["krr_test_accuracy"]:.2f} % at step {self._last_row["step"]}' if self._last_row else ''
+    logging.info('step %d/%d: loss %.5f, train %.2f %%%s, %.3g pairs/s, %.2g s a step, %s to go', state.step, self._run['num_steps'],
+                 metrics.train_loss, 100 * metrics.train_accuracy, row, metrics.kernel_pairs_per_second, seconds_a_step,
+                 _duration(seconds_a_step * (self._run['num_steps'] - state.step)))
+    self._directory.write_status(run_directory.RUNNING, **self._status(state.step))
+
+  def _status(self, step: int) -> dict[str, Any]:
+    return {'step': step, 'num_steps': self._run['num_steps'], 'generation': self._generation, 'wall_seconds': self._wall_seconds(),
+            'updated': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'), 'pid': os.getpid(),
+            **self._counters(), 'last_row': self._last_row}
+
+  def _counters(self) -> dict[str, Any]:
+    return {**self._board.counters(), 'pairs': self._pairs}
+
+  def _wall_seconds(self) -> float:
+    return self._earlier_seconds + time.monotonic() - self._start
+
+
+def _plan(run: dict[str, Any], phase: str, num_support: int):
+  cut = run['plan']
+  return tasks.plan(phase, num_support, run['targets_per_step'], cut['support_tile'], cut['target_tile'] * cut['target_tiles_per_task'])
+
+
+def _parameters(run: dict[str, Any], images: Any, labels: Any) -> dict[str, Any]:
+  return {'images': images, 'labels': labels} if run['learn_labels'] else {'images': images}
+
+
+def _task(fields: list[Any]) -> tasks.Task:
+  task = tasks.Task(*fields)
+  return task._replace(target_range=tuple(task.target_range), support_range=tuple(task.support_range))
+
+
+def _duration(seconds: float) -> str:
+  return str(datetime.timedelta(seconds=round(seconds)))

@@ -1,0 +1,157 @@
+"""Leases tasks, computes kernel blocks and their cotangent pieces, and hands them back."""
+
+import json
+import platform
+import threading
+import time
+from typing import Any
+
+from absl import logging
+import numpy as np
+
+from data import sampling
+from data import store
+from kernels import krr
+from kernels import ntk
+from nodes import tasks
+from nodes.remote import CoordinatorLost
+from nodes.remote import Stopping
+
+_CALIBRATION_SECONDS = 0.2
+
+
+class KernelWorker:
+  """One worker. Holds nothing between tasks that it could not fetch again."""
+
+  def __init__(self, coordinator: Any, name: str, threads: int, cache: str, stop: threading.Event):
+    """
+    Args:
+      coordinator: a `remote.Retrying` coordinator.
+      name: unique among the run's workers.
+      threads: CPU threads for the kernel.
+      cache: this machine's folder of prepared data.
+      stop: set when the process is to stop.
+    """
+    self._coordinator, self._name, self._threads, self._cache, self._stop_event = coordinator, name, threads, cache, stop
+    self._inputs: dict[str, np.ndarray] = {}
+    self._inputs_of = None  # (generation, step)
+
+  def run(self) -> None:
+    """Works until told to stop. Raises CoordinatorLost when there is no coordinator any more."""
+    try:
+      description = json.loads(self._coordinator.describe())
+      self._run = description['run']
+      self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data)
+      self._kernel = ntk.make_kernel(self._run['architecture'], implementation=self._run['implementation'],
+                                     dtype=self._run['kernel_dtype'], threads=self._threads)
+      hello = json.dumps({'fingerprint': self._fingerprint(), 'pairs_per_second': self._calibrate()})
+      while not self._stop_event.is_set():
+        answer = self._coordinator.lease(self._name, hello)
+        if answer and 'stop' in answer:
+          logging.info('%s ends: %s', self._name, answer['stop'])
+          return
+        if answer:
+          self._work(tasks.Task(*answer['task']), answer['lease'])
+    except Stopping:
+      return
+
+  def _work(self, task: tasks.Task, lease: int) -> None:
+    try:
+      piece = self._compute(task)
+    except tasks.Stale:
+      return
+    except (CoordinatorLost, Stopping):
+      raise
+    except Exception as error:  # whatever it is: the coordinator tries the task elsewhere, then stops the run with this message
+      logging.exception('%s failed at %s', self._name, task)
+      self._coordinator.fail(self._name, list(task), lease, f'{type(error).__name__}: {error}')
+      return
+    parts, digest = tasks.encode(piece)
+    for i, part in enumerate(parts):
+      self._coordinator.complete(self._name, list(task), lease, i, len(parts), part, digest)
+
+  def _compute(self, task: tasks.Task) -> dict[str, np.ndarray]:
+    """The piece of a task: `block`, `gradient`, or all a group of targets contributes."""
+    (t0, t1), (s0, s1) = task.target_range, task.support_range
+    images = self._input(task, 'images')
+    if task.phase == tasks.SUPPORT_BLOCKS:
+      x1 = images[s0:s1]
+      return {'block': self._kernel.block(x1, x1 if (t0, t1) == (s0, s1) else images[t0:t1])}
+    if task.phase == tasks.SUPPORT_VJP:
+      return {'gradient': self._kernel.block_vjp(images[s0:s1], images[t0:t1], self._input(task, 'cotangent')[s0:s1, t0:t1])[1]}
+    return self._targets(task, images, self._input(task, 'alpha'))
+
+  def _targets(self, task: tasks.Task, images: np.ndarray, alpha: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows of K_ts, their residual and their cotangent in one pass, tile by tile, summed in order in float64."""
+    num_targets, tile = self._run['targets_per_step'], self._run['plan']['target_tile']
+    batch = self._batch(task.step)
+    loss, correct, alpha_bar = 0.0, 0, np.zeros_like(alpha)
+    gradient = np.zeros(images.shape, np.float64)
+    for start, stop in tasks.ranges(task.target_range[1] - task.target_range[0], tile):
+      chosen = batch[task.target_range[0] + start:task.target_range[0] + stop]
+      y_t = sampling.centred_one_hot(self._prepared.train_labels[chosen], self._prepared.num_classes)
+      residual = None
+
+      def cotangent(block, y_t=y_t):
+        nonlocal residual
+        residual = krr.residual(block, alpha, y_t, num_targets)
+        return residual.cotangent
+
+      gradient += self._kernel.block_vjp(images, self._prepared.train_images[chosen], cotangent)[1]
+      loss += residual.loss
+      correct += residual.correct
+      alpha_bar += residual.alpha_bar
+    return {'loss': np.float64(loss), 'correct': np.int64(correct), 'alpha_bar': alpha_bar, 'gradient': gradient.astype(self._kernel.dtype)}
+
+  def _batch(self, step: int) -> np.ndarray:
+    return self._cached(('batch', step), lambda: sampling.class_balanced(
+        self._run['seed'], sampling.TARGETS, step, self._prepared.train_labels, self._run['targets_per_step']))
+
+  def _input(self, task: tasks.Task, name: str) -> np.ndarray:
+    """What the coordinator publishes for a step, fetched once. Raises Stale where the step is over."""
+    if self._inputs_of != (task.generation, task.step):
+      self._inputs, self._inputs_of = {}, (task.generation, task.step)
+
+    def fetch():
+      value = self._coordinator.fetch(task.generation, task.step, name)
+      if value is None:
+        raise tasks.Stale()
+      return value
+    return self._cached(name, fetch)
+
+  def _cached(self, name: Any, make: Any) -> np.ndarray:
+    if name not in self._inputs:
+      self._inputs[name] = make()
+    return self._inputs[name]
+
+  def _fingerprint(self) -> dict[str, str]:
+    """All that can change the bits of a result, apart from the run's configuration."""
+    import jax
+    device = jax.devices()[0]
+    versions = {'numpy': np.__version__, 'jax': jax.__version__, 'python': platform.python_version()}
+    return {'implementation': self._kernel.implementation, 'dtype': str(self._kernel.dtype),
+            'device': _cpu_model() if device.platform == 'cpu' else device.device_kind, 'data': self._prepared.key, **versions}
+
+  def _calibrate(self) -> float:
+    """Pairs a second, forward and vjp, on blocks growing to a full tile as long as they are cheap; compiles on the way."""
+    num_support = self._run['images_per_class'] * self._prepared.num_classes
+    images = self._prepared.train_images
+    rows, columns = 1, 1
+    while True:
+      x1, x2 = images[:rows], images[len(images) - columns:]
+      self._kernel.block_vjp(x1, x2, lambda block: block)
+      start = time.perf_counter()
+      self._kernel.block_vjp(x1, x2, lambda block: block)
+      seconds = time.perf_counter() - start
+      most = (min(num_support, len(images)), min(self._run['plan']['target_tile'], len(images)))
+      if seconds > _CALIBRATION_SECONDS or (rows, columns) == most:
+        return rows * columns / seconds
+      rows, columns = min(4 * rows, most[0]), min(4 * columns, most[1])
+
+
+def _cpu_model() -> str:
+  try:
+    with open('/proc/cpuinfo', encoding='utf-8') as file:
+      return next((line.split(':', 1)[1].strip() for line in file if line.startswith('model name')), platform.machine())
+  except OSError:
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""The program graph and what it takes to launch it."""

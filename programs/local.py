@@ -1,0 +1,57 @@
+"""The whole program in one process, without Launchpad: the oracle of the distributed run, and the way to run where Launchpad has no wheel.
+
+    python -m programs.local --config=configs/digits.py --workdir=runs/local
+"""
+
+import os
+import signal
+import sys
+import threading
+
+from programs import placement
+
+
+def main(argv: list[str]) -> int:
+  """Runs to the end; returns the exit status."""
+  os.environ.update(placement.environment(len(os.sched_getaffinity(0))))  # before JAX starts
+  from programs import start
+  try:
+    run = start.ready(argv)
+  except start.BadInput as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  stop = threading.Event()
+  for sig in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(sig, lambda *_: stop.set())
+  distil(run, stop)
+  return start.outcome(run.directory)
+
+
+def distil(run, stop: threading.Event) -> None:
+  """Coordinator, workers and evaluator as threads of this process.
+
+  Args:
+    run: a `start.Run`.
+    stop: set it to stop the run with a checkpoint.
+  """
+  from nodes import coordinator as coordinator_node
+  from nodes import evaluator
+  from nodes import kernel_worker
+  from nodes.remote import Retrying
+  system = run.config['system']
+  coordinator = coordinator_node.Coordinator(run.directory.path, run.cache, stop)
+  client = Retrying(coordinator, system['coordinator_timeout'], stop)
+  threads = placement.worker_threads(system['worker_threads'], system['num_workers'])
+  nodes = [kernel_worker.KernelWorker(client, name=f'kernel_worker_{i}', threads=threads, cache=run.cache, stop=stop)
+           for i in range(system['num_workers'])]
+  nodes.append(evaluator.Evaluator(client, workdir=run.directory.path, threads=1, cache=run.cache, stop=stop))
+  running = [threading.Thread(target=node.run, daemon=True) for node in nodes]
+  for thread in running:
+    thread.start()
+  coordinator.run()
+  for thread in running:
+    thread.join(10)
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))

@@ -1,0 +1,151 @@
+"""From the command line to a run that is ready to start, and from its outcome to an exit status: the same for every launcher."""
+
+import logging as python_logging
+import os
+import re
+import sys
+from typing import Any, NamedTuple, Sequence
+
+from absl import flags
+from absl import logging
+from ml_collections import config_flags
+import psutil
+
+from configs import base
+from data import DataError
+from data import store
+from nodes import run_directory
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file, such as configs/digits.py. Set any of its fields by '
+                                          '--config.run.FIELD=VALUE or --config.system.FIELD=VALUE (configs/base.py tells them all).')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory: made if missing; one that holds a checkpoint resumes from it.')
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+class Run(NamedTuple):
+  """A run that may start.
+
+  Attributes:
+    config: validated, plain values.
+    directory: open, and locked by this process.
+    cache: folder that holds its prepared data.
+  """
+  config: dict[str, Any]
+  directory: run_directory.RunDirectory
+  cache: str
+
+
+class BadInput(ValueError):
+  """The user's mistake; the message is one line."""
+
+
+def ready(argv: Sequence[str]) -> Run:
+  """Parses flags, validates the configuration, prepares the data and opens the run directory.
+
+  Raises:
+    BadInput: anything the user can mend; nothing has been started.
+  """
+  log_plainly()
+  _parse(argv)
+  if not _CONFIG.value:
+    raise BadInput('--config=FILE is missing, for instance --config=configs/digits.py.')
+  if not _WORKDIR.value:
+    raise BadInput('--workdir=DIR is missing: the run directory, made if it is not there.')
+  config = _CONFIG.value.to_dict()
+  try:
+    base.validate(config)
+    cache = store.cache_folder(config['system']['cache_dir'])
+    prepared = store.prepare(config['run']['data']['name'], config['run']['data']['dir'], cache)
+    base.validate_with_data(config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:])
+    _check_memory(config, prepared)
+    directory = run_directory.RunDirectory(_WORKDIR.value)
+    directory.open(config, prepared.key)
+  except (base.ConfigError, DataError, run_directory.RunDirectoryError) as error:
+    raise BadInput(str(error)) from error
+  return Run(config, directory, cache)
+
+
+def outcome(directory: run_directory.RunDirectory) -> int:
+  """Says how the run ended, and gives the exit status for it."""
+  status = directory.read_status() or {}
+  state = status.get('state')
+  if state == run_directory.RUNNING:
+    state = run_directory.FAILED
+    status['message'] = 'the coordinator ended without a word; the same command resumes from the last checkpoint.'
+    directory.write_status(**{**status, 'state': state})
+  if state == run_directory.FINISHED:
+    print(_summary(directory, status))
+  elif state == run_directory.STOPPED:
+    print(f'Stopped at step {status["step"]} of {status["num_steps"]}; the same command goes on from there.')
+  else:
+    print(f'The run failed: {status.get("message", "it never started")}', file=sys.stderr)
+  return run_directory.EXIT_STATUS.get(state, 1)
+
+
+def log_plainly() -> None:
+  """Time and message in every process: this project's from INFO on, of others' only warnings."""
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.INFO)
+  handler = logging.get_absl_handler()
+  handler.setFormatter(python_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
+  handler.addFilter(_worth_reading)
+
+
+def _worth_reading(record: python_logging.LogRecord) -> bool:
+  ours = record.pathname.startswith(_ROOT) and 'site-packages' not in record.pathname
+  return record.levelno >= (python_logging.INFO if ours else python_logging.WARNING)
+
+
+def _parse(argv: Sequence[str]) -> None:
+  for argument in argv[1:]:
+    match = re.match(r'--(?:no)?config\.([\w.]+)', argument)
+    if match:
+      try:
+        base.check_path(match[1])
+      except base.ConfigError as error:
+        raise BadInput(str(error)) from error
+    elif argument.startswith('--config=') and not os.path.isfile(argument.partition('=')[2].partition(':')[0]):
+      raise BadInput(f'{argument}: there is no such file.')
+  try:
+    rest = flags.FLAGS(list(argv))
+  except flags.Error as error:
+    raise BadInput(' '.join(str(error).split())) from error
+  except (AttributeError, ImportError, KeyError, NameError, OSError, SyntaxError, TypeError, ValueError) as error:
+    raise BadInput(f'the configuration cannot be used: {type(error).__name__}: {" ".join(str(error).split())}') from error
+  if len(rest) > 1:
+    raise BadInput(f'{rest[1]!r} is no flag; expected --config=FILE --workdir=DIR.')
+
+
+def _check_memory(config: dict[str, Any], prepared: store.Prepared) -> None:
+  """Refuses what cannot fit: the coordinator's state and pieces, and every worker's inputs and sums."""
+  run, plan = config['run'], config['run']['plan']
+  support = run['images_per_class'] * prepared.num_classes
+  images = 8 * support * prepared.train_images[0].size
+  tasks_a_step = -(-run['targets_per_step'] // (plan['target_tile'] * plan['target_tiles_per_task']))
+  block = 8 * support * plan['target_tile']
+  coordinator = 10 * images + tasks_a_step * images // 2 + 6 * 8 * support ** 2
+  worker = 4 * images + 4 * block + 2 ** 29  # and half a GiB for the kernel's own tiles
+  needed = coordinator + config['system']['num_workers'] * worker + 2 ** 30
+  available = psutil.virtual_memory().available
+  logging.info('Memory: about %.1f GiB of %.1f GiB available.', needed / 2 ** 30, available / 2 ** 30)
+  if needed > available:
+    raise BadInput(f'this run needs about {needed / 2 ** 30:.1f} GiB of memory, {available / 2 ** 30:.1f} GiB are available: lower '
+                   'run.images_per_class, run.plan.target_tile or system.num_workers, or raise run.plan.target_tiles_per_task.')
+
+
+def _summary(directory: run_directory.RunDirectory, status: dict[str, Any]) -> str:
+  rows = {row['step']: row for row in directory.read_metrics()}
+  first, last = rows.get(0), rows.get(status['num_steps'])
+  lines = [f'Finished {status["num_steps"]} steps after {status["wall_seconds"]:.0f} s.']
+  if last:
+    for key, name in (('krr_test_accuracy', 'KRR'), ('nn_test_accuracy', 'finite network')):
+      if key in last:
+        start = f' ({100 * first[key]:.2f} % with the real images it started from)' if first and key in first else ''
+        lines.append(f'  test accuracy, {name}: {100 * last[key]:.2f} %{start}')
+  else:
+    lines.append('  the last evaluation is missing: the evaluator did not finish in time')
+  pairs = ', '.join(f'{name} {counts["pairs"]}' for name, counts in status['workers'].items())
+  lines.append(f'  kernel pairs: {status["pairs"]} needed; computed by {pairs}')
+  lines += [f'  {path}' for path in (directory.distilled, directory.metrics, directory.picture) if os.path.exists(path)]
+  return '\n'.join(lines)
