@@ -16,6 +16,7 @@ import launchpad as lp  # pylint: disable=wrong-import-position
 
 from programs import distill  # pylint: disable=wrong-import-position
 from programs import start  # pylint: disable=wrong-import-position
+from programs import terminal  # pylint: disable=wrong-import-position
 
 
 def main(argv: list[str]) -> int:
@@ -25,8 +26,9 @@ def main(argv: list[str]) -> int:
   except start.BadInput as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
-  manager = lp.launch(distill.make_program(run), local_resources=distill.local_resources(run), terminal='current_terminal')
-  manager.wait(raise_error=False)
+  with terminal.line_by_line():
+    manager = lp.launch(distill.make_program(run), local_resources=distill.local_resources(run), terminal='current_terminal')
+    manager.wait(raise_error=False)
   return start.outcome(run.directory)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Callable
 from absl import logging
 
 _PAUSE = 0.5  # seconds between tries
+_SILENCE = 15.0  # seconds before it is worth a word
 
 
 class CoordinatorLost(ConnectionError):
@@ -29,7 +30,7 @@ class Retrying:
 
   def __getattr__(self, method: str) -> Callable[..., Any]:
     def call(*args):
-      end = None
+      end = warn = None
       while True:
         try:
           return getattr(self._coordinator, method)(*args)
@@ -38,8 +39,10 @@ class Retrying:
             raise
           now = time.monotonic()
           if end is None:
-            end = now + self._timeout
-            logging.info('The coordinator does not answer; trying again for %.0f s.', self._timeout)
+            end, warn = now + self._timeout, now + _SILENCE
+          if now > warn:
+            logging.info('The coordinator does not answer; trying again for %.0f s.', end - now)
+            warn = end
           if now > end:
             raise CoordinatorLost(f'the coordinator has not answered for {self._timeout:.0f} s: {error}') from error
         if self._stop.wait(_PAUSE):

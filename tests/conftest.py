@@ -1,0 +1,63 @@
+"""Test-wide settings, and a small real run to test on."""
+
+import os
+
+os.environ.update({'NPROC': '1', 'JAX_PLATFORMS': 'cpu'})  # before JAX starts, as in the program's own processes
+
+import numpy as np
+import pytest
+
+from configs import base
+from data import store
+from nodes import run_directory
+from programs import start
+
+
+@pytest.fixture(scope='session')
+def cache(tmp_path_factory):
+  """A cache folder of this test session's own."""
+  return str(tmp_path_factory.mktemp('cache'))
+
+
+@pytest.fixture(scope='session')
+def npz(tmp_path_factory):
+  """A data set of 3 classes, 8x9x2 pixels, 96 training and 25 test images: smooth blobs whose place tells the class."""
+  rng = np.random.default_rng(0)
+  y, x = np.mgrid[:8, :9]
+
+  def draw(n):
+    labels = np.arange(n) % 3
+    centres = np.array([[2, 2], [5, 6], [2, 6]])[labels] + rng.normal(size=(n, 2))
+    blobs = np.exp(-((y - centres[:, :1, None]) ** 2 + (x - centres[:, 1:, None]) ** 2) / 6)
+    noisy = blobs[..., None] * [1.0, 0.6] + 0.2 * rng.normal(size=(n, 8, 9, 2))
+    return (255 * np.clip(noisy, 0, 1)).astype(np.uint8), labels
+  path = str(tmp_path_factory.mktemp('data') / 'blobs.npz')
+  (x_train, y_train), (x_test, y_test) = draw(96), draw(25)
+  np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+  return path
+
+
+@pytest.fixture
+def make_run(npz, cache):
+  """A function (workdir, {field: value}) -> start.Run on that data set: 6 support images, 33 targets, tiles that divide neither."""
+
+  def make(workdir, changes=None):
+    config = base.get_config()
+    small = {'run.architecture': 'convnet2', 'run.data.name': npz, 'run.num_steps': 3, 'run.images_per_class': 2,
+             'run.targets_per_step': 33, 'run.plan.support_tile': 4, 'run.plan.target_tile': 5, 'run.plan.target_tiles_per_task': 2,
+             'system.evaluation.nn_steps': 0, 'system.final_evaluation_timeout': 120.0}
+    for path, value in {**small, **(changes or {})}.items():
+      node = config
+      *parents, leaf = path.split('.')
+      for parent in parents:
+        node = node[parent]
+      with node.ignore_type():
+        node[leaf] = value
+    config = config.to_dict()
+    base.validate(config)
+    prepared = store.prepare(config['run']['data']['name'], config['run']['data']['dir'], cache)
+    base.validate_with_data(config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:])
+    directory = run_directory.RunDirectory(str(workdir))
+    directory.open(config, prepared.key)
+    return start.Run(config, directory, cache)
+  return make

@@ -1,0 +1,61 @@
+"""KRR's explicit formulas against JAX's derivatives of the whole problem, in float64."""
+
+from kernels import precision  # pylint: disable=unused-import
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import krr
+
+RIDGE = 1e-3
+
+
+def _problem(num_support, num_targets, num_classes):
+  rng = np.random.default_rng(num_support)
+  features = rng.normal(size=(num_support + num_targets, 2 * num_support))
+  kernel = features @ features.T / num_support
+  return (kernel[:num_support, :num_support], kernel[:num_support, num_support:], rng.normal(size=(num_support, num_classes)),
+          rng.normal(size=(num_targets, num_classes)))
+
+
+def _loss(k_ss, k_st, y_s, y_t):
+  k = k_ss + RIDGE * jnp.trace(k_ss) / len(k_ss) * jnp.eye(len(k_ss))
+  return 0.5 * jnp.mean((k_st.T @ jnp.linalg.solve(k, y_s) - y_t) ** 2)
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 2), (5, 7, 3), (12, 31, 10)])
+@pytest.mark.parametrize('tile', [1, 3, 100])
+def test_tiles_add_up_to_the_gradient_of_the_loss(sizes, tile):
+  k_ss, k_st, y_s, y_t = _problem(*sizes)
+  loss, (d_ss, d_st, d_y) = jax.value_and_grad(_loss, argnums=(0, 1, 2))(k_ss, k_st, y_s, y_t)
+
+  solution = krr.solve(k_ss, y_s, RIDGE)
+  pieces = [krr.residual(k_st[:, i:i + tile], solution.alpha, y_t[i:i + tile], len(y_t)) for i in range(0, len(y_t), tile)]
+  cotangent, y_bar = krr.pull_back(solution, sum(piece.alpha_bar for piece in pieces))
+
+  np.testing.assert_allclose(sum(piece.loss for piece in pieces), loss, rtol=1e-12)
+  np.testing.assert_allclose(np.concatenate([piece.cotangent for piece in pieces], axis=1), d_st, rtol=1e-10, atol=1e-14)
+  np.testing.assert_allclose(y_bar, d_y, rtol=1e-9, atol=1e-13)
+  np.testing.assert_allclose(cotangent, d_ss + d_ss.T, rtol=1e-8, atol=1e-12)
+
+
+def test_accuracy_counts_the_largest_output():
+  block = np.eye(3)
+  y = np.array([[1., 0.], [0., 1.], [0., 1.]])
+  assert krr.residual(block, np.array([[2., 1.], [0., 3.], [1., 0.]]), y, 3).correct == 2
+
+
+def test_predict():
+  np.testing.assert_array_equal(krr.predict(np.array([[1., 2.], [3., 4.]], np.float32), np.array([[1.], [10.]])), [[31.], [42.]])
+
+
+def test_a_singular_kernel_is_refused_with_its_smallest_eigenvalue():
+  with pytest.raises(krr.NotPositiveDefiniteError, match=r'smallest eigenvalue -\d.*Raise run.ridge'):
+    krr.solve(np.array([[1., 2.], [2., 1.]]), np.ones((2, 1)), 1e-6)
+
+
+def test_nan_is_refused():
+  with pytest.raises(krr.NotPositiveDefiniteError, match='NaN'):
+    krr.solve(np.array([[1., np.nan], [np.nan, 1.]]), np.ones((2, 1)), 1e-6)

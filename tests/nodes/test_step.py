@@ -1,0 +1,154 @@
+"""The distributed step against automatic differentiation of the whole loss in float64, and its bits against itself."""
+
+import contextlib
+import threading
+
+from kernels import precision  # pylint: disable=unused-import
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from data import sampling
+from kernels import architectures
+from kernels import ntk
+from kernels import reference
+from nodes import checkpoints
+from nodes import coordinator as coordinator_node
+from nodes import kernel_worker
+from nodes.remote import Retrying
+from programs import local
+
+STOP_TIMEOUT = 60
+
+
+@contextlib.contextmanager
+def working(run, workers=2, threads=1):
+  """A coordinator with workers around it, and no program running."""
+  stop = threading.Event()
+  coordinator = coordinator_node.Coordinator(run.directory.path, run.cache, stop)
+  nodes = [kernel_worker.KernelWorker(Retrying(coordinator, 5, stop), f'w{i}', threads, run.cache, stop) for i in range(workers)]
+  running = [threading.Thread(target=node.run, daemon=True) for node in nodes]
+  for thread in running:
+    thread.start()
+  try:
+    yield coordinator
+  finally:
+    coordinator._over = True
+    for thread in running:
+      thread.join(STOP_TIMEOUT)
+      assert not thread.is_alive()
+
+
+def _oracle(run, state, prepared):
+  """Loss and gradients of the whole step by jax.value_and_grad over Neural Tangents."""
+  kernel_fn = reference.network(architectures.get(run['architecture']))[2]
+  batch = sampling.class_balanced(run['seed'], sampling.TARGETS, state.step, prepared.train_labels, run['targets_per_step'])
+  x_t = jnp.asarray(prepared.train_images[batch], jnp.float64)
+  y_t = sampling.centred_one_hot(prepared.train_labels[batch], prepared.num_classes)
+
+  def loss(images, labels):
+    k_ss, k_ts = kernel_fn(images, images, get='ntk'), kernel_fn(x_t, images, get='ntk')
+    k = k_ss + run['ridge'] * jnp.trace(k_ss) / len(images) * jnp.eye(len(images))
+    return 0.5 * jnp.mean((k_ts @ jnp.linalg.solve(k, labels) - y_t) ** 2)
+  value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state.images, state.labels)
+  return float(value), *map(np.asarray, gradients)
+
+
+@pytest.mark.parametrize('implementation', [name for name in ntk.IMPLEMENTATIONS if name != 'auto'])
+@pytest.mark.parametrize('architecture, support_tile, target_tile, per_task', [('convnet2', 4, 5, 2), ('fc1', 2, 7, 1), ('myrtle5', 6, 33, 1)])
+def test_gradient_is_that_of_the_whole_loss(make_run, tmp_path, implementation, architecture, support_tile, target_tile, per_task):
+  run = make_run(tmp_path, {'run.architecture': architecture, 'run.kernel_dtype': 'float64', 'run.implementation': implementation,
+                            'run.plan.support_tile': support_tile, 'run.plan.target_tile': target_tile,
+                            'run.plan.target_tiles_per_task': per_task})
+  with working(run) as coordinator:
+    state = coordinator_node.initial_state(run.config['run'], coordinator._prepared, optax.adam(0.04))
+    noise = np.random.default_rng(0)  # away from one-hot labels and from images that are exactly float32
+    state = state._replace(images=state.images + 0.1 * noise.normal(size=state.images.shape),
+                           labels=state.labels + 0.1 * noise.normal(size=state.labels.shape))
+    metrics, gradient = coordinator._loss_and_gradient(state)
+  loss, d_images, d_labels = _oracle(run.config['run'], state, coordinator._prepared)
+  assert metrics.train_loss == pytest.approx(loss, rel=1e-9)
+  # On the diagonal of K_ss Neural Tangents differentiates sqrt(1 - c^2) at c = 1 within rounding: good to 2e-8.
+  assert np.abs(gradient.images - d_images).max() <= 5e-8 * np.abs(d_images).max()
+  assert np.abs(gradient.labels - d_labels).max() <= 1e-8 * np.abs(d_labels).max()
+
+
+def test_adam_moves_what_the_configuration_says(make_run, tmp_path):
+  """The first update of Adam is the learning rate times the gradient's sign, for images and, if learned, for labels."""
+  for learn in (True, False):
+    run = make_run(tmp_path / str(learn), {'run.architecture': 'fc1', 'run.learn_labels': learn, 'run.learning_rate': 0.03})
+    coordinator = coordinator_node.Coordinator(run.directory.path, run.cache, threading.Event())
+    state = coordinator_node.initial_state(run.config['run'], coordinator._prepared, coordinator._optimizer)
+    gradient = coordinator_node.Gradient(np.where(np.arange(state.images.size).reshape(state.images.shape) % 2, 1.0, -2.0),
+                                         np.ones_like(state.labels))
+    moved = coordinator._move(state, gradient)
+    assert moved.step == 1
+    np.testing.assert_allclose(moved.images, state.images - 0.03 * np.sign(gradient.images), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(moved.labels, state.labels - (0.03 if learn else 0), rtol=0, atol=1e-9)
+
+
+def _final(run):
+  """The last checkpoint's state."""
+  probe = coordinator_node.Coordinator(run.directory.path, run.cache, threading.Event())
+  template = coordinator_node.initial_state(run.config['run'], probe._prepared, probe._optimizer)
+  state, _ = checkpoints.Checkpoints(run.directory.checkpoints).restore(template)
+  return state
+
+
+def assert_same_bits(a, b):
+  assert a.step == b.step
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.mark.parametrize('architecture', ['convnet2', 'fc1'])
+def test_same_bits_whoever_computes(make_run, tmp_path, architecture):
+  """Five steps of at least 12 ragged tasks a phase: one worker with two threads, two with one, five with one."""
+  changes = {'run.architecture': architecture, 'run.num_steps': 5, 'run.images_per_class': 5, 'run.targets_per_step': 93,
+             'run.plan.support_tile': 4, 'run.plan.target_tile': 5, 'run.plan.target_tiles_per_task': 1, 'system.snapshot_steps': (5,)}
+  states = []
+  for workers, threads in ((1, 2), (2, 1), (5, 1)):
+    run = make_run(tmp_path / f'{workers}x{threads}', {**changes, 'system.num_workers': workers, 'system.worker_threads': threads})
+    local.distil(run, threading.Event())
+    assert run.directory.read_status()['state'] == 'finished'
+    states.append(_final(run))
+  assert states[0].step == 5
+  for other in states[1:]:
+    assert_same_bits(states[0], other)
+
+
+def test_same_bits_after_stop_and_resume(make_run, tmp_path):
+  """Stopped in the middle of a step and resumed with another number of workers, then told to go on further."""
+  changes = {'run.architecture': 'fc1', 'run.num_steps': 8}
+  whole = make_run(tmp_path / 'whole', changes)
+  local.distil(whole, threading.Event())
+
+  stop = threading.Event()
+  run = make_run(tmp_path / 'cut', {**changes, 'run.num_steps': 6, 'system.num_workers': 1})
+  original = coordinator_node.Coordinator._move
+
+  def move(self, state, gradient):
+    if state.step == 3:
+      stop.set()
+    return original(self, state, gradient)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(coordinator_node.Coordinator, '_move', move)
+    local.distil(run, stop)
+  status = run.directory.read_status()
+  assert (status['state'], status['step']) == ('stopped', 4)
+  run.directory._lock.close()
+  for num_steps in (6, 8):
+    run = make_run(tmp_path / 'cut', {**changes, 'run.num_steps': num_steps, 'system.num_workers': 3})
+    local.distil(run, threading.Event())
+    assert run.directory.read_status()['state'] == 'finished'
+    run.directory._lock.close()
+  assert_same_bits(_final(whole), _final(run))
+  rows = {row['step']: row for row in run.directory.read_metrics()}
+  expected = {row['step']: row for row in whole.directory.read_metrics()}
+  assert sorted(rows) == [0, 1, 2, 4, 6, 8]
+  for step, row in rows.items():
+    for key in ('train_loss', 'train_accuracy', 'krr_test_accuracy', 'krr_test_mse'):
+      assert row[key] == expected[step][key], (step, key)
