@@ -104,6 +104,7 @@ class Coordinator:
     self._clients: dict[str, float] = {}  # when each was last heard
     self._released: set[str] = set()  # who has been told to stop
     self._rates: dict[str, float] = {}
+    self._broken: dict[str, str] = {}  # workers that could not start, and why
     self._over = False
     self._evaluated = threading.Event()
     self._last_row: dict[str, Any] | None = None
@@ -172,6 +173,12 @@ class Coordinator:
     """Takes note of an error in a worker."""
     logging.warning('%s: %s', worker, message)
     self._board.fail(_task(task), lease, message)
+
+  def broken(self, worker: str, message: str) -> None:
+    """Takes note that a worker cannot even start."""
+    logging.warning('%s cannot work: %s', worker, message)
+    with self._lock:
+      self._broken[worker] = message
 
   # RPCs of the evaluator.
 
@@ -297,13 +304,15 @@ class Coordinator:
     return metrics, Gradient(gradient, label_gradient) if with_gradient else None
 
   def _phase(self, phase: str, num_support: int):
-    """Runs a phase: yields (ranges, piece) in plan order. Raises _Stopped, _NoWorkers or TaskFailed."""
+    """Runs a phase: yields (ranges, piece) in plan order. Raises _Stopped, TaskFailed or RunFailed."""
     plan = _plan(self._run, phase, num_support)
     self._board.post([tasks.Task(self._run_id, self._generation, self._step, phase, i, t, s) for i, (t, s) in enumerate(plan)])
     waiting_since = time.monotonic()
     while (pieces := self._board.collect(_POLL)) is None:
       if self._stop_event.is_set():
         raise _Stopped()
+      if len(self._broken) >= self._system['num_workers'] and not self._rates:
+        raise RunFailed(f'no worker can start; the last one said: {list(self._broken.values())[-1]}')
       silent = time.monotonic() - max([waiting_since, *(t for name, t in list(self._clients.items()) if name != 'evaluator')])
       if silent > self._system['worker_timeout']:
         raise _NoWorkers(f'step {self._step}: no worker has been heard of for {silent:.0f} s (system.worker_timeout); '

@@ -39,12 +39,13 @@ class KernelWorker:
   def run(self) -> None:
     """Works until told to stop. Raises CoordinatorLost when there is no coordinator any more."""
     try:
-      description = json.loads(self._coordinator.describe())
-      self._run = description['run']
-      self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data)
-      self._kernel = ntk.make_kernel(self._run['architecture'], implementation=self._run['implementation'],
-                                     dtype=self._run['kernel_dtype'], threads=self._threads)
-      hello = json.dumps({'fingerprint': self._fingerprint(), 'pairs_per_second': self._calibrate()})
+      try:
+        hello = self._prepare()
+      except (CoordinatorLost, Stopping):
+        raise
+      except Exception as error:  # whatever it is: the user must hear of it where the run is followed
+        self._coordinator.broken(self._name, f'{type(error).__name__}: {error}')
+        raise
       while not self._stop_event.is_set():
         answer = self._coordinator.lease(self._name, hello)
         if answer and 'stop' in answer:
@@ -54,6 +55,15 @@ class KernelWorker:
           self._work(tasks.Task(*answer['task']), answer['lease'])
     except Stopping:
       return
+
+  def _prepare(self) -> str:
+    """Data and kernel; gives what `Coordinator.lease` wants to know."""
+    description = json.loads(self._coordinator.describe())
+    self._run = description['run']
+    self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data)
+    self._kernel = ntk.make_kernel(self._run['architecture'], implementation=self._run['implementation'],
+                                   dtype=self._run['kernel_dtype'], threads=self._threads)
+    return json.dumps({'fingerprint': self._fingerprint(), 'pairs_per_second': self._calibrate()})
 
   def _work(self, task: tasks.Task, lease: int) -> None:
     try:

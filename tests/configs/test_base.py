@@ -1,0 +1,99 @@
+"""Defaults are valid; every kind of mistake gets one line that names the field, the value and what is allowed."""
+
+import copy
+import importlib
+import pkgutil
+
+import numpy as np
+import pytest
+
+import configs
+from configs import base
+
+
+def _with(path, value):
+  config = copy.deepcopy(base.get_config().to_dict())
+  node = config
+  *parents, leaf = path.split('.')
+  for parent in parents:
+    node = node[parent]
+  if value is None:
+    del node[leaf]
+  else:
+    node[leaf] = value
+  return config
+
+
+@pytest.mark.parametrize('name', [module.name for module in pkgutil.iter_modules(configs.__path__)])
+def test_shipped_configs_are_valid(name):
+  module = importlib.import_module(f'configs.{name}')
+  base.validate(module.get_config().to_dict())
+  if name != 'base':
+    assert f'--config=configs/{name}.py' in module.__doc__
+
+
+@pytest.mark.parametrize('path, value, message', [
+    ('run.seed', -1, r'run.seed must lie between 0 and \d+, got -1'),
+    ('run.seed', 1.5, 'run.seed must be a whole number, got 1.5'),
+    ('run.seed', True, 'run.seed must be a whole number, got True'),
+    ('run.num_steps', 0, 'run.num_steps must be a whole number from 1 to 1000000000, got 0'),
+    ('run.num_steps', None, 'run.num_steps is missing'),
+    ('run.learning_rate', 'fast', "run.learning_rate must be a number, got 'fast'"),
+    ('run.learning_rate', float('nan'), 'run.learning_rate must be above 0 .* got nan'),
+    ('run.ridge', 0.0, 'run.ridge must be above 0'),
+    ('run.learn_labels', 1, 'run.learn_labels must be true or false, got 1'),
+    ('run.implementation', 'magic', "run.implementation must be one of auto, .*; got 'magic'"),
+    ('run.kernel_dtype', 'float16', 'run.kernel_dtype must be one of float32, float64'),
+    ('run.architecture', 'resnet', "run.architecture: unknown name 'resnet'; known: fc1"),
+    ('run.architecture', {'stages': [{'convs': 1}]}, r'run.architecture: a stage must be \{"convs"'),
+    ('run.architecture', {'layers': 3}, "run.architecture: unknown key 'layers'; known: stages"),
+    ('run.architecture', 7, 'run.architecture: expected a name or a dict of stages, got int'),
+    ('run.plan.target_tile', -5, 'run.plan.target_tile must be a whole number from 1'),
+    ('system.port', 70000, 'system.port must lie between 0 and 65535, got 70000'),
+    ('system.snapshot_steps', (1, -2), r'system.snapshot_steps must be steps.* got \(1, -2\)'),
+    ('system.snapshot_steps', ('a',), 'system.snapshot_steps must be steps'),
+    ('system.evaluation.nn_l2', -1.0, 'system.evaluation.nn_l2 must be at least 0'),
+    ('system.num_workrs', 3, 'system.num_workrs is no field of the configuration; did you mean system.num_workers'),
+])
+def test_mistakes(path, value, message):
+  with pytest.raises(base.ConfigError, match=message) as error:
+    base.validate(_with(path, value))
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('path, value, message', [
+    ('run.images_per_class', 5, 'run.images_per_class must be at most 4, the images of the smallest class; got 5'),
+    ('run.targets_per_step', 10, r'multiple of 3 \(the classes\) and at most 12 \(the smallest class has 4 images\); got 10'),
+    ('run.targets_per_step', 15, 'at most 12'),
+    ('run.architecture', 'convnet', '3 2x2 poolings leave nothing of a 7x9 image; at least 8x8'),
+])
+def test_mistakes_that_only_the_data_show(path, value, message):
+  config = _with('run.targets_per_step', 12)
+  config['run']['architecture'] = 'fc1'
+  base.validate_with_data(config, np.array([0, 1, 2] * 4 + [0]), 3, (7, 9, 1))
+  config['run'][path.removeprefix('run.')] = value
+  with pytest.raises(base.ConfigError, match=message):
+    base.validate_with_data(config, np.array([0, 1, 2] * 4 + [0]), 3, (7, 9, 1))
+
+
+def test_whole_numbers_are_numbers_and_a_dict_is_an_architecture():
+  base.validate(_with('run.learning_rate', 1))
+  base.validate(_with('run.architecture', {'stages': [{'convs': 1, 'pool': True}], 'b_std': 0}))
+
+
+def test_what_keeps_a_run_from_resuming():
+  saved = base.get_config().to_dict()
+  wanted = copy.deepcopy(saved)
+  wanted['run']['num_steps'] += 1
+  wanted['run']['data']['dir'] = 'elsewhere'
+  wanted['system']['num_workers'] = 7
+  assert not base.differences(saved, wanted)
+  wanted['run']['plan']['target_tile'] = 10
+  wanted['run']['num_steps'] = 5
+  assert base.differences(saved, wanted) == ['run.num_steps (1000 there, 5 here)', 'run.plan.target_tile (250 there, 10 here)']
+
+
+def test_snapshots():
+  chosen = [step for step in range(2101) if base.is_snapshot(step, 2100, ())]
+  assert chosen == [0, 1, 2, 4, 6, 8, 12, 18, 26, 37, 54, 78, 112, 162, 233, 335, 483, 695, 1000, 1500, 2000, 2100]
+  assert [step for step in range(11) if base.is_snapshot(step, 10, (3, 7))] == [0, 3, 7, 10]

@@ -1,0 +1,57 @@
+"""Lost calls are repeated, lost coordinators given up, errors passed on."""
+
+import threading
+import time
+
+import pytest
+
+from nodes import remote
+
+
+class _Flaky:
+
+  def __init__(self, failures):
+    self.failures, self.calls = failures, 0
+
+  def add(self, a, b):
+    self.calls += 1
+    if self.calls <= self.failures:
+      raise ConnectionError('gone')
+    return a + b
+
+  def broken(self):
+    raise ValueError('bad argument')
+
+
+def _is_connection(error):
+  return isinstance(error, ConnectionError)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+  monkeypatch.setattr(remote, '_PAUSE', 0.01)
+
+
+def test_a_lost_call_is_repeated():
+  target = _Flaky(3)
+  assert remote.Retrying(target, 5, threading.Event(), _is_connection).add(2, 3) == 5
+  assert target.calls == 4
+
+
+def test_it_gives_up_after_the_timeout():
+  start = time.monotonic()
+  with pytest.raises(remote.CoordinatorLost, match='has not answered for 0 s: gone'):
+    remote.Retrying(_Flaky(10 ** 9), 0.2, threading.Event(), _is_connection).add(1, 1)
+  assert time.monotonic() - start < 5
+
+
+def test_other_errors_are_passed_on():
+  with pytest.raises(ValueError, match='bad argument'):
+    remote.Retrying(_Flaky(0), 5, threading.Event(), _is_connection).broken()
+
+
+def test_it_stops_waiting_when_told_to():
+  stop = threading.Event()
+  stop.set()
+  with pytest.raises(remote.Stopping):
+    remote.Retrying(_Flaky(10 ** 9), 60, stop, _is_connection).add(1, 1)

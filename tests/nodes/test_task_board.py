@@ -1,0 +1,160 @@
+"""The board with a fake clock: leases, expiry, duplicates, errors, order."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from nodes import task_board
+from nodes import tasks
+
+
+class Clock:
+  """Time that moves when told."""
+
+  def __init__(self):
+    self.now = 100.0
+
+  def __call__(self):
+    return self.now
+
+
+def _tasks(n, step=0, phase=tasks.TARGETS):
+  return [tasks.Task('run', 1, step, phase, i, (10 * i, 10 * i + 10), (0, 4)) for i in range(n)]
+
+
+def _piece(i):
+  return {'x': np.array(i)}
+
+
+@pytest.fixture
+def clock():
+  return Clock()
+
+
+@pytest.fixture
+def board(clock):
+  return task_board.TaskBoard(lease_seconds=30, clock=clock)
+
+
+def test_pieces_come_back_in_plan_order(board):
+  board.post(_tasks(4))
+  leases = [board.lease('a', 0) for _ in range(4)]
+  assert [lease.task.index for lease in leases] == [0, 1, 2, 3]
+  assert board.lease('a', 0) is None
+  for i in (2, 0, 3):
+    assert board.complete(leases[i].task, leases[i].id, 'a', _piece(i))
+  assert board.collect(0) is None
+  board.complete(leases[1].task, leases[1].id, 'a', _piece(1))
+  assert [int(piece['x']) for piece in board.collect(0)] == [0, 1, 2, 3]
+
+
+def test_an_expired_lease_is_given_out_again_and_the_first_answer_counts(board, clock):
+  board.post(_tasks(1))
+  slow = board.lease('slow', 0)
+  clock.now += 29.9
+  assert board.lease('fast', 0) is None
+  clock.now += 0.2
+  fast = board.lease('fast', 0)
+  assert fast.task == slow.task and fast.id != slow.id
+  assert board.complete(slow.task, slow.id, 'slow', _piece(1))
+  assert not board.complete(fast.task, fast.id, 'fast', _piece(2))
+  assert int(board.collect(0)[0]['x']) == 1
+  counters = board.counters()
+  assert counters['expired_leases'] == 1 and counters['duplicate_answers'] == 1
+  assert counters['workers']['slow'] == {'tasks': 1, 'pairs': 40, 'seconds': 0.0}
+  assert counters['workers']['fast']['tasks'] == 0
+
+
+def test_the_same_answer_twice_changes_nothing(board, clock):
+  board.post(_tasks(2))
+  lease = board.lease('a', 0)
+  clock.now += 2
+  assert board.complete(lease.task, lease.id, 'a', _piece(1))
+  assert not board.complete(lease.task, lease.id, 'a', _piece(9))
+  assert board.counters()['workers']['a'] == {'tasks': 1, 'pairs': 40, 'seconds': 2.0}
+  other = board.lease('a', 0)
+  board.complete(other.task, other.id, 'a', _piece(2))
+  assert [int(piece['x']) for piece in board.collect(0)] == [1, 2]
+
+
+def test_an_answer_of_an_earlier_phase_is_dropped(board):
+  board.post(_tasks(1, step=0))
+  old = board.lease('a', 0)
+  board.post(_tasks(1, step=1))
+  assert not board.complete(old.task, old.id, 'a', _piece(7))
+  new = board.lease('a', 0)
+  assert new.task.step == 1 and board.collect(0) is None
+
+
+def test_the_deadline_follows_the_usual_time(board, clock):
+  board.post(_tasks(4))
+  for _ in range(3):
+    lease = board.lease('a', 0)
+    clock.now += 20
+    board.complete(lease.task, lease.id, 'a', _piece(0))
+  lease = board.lease('a', 0)
+  assert lease.deadline == clock.now + 100
+
+
+def test_three_errors_stop_the_run_with_the_message(board):
+  board.post(_tasks(2))
+  for attempt in range(3):
+    lease = next(lease for lease in iter(lambda: board.lease('w', 0), None) if lease.task.index == 0)
+    board.fail(lease.task, lease.id, f'ValueError: attempt {attempt}')
+  with pytest.raises(task_board.TaskFailed, match=r'step 0: the targets task 0 failed 3 times, last in worker w: ValueError: attempt 2'):
+    board.collect(0)
+
+
+def test_an_expired_lease_is_no_error(board, clock):
+  board.post(_tasks(1))
+  for _ in range(10):
+    assert board.lease('a', 0) is not None
+    clock.now += 31
+  assert board.collect(0) is None
+  assert board.counters()['expired_leases'] == 9
+
+
+def test_an_error_of_a_task_that_is_done_is_forgotten(board, clock):
+  board.post(_tasks(1))
+  slow = board.lease('slow', 0)
+  clock.now += 31
+  fast = board.lease('fast', 0)
+  board.complete(fast.task, fast.id, 'fast', _piece(1))
+  board.fail(slow.task, slow.id, 'too late')
+  assert len(board.collect(0)) == 1
+
+
+def test_a_waiting_worker_wakes_when_work_arrives():
+  board = task_board.TaskBoard(lease_seconds=30)
+  got = []
+  thread = threading.Thread(target=lambda: got.append(board.lease('a', 20)))
+  thread.start()
+  board.post(_tasks(1))
+  thread.join(10)
+  assert got[0].task.index == 0
+
+
+@pytest.mark.parametrize('num_support, num_targets, tile, group', [(1, 1, 1, 1), (7, 33, 3, 10), (10, 100, 50, 7), (12, 5, 4, 9)])
+def test_the_plan_covers_every_pair_once(num_support, num_targets, tile, group):
+  def covered(phase, columns):
+    count = np.zeros((num_support, columns), int)
+    for (t0, t1), (s0, s1) in tasks.plan(phase, num_support, num_targets, tile, group):
+      count[s0:s1, t0:t1] += 1
+    return count
+  assert (covered(tasks.TARGETS, num_targets) == 1).all()
+  assert (covered(tasks.SUPPORT_VJP, num_support) == 1).all()
+  upper = covered(tasks.SUPPORT_BLOCKS, num_support)
+  assert (np.maximum(upper, upper.T) == 1).all()
+
+
+@pytest.mark.parametrize('size', [1, 1000, 2 * tasks.PART_BYTES // 8 + 5])
+def test_pieces_survive_the_wire(size):
+  piece = {'gradient': np.arange(size, dtype=np.float32), 'alpha_bar': np.random.default_rng(0).normal(size=size), 'loss': np.float64(0.1)}
+  parts, digest = tasks.encode(piece)
+  assert all(len(part) <= tasks.PART_BYTES for part in parts)
+  back = tasks.decode(parts, digest)
+  assert {k: v.tobytes() for k, v in back.items()} == {k: v.tobytes() for k, v in piece.items()}
+  assert back['gradient'].dtype == np.float32
+  with pytest.raises(ValueError, match='digest'):
+    tasks.decode([b'\0' + parts[0][1:], *parts[1:]], digest)
