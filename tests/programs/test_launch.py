@@ -1,0 +1,219 @@
+"""launch.py as a user runs it: real processes, real RPCs, exit status and files."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from kernels import precision  # pylint: disable=unused-import
+from programs import local
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def _command(workdir, *flags, config='configs/base.py', program=('launch.py',), cache=None):
+  command = [sys.executable, *program, f'--config={config}', f'--workdir={workdir}', *flags]
+  return command + ([f'--config.system.cache_dir={cache}'] if cache else [])
+
+
+def _run(command, timeout=400, env=None):
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}, check=False)
+
+
+def _json(workdir, name):
+  with open(os.path.join(workdir, name), encoding='utf-8') as file:
+    return json.load(file)
+
+
+def _rows(workdir):
+  with open(os.path.join(workdir, 'metrics.jsonl'), encoding='utf-8') as file:
+    return {row['step']: row for row in map(json.loads, file)}
+
+
+SMALL = ('--config.run.architecture=fc1', '--config.run.images_per_class=2', '--config.run.targets_per_step=33',
+         '--config.run.plan.support_tile=4', '--config.run.plan.target_tile=5', '--config.run.plan.target_tiles_per_task=2',
+         '--config.system.evaluation.nn_steps=0', '--lp_launch_type=local_mp')
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_the_demo_beats_its_real_images_by_ten_points(tmp_path, cache, seed):
+  """The whole of `make demo`, computed by worker processes alone."""
+  done = _run(_command(tmp_path, f'--config.run.seed={seed}', '--lp_launch_type=local_mp', config='configs/digits.py', cache=cache))
+  assert done.returncode == 0, done.stdout + done.stderr
+  status, rows = _json(tmp_path, 'status.json'), _rows(tmp_path)
+  assert status['state'] == 'finished' and status['step'] == status['num_steps']
+  first, last = rows[0], rows[status['num_steps']]
+  assert last['krr_test_accuracy'] >= first['krr_test_accuracy'] + 0.1
+  assert 0 < last['nn_test_accuracy'] <= 1
+  assert {'step', 'krr_test_accuracy', 'krr_test_mse', 'nn_test_accuracy', 'train_loss', 'train_accuracy', 'wall_seconds',
+          'kernel_pairs_per_second'} <= set(last)
+  assert last['train_loss'] < first['train_loss']
+
+  assert set(status['workers']) == {'kernel_worker_0', 'kernel_worker_1'}
+  assert all(counts['pairs'] > 0 for counts in status['workers'].values())
+  run = _json(tmp_path, 'config.json')['run']
+  pairs_a_step = 10 * run['targets_per_step'] + 100
+  assert sum(counts['pairs'] for counts in status['workers'].values()) == status['pairs']
+  assert status['pairs'] == (run['num_steps'] + 1) * pairs_a_step + run['num_steps'] * 100
+
+  with np.load(tmp_path / 'distilled.npz', allow_pickle=False) as file:
+    assert file['images'].shape == (10, 8, 8, 1) and file['images'].dtype == np.float32
+    assert file['labels'].shape == (10, 10) and file['labels'].dtype == np.float32
+    assert json.loads(str(file['settings']))['run']['seed'] == seed
+  for name in ('distilled.npz', 'metrics.jsonl', 'images.png'):
+    assert str(tmp_path / name) in done.stdout
+  assert (tmp_path / 'images.png').read_bytes().startswith(b'\x89PNG')
+  assert f'{100 * first["krr_test_accuracy"]:.2f} % with the real images' in done.stdout
+
+
+def test_ctrl_c_checkpoints_and_the_same_command_goes_on_to_the_same_bits(tmp_path, npz, make_run, cache):
+  command = _command(tmp_path / 'mp', *SMALL, f'--config.run.data.name={npz}', '--config.run.num_steps=2000',
+                     '--config.system.log_seconds=0.1', '--config.system.snapshot_steps=0,1', cache=cache)
+  process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+  try:
+    end = time.monotonic() + 120
+    while time.monotonic() < end and (not (tmp_path / 'mp' / 'status.json').exists() or _json(tmp_path / 'mp', 'status.json')['step'] < 3):
+      time.sleep(0.2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 4
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    output, _ = process.communicate(timeout=60)
+  finally:
+    if process.poll() is None:
+      os.killpg(process.pid, signal.SIGKILL)
+  assert process.returncode == 75, output
+  status = _json(tmp_path / 'mp', 'status.json')
+  assert status['state'] == 'stopped' and 3 <= status['step'] < 2000
+  assert f'Stopped at step {status["step"]} of 2000' in output
+  assert not [child for child in psutil.wait_procs(children, timeout=15)[1]]
+
+  num_steps = status['step'] + 3
+  (tmp_path / 'mp' / 'config.json').write_text(json.dumps({**_json(tmp_path / 'mp', 'config.json'), 'run': {
+      **_json(tmp_path / 'mp', 'config.json')['run'], 'num_steps': num_steps}}))  # as if it had been told so from the start
+  done = _run([c for c in command if 'num_steps' not in c] + [f'--config.run.num_steps={num_steps}', '--config.system.num_workers=3'])
+  assert done.returncode == 0, done.stdout + done.stderr
+
+  run = make_run(tmp_path / 'local', {'run.architecture': 'fc1', 'run.num_steps': num_steps})
+  local.distil(run, threading.Event())
+  with np.load(tmp_path / 'mp' / 'distilled.npz') as there, np.load(tmp_path / 'local' / 'distilled.npz') as here:
+    for name in ('images', 'labels'):
+      assert there[name].tobytes() == here[name].tobytes()
+  rows = [json.loads(line) for line in (tmp_path / 'mp' / 'metrics.jsonl').read_text().splitlines()]
+  assert [row['step'] for row in rows] == [0, 1, num_steps]
+
+
+def test_a_worker_that_raises_stops_the_run_with_its_message(tmp_path, npz, cache):
+  (tmp_path / 'sitecustomize.py').write_text('''
+try:
+  from nodes import kernel_worker
+except ImportError:
+  pass
+else:
+  def compute(self, task):
+    raise ValueError('the dog ate task %d' % task.index)
+  kernel_worker.KernelWorker._compute = compute
+''')
+  done = _run(_command(tmp_path / 'run', *SMALL, f'--config.run.data.name={npz}', cache=cache), env={'PYTHONPATH': str(tmp_path)})
+  assert done.returncode == 1
+  assert 'The run failed: step 0: the support_blocks task' in done.stderr and 'ValueError: the dog ate task' in done.stderr
+  status = _json(tmp_path / 'run', 'status.json')
+  assert status['state'] == 'failed' and 'the dog ate task' in status['message']
+
+
+def test_a_worker_that_cannot_start_stops_the_run_with_its_message(tmp_path, npz, cache):
+  (tmp_path / 'sitecustomize.py').write_text('''
+try:
+  from kernels import ntk
+except ImportError:
+  pass
+else:
+  def make_kernel(*args, **kwargs):
+    raise RuntimeError('no kernel today')
+  ntk.make_kernel = make_kernel
+''')
+  done = _run(_command(tmp_path / 'run', *SMALL, f'--config.run.data.name={npz}', cache=cache), env={'PYTHONPATH': str(tmp_path)})
+  assert done.returncode == 1
+  assert 'no worker can start; the last one said: RuntimeError: no kernel today' in done.stderr
+
+
+def test_threads_instead_of_processes(tmp_path, npz, cache):
+  flags = [flag.replace('local_mp', 'local_mt') for flag in SMALL]
+  done = _run(_command(tmp_path, *flags, f'--config.run.data.name={npz}', '--config.run.num_steps=2', cache=cache))
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert _json(tmp_path, 'status.json')['state'] == 'finished' and sorted(_rows(tmp_path)) == [0, 1, 2]
+
+
+def _refused(command, message):
+  done = _run(command, timeout=60)
+  assert done.returncode == 2, done.stdout + done.stderr
+  lines = [line for line in done.stderr.splitlines() if line.startswith('error:')]
+  assert len(lines) == 1 and 'Traceback' not in done.stderr
+  assert message in lines[0], lines[0]
+
+
+@pytest.mark.parametrize('flags, message', [
+    (('--config=configs/nothing.py',), '--config=configs/nothing.py: there is no such file.'),
+    (('--config.run.sed=3',), 'run.sed is no field of the configuration; did you mean run.seed'),
+    (('--config.run.seed=three',), "--config.run.seed=three: invalid literal for int() with base 10: 'three'"),
+    (('--config.run.learning_rate=-1',), 'run.learning_rate must be above 0'),
+    (('--config.run.architecture=resnet',), "run.architecture: unknown name 'resnet'; known: fc1"),
+    (('--config.run.images_per_class=1000',), 'run.images_per_class must be at most'),
+    (('--config.run.targets_per_step=7',), 'run.targets_per_step must be a multiple of 10'),
+    (('--config.run.data.name=mnits',), "run.data.name: no data set 'mnits'; known: digits, mnist"),
+    (('--config.run.data.dir=/nowhere',), "run.data.dir: no folder '/nowhere'"),
+    (('--config.run.architecture=fc1', '--config.run.targets_per_step=1000', '--config.system.num_workers=100000'), 'GiB of memory'),
+    (('--wrokdir=x',), "Unknown command line flag 'wrokdir'"),
+    (('stray',), "'stray' is no flag"),
+])
+def test_bad_input_gets_one_line_and_status_2(tmp_path, cache, flags, message):
+  _refused(_command(tmp_path / 'run', '--config.run.targets_per_step=200', *flags, program=('-m', 'programs.local'), cache=cache), message)
+  assert not (tmp_path / 'run').exists() or not os.listdir(tmp_path / 'run')
+
+
+def test_missing_flags(tmp_path):
+  _refused([sys.executable, 'launch.py', f'--workdir={tmp_path}'], '--config=FILE is missing')
+  _refused([sys.executable, 'launch.py', '--config=configs/base.py'], '--workdir=DIR is missing')
+
+
+def test_a_config_file_with_a_bug(tmp_path):
+  (tmp_path / 'mine.py').write_text('import nothing_like_it\n')
+  _refused(_command(tmp_path / 'run', config=tmp_path / 'mine.py'), "ModuleNotFoundError: No module named 'nothing_like_it'")
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path, npz, cache):
+  (tmp_path / 'file').write_text('')
+  _refused(_command(tmp_path / 'file' / 'run', *SMALL, f'--config.run.data.name={npz}', cache=cache), 'cannot be written: Not a directory')
+
+
+def test_a_port_that_is_taken(tmp_path, npz, cache):
+  with socket.socket() as taken:
+    taken.bind(('', 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    _refused(_command(tmp_path / 'run', *SMALL, f'--config.run.data.name={npz}', f'--config.system.port={port}', cache=cache),
+             f'system.port={port} cannot be used (Address already in use)')
+
+
+def test_a_directory_of_another_run(tmp_path, npz, cache, make_run):
+  run = make_run(tmp_path / 'run', {'run.architecture': 'fc1'})
+  _refused(_command(tmp_path / 'run', *SMALL, f'--config.run.data.name={npz}', '--config.run.num_steps=3', cache=cache), 'is in use by a run')
+  run.directory._lock.close()
+  _refused(_command(tmp_path / 'run', *SMALL, f'--config.run.data.name={npz}', '--config.run.num_steps=3', '--config.run.seed=4', cache=cache),
+           'holds another run: run.seed (0 there, 4 here)')
+
+
+def test_a_fixed_port(tmp_path, npz, cache):
+  with socket.socket() as probe:
+    probe.bind(('', 0))
+    port = probe.getsockname()[1]
+  done = _run(_command(tmp_path / 'run', *SMALL, f'--config.run.data.name={npz}', '--config.run.num_steps=1', f'--config.system.port={port}',
+                       cache=cache))
+  assert done.returncode == 0, done.stdout + done.stderr
