@@ -1,0 +1,7 @@
+# The environment of `make demo` and `make test`.
+FROM python:3.10-slim-bookworm
+RUN apt-get update && apt-get install -y --no-install-recommends make g++ && rm -rf /var/lib/apt/lists/*
+WORKDIR /kip
+COPY . .
+RUN make setup
+CMD ["make", "demo"]
