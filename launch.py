@@ -8,15 +8,19 @@ Exit status: 0 finished, 1 failed, 2 bad input, 75 stopped with a checkpoint (th
 import os
 import sys
 
+from programs import isolation
 from programs import placement
 
+isolation.enter_if_restarted()
 os.environ.update(placement.environment(1))  # before JAX starts; local_mp gives every process its own
 
-import launchpad as lp  # pylint: disable=wrong-import-position
+# pylint: disable=wrong-import-position
+from absl import logging
+import launchpad as lp
 
-from programs import distill  # pylint: disable=wrong-import-position
-from programs import start  # pylint: disable=wrong-import-position
-from programs import terminal  # pylint: disable=wrong-import-position
+from programs import distill
+from programs import start
+from programs import terminal
 
 
 def main(argv: list[str]) -> int:
@@ -26,8 +30,14 @@ def main(argv: list[str]) -> int:
   except start.BadInput as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
+  isolation.restart_isolated()
+  logging.info(run.memory)
+  program = distill.make_program(run)
   with terminal.line_by_line():
-    manager = lp.launch(distill.make_program(run), local_resources=distill.local_resources(run), terminal='current_terminal')
+    manager = lp.launch(program, local_resources=distill.local_resources(run), terminal='current_terminal')
+    if not isolation.is_isolated():
+      logging.warning('%s is open to every host that can reach this one, and whoever connects can run code as you: no private network '
+                      'could be made (see BUILD.md).', distill.coordinator_address(program))
     manager.wait(raise_error=False)
   return start.outcome(run.directory)
 

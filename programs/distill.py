@@ -46,6 +46,11 @@ def local_resources(run: start.Run) -> dict[str, PythonProcess]:
           **{f'kernel_worker_{i}': PythonProcess(env=environment(threads)) for i in range(system['num_workers'])}}
 
 
+def coordinator_address(program: lp.Program) -> str:
+  """`host:port` of a launched program's coordinator."""
+  return program.groups['coordinator'][0].courier_address.resolve()
+
+
 def check_port(port: int) -> None:
   """Raises BadInput where the coordinator could not listen on `port`."""
   if port:

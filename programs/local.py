@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 
+from absl import logging
+
 from programs import placement
 
 
@@ -20,6 +22,7 @@ def main(argv: list[str]) -> int:
   except start.BadInput as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
+  logging.info(run.memory)
   stop = threading.Event()
   for sig in (signal.SIGINT, signal.SIGTERM):
     signal.signal(sig, lambda *_: stop.set())

@@ -30,10 +30,12 @@ class Run(NamedTuple):
     config: validated, plain values.
     directory: open, and locked by this process.
     cache: folder that holds its prepared data.
+    memory: a line that tells what it needs.
   """
   config: dict[str, Any]
   directory: run_directory.RunDirectory
   cache: str
+  memory: str = ''
 
 
 class BadInput(ValueError):
@@ -58,12 +60,12 @@ def ready(argv: Sequence[str]) -> Run:
     cache = store.cache_folder(config['system']['cache_dir'])
     prepared = store.prepare(config['run']['data']['name'], config['run']['data']['dir'], cache)
     base.validate_with_data(config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:])
-    _check_memory(config, prepared)
+    memory = _check_memory(config, prepared)
     directory = run_directory.RunDirectory(_WORKDIR.value)
     directory.open(config, prepared.key)
   except (base.ConfigError, DataError, run_directory.RunDirectoryError) as error:
     raise BadInput(str(error)) from error
-  return Run(config, directory, cache)
+  return Run(config, directory, cache, memory)
 
 
 def outcome(directory: run_directory.RunDirectory) -> int:
@@ -117,8 +119,8 @@ def _parse(argv: Sequence[str]) -> None:
     raise BadInput(f'{rest[1]!r} is no flag; expected --config=FILE --workdir=DIR.')
 
 
-def _check_memory(config: dict[str, Any], prepared: store.Prepared) -> None:
-  """Refuses what cannot fit: the coordinator's state and pieces, and every worker's inputs and sums."""
+def _check_memory(config: dict[str, Any], prepared: store.Prepared) -> str:
+  """Refuses what cannot fit: the coordinator's state and pieces, and every worker's inputs and sums. Gives the estimate in words."""
   run, plan = config['run'], config['run']['plan']
   support = run['images_per_class'] * prepared.num_classes
   images = 8 * support * prepared.train_images[0].size
@@ -128,10 +130,10 @@ def _check_memory(config: dict[str, Any], prepared: store.Prepared) -> None:
   worker = 4 * images + 4 * block + 2 ** 29  # and half a GiB for the kernel's own tiles
   needed = coordinator + config['system']['num_workers'] * worker + 2 ** 30
   available = psutil.virtual_memory().available
-  logging.info('Memory: about %.1f GiB of %.1f GiB available.', needed / 2 ** 30, available / 2 ** 30)
   if needed > available:
     raise BadInput(f'this run needs about {needed / 2 ** 30:.1f} GiB of memory, {available / 2 ** 30:.1f} GiB are available: lower '
                    'run.images_per_class, run.plan.target_tile or system.num_workers, or raise run.plan.target_tiles_per_task.')
+  return f'Memory: about {needed / 2 ** 30:.1f} GiB of {available / 2 ** 30:.1f} GiB available.'
 
 
 def _summary(directory: run_directory.RunDirectory, status: dict[str, Any]) -> str:

@@ -38,6 +38,25 @@ def _rows(workdir):
     return {row['step']: row for row in map(json.loads, file)}
 
 
+def _free_port():
+  with socket.socket() as probe:
+    probe.bind(('', 0))
+    return probe.getsockname()[1]
+
+
+def _assert_not_reachable(pid, port):
+  """From here, outside the run's network, nobody listens on its port."""
+  if os.readlink(f'/proc/{pid}/ns/net') == os.readlink('/proc/self/ns/net'):
+    pytest.fail('the run has no network of its own') if _may_unshare() else None
+    return
+  with pytest.raises(ConnectionRefusedError):
+    socket.create_connection(('localhost', port), timeout=5).close()
+
+
+def _may_unshare():
+  return subprocess.run(['unshare', '--user', '--net', 'true'], capture_output=True, check=False).returncode == 0
+
+
 SMALL = ('--config.run.architecture=fc1', '--config.run.images_per_class=2', '--config.run.targets_per_step=33',
          '--config.run.plan.support_tile=4', '--config.run.plan.target_tile=5', '--config.run.plan.target_tiles_per_task=2',
          '--config.system.evaluation.nn_steps=0', '--lp_launch_type=local_mp')
@@ -75,7 +94,8 @@ def test_the_demo_beats_its_real_images_by_ten_points(tmp_path, cache, seed):
 
 
 def test_ctrl_c_checkpoints_and_the_same_command_goes_on_to_the_same_bits(tmp_path, npz, make_run, cache):
-  command = _command(tmp_path / 'mp', *SMALL, f'--config.run.data.name={npz}', '--config.run.num_steps=2000',
+  port = _free_port()
+  command = _command(tmp_path / 'mp', *SMALL, f'--config.system.port={port}', f'--config.run.data.name={npz}', '--config.run.num_steps=2000',
                      '--config.system.log_seconds=0.1', '--config.system.snapshot_steps=0,1', cache=cache)
   process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
   try:
@@ -84,6 +104,7 @@ def test_ctrl_c_checkpoints_and_the_same_command_goes_on_to_the_same_bits(tmp_pa
       time.sleep(0.2)
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 4
+    _assert_not_reachable(process.pid, port)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output, _ = process.communicate(timeout=60)
   finally:
@@ -211,9 +232,6 @@ def test_a_directory_of_another_run(tmp_path, npz, cache, make_run):
 
 
 def test_a_fixed_port(tmp_path, npz, cache):
-  with socket.socket() as probe:
-    probe.bind(('', 0))
-    port = probe.getsockname()[1]
-  done = _run(_command(tmp_path / 'run', *SMALL, f'--config.run.data.name={npz}', '--config.run.num_steps=1', f'--config.system.port={port}',
-                       cache=cache))
+  done = _run(_command(tmp_path / 'run', *SMALL, f'--config.run.data.name={npz}', '--config.run.num_steps=1',
+                       f'--config.system.port={_free_port()}', cache=cache))
   assert done.returncode == 0, done.stdout + done.stderr
