@@ -58,18 +58,36 @@ class Axis(NamedTuple):
     partner = (y + d) % self.rows if self.periodic else y + d
     return np.where((y < self.size) & (partner >= 0) & (partner < self.size), partner, -1)
 
-  def taps(self) -> np.ndarray:
-    """[count, rows + 1]: whether row y - 1 and row y are neighbours in both images, so that a convolution may carry one to the other."""
-    partner = self.partner()
-    joined = (partner[:, :-1] >= 0) & (partner[:, 1:] == partner[:, :-1] + 1)
-    return np.pad(joined, ((0, 0), (1, 1)))
+  def pieces(self) -> list[np.ndarray]:
+    """[count, rows] each: the rows of an offset in unbroken pieces, across whose ends no convolution may reach."""
+    partner, y = self.partner(), np.arange(self.rows)
+    return [(partner >= 0) & wrapped for wrapped in ((partner >= y, partner < y) if self.periodic else (True,))]
 
-  def pooled_offset(self, above: 'Axis') -> tuple[np.ndarray, np.ndarray]:
-    """[count, 2], [count, 2]: index of the offset of `above` that rows of parity 0, 1 feed, and whether there is one."""
-    d = (self.first + np.arange(self.count)[:, None] + np.arange(2)) >> 1
-    index = d % above.rows if above.periodic else d - above.first
-    held = (index >= 0) & (index < above.count)
-    return np.where(held, index, 0), held
+  def feeds(self, above: 'Axis') -> tuple[np.ndarray, np.ndarray]:
+    """[count], [count, 2, 2]: slot s of a 2x2 pooling's output, and the share that rows of parity p have in the slots s, s + 1.
+
+    Rows of parity p feed the offset (d + p) >> 1. Slots are the offsets of `above` with a spare one at the end, and, on a plain axis, at the
+    start; see `from_slots`.
+    """
+    d = self.first + np.arange(self.count)
+    slot = (d >> 1) - above.first + (not above.periodic)
+    return slot, ((d[:, None] + np.arange(2) >> 1) - (d >> 1)[:, None] == np.arange(2)[:, None, None]).transpose(1, 0, 2) / 4
+
+  @property
+  def slots(self) -> int:
+    return self.count + (1 if self.periodic else 2)
+
+  def from_slots(self, v, axis: int):
+    """Offsets along `axis` of v, from slots."""
+    v = jnp.moveaxis(v, axis, 0)
+    v = v[:-1].at[0].add(v[-1]) if self.periodic else v[1:-1]
+    return jnp.moveaxis(v, 0, axis)
+
+  def to_slots(self, v, axis: int):
+    """The adjoint of `from_slots`."""
+    v = jnp.moveaxis(v, axis, 0)
+    v = jnp.concatenate([v, v[:1]] if self.periodic else [jnp.zeros_like(v[:1]), v, jnp.zeros_like(v[:1])])
+    return jnp.moveaxis(v, 0, axis)
 
   def gather(self, x, axis: int, fill):
     """Pixels along `axis` of x, as `first .. first + rows + count - 2`, `fill` where there are none: a slice at k shows offset k."""
@@ -186,25 +204,26 @@ _relu.defvjp(_relu_forward, _relu_backward)
 
 
 def _sum_to(x, shape):
-  axes = tuple(i for i, (n, m) in enumerate(zip(x.shape, shape)) if n != m)
-  return jnp.sum(x, axes, keepdims=True) if axes else x
+  """x summed along its last axis if `shape` has 1 there: as a product with ones, since XLA's own sum along the vector axis is scalar."""
+  if x.shape == shape:
+    return x
+  return jnp.dot(x, jnp.ones((x.shape[-1], 1), x.dtype), precision=lax.Precision.HIGHEST)
 
 
 @jax.custom_vjp
-def _box(v, taps):
-  """3x3 sums of v [R, Q, ...] over neighbours; taps = ([R + 1], [Q + 1]) cuts them where the images end. Self-adjoint."""
-  for axis, joined in enumerate(taps):
-    joined = joined.reshape((-1,) + (1,) * (v.ndim - 1 - axis))
-    n, lead = v.shape[axis], (slice(None),) * axis
-    joined = joined.reshape((1,) * axis + joined.shape)
-    padding = [(1, 1, 0) if i == axis else (0, 0, 0) for i in range(v.ndim)]
-    padded = lax.pad(v, jnp.zeros((), v.dtype), padding)
-    v = (v + joined[lead + (slice(0, n),)] * padded[lead + (slice(0, n),)]
-         + joined[lead + (slice(1, n + 1),)] * padded[lead + (slice(2, n + 2),)])
+def _box(v, pieces):
+  """3x3 sums of v [R, Q, ...] within the pieces of its rows [.., R] and of its columns [.., Q]. Self-adjoint."""
+  for axis, masks in enumerate(pieces):
+    window = tuple(3 if i == axis else 1 for i in range(v.ndim))
+    masks = [mask.reshape(mask.shape + (1,) * (v.ndim - 1 - axis)) for mask in masks]
+    # A reduce_window, rather than sums of shifted arrays, keeps XLA from computing what produces v once for every tap.
+    sums = [lax.reduce_window(v * m, np.zeros((), v.dtype), lax.add, window, (1,) * v.ndim, 'SAME') * m for m in masks]
+    v = functools.reduce(jnp.add, sums)
   return v
 
 
-_box.defvjp(lambda v, taps: (_box(v, taps), taps), lambda taps, v: (_box(v, taps), tuple(jnp.zeros_like(t) for t in taps)))
+_box.defvjp(lambda v, pieces: (_box(v, pieces), pieces),
+            lambda pieces, v: (_box(v, pieces), jax.tree_util.tree_map(jnp.zeros_like, pieces)))
 
 
 class Network(NamedTuple):
@@ -214,12 +233,12 @@ class Network(NamedTuple):
   with_ntk: bool
 
 
-def _convolutions(network: Network, n, t, s1, s2, taps):
+def _convolutions(network: Network, n, t, s1, s2, pieces):
   """One offset through a level's (convolution, ReLU)s. n, t [R, Q, ...]; t is None where it is identically 0."""
   for deviation1, deviation2 in zip(s1, s2):
-    n = network.weight / 9 * _box(n, taps) + network.bias
+    n = network.weight / 9 * _box(n, pieces) + network.bias
     if network.with_ntk:
-      t = n if t is None else network.weight / 9 * _box(t, taps) + n
+      t = n if t is None else network.weight / 9 * _box(t, pieces) + n
     n, t = _relu(n, t, deviation1, deviation2)
   return n, t
 
@@ -241,18 +260,25 @@ class _Scan:
     self.level, self.source, self.s2, self.from_images = level, source, s2, from_images
     self.dtype = source[0].dtype
     self.shape = _source_shape(level, source, from_images)
-    self._taps = [jnp.asarray(axis.taps(), self.dtype) for axis in level.axes]
+    self._pieces = [[jnp.asarray(piece, self.dtype) for piece in axis.pieces()] for axis in level.axes]
     if level.above:
-      self._above = [tuple(map(jnp.asarray, axis.pooled_offset(above))) for axis, above in zip(level.axes, level.above)]
+      feeds = [axis.feeds(above) for axis, above in zip(level.axes, level.above)]
+      self._slots = [jnp.asarray(slots) for slots, _ in feeds]
+      self._shares = [jnp.asarray(shares, self.dtype) for _, shares in feeds]
     else:
       inside = [axis.partner() >= 0 for axis in level.axes]
       self._inside = [jnp.asarray(rows / np.sum(rows), self.dtype) for rows in inside]
 
+  def scratch(self, has_t: bool):
+    """For `_settle`. Two buffers in turn, since XLA would see through a single one."""
+    buffer = jnp.zeros((2,) + self.shape, self.dtype)
+    return buffer, buffer if has_t else None
+
   def split(self, k):
     return k // self.level.axes[1].count, k % self.level.axes[1].count
 
-  def taps(self, k):
-    return tuple(table[i] for table, i in zip(self._taps, self.split(k)))
+  def pieces(self, k):
+    return tuple([piece[i] for piece in pieces] for pieces, i in zip(self._pieces, self.split(k)))
 
   def shifted(self, gathered, k):
     """[R, Q, ...] at offset k, of what `Axis.gather` laid out."""
@@ -270,14 +296,34 @@ class _Scan:
     channels = x1.shape[2]
     return functools.reduce(jnp.add, (x1[:, :, c] * x2[:, :, c] for c in range(channels))) / channels, None
 
-  def quarters(self, k):
-    """For each parity (p, q) of row and column: p, q, the index above that such rows feed at offset k, and its weight."""
-    (index_h, held_h), (index_w, held_w) = self._above
-    i, j = self.split(k)
+  def block(self, slots, k):
+    """[2, 2, R, Q, ...]: the slots that offset k feeds, of [.., .., R, Q, ...]."""
+    start = tuple(slot[i] for slot, i in zip(self._slots, self.split(k)))
+    return lax.dynamic_slice(slots, start + (0,) * (slots.ndim - 2), (2, 2) + slots.shape[2:])
+
+  def pool(self, slots, v, k):
+    """Adds offset k, v [R, Q, ...], to the slots that it feeds."""
+    (i, j), (rows, columns) = self.split(k), (axis.rows for axis in self.level.above)
+    parities = v[:2 * rows, :2 * columns].reshape((rows, 2, columns, 2) + v.shape[2:])
+    block = self.block(slots, k)
     for p in (0, 1):
       for q in (0, 1):
-        weight = (held_h[i, p] & held_w[j, q]).astype(self.dtype) / 16
-        yield p, q, index_h[i, p] * self.level.above[1].count + index_w[j, q], weight
+        share = self._shares[0][i][:, None, p] * self._shares[1][j][:, q]
+        block = block + share.reshape((2, 2) + (1,) * v.ndim) * parities[:, p, :, q]
+    start = (self._slots[0][i], self._slots[1][j]) + (0,) * v.ndim
+    return lax.dynamic_update_slice(slots, block, start)
+
+  def unpool(self, slots, k):
+    """The adjoint of `pool`: [R, Q, ...]."""
+    (i, j), block = self.split(k), self.block(slots, k)
+    trailing = (1,) * (block.ndim - 4)
+    v = 0
+    for a in (0, 1):
+      for b in (0, 1):
+        share = self._shares[0][i][a][:, None, None] * self._shares[1][j][b]
+        v = v + share.reshape((1, 2, 1, 2) + trailing) * block[a, b][:, None, :, None]
+    v = v.reshape((2 * v.shape[0], 2 * v.shape[2]) + v.shape[4:])
+    return jnp.pad(v, [(0, n - m) for n, m in zip(self.shape, v.shape)])
 
   def inside(self, k):
     """[R, Q, 1...]: the weight of each entry of offset k in the readout's mean."""
@@ -292,7 +338,7 @@ def _sweep(level: Level, network: Network, from_images: bool, source, s1, s2):
   has_t = network.with_ntk and (level.convs > 0 or (not from_images and source[1] is not None))
 
   def through(k):
-    return _convolutions(network, *scan.entering(k), s1, scan.deviations2(k), scan.taps(k))
+    return _convolutions(network, *scan.entering(k), s1, scan.deviations2(k), scan.pieces(k))
 
   if level.above is None:
     def read(total, k):
@@ -301,51 +347,58 @@ def _sweep(level: Level, network: Network, from_images: bool, source, s1, s2):
     zero = jnp.zeros(scan.shape[2:], jnp.float64)
     return lax.scan(read, (zero, zero if has_t else None), jnp.arange(level.offsets))[0]
 
-  rows, columns = (axis.rows for axis in level.above)
+  def pool(carry, k):
+    slots, scratch = carry
+    scratch, values = _settle(scratch, through(k), k)
+    return (tuple(None if v is None else scan.pool(s, v, k) for s, v in zip(slots, values)), scratch), None
 
-  def pool(bands, k):
-    result = []
-    for band, v in zip(bands, through(k)):
-      if v is not None:
-        blocks = v[:2 * rows, :2 * columns].reshape((rows, 2, columns, 2) + v.shape[2:])
-        for p, q, above, weight in scan.quarters(k):
-          band = lax.dynamic_update_index_in_dim(band, band[above] + weight * blocks[:, p, :, q], above, 0)
-      result.append(band)
-    return tuple(result), None
+  above = level.above
+  zero = jnp.zeros((above[0].slots, above[1].slots, above[0].rows, above[1].rows) + scan.shape[2:], scan.dtype)
+  start = ((zero, zero if has_t else None), scan.scratch(has_t))
+  (slots, _), _ = lax.scan(pool, start, jnp.arange(level.offsets))
+  return tuple(None if v is None else _band(above, v) for v in slots)
 
-  zero = jnp.zeros((level.above[0].count * level.above[1].count, rows, columns) + scan.shape[2:], scan.dtype)
-  return lax.scan(pool, (zero, zero if has_t else None), jnp.arange(level.offsets))[0]
+
+def _settle(scratch, values, k):
+  """The values, written into buffers that a loop carries and read back: else XLA computes them anew for every use of theirs."""
+  scratch = tuple(None if v is None else lax.dynamic_update_index_in_dim(b, v, k % 2, 0) for b, v in zip(scratch, values))
+  return scratch, tuple(None if b is None else lax.dynamic_index_in_dim(b, k % 2, 0, keepdims=False) for b in scratch)
+
+
+def _band(axes, slots):
+  band = axes[1].from_slots(axes[0].from_slots(slots, 0), 1)
+  return band.reshape((-1,) + band.shape[2:])
+
+
+def _slots(axes, band):
+  return axes[1].to_slots(axes[0].to_slots(band.reshape((axes[0].count, axes[1].count) + band.shape[1:]), 0), 1)
 
 
 def _sweep_vjp(level: Level, network: Network, from_images: bool, source, s1, s2, cotangents):
   """Pulls cotangents of `_sweep` back to (source, s1). Of images, x1's cotangent alone, in place of the source's."""
   scan = _Scan(level, source, s2, from_images)
+  if level.above:
+    cotangents = tuple(None if v is None else _slots(level.above, v) for v in cotangents)
 
   def leaving(k):
     if level.above is None:
       return tuple(None if v is None else jnp.broadcast_to(v.astype(scan.dtype) * scan.inside(k), scan.shape) for v in cotangents)
-    return tuple(None if v is None else unpool(v, k) for v in cotangents)
+    return tuple(None if v is None else scan.unpool(v, k) for v in cotangents)
 
-  def unpool(band, k):
-    quarters = [weight * band[above] for _, _, above, weight in scan.quarters(k)]
-    blocks = jnp.stack([jnp.stack(quarters[:2], 2), jnp.stack(quarters[2:], 2)], 1)
-    rows, columns = (axis.rows for axis in level.above)
-    v = blocks.reshape((2 * rows, 2 * columns) + band.shape[3:])
-    return jnp.pad(v, [(0, n - m) for n, m in zip(scan.shape, v.shape)])
-
-  def body(total, k):
-    s2_k, taps = scan.deviations2(k), scan.taps(k)
-    _, pull_back = jax.vjp(lambda n, t, s: _convolutions(network, n, t, s, s2_k, taps), *scan.entering(k), s1)
-    n_bar, t_bar, s1_bar = pull_back(leaving(k))
-    x1_bar, s1_total = total
+  def body(carry, k):
+    x1_bar, s1_total, scratch = carry
+    scratch, n_t_bar = _settle(scratch, leaving(k), k)
+    s2_k, pieces = scan.deviations2(k), scan.pieces(k)
+    _, pull_back = jax.vjp(lambda n, t, s: _convolutions(network, n, t, s, s2_k, pieces), *scan.entering(k), s1)
+    n_bar, t_bar, s1_bar = pull_back(n_t_bar)
     if from_images:
       x1, x2 = source[0], scan.shifted(source[1], k)
-      channels = x1.shape[2]
-      x1_bar = x1_bar + _sum_to(n_bar[:, :, None] * x2, x1.shape) / channels
-    return (x1_bar, jax.tree_util.tree_map(jnp.add, s1_total, s1_bar)), None if from_images else (n_bar, t_bar)
+      x1_bar = x1_bar + _sum_to(n_bar[:, :, None] * x2, x1.shape) / x1.shape[2]
+    carry = x1_bar, [total + s for total, s in zip(s1_total, s1_bar)], scratch
+    return carry, None if from_images else (n_bar, t_bar)
 
-  start = (jnp.zeros_like(source[0]) if from_images else None, [jnp.zeros_like(s) for s in s1])
-  (x1_bar, s1_bar), source_bar = lax.scan(body, start, jnp.arange(level.offsets))
+  start = (jnp.zeros_like(source[0]) if from_images else None, [jnp.zeros_like(s) for s in s1], scan.scratch(cotangents[1] is not None))
+  (x1_bar, s1_bar, _), source_bar = lax.scan(body, start, jnp.arange(level.offsets))
   return (x1_bar if from_images else source_bar), s1_bar
 
 
@@ -363,10 +416,10 @@ def _variance_levels(architecture: architectures.Architecture, height: int, widt
 
 def _deviations(network: Network, convs: int, q):
   """√q before each ReLU of a level, [convs] times [H, W, N], from the variances q [H, W, N] that enter it."""
-  taps = tuple(jnp.asarray(Axis(n, n, 0, 1, False).taps()[0], q.dtype) for n in q.shape[:2])
+  whole = tuple([jnp.ones(n, q.dtype)] for n in q.shape[:2])
   deviations = []
   for _ in range(convs):
-    q = network.weight / 9 * _box(q, taps) + network.bias
+    q = network.weight / 9 * _box(q, whole) + network.bias
     deviations.append(_sqrt(q))
     q = q / 2
   return deviations
@@ -640,7 +693,7 @@ class JaxKernel:
     def padded(a, b):
       return -(-len(x1) // a) * a * -(-len(x2) // b) * b
 
-    widths = [2 ** k for k in range(4, pairs.bit_length()) if 2 ** k <= max(16, _power_of_two_from(len(x2)))]
+    widths = [2 ** k for k in range(4, pairs.bit_length() - 1) if 2 ** k <= max(16, _power_of_two_from(len(x2)))]
     return min((shape(b) for b in widths), key=lambda ab: (padded(*ab), -ab[1]))
 
 
