@@ -7,7 +7,6 @@ from kernels import precision  # pylint: disable=unused-import
 
 import jax
 import jax.numpy as jnp
-import neural_tangents as nt
 import numpy as np
 import optax
 import scipy.linalg
@@ -82,7 +81,7 @@ def test_accuracy(architecture: architectures.Architecture, images: np.ndarray, 
 def max_learning_rate(apply_fn: Callable, params, images: np.ndarray, num_classes: int) -> float:
   """2 * n * C / lambda_max of the empirical NTK [n, n] of sum_c f_c / sqrt(C) on `images` [n, H, W, D]."""
   summed = lambda params, x: apply_fn(params, x).sum(axis=1, keepdims=True) / num_classes ** 0.5
-  kernel = jax.jit(nt.empirical_ntk_fn(summed, vmap_axes=0, trace_axes=(-1,)))
+  kernel = jax.jit(reference.nt.empirical_ntk_fn(summed, vmap_axes=0, trace_axes=(-1,)))
   theta = np.asarray(kernel(images, None, params), np.float64)
   largest = scipy.linalg.eigvalsh(theta, subset_by_index=[len(theta) - 1] * 2)[0]
   return 2 * num_classes * len(images) / largest

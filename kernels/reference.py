@@ -1,7 +1,7 @@
 """Neural Tangents: the oracle of every kernel, the fallback, and the finite networks of an architecture."""
 
 import concurrent.futures
-import os
+import functools
 import sys
 import types
 
@@ -10,8 +10,9 @@ from kernels import precision  # pylint: disable=unused-import
 import jax
 import numpy as np
 
-# neural_tangents imports its `experimental` package, which wants TensorFlow >= 2.15 and tf2jax; nothing here uses it.
+# The one place that imports it. neural_tangents imports its `experimental` package, which wants TensorFlow >= 2.15 and tf2jax; nothing here uses it.
 sys.modules.setdefault('neural_tangents.experimental', types.ModuleType('neural_tangents.experimental'))
+import neural_tangents as nt  # pylint: disable=wrong-import-position
 from neural_tangents import stax  # pylint: disable=wrong-import-position
 
 from kernels import architectures  # pylint: disable=wrong-import-position
@@ -60,17 +61,7 @@ class ReferenceKernel:
     self.architecture = architecture
     self.dtype = np.dtype(dtype)
     self._pool = concurrent.futures.ThreadPoolExecutor(threads)
-    kernel_fn = network(architecture)[2]
-
-    def block(x1, x2):
-      with jax.default_matmul_precision('highest'):
-        return kernel_fn(x1, x2, get='ntk').astype(self.dtype)
-
-    def block_vjp(x1, x2, cotangent):
-      value, pull_back = jax.vjp(lambda x: block(x, x2), x1)
-      return value, pull_back(cotangent)[0]
-
-    self._block, self._block_vjp = jax.jit(block), jax.jit(block_vjp)
+    self._block, self._block_vjp = _functions(architecture, self.dtype)
 
   def prepare(self, x: np.ndarray) -> ntk.Prepared:
     """See `ntk.Kernel.prepare`: nothing is computed ahead."""
@@ -112,6 +103,21 @@ class ReferenceKernel:
       pairs = 2 ** 16
     a = min(_power_of_two_from(len(x1)), 2 ** (pairs.bit_length() // 2))
     return a, min(_power_of_two_from(len(x2)), max(1, 2 ** (pairs.bit_length() - 1) // a))
+
+
+@functools.lru_cache(maxsize=None)  # kernels of the same network compile once a process
+def _functions(architecture, dtype):
+  kernel_fn = network(architecture)[2]
+
+  def block(x1, x2):
+    with jax.default_matmul_precision('highest'):
+      return kernel_fn(x1, x2, get='ntk').astype(dtype)
+
+  def block_vjp(x1, x2, cotangent):
+    value, pull_back = jax.vjp(lambda x: block(x, x2), x1)
+    return value, pull_back(cotangent)[0]
+
+  return jax.jit(block), jax.jit(block_vjp)
 
 
 def _arrays(*images):

@@ -28,6 +28,7 @@ from nodes.task_board import TaskFailed
 
 _POLL = 0.5  # seconds between looks at the stop event while a phase runs
 _LONG_POLL = 2.0  # seconds a request for work may wait for some
+_EVALUATOR = 'evaluator'
 _LINGER = 10.0  # seconds the finished coordinator stays to tell the others to stop
 
 
@@ -104,7 +105,7 @@ class Coordinator:
     self._clients: dict[str, float] = {}  # when each was last heard
     self._released: set[str] = set()  # who has been told to stop
     self._rates: dict[str, float] = {}
-    self._broken: dict[str, str] = {}  # workers that could not start, and why
+    self._broken: dict[str, str] = {}  # who could not start or go on, and why
     self._over = False
     self._evaluated = threading.Event()
     self._last_row: dict[str, Any] | None = None
@@ -174,11 +175,11 @@ class Coordinator:
     logging.warning('%s: %s', worker, message)
     self._board.fail(_task(task), lease, message)
 
-  def broken(self, worker: str, message: str) -> None:
-    """Takes note that a worker cannot even start."""
-    logging.warning('%s cannot work: %s', worker, message)
+  def broken(self, name: str, message: str) -> None:
+    """Takes note that a worker cannot start, or that the evaluator cannot go on."""
+    logging.warning('%s cannot work: %s', name, message)
     with self._lock:
-      self._broken[worker] = message
+      self._broken[name] = message
 
   # RPCs of the evaluator.
 
@@ -188,7 +189,7 @@ class Coordinator:
     Returns:
       None (ask again), `{'stop': reason}`, or `step`, `images` [S, H, W, D] and `labels` [S, C] (float32), `metrics` (JSON), `final`.
     """
-    self._clients['evaluator'] = time.monotonic()
+    self._clients[_EVALUATOR] = time.monotonic()
     for step in self._directory.snapshot_steps():
       if step not in done and step <= self._run['num_steps']:
         with np.load(self._directory.snapshot(step), allow_pickle=False) as file:
@@ -197,7 +198,7 @@ class Coordinator:
     if self._run['num_steps'] in done:
       self._evaluated.set()
     if self._over:
-      self._released.add('evaluator')
+      self._released.add(_EVALUATOR)
       return {'stop': 'the run is over.'}
     self._stop_event.wait(1.0)
     return None
@@ -311,9 +312,10 @@ class Coordinator:
     while (pieces := self._board.collect(_POLL)) is None:
       if self._stop_event.is_set():
         raise _Stopped()
-      if len(self._broken) >= self._system['num_workers'] and not self._rates:
-        raise RunFailed(f'no worker can start; the last one said: {list(self._broken.values())[-1]}')
-      silent = time.monotonic() - max([waiting_since, *(t for name, t in list(self._clients.items()) if name != 'evaluator')])
+      broken = [message for name, message in list(self._broken.items()) if name != _EVALUATOR]
+      if len(broken) >= self._system['num_workers'] and not self._rates:
+        raise RunFailed(f'no worker can start; the last one said: {broken[-1]}')
+      silent = time.monotonic() - max([waiting_since, *(t for name, t in list(self._clients.items()) if name != _EVALUATOR)])
       if silent > self._system['worker_timeout']:
         raise _NoWorkers(f'step {self._step}: no worker has been heard of for {silent:.0f} s (system.worker_timeout); '
                         'the run is checkpointed and goes on when started again.')
@@ -377,6 +379,8 @@ class Coordinator:
     while not self._evaluated.wait(_POLL):
       if self._stop_event.is_set():
         raise _Stopped()
+      if _EVALUATOR in self._broken:
+        raise RunFailed(f'the set is distilled ({self._directory.distilled}), but its evaluation failed: {self._broken[_EVALUATOR]}')
       if time.monotonic() > end:
         logging.warning('The last evaluation is not done after %.0f s (system.final_evaluation_timeout): ending without it.',
                         self._system['final_evaluation_timeout'])

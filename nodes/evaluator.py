@@ -15,6 +15,7 @@ from kernels import ntk
 from nodes import export
 from nodes import run_directory
 from nodes import tasks
+from nodes.remote import CoordinatorLost
 from nodes.remote import Stopping
 
 _HELD_OUT = 5000  # the last training images, or a tenth of them if that is less: the finite network's learning rate is set on them
@@ -65,27 +66,35 @@ class Evaluator:
   def run(self) -> None:
     """Evaluates until told to stop. Raises CoordinatorLost when there is no coordinator any more."""
     try:
-      description = json.loads(self._coordinator.describe())
-      self._run, self._settings = description['run'], description['system']['evaluation']
-      self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data)
-      self._kernel = ntk.make_kernel(self._run['architecture'], implementation=self._run['implementation'],
-                                     dtype=self._run['kernel_dtype'], threads=self._threads)
-      rows = self._directory.read_metrics()
-      run_directory.write_atomically(self._directory.metrics, ''.join(run_directory.json_line(row) for row in rows))
-      done = [row['step'] for row in rows]
-      while not self._stop_event.is_set():
-        answer = self._coordinator.next_snapshot(done)
-        if answer and 'stop' in answer:
-          return
-        if answer:
-          row = self._evaluate(answer)
-          if row is None:
-            return
-          self._append(row)
-          done.append(row['step'])
-          self._coordinator.evaluated(json.dumps(row))
+      self._follow()
     except Stopping:
       return
+    except CoordinatorLost:
+      raise
+    except Exception as error:  # whatever it is: the coordinator must not wait for rows that will not come
+      self._coordinator.broken('evaluator', f'{type(error).__name__}: {error}')
+      raise
+
+  def _follow(self) -> None:
+    description = json.loads(self._coordinator.describe())
+    self._run, self._settings = description['run'], description['system']['evaluation']
+    self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data)
+    self._kernel = ntk.make_kernel(self._run['architecture'], implementation=self._run['implementation'],
+                                   dtype=self._run['kernel_dtype'], threads=self._threads)
+    rows = self._directory.read_metrics()
+    run_directory.write_atomically(self._directory.metrics, ''.join(run_directory.json_line(row) for row in rows))
+    done = [row['step'] for row in rows]
+    while not self._stop_event.is_set():
+      answer = self._coordinator.next_snapshot(done)
+      if answer and 'stop' in answer:
+        return
+      if answer:
+        row = self._evaluate(answer)
+        if row is None:
+          return
+        self._append(row)
+        done.append(row['step'])
+        self._coordinator.evaluated(json.dumps(row))
 
   def _evaluate(self, snapshot: dict[str, Any]) -> dict[str, Any] | None:
     step, images, labels = snapshot['step'], snapshot['images'], snapshot['labels']

@@ -17,7 +17,7 @@ from nodes import tasks
 from nodes.remote import CoordinatorLost
 from nodes.remote import Stopping
 
-_CALIBRATION_SECONDS = 0.2
+_CALIBRATION_SECONDS = 80.0  # by the rate so far, which a single pair makes look far too slow
 
 
 class KernelWorker:
@@ -143,20 +143,20 @@ class KernelWorker:
             'device': _cpu_model() if device.platform == 'cpu' else device.device_kind, 'data': self._prepared.key, **versions}
 
   def _calibrate(self) -> float:
-    """Pairs a second, forward and vjp, on blocks growing to a full tile as long as they are cheap; compiles on the way."""
-    num_support = self._run['images_per_class'] * self._prepared.num_classes
+    """Pairs a second, forward and vjp, of a single pair, of a few, of a full tile: as far as they are cheap. Compiles on the way."""
     images = self._prepared.train_images
-    rows, columns = 1, 1
-    while True:
-      x1, x2 = images[:rows], images[len(images) - columns:]
+    rows = self._run['images_per_class'] * self._prepared.num_classes
+    columns = min(self._run['plan']['target_tile'], len(images))
+    rate = 0.0
+    for a, b in ((1, 1), (rows, min(16, columns)), (rows, columns)):
+      if rate and a * b > rate * _CALIBRATION_SECONDS:
+        break
+      x1, x2 = images[:a], images[len(images) - b:]
       self._kernel.block_vjp(x1, x2, lambda block: block)
       start = time.perf_counter()
       self._kernel.block_vjp(x1, x2, lambda block: block)
-      seconds = time.perf_counter() - start
-      most = (min(num_support, len(images)), min(self._run['plan']['target_tile'], len(images)))
-      if seconds > _CALIBRATION_SECONDS or (rows, columns) == most:
-        return rows * columns / seconds
-      rows, columns = min(4 * rows, most[0]), min(4 * columns, most[1])
+      rate = a * b / (time.perf_counter() - start)
+    return rate
 
 
 def _cpu_model() -> str:
