@@ -1,0 +1,23 @@
+"""Writes golden.npz: blocks and gradients of every case by Neural Tangents in float64. `PYTHONPATH=. python tests/kernels/make_golden.py`."""
+
+import pathlib
+
+import numpy as np
+
+from kernels import ntk
+import kernel_cases
+
+PATH = pathlib.Path(__file__).with_name('golden.npz')
+
+
+def main():
+  golden = {}
+  for name, case in kernel_cases.CASES.items():
+    kernel = ntk.make_kernel(case.architecture, implementation='reference', dtype='float64')
+    golden[f'{name}/block'], golden[f'{name}/gradient'] = kernel.block_vjp(*kernel_cases.images(case))
+    print(name, case.shape, flush=True)
+  np.savez_compressed(PATH, **golden)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,264 @@
+"""All kernel implementations against golden float64 values of Neural Tangents, a dense long-double oracle, and each other's properties."""
+
+import functools
+import pathlib
+
+import hypothesis
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from kernels import architectures
+from kernels import band
+from kernels import fit_polynomials
+from kernels import ntk
+import kernel_cases
+
+IMPLEMENTATIONS = ('jax', 'reference')
+FAST = tuple(name for name in IMPLEMENTATIONS if name != 'reference')
+
+GOLDEN = np.load(pathlib.Path(__file__).with_name('golden.npz'))
+
+# (block, gradient), relative to the largest entry. On images that coincide, Neural Tangents' own float64 rounds to about 1e-8: the cusp of
+# ReLU's dot at c = 1 turns 1e-16 into 1e-8. There the dense oracle below is the stricter test.
+TOLERANCES = {'float32': (1e-6, 5e-6), 'float64': (1e-10, 1e-8)}
+CUSP_TOLERANCES = {'float32': (1e-6, 5e-6), 'float64': (5e-8, 5e-8)}
+
+
+@functools.cache
+def kernel(implementation, architecture, dtype, threads=1):
+  return ntk.make_kernel(architecture, implementation=implementation, dtype=dtype, threads=threads)
+
+
+def case_kernel(implementation, name, dtype, threads=1):
+  return kernel(implementation, architectures.get(kernel_cases.CASES[name].architecture), dtype, threads)
+
+
+def error(value, reference):
+  return np.abs(value - reference).max() / np.abs(reference).max()
+
+
+def runs():
+  every = []
+  for name, case in kernel_cases.CASES.items():
+    for implementation in IMPLEMENTATIONS:
+      for dtype in case.dtypes:
+        if implementation != 'reference' or (case.cheap and dtype == 'float64'):
+          every.append(pytest.param(implementation, name, dtype, id=f'{implementation}-{name}-{dtype}'))
+  return every
+
+
+@pytest.mark.parametrize('implementation, name, dtype', runs())
+def test_block_and_gradient_equal_golden_values(implementation, name, dtype):
+  case = kernel_cases.CASES[name]
+  block, gradient = case_kernel(implementation, name, dtype).block_vjp(*kernel_cases.images(case))
+  tolerances = (CUSP_TOLERANCES if case.images == 'flat' else TOLERANCES)[dtype]
+  if case.images == 'near':
+    tolerances = {'float32': NEAR_TOLERANCES, 'float64': (1e-8, 1e-7)}[dtype]
+  assert block.dtype == gradient.dtype == dtype
+  assert error(block, GOLDEN[f'{name}/block']) <= tolerances[0]
+  assert error(gradient, GOLDEN[f'{name}/gradient']) <= tolerances[1]
+
+
+# Images that are nearly, but not quite, the same: float32 cannot tell 1 - c from rounding there; the gradient's slope is what suffers.
+NEAR_TOLERANCES = (5e-5, 1e-1)
+
+
+@pytest.mark.parametrize('name', ['fc2_flat', 'convnet_flat', 'convnet2_odd_flat', 'myrtle5_flat', 'pool_first_global_hidden'])
+@pytest.mark.parametrize('implementation', FAST)
+def test_equals_the_dense_oracle_where_images_coincide(implementation, name):
+  case = kernel_cases.CASES[name]
+  x, y, _ = kernel_cases.images(case._replace(images='flat', counts=(3, 4)))
+  expected = np.array([[dense_ntk(architectures.get(case.architecture), a, b) for b in y] for a in x])
+  assert error(case_kernel(implementation, name, 'float64').block(x, y), expected) <= 1e-10
+  assert error(case_kernel(implementation, name, 'float32').block(x, y), expected) <= 1e-6
+
+
+def dense_ntk(architecture, x1, x2):
+  """The NTK of a pair of images [H, W, D] from all pixel pairs, in long double, where identical pixels correlate to exactly 1."""
+  x1, x2 = np.longdouble(x1), np.longdouble(x2)
+  weight, bias = np.longdouble(architecture.w_std) ** 2, np.longdouble(architecture.b_std) ** 2
+  pairs = ((x1, x2), (x1, x1), (x2, x2))
+  n = [np.einsum('abd,efd->abef', x, y) / x1.shape[-1] for x, y in pairs]
+  t = np.zeros_like(n[0])
+
+  def box(v):
+    v = np.pad(v, 1)
+    size = [m - 2 for m in v.shape]
+    return sum(v[i:i + size[0], j:j + size[1], i:i + size[2], j:j + size[3]] for i in range(3) for j in range(3)) / 9
+
+  def mean_pool(v):
+    h, w = v.shape[0] // 2, v.shape[1] // 2
+    return v[:2 * h, :2 * w, :2 * h, :2 * w].reshape(h, 2, w, 2, h, 2, w, 2).mean((1, 3, 5, 7))
+
+  def relu(n, t):
+    q = [np.einsum('abab->ab', v) for v in n[1:]]
+    q = ((q[0], q[1]), (q[0], q[0]), (q[1], q[1]))
+    for i, (p, r) in enumerate(q):
+      s = np.sqrt(p[:, :, None, None] * r)
+      c = n[i] / np.where(s > 0, s, 1)
+      c = np.where(1 - np.abs(c) < 1e-17, np.sign(c), c)
+      dot = 1 - np.arccos(c) / np.longdouble('3.14159265358979323846')
+      t = t * dot / 2 if i == 0 else t
+      n = n[:i] + [s * (np.sqrt(1 - c * c) / np.longdouble('3.14159265358979323846') + c * dot) / 2] + n[i + 1:]
+    return n, t
+
+  for stage in architecture.stages:
+    for _ in range(stage.convs):
+      n = [weight * box(v) + bias for v in n]
+      n, t = relu(n, weight * box(t) + n[0])
+    if stage.pool:
+      n, t = [mean_pool(v) for v in n], mean_pool(t)
+  read = (lambda v: v.mean()) if architecture.readout == 'global_average_pool' else (lambda v: np.einsum('abab->', v) / (v.shape[0] * v.shape[1]))
+  n, t = [read(v).reshape(1, 1, 1, 1) for v in n], read(t).reshape(1, 1, 1, 1)
+  for _ in range(architecture.hidden):
+    n = [weight * v + bias for v in n]
+    n, t = relu(n, weight * t + n[0])
+  return float((weight * (n[0] + t) + bias).item())
+
+
+SMALL = ('fc2', 'convnet2_odd_flat')
+
+
+@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('implementation', FAST)
+def test_block_of_parts_is_parts_of_block(implementation, name):
+  case = kernel_cases.CASES[name]
+  k = case_kernel(implementation, name, 'float32')
+  rng = np.random.RandomState(0)
+  x, y = rng.standard_normal((5,) + case.shape), rng.standard_normal((37,) + case.shape)
+  cotangent = rng.standard_normal((5, 37))
+  block, gradient = k.block_vjp(x, y, cotangent)
+  np.testing.assert_allclose(k.block(x, y), block, rtol=1e-6)
+  np.testing.assert_allclose(k.block(x[3:], y[30:]), block[3:, 30:], rtol=2e-6)
+  pieces = [k.block_vjp(x, y[a:b], cotangent[:, a:b])[1] for a, b in ((0, 30), (30, 37))]
+  assert error(sum(pieces), gradient) <= 2e-6
+  prepared = k.prepare(y)
+  assert np.array_equal(k.block(x, prepared), k.block(x, y))
+  np.testing.assert_allclose(k.block(prepared[30:], x), block.T[30:], rtol=2e-6)
+  assert error(k.block_vjp(x, prepared[:30], cotangent[:, :30])[1], pieces[0]) <= 1e-6
+
+
+@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('implementation', FAST)
+def test_a_function_as_cotangent_sees_the_block_and_gives_the_same_bits(implementation, name, monkeypatch):
+  case = kernel_cases.CASES[name]
+  k = case_kernel(implementation, name, 'float32')
+  x, y, _ = kernel_cases.images(case)
+  block, gradient = k.block_vjp(x, y, np.sin(k.block_vjp(x, y, np.zeros((3, 4)))[0]))
+  for kept in (band._KEPT_BYTES, 0):
+    monkeypatch.setattr(band, '_KEPT_BYTES', kept)
+    value, pulled = k.block_vjp(x, y, np.sin)
+    assert np.array_equal(value, block) and np.array_equal(pulled, gradient)
+
+
+@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('implementation', FAST)
+def test_symmetric_block(implementation, name):
+  case = kernel_cases.CASES[name]
+  k = case_kernel(implementation, name, 'float32')
+  x = np.random.RandomState(1).standard_normal((21,) + case.shape)
+  x[7] = x[2]
+  block = k.block(x, x)
+  assert np.array_equal(block, block.T)
+  np.testing.assert_allclose(block, k.block(x, x.copy()), rtol=2e-6)
+  assert np.linalg.eigvalsh(block.astype(np.float64)).min() >= -2e-6 * np.abs(block).max() * len(x)
+
+
+@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('implementation', FAST)
+def test_bits_do_not_depend_on_threads(implementation, name):
+  case = kernel_cases.CASES[name]
+  rng = np.random.RandomState(2)
+  x, y, cotangent = rng.standard_normal((9,) + case.shape), rng.standard_normal((150,) + case.shape), rng.standard_normal((9, 150))
+  results = [case_kernel(implementation, name, 'float32', threads).block_vjp(x, y, cotangent) for threads in (1, 3)]
+  for one, three in zip(*results):
+    assert np.array_equal(one, three)
+
+
+@pytest.mark.parametrize('dtype', ntk.DTYPES)
+@pytest.mark.parametrize('name', ['fc2', 'convnet', 'no_bias', 'pool_first_global_hidden'])
+@pytest.mark.parametrize('implementation', FAST)
+def test_gradients_are_finite_at_the_edges(implementation, name, dtype):
+  shape = kernel_cases.CASES[name].shape
+  x = np.stack([np.zeros(shape), np.ones(shape), -np.ones(shape), 1e-3 * np.ones(shape)])
+  block, gradient = case_kernel(implementation, name, dtype).block_vjp(x, x, np.ones((4, 4)))
+  assert np.isfinite(block).all() and np.isfinite(gradient).all()
+
+
+PROPERTIES = hypothesis.settings(max_examples=5, deadline=None, derandomize=True)
+
+
+@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('implementation', FAST)
+@PROPERTIES
+@hypothesis.given(seed=st.integers(0, 2 ** 32 - 1))
+def test_permuting_images_permutes_the_results(implementation, name, seed):
+  case, rng = kernel_cases.CASES[name], np.random.RandomState(seed)
+  k = case_kernel(implementation, name, 'float32')
+  x, y, cotangent = rng.standard_normal((4,) + case.shape), rng.standard_normal((9,) + case.shape), rng.standard_normal((4, 9))
+  p, q = rng.permutation(4), rng.permutation(9)
+  block, gradient = k.block_vjp(x, y, cotangent)
+  permuted, pulled = k.block_vjp(x[p], y[q], cotangent[np.ix_(p, q)])
+  np.testing.assert_allclose(permuted, block[np.ix_(p, q)], rtol=1e-6)
+  assert error(pulled, gradient[p]) <= 1e-6
+
+
+@pytest.mark.parametrize('name', SMALL + ('no_bias', 'pool_first_global_hidden'))
+@pytest.mark.parametrize('implementation', FAST)
+@PROPERTIES
+@hypothesis.given(seed=st.integers(0, 2 ** 32 - 1))
+def test_vjp_is_finite_differences(implementation, name, seed):
+  case, rng = kernel_cases.CASES[name], np.random.RandomState(seed)
+  k = case_kernel(implementation, name, 'float64')
+  x, y, direction = (rng.standard_normal((n,) + case.shape) for n in (2, 3, 2))
+  cotangent, step = rng.standard_normal((2, 3)), 1e-4
+  slope = np.sum((k.block(x + step * direction, y) - k.block(x - step * direction, y)) * cotangent) / (2 * step)
+  gradient = k.block_vjp(x, y, cotangent)[1]
+  scale = np.linalg.norm(gradient) * np.linalg.norm(direction)
+  assert abs(np.sum(gradient * direction) - slope) <= 1e-7 * scale
+
+
+@pytest.mark.parametrize('size, radius, pools', [(8, 7, 0), (9, 8, 2), (32, 15, 3), (7, 1, 1), (28, 7, 3)])
+def test_an_axis_holds_every_pixel_pair_of_its_band_once(size, radius, pools):
+  sizes = [(size, radius)] + [(size >> i, max(0, radius >> i)) for i in range(1, pools + 1)]
+  for axis, (n, r) in zip(band._axes(sizes), sizes):
+    pairs = [(y, partner) for row in axis.partner() for y, partner in enumerate(row) if partner >= 0]
+    assert len(pairs) == len(set(pairs))
+    assert set(pairs) >= {(y, z) for y in range(n) for z in range(n) if abs(y - z) <= r}
+
+
+@pytest.mark.parametrize('function, coefficients', [(fit_polynomials.angle, band._ANGLE), (fit_polynomials.excess, band._EXCESS)])
+def test_polynomials_are_the_fitted_ones(function, coefficients):
+  fitted, worst = fit_polynomials.minimax(function, fit_polynomials.DEGREE)
+  np.testing.assert_allclose(coefficients, fitted, rtol=1e-6)
+  assert worst < 3e-8
+
+
+def test_auto_is_a_fast_implementation():
+  assert ntk.make_kernel('fc1').implementation in FAST
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(implementation='fast'), r"implementation: expected one of auto, jax, reference, got 'fast'\."),
+    (dict(dtype='float16'), r"dtype: expected one of float32, float64, got 'float16'\."),
+])
+def test_unknown_settings(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    ntk.make_kernel('fc1', **arguments)
+
+
+def test_bad_images():
+  k, x = kernel('jax', 'convnet', 'float32'), np.zeros((2, 8, 8, 1))
+  with pytest.raises(ValueError, match=r'x1: expected images \[N, H, W, D\] with nothing empty, got shape \(8, 8, 1\)\.'):
+    k.block(x[0], x)
+  with pytest.raises(ValueError, match=r'x2: contains NaN or infinity in image 1\.'):
+    k.block(x, np.array([x[0], x[0] + np.nan]))
+  with pytest.raises(ValueError, match=r'x1 and x2: images must have the same \[H, W, D\], got \(8, 8, 1\) and \(8, 9, 1\)\.'):
+    k.block(x, np.zeros((2, 8, 9, 1)))
+  with pytest.raises(ValueError, match='3 2x2 poolings leave nothing of a 8x7 image; at least 8x8 is needed'):
+    k.block(x[:, :, :7], x[:, :, :7])
+  with pytest.raises(ValueError, match=r'cotangent: expected shape \(2, 2\), got \(2, 1\)\.'):
+    k.block_vjp(x, x, np.zeros((2, 1)))
+  with pytest.raises(ValueError, match='x2: was prepared by another kernel'):
+    k.block(x, kernel('jax', 'convnet2', 'float32').prepare(x))
