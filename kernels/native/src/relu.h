@@ -1,0 +1,58 @@
+// The arc-cosine kernels of a ReLU layer: one square root and one polynomial.
+//
+// With cosine c = n / sqrt(q1 q2), sine = sqrt(1 - c^2) and dot = (pi - acos c) / 2 pi, a ReLU maps
+//   n' = sqrt(q1 q2) sine / 2 pi + n dot,   t' = t dot.
+#pragma once
+
+#include <utility>
+
+#include "arc_cosine_coefficients.h"
+#include "vector.h"
+
+namespace kip {
+
+// Below this, 1 - c^2 is rounding: identical images must not see the cusp of acos at c = 1.
+template <class T>
+inline constexpr T kFlat = sizeof(T) == 4 ? T(5e-7) : T(4e-15);
+
+inline constexpr double kInverseTurn = 0.15915494309189535;  // 1 / 2 pi
+
+template <class V>
+struct Angle {
+  V cosine, sine2, sine, dot;
+};
+
+template <class V>
+inline V arc_cosine_polynomial(V a) {
+  using T = Scalar<V>;
+  constexpr auto& powers = ArcCosine<T>::powers;
+  constexpr int degree = sizeof(powers) / sizeof(T) - 1;
+  if constexpr (sizeof(T) == 8) a = 2 * a - 1;
+  V value = spread<V>(powers[degree]);
+#pragma GCC unroll 32
+  for (int i = degree - 1; i >= 0; --i) value = value * a + powers[i];
+  return value;
+}
+
+// kSigned: whether the cosine can be negative; after the first ReLU it cannot.
+template <bool kSigned, class V>
+inline Angle<V> angle(V n, V inverse1_inverse2) {
+  using T = Scalar<V>;
+  Angle<V> a;
+  a.cosine = n * inverse1_inverse2;
+  const V sine2 = 1 - a.cosine * a.cosine;
+  a.sine2 = sine2 < kFlat<T> ? V{} : sine2;
+  a.sine = square_root(a.sine2);
+  const V part = a.sine * arc_cosine_polynomial(kSigned ? absolute(a.cosine) : a.cosine);
+  const V dot = T(0.5) - part;
+  a.dot = kSigned ? (a.cosine < V{} ? part : dot) : dot;
+  return a;
+}
+
+// 1 / (2 pi sine), and 0 where the sine is.
+template <class V>
+inline V inverse_sine(const Angle<V>& a) {
+  return a.sine2 > V{} ? Scalar<V>(kInverseTurn) / a.sine : V{};
+}
+
+}  // namespace kip
