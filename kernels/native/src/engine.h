@@ -28,25 +28,27 @@ class PairEngine {
   using V = Vector<T>;
 
   explicit PairEngine(const Plan& plan)
-      : plan_(plan), lines_(plan), bands_(plan, true), hidden_(plan.network.hidden), pixel_bar_(plan.image_size()), sigma_(plan.variances) {}
+      : plan_(plan), lines_(plan), bands_(plan, true), hidden_(plan.network.hidden), readout_(plan.max_width), pixel_bar_(plan.image_size()),
+        sigma_(plan.variances), spare_(plan.max_width) {}
 
   // The NTK of the left image and each right image.
   V forward(LeftImage<T> left, RightImages<V> right) {
     lines_.set_images(left, right);
+    readout_.clear();
     double n_sum[kLanes<T>] = {}, t_sum[kLanes<T>] = {};
     for (int p = 0; p < levels(); ++p) {
       const Level& level = plan_.levels[p];
       if (p + 1 < levels()) {
         bands_.clear(p + 1);
         level.for_each_offset([&](Offset d) {
-          PoolingSink<V> sink{{level, plan_.levels[p + 1], d}, bands_.band(p + 1)};
-          lines_.forward(p, d, bands_.band(p), sink);
+          PoolingCells<V> to(level, plan_.levels[p + 1], d, bands_.band(p + 1), spare_.data());
+          lines_.forward(p, d, bands_.band(p), to);
         });
       } else {
         level.for_each_offset([&](Offset d) {
-          ReadoutSink<V> sink(level.rectangle(d).width);
-          lines_.forward(p, d, bands_.band(p), sink);
-          sink.add_to(n_sum, t_sum);
+          readout_.begin(level.rectangle(d).width);
+          lines_.forward(p, d, bands_.band(p), readout_);
+          readout_.flush(n_sum, t_sum);
         });
       }
     }
@@ -61,18 +63,18 @@ class PairEngine {
     sigma_.clear();
     V n_bar, t_bar;
     backward_hidden(n_bar, t_bar);
-    n_bar *= T(plan_.readout_share()), t_bar *= T(plan_.readout_share());
+    readout_.set_cotangents(n_bar * T(plan_.readout_share()), t_bar * T(plan_.readout_share()));
+    spare_.clear();
     lines_.set_images(left, right);
     for (int p = levels() - 1; p >= 0; --p) {
       const Level& level = plan_.levels[p];
       level.for_each_offset([&](Offset d) {
-        const int width = level.rectangle(d).width;
         if (p + 1 < levels()) {
-          PoolingSource<V> source{{level, plan_.levels[p + 1], d}, bands_.band(p + 1), width};
-          lines_.backward(p, d, bands_.band(p), source, pixel_bar_.data(), sigma_.data());
+          PoolingCells<V> from(level, plan_.levels[p + 1], d, bands_.band(p + 1), spare_.data());
+          lines_.backward(p, d, bands_.band(p), from, pixel_bar_.data(), sigma_.data());
         } else {
-          ReadoutSource<V> source{n_bar, t_bar, width};
-          lines_.backward(p, d, bands_.band(p), source, pixel_bar_.data(), sigma_.data());
+          readout_.begin(level.rectangle(d).width);
+          lines_.backward(p, d, bands_.band(p), readout_, pixel_bar_.data(), sigma_.data());
         }
       });
     }
@@ -94,8 +96,8 @@ class PairEngine {
       n = n * w + b, t = t * w + n;
       const std::ptrdiff_t e = plan_.hidden_variances() + l;
       const V inverse = left.inverse[e] * right.inverse[e];
-      const Angle<V> a = angle<true>(n, inverse);
-      hidden_[l] = {n, a.dot, t * (inverse_sine(a) * inverse), left.deviation[e] * right.deviation[e] * a.sine};
+      const Angle<V> a = angle<true, true>(n * inverse);
+      hidden_[l] = {n, a.dot, t * (a.dot_slope * inverse), left.deviation[e] * right.deviation[e] * a.sine};
       n = n * a.dot + hidden_[l].sine_slope, t = t * a.dot;
     }
     n = n * w + b;
@@ -108,7 +110,7 @@ class PairEngine {
     for (std::size_t l = hidden_.size(); l-- > 0;) {
       const Hidden& h = hidden_[l];
       V nt_bar_in, t_bar_in;
-      pull_back<true>(n_bar, t_bar, h.n, h.dot, h.dot_slope, h.sine_slope, nt_bar_in, t_bar_in, sigma_[plan_.hidden_variances() + l]);
+      pull_back<true, false>(n_bar, t_bar, h.n, h.dot, h.dot_slope, h.sine_slope, nt_bar_in, t_bar_in, sigma_[plan_.hidden_variances() + l]);
       n_bar = nt_bar_in * w, t_bar = t_bar_in * w;
     }
   }
@@ -117,7 +119,8 @@ class PairEngine {
   Lines<T, T, true> lines_;
   BandBuffers<V> bands_;
   std::vector<Hidden> hidden_;
-  Buffer<V> pixel_bar_, sigma_;
+  Readout<V> readout_;
+  Buffer<V> pixel_bar_, sigma_, spare_;
 };
 
 // As many images as there are lanes, each with itself. The pair (x, x) is symmetric under (d, y) -> (-d, y + d), so that all gradients are
@@ -129,33 +132,38 @@ class VarianceEngine {
 
   explicit VarianceEngine(const Plan& plan)
       : plan_(plan), lines_(plan), bands_(plan, false), q_(plan.variances), inverse_(plan.variances), deviation_(plan.variances),
-        right_deviation_(plan.variances), pixel_bar_(plan.image_size()), sigma_(plan.variances), zeros_(plan.max_width + 1),
-        plane_(plan.pixels * 2), next_plane_(plan.pixels * 2) {}
+        right_deviation_(plan.variances), pixel_bar_(plan.image_size()), sigma_(plan.variances), zeros_(plan.max_width + 1), spare_(plan.max_width),
+        plane_(plan.pixels * 2), next_plane_(plan.pixels * 2), readout_(plan.max_width) {}
 
   // The variance of each ReLU's input, of images [H, W, D] and the same ones divided by D.
   const Buffer<V>& forward(const V* pixels, const V* scaled_pixels) {
     left_ = {pixels, inverse_.data(), deviation_.data()};
     right_ = {scaled_pixels, inverse_.data(), right_deviation_.data()};
     lines_.set_images(left_, right_);
+    readout_.clear();
     double sum[kLanes<T>] = {}, unused[kLanes<T>] = {};
     for (int p = 0; p < levels(); ++p) {
       const Level& level = plan_.levels[p];
       forward_diagonal(p);
-      const auto through = [&](Offset d, auto& sink) {
-        if (d.dy || d.dx) return lines_.forward(p, d, bands_.band(p), sink);
-        for (int y = 0; y < level.height; ++y) sink.row(y, plane_row(plane_, level, y), zeros_.data());
+      const auto through = [&](Offset d, auto& to) {
+        if (d.dy || d.dx) return lines_.forward(p, d, bands_.band(p), to);
+        for (int y = 0; y < level.height; ++y) {
+          const AddToCells<V> out{to.row(y), to.share};
+          const V* row = plane_row(plane_, level, y);
+          for (int x = 0; x < out.cells.count; ++x) out.template emit<false>(x, row[x], V{});
+        }
       };
       if (p + 1 < levels()) {
         bands_.clear(p + 1);
         level.for_each_offset([&](Offset d) {
-          PoolingSink<V> sink{{level, plan_.levels[p + 1], d}, bands_.band(p + 1)};
-          through(d, sink);
+          PoolingCells<V> to(level, plan_.levels[p + 1], d, bands_.band(p + 1), spare_.data());
+          through(d, to);
         });
       } else if (plan_.network.hidden) {
         level.for_each_offset([&](Offset d) {
-          ReadoutSink<V> sink(level.rectangle(d).width);
-          through(d, sink);
-          sink.add_to(sum, unused);
+          readout_.begin(level.rectangle(d).width);
+          through(d, readout_);
+          readout_.flush(sum, unused);
         });
       }
     }
@@ -174,24 +182,27 @@ class VarianceEngine {
     sigma_.clear();
     V n_bar{};
     for (std::ptrdiff_t e = plan_.variances; e-- > plan_.hidden_variances();) n_bar = (q_bar[e] + n_bar * T(0.5)) * T(plan_.network.w);
-    if (plan_.network.hidden) n_bar *= T(plan_.readout_share());
+    readout_.set_cotangents(plan_.network.hidden ? n_bar * T(plan_.readout_share()) : n_bar, V{});
+    spare_.clear();
     for (int p = levels() - 1; p >= 0; --p) {
       const Level& level = plan_.levels[p];
-      const auto through = [&](Offset d, auto& source) {
-        if (d.dy || d.dx) lines_.backward(p, d, bands_.band(p), source, pixel_bar_.data(), sigma_.data());
+      const auto through = [&](Offset d, auto& from) {
+        if (d.dy || d.dx) lines_.backward(p, d, bands_.band(p), from, pixel_bar_.data(), sigma_.data());
+        else backward_diagonal(p, from, q_bar);
       };
-      const auto source_at = [&](Offset d, auto f) {
-        const int width = level.rectangle(d).width;
+      const auto at = [&](Offset d) {
         if (p + 1 < levels()) {
-          PoolingSource<V> source{{level, plan_.levels[p + 1], d}, bands_.band(p + 1), width};
-          f(source);
+          PoolingCells<V> from(level, plan_.levels[p + 1], d, bands_.band(p + 1), spare_.data());
+          through(d, from);
         } else {
-          ReadoutSource<V> source{n_bar, V{}, width};
-          f(source);
+          readout_.begin(level.rectangle(d).width);
+          through(d, readout_);
         }
       };
-      level.for_each_offset([&](Offset d) { source_at(d, [&](auto& source) { through(d, source); }); });
-      source_at({0, 0}, [&](auto& source) { backward_diagonal(p, source, q_bar); });
+      level.for_each_offset([&](Offset d) {
+        if (d.dy || d.dx) at(d);
+      });
+      at({0, 0});  // last: it takes what all the others give to sigma
     }
     return pixel_bar_;
   }
@@ -239,14 +250,15 @@ class VarianceEngine {
     }
   }
 
-  template <class Source>
-  void backward_diagonal(int p, Source& source, const V* q_bar) {
+  template <class From>
+  void backward_diagonal(int p, From& from, const V* q_bar) {
     const Level& level = plan_.levels[p];
     const T scale = T(plan_.convolution_scale());
     const int width = level.width, channels = plan_.channels;
     for (int y = 0; y < level.height; ++y) {
       V* row = plane_row(plane_, level, y);
-      source.row(y, row, zeros_.data());
+      const Cells<V> cells = from.row(y);
+      for (int x = 0; x < width; ++x) row[x] = x < cells.count ? cells.n[x & 1][x >> 1] : V{};
       row[width] = plane_row(next_plane_, level, y)[width] = V{};
     }
     for (int l = level.convs - 1; l >= 0; --l) {
@@ -258,19 +270,16 @@ class VarianceEngine {
           row[x] = row[x] * T(0.5) + q_bar[e] + sigma_[e] * inverse_[e] * inverse_[e];
         }
       }
-      for (int y = 0; y < level.height; ++y) {
-        V* out = plane_row(next_plane_, level, y);
-        for_each_box(three(level, y), width, [&](int x, V box) { out[x] = box * scale; });
-      }
+      for (int y = 0; y < level.height; ++y) scaled_box_row(three(level, y), width, scale, plane_row(next_plane_, level, y));
       std::swap(plane_, next_plane_);
     }
     for (int y = 0; y < level.height; ++y) {
       const V* row = plane_row(plane_, level, y);
       const std::ptrdiff_t first = std::ptrdiff_t(y) * width * channels;
       if (p) {
-        std::memcpy(bands_.n[p].data() + level.start({0, 0}) + y * (width + 1), row, width * sizeof(V));
+        for (int x = 0; x < width; ++x) bands_.n[p][level.start({0, 0}) + y * (width + 1) + x] = row[x] / 16;
       } else {
-        add_pixel_cotangents<0>(row, right_.pixels + first, width, channels, pixel_bar_.data() + first);
+        for (int e = 0; e < width * channels; ++e) pixel_bar_[first + e] += row[e / channels] * right_.pixels[first + e];
       }
     }
   }
@@ -280,7 +289,8 @@ class VarianceEngine {
   BandBuffers<V> bands_;
   LeftImage<V> left_{};
   RightImages<V> right_{};
-  Buffer<V> q_, inverse_, deviation_, right_deviation_, pixel_bar_, sigma_, zeros_, plane_, next_plane_;
+  Buffer<V> q_, inverse_, deviation_, right_deviation_, pixel_bar_, sigma_, zeros_, spare_, plane_, next_plane_;
+  Readout<V> readout_;
 };
 
 }  // namespace kip

@@ -108,32 +108,58 @@ inline void for_each_convolved(ThreeRows<V> n, ThreeRows<V> t, int width, Affine
   }
 }
 
+// Where a row of a level's output goes, or where its cotangents come from: entry x to or from n[x % 2][x / 2], for x < count.
+template <class V>
+struct Cells {
+  V *n[2], *t[2];
+  int count;
+};
+
+template <class V>
+struct StoreRow {
+  V *n, *t;
+  template <bool kNtk>
+  void emit(int x, V n_value, V t_value) const {
+    n[x] = n_value;
+    if constexpr (kNtk) t[x] = t_value;
+  }
+};
+
+template <class V>
+struct AddToCells {
+  Cells<V> cells;
+  Scalar<V> share;
+  template <bool kNtk>
+  void emit(int x, V n_value, V t_value) const {
+    cells.n[x & 1][x >> 1] += n_value * share;
+    if constexpr (kNtk) cells.t[x & 1][x >> 1] += t_value * share;
+  }
+};
+
 // Convolution and ReLU of a row.
-template <bool kNtk, bool kFirst, bool kSave, class L, class V>
-void forward_row(ThreeRows<V> n, ThreeRows<V> t, int width, Affine<Scalar<V>> conv, ReluRow<L, V> relu, V* __restrict n_out, V* __restrict t_out,
-                 Saved<V> saved) {
+template <bool kNtk, bool kFirst, bool kSave, class L, class V, class Out>
+void forward_row(ThreeRows<V> n, ThreeRows<V> t, int width, Affine<Scalar<V>> conv, ReluRow<L, V> relu, Out out, Saved<V> saved) {
   for_each_convolved<kNtk, kFirst>(n, t, width, conv, [&](int x, V n, V t) {
     const V inverse = relu.inverse(x);
-    const Angle<V> a = angle<kFirst>(n, inverse);
+    const Angle<V> a = angle<kFirst, kSave && kNtk>(n * inverse);
     const V sine_slope = relu.deviation(x) * a.sine;
-    n_out[x] = n * a.dot + sine_slope;
-    if constexpr (kNtk) t_out[x] = t * a.dot;
+    out.template emit<kNtk>(x, n * a.dot + sine_slope, t * a.dot);
     if constexpr (kSave) {
       saved.n[x] = n;
       saved.dot[x] = a.dot;
       saved.sine_slope[x] = sine_slope;
-      if constexpr (kNtk) saved.dot_slope[x] = t * (inverse_sine(a) * inverse);
+      if constexpr (kNtk) saved.dot_slope[x] = t * (a.dot_slope * inverse);
     }
   });
 }
 
-// The adjoint of a ReLU at one point: sets nt_bar = n_bar + t_bar and t_bar of its input, adds s1 s1_bar to `sigma`.
-template <bool kNtk, class V>
+// The adjoint of a ReLU at one point: sets nt_bar = n_bar + t_bar and (unless kFirst) t_bar of its input, adds s1 s1_bar to sigma.
+template <bool kNtk, bool kFirst, class V>
 inline void pull_back(V n_bar, V t_bar, V n, V dot, V dot_slope, V sine_slope, V& nt_bar_in, V& t_bar_in, V& sigma) {
   if constexpr (kNtk) {
     const V slope = t_bar * dot_slope;
     nt_bar_in = (n_bar + t_bar) * dot + slope;
-    t_bar_in = t_bar * dot;
+    if constexpr (!kFirst) t_bar_in = t_bar * dot;
     sigma += n_bar * sine_slope - slope * n;
   } else {
     nt_bar_in = n_bar * dot;
@@ -141,32 +167,38 @@ inline void pull_back(V n_bar, V t_bar, V n, V dot, V dot_slope, V sine_slope, V
   }
 }
 
-// Convolution and ReLU of a row of the last layer, and at once the adjoint of that ReLU at n_bar, t_bar.
+// Convolution and ReLU of a row of the last layer, and at once the adjoint of that ReLU at the cotangents in `cells`.
 template <bool kNtk, bool kFirst, class L, class V>
-void turn_row(ThreeRows<V> n, ThreeRows<V> t, int width, Affine<Scalar<V>> conv, ReluRow<L, V> relu, const V* n_bar, const V* t_bar,
-              V* __restrict nt_bar_in, V* __restrict t_bar_in, V* __restrict sigma) {
-  for_each_convolved<kNtk, kFirst>(n, t, width, conv, [&](int x, V n, V t) {
+void turn_row(ThreeRows<V> n, ThreeRows<V> t, Affine<Scalar<V>> conv, ReluRow<L, V> relu, Cells<V> cells, V* __restrict nt_bar_in,
+              V* __restrict t_bar_in, V* __restrict sigma) {
+  for_each_convolved<kNtk, kFirst>(n, t, cells.count, conv, [&](int x, V n, V t) {
     const V inverse = relu.inverse(x);
-    const Angle<V> a = angle<kFirst>(n, inverse);
-    V dot_slope{};
-    if constexpr (kNtk) dot_slope = t * (inverse_sine(a) * inverse);
-    pull_back<kNtk>(n_bar[x], kNtk ? t_bar[x] : V{}, n, a.dot, dot_slope, relu.deviation(x) * a.sine, nt_bar_in[x], t_bar_in[x], sigma[x]);
+    const Angle<V> a = angle<kFirst, kNtk>(n * inverse);
+    const V n_bar = cells.n[x & 1][x >> 1], t_bar = kNtk ? cells.t[x & 1][x >> 1] : V{};
+    pull_back<kNtk, kFirst>(n_bar, t_bar, n, a.dot, kNtk ? t * (a.dot_slope * inverse) : V{}, relu.deviation(x) * a.sine, nt_bar_in[x],
+                            t_bar_in[x], sigma[x]);
   });
+  nt_bar_in[cells.count] = t_bar_in[cells.count] = V{};
 }
 
 // The adjoint of the convolution above a row, then of its ReLU.
-template <bool kNtk, class V>
+template <bool kNtk, bool kFirst, class V>
 void backward_row(ThreeRows<V> nt_bar, ThreeRows<V> t_bar, int width, Scalar<V> scale, Saved<V> saved, V* __restrict nt_bar_in,
                   V* __restrict t_bar_in, V* __restrict sigma) {
   const auto at = [&](int x, V n_bar, V t_bar) {
-    pull_back<kNtk>(n_bar * scale, t_bar * scale, saved.n[x], saved.dot[x], kNtk ? saved.dot_slope[x] : V{}, saved.sine_slope[x],
-                    nt_bar_in[x], t_bar_in[x], sigma[x]);
+    pull_back<kNtk, kFirst>(n_bar * scale, t_bar * scale, saved.n[x], saved.dot[x], kNtk ? saved.dot_slope[x] : V{}, saved.sine_slope[x],
+                            nt_bar_in[x], t_bar_in[x], sigma[x]);
   };
   if constexpr (kNtk) {
     for_each_box(nt_bar, t_bar, width, at);
   } else {
     for_each_box(nt_bar, width, [&](int x, V box) { at(x, box, V{}); });
   }
+}
+
+template <class V>
+void scaled_box_row(ThreeRows<V> a, int width, Scalar<V> scale, V* __restrict out) {
+  for_each_box(a, width, [&](int x, V box) { out[x] = box * scale; });
 }
 
 // Products of pixels, summed over channels. kChannels = 0: any number.
@@ -180,11 +212,14 @@ void input_row(const L* left, const V* right, int width, int channels, V* __rest
   }
 }
 
+// The adjoint of the first convolution and of input_row.
 template <int kChannels, class V>
-void add_pixel_cotangents(const V* n_bar, const V* right, int width, int channels, V* __restrict pixel_bar) {
+void pixel_cotangents_row(ThreeRows<V> nt_bar, int width, Scalar<V> scale, const V* right, int channels, V* __restrict pixel_bar) {
   const int count = kChannels ? kChannels : channels;
-  for (int x = 0; x < width; ++x, right += count, pixel_bar += count)
-    for (int c = 0; c < count; ++c) pixel_bar[c] += n_bar[x] * right[c];
+  for_each_box(nt_bar, width, [&](int x, V box) {
+    const V n_bar = box * scale;
+    for (int c = 0; c < count; ++c) pixel_bar[x * count + c] += n_bar * right[x * count + c];
+  });
 }
 
 // Streams the offsets of one level through its layers. One per thread: it owns the rows that are alive.
@@ -194,78 +229,63 @@ class Lines {
   using V = Vector<T>;
 
   explicit Lines(const Plan& plan)
-      : plan_(plan), conv_{T(plan.convolution_scale()), T(plan.network.b)}, row_size_(plan.max_width + 1),
-        saved_rows_(power_of_two_from(2 * std::max(plan.max_convs, 1))),
-        zeros_(row_size_), rows_((plan.max_convs + 1) * kRows * row_size_ * 2), bars_(rows_.size()),
-        saved_(plan.max_convs * saved_rows_ * row_size_ * 4), top_(2 * row_size_) {}
+      : plan_(plan), conv_{T(plan.convolution_scale()), T(plan.network.b)}, row_size_(plan.max_width + 1), zeros_(row_size_),
+        rows_(std::max(plan.max_convs, 1) * 2 * kRows * row_size_), bars_(rows_.size()), saved_(plan.max_convs * saved_rows(0, plan.max_convs) * 4 * row_size_) {}
 
-  // The images of the pairs; `bands[p]` holds level p's covariances (none for the level 0, computed from pixels).
+  // The images of the pairs.
   void set_images(LeftImage<L> left, RightImages<V> right) { left_ = left, right_ = right; }
 
-  // Calls sink.row(y, n, t) for each row of the level's output for which sink.wants(y).
-  template <class Sink>
-  void forward(int p, Offset d, Band<V> band, Sink& sink) {
+  // Adds the output of level p at offset d, times to.share, to the cells to.row(y). `band` holds the level's input (at level 0, pixels do).
+  template <class To>
+  void forward(int p, Offset d, Band<V> band, To& to) {
     begin(p, d, band);
     const int k = level_->convs, h = rect_.height;
-    if (!k) {
-      for (int y = 0; y < h; ++y) load_input(y), sink.row(y, n_row(0, y), kNtk && level_->has_ntk ? t_row(0, y) : zeros_.data());
-      return;
-    }
     for (int step = 0; step < h + k; ++step) {
       if (step < h) load_input(step);
-      for (int l = 0; l < k; ++l) {
-        const int y = step - 1 - l;
-        if (y < 0 || y >= h || (l == k - 1 && !sink.wants(y))) continue;
-        forward_layer<false>(l, y);
-        if (l == k - 1) sink.row(y, n_row(k, y), t_row(k, y));
+      for (int l = 0; l < k - 1; ++l)
+        if (const int y = step - 1 - l; y >= 0 && y < h) forward_layer<false>(l, y, rect_.width, StoreRow<V>{n_row(l + 1, y), t_row(l + 1, y)});
+      if (const int y = step - k; y >= 0 && y < h) {
+        const AddToCells<V> out{to.row(y), to.share};
+        if (k) {
+          forward_layer<false>(k - 1, y, out.cells.count, out);
+        } else {
+          const V *n = n_row(0, y), *t = kNtk && level_->has_ntk ? t_row(0, y) : zeros_.data();
+          for (int x = 0; x < out.cells.count; ++x) out.template emit<kNtk>(x, n[x], t[x]);
+        }
       }
     }
   }
 
-  // The adjoint. source.row(y, n_bar, t_bar) gives the cotangents of the level's output; those of its input replace the band, or are added to
-  // pixel_bar [H, W, D] at level 0; s1 s1_bar of each ReLU's input is added to sigma [variances].
-  template <class Source>
-  void backward(int p, Offset d, Band<V> band, Source& source, V* pixel_bar, V* sigma) {
+  // The adjoint, at the cotangents in the cells from.row(y). Those of the level's input replace the band, divided by 16 for the pooling below;
+  // at level 0 they are added to pixel_bar [H, W, D]. s1 s1_bar of each ReLU's input is added to sigma [variances].
+  template <class From>
+  void backward(int p, Offset d, Band<V> band, From& from, V* pixel_bar, V* sigma) {
     begin(p, d, band);
     const int k = level_->convs, h = rect_.height;
-    if (!k) {
-      for (int y = 0; y < h; ++y) {
-        V* n_bar = p ? band_.n + band_row(y) : top_.data();
-        source.row(y, n_bar, p && kNtk ? band_.t + band_row(y) : top_.data() + row_size_);
-        if (!p) pixel_cotangents(y, n_bar, pixel_bar);
-      }
-      return;
-    }
     for (int step = 0; step < h + 2 * k; ++step) {
       if (step < h) load_input(step);
       for (int l = 0; l < k - 1; ++l)
-        if (const int y = step - 1 - l; y >= 0 && y < h) forward_layer<true>(l, y);
-      if (const int y = step - k; y >= 0 && y < h) turn(y, source, sigma);
+        if (const int y = step - 1 - l; y >= 0 && y < h) forward_layer<true>(l, y, rect_.width, StoreRow<V>{n_row(l + 1, y), t_row(l + 1, y)});
+      if (const int y = step - k; k && y >= 0 && y < h) turn(y, from.row(y), sigma);
       for (int l = k - 2; l >= 0; --l)
         if (const int y = step - 2 * k + 1 + l; y >= 0 && y < h) backward_layer(l, y, sigma);
-      if (const int y = step - 2 * k; y >= 0) input_cotangents(y, pixel_bar);
+      if (const int y = step - 2 * k; y >= 0) k ? input_cotangents(y, pixel_bar) : input_cotangents(y, from.row(y), pixel_bar);
     }
   }
 
  private:
-  static constexpr int kRows = 4;  // alive at a time: three read, one written; a power of two
+  static constexpr int kRows = 3;  // alive at a time; the next one takes the place of the first
 
-  static int power_of_two_from(int n) {
-    int power = 1;
-    while (power < n) power *= 2;
-    return power;
-  }
+  // Rows between a layer's forward and its adjoint.
+  static int saved_rows(int l, int convs) { return std::max(1, 2 * (convs - l) - 1); }
 
   void begin(int p, Offset d, Band<V> band) {
     level_ = &plan_.levels[p], p_ = p, d_ = d, band_ = band, rect_ = level_->rectangle(d);
-    for (std::size_t row = 0; row * row_size_ < rows_.size(); ++row) {
-      rows_[row * row_size_ + rect_.width] = V{};
-      bars_[row * row_size_ + rect_.width] = V{};
-    }
+    for (std::size_t row = 0; row < rows_.size(); row += row_size_) rows_[row + rect_.width] = bars_[row + rect_.width] = V{};
   }
 
   std::ptrdiff_t band_row(int y) const { return level_->start(d_) + std::ptrdiff_t(y) * (rect_.width + 1); }
-  V* ring(Buffer<V>& buffer, int l, int quantity, int y) { return buffer.data() + ((2 * l + quantity) * kRows + (y & (kRows - 1))) * row_size_; }
+  V* ring(Buffer<V>& buffer, int l, int quantity, int y) { return buffer.data() + ((2 * l + quantity) * kRows + y % kRows) * row_size_; }
 
   // Row y of layer l's input.
   V* n_row(int l, int y) { return l || !p_ ? ring(rows_, l, 0, y) : band_.n + band_row(y); }
@@ -279,9 +299,13 @@ class Lines {
   ThreeRows<V> three(F row, int y) {
     return {y > 0 ? row(y - 1) : zeros_.data(), row(y), y + 1 < rect_.height ? row(y + 1) : zeros_.data()};
   }
+  ThreeRows<V> n_rows(int l, int y) { return three([&](int y) { return n_row(l, y); }, y); }
+  ThreeRows<V> t_rows(int l, int y) { return three([&](int y) { return t_row(l, y); }, y); }
+  ThreeRows<V> nt_bar_rows(int l, int y) { return three([&](int y) { return nt_bar_row(l, y); }, y); }
+  ThreeRows<V> t_bar_rows(int l, int y) { return three([&](int y) { return t_bar_row(l, y); }, y); }
 
   Saved<V> saved(int l, int y) {
-    V* first = saved_.data() + (l * saved_rows_ + (y & (saved_rows_ - 1))) * 4 * row_size_;
+    V* first = saved_.data() + (l * saved_rows(0, plan_.max_convs) + y % saved_rows(l, level_->convs)) * 4 * row_size_;
     return {first, first + row_size_, first + 2 * row_size_, first + 3 * row_size_};
   }
 
@@ -303,56 +327,62 @@ class Lines {
     row(left_.pixels + left_pixel(y) * channels, right_.pixels + right_pixel(y) * channels, rect_.width, channels, n_row(0, y));
   }
 
-  template <bool kSave>
-  void forward_layer(int l, int y) {
-    const auto row = first(l) ? forward_row<kNtk, true, kSave, L, V> : forward_row<kNtk, false, kSave, L, V>;
-    row(three([&](int y) { return n_row(l, y); }, y), three([&](int y) { return t_row(l, y); }, y), rect_.width, conv_, relu(l, y),
-        ring(rows_, l + 1, 0, y), ring(rows_, l + 1, 1, y), kSave ? saved(l, y) : Saved<V>{});
+  template <bool kSave, class Out>
+  void forward_layer(int l, int y, int count, Out out) {
+    const auto row = first(l) ? forward_row<kNtk, true, kSave, L, V, Out> : forward_row<kNtk, false, kSave, L, V, Out>;
+    row(n_rows(l, y), t_rows(l, y), count, conv_, relu(l, y), out, kSave ? saved(l, y) : Saved<V>{});
   }
 
-  template <class Source>
-  void turn(int y, Source& source, V* sigma) {
+  void turn(int y, Cells<V> cells, V* sigma) {
     const int l = level_->convs - 1;
-    V *n_bar = top_.data(), *t_bar = n_bar + row_size_;
-    if (!source.row(y, n_bar, t_bar)) {
+    if (!cells.count) {
       std::memset(nt_bar_row(l, y), 0, rect_.width * sizeof(V));
       std::memset(t_bar_row(l, y), 0, rect_.width * sizeof(V));
       return;
     }
     const auto row = first(l) ? turn_row<kNtk, true, L, V> : turn_row<kNtk, false, L, V>;
-    row(three([&](int y) { return n_row(l, y); }, y), three([&](int y) { return t_row(l, y); }, y), rect_.width, conv_, relu(l, y), n_bar, t_bar,
-        nt_bar_row(l, y), t_bar_row(l, y), sigma + variance(l) + left_pixel(y));
+    row(n_rows(l, y), t_rows(l, y), conv_, relu(l, y), cells, nt_bar_row(l, y), t_bar_row(l, y), sigma + variance(l) + left_pixel(y));
   }
 
   void backward_layer(int l, int y, V* sigma) {
-    backward_row<kNtk>(three([&](int y) { return nt_bar_row(l + 1, y); }, y), three([&](int y) { return t_bar_row(l + 1, y); }, y), rect_.width,
-                       conv_.scale, saved(l, y), nt_bar_row(l, y), t_bar_row(l, y), sigma + variance(l) + left_pixel(y));
+    const auto row = first(l) ? backward_row<kNtk, true, V> : backward_row<kNtk, false, V>;
+    row(nt_bar_rows(l + 1, y), t_bar_rows(l + 1, y), rect_.width, conv_.scale, saved(l, y), nt_bar_row(l, y), t_bar_row(l, y),
+        sigma + variance(l) + left_pixel(y));
   }
 
+  // Of a level with convolutions.
   void input_cotangents(int y, V* pixel_bar) {
-    V* n_bar = p_ ? band_.n + band_row(y) : top_.data();
-    for_each_box(three([&](int y) { return nt_bar_row(0, y); }, y), rect_.width, [&](int x, V box) { n_bar[x] = box * conv_.scale; });
-    if (!p_) return pixel_cotangents(y, n_bar, pixel_bar);
-    if constexpr (kNtk) {
-      if (!level_->has_ntk) return;
-      V* t_bar = band_.t + band_row(y);
-      for_each_box(three([&](int y) { return t_bar_row(0, y); }, y), rect_.width, [&](int x, V box) { t_bar[x] = box * conv_.scale; });
+    if (!p_) return pixel_cotangents(y, nt_bar_rows(0, y), conv_.scale, pixel_bar);
+    scaled_box_row(nt_bar_rows(0, y), rect_.width, conv_.scale / 16, band_.n + band_row(y));
+    if (kNtk && level_->has_ntk) scaled_box_row(t_bar_rows(0, y), rect_.width, conv_.scale / 16, band_.t + band_row(y));
+  }
+
+  // Of a level without.
+  void input_cotangents(int y, Cells<V> cells, V* pixel_bar) {
+    for (int x = 0; x < rect_.width; ++x) {
+      const bool inside = x < cells.count;
+      if (p_) {
+        band_.n[band_row(y) + x] = inside ? cells.n[x & 1][x >> 1] / 16 : V{};
+        if (kNtk) band_.t[band_row(y) + x] = inside ? cells.t[x & 1][x >> 1] / 16 : V{};
+      } else if (inside) {
+        const std::ptrdiff_t left = (left_pixel(y) + x) * plan_.channels, right = (right_pixel(y) + x) * plan_.channels;
+        for (int c = 0; c < plan_.channels; ++c) pixel_bar[left + c] += cells.n[x & 1][x >> 1] * right_.pixels[right + c];
+      }
     }
   }
 
-  void pixel_cotangents(int y, const V* n_bar, V* pixel_bar) {
+  void pixel_cotangents(int y, ThreeRows<V> nt_bar, T scale, V* pixel_bar) {
     const int channels = plan_.channels;
-    const auto add = channels == 1 ? add_pixel_cotangents<1, V> : channels == 3 ? add_pixel_cotangents<3, V> : add_pixel_cotangents<0, V>;
-    add(n_bar, right_.pixels + right_pixel(y) * channels, rect_.width, channels, pixel_bar + left_pixel(y) * channels);
+    const auto row = channels == 1 ? pixel_cotangents_row<1, V> : channels == 3 ? pixel_cotangents_row<3, V> : pixel_cotangents_row<0, V>;
+    row(nt_bar, rect_.width, scale, right_.pixels + right_pixel(y) * channels, channels, pixel_bar + left_pixel(y) * channels);
   }
 
   const Plan& plan_;
   const Affine<T> conv_;
   const std::ptrdiff_t row_size_;
-  const int saved_rows_;
   LeftImage<L> left_{};
   RightImages<V> right_{};
-  Buffer<V> zeros_, rows_, bars_, saved_, top_;
+  Buffer<V> zeros_, rows_, bars_, saved_;
 
   // The offset being streamed.
   const Level* level_ = nullptr;

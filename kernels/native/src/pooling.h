@@ -1,130 +1,80 @@
-// 2x2 average pooling (VALID) in the offset layout: each (d, y) feeds exactly one (D, Y), per axis Y = y >> 1, D = ((y + d) >> 1) - Y.
+// Between levels: 2x2 average pooling, and the readout.
 #pragma once
+
+#include <vector>
 
 #include "lines.h"
 
 namespace kip {
 
-// Where the rows of one offset of a level go in the next level's band.
-class PoolingMap {
+// 2x2 average pooling (VALID) of one offset: each (d, y) feeds exactly one (D, Y), per axis Y = y >> 1, D = ((y + d) >> 1) - Y. Row by row the
+// cells of the next level's band that a row feeds, or takes its cotangents from. Entries that the next level does not need go to `spare`.
+template <class V>
+class PoolingCells {
  public:
-  PoolingMap(const Level& level, const Level& next, Offset d) : next_(next), dy_(d.dy), y_(std::max(0, -d.dy)) {
-    const Rectangle r = level.rectangle(d);
+  static constexpr auto share = Scalar<V>(1) / 16;
+
+  PoolingCells(const Level& level, const Level& next, Offset d, Band<V> band, V* spare)
+      : next_(next), band_(band), spare_(spare), d_(d), rect_(level.rectangle(d)) {
+    const int last = rect_.x + rect_.width - 1;  // an odd last column, of either image, is dropped
+    count_ = rect_.width - ((last >> 1) >= next.width || ((last + d.dx) >> 1) >= next.width);
+  }
+
+  Cells<V> row(int y) const {
+    const int y1 = rect_.y + y, Y = y1 >> 1, dy = ((y1 + d_.dy) >> 1) - Y;
+    Cells<V> cells{{spare_, spare_}, {spare_, spare_}, 0};
+    if (Y >= next_.height || Y + dy >= next_.height || std::abs(dy) > next_.radius_y) return cells;
+    cells.count = count_;
     for (int parity = 0; parity < 2; ++parity) {
-      Columns& c = columns_[parity];
-      c.dx = (parity + d.dx) >> 1;
-      if (std::abs(c.dx) > next.radius_x) continue;
-      const int begin = (r.x + 1 - parity) >> 1;  // the first X with 2X + parity >= r.x
-      const int end = std::min({next.width, next.width - c.dx, (r.x + r.width + 1 - parity) >> 1});
-      c.count = std::max(0, end - begin);
-      c.from = 2 * begin + parity - r.x;
-      c.to = begin - std::max(0, -c.dx);
+      const int x1 = rect_.x + parity, X = x1 >> 1, dx = ((x1 + d_.dx) >> 1) - X;
+      if (std::abs(dx) > next_.radius_x) continue;
+      const Rectangle to = next_.rectangle({dy, dx});
+      const std::ptrdiff_t cell = next_.start({dy, dx}) + std::ptrdiff_t(Y - to.y) * (to.width + 1) + X - to.x;
+      cells.n[parity] = band_.n + cell;
+      if (band_.t) cells.t[parity] = band_.t + cell;
     }
-  }
-
-  // Whether row y of the rectangle is part of what the next level needs.
-  bool wants(int y) const {
-    const auto [Y, dy] = target(y);
-    return Y < next_.height && Y + dy < next_.height && std::abs(dy) <= next_.radius_y;
-  }
-
-  // Calls f(i, j): entry i of row y is pooled into entry j of the band.
-  template <class F>
-  void for_each(int y, F f) const {
-    const auto [Y, dy] = target(y);
-    for (const Columns& c : columns_) {
-      if (!c.count) continue;
-      const Offset d{dy, c.dx};
-      std::ptrdiff_t to = next_.start(d) + std::ptrdiff_t(Y - std::max(0, -dy)) * (next_.rectangle(d).width + 1) + c.to;
-      for (int k = 0; k < c.count; ++k) f(c.from + 2 * k, to + k);
-    }
+    return cells;
   }
 
  private:
-  struct Columns {  // those of one parity: every second entry of the row from `from`, consecutive ones of the band's row from `to`
-    int dx = 0, count = 0, from = 0, to = 0;
-  };
-  struct Target {
-    int Y, dy;
-  };
-  Target target(int y) const {
-    const int Y = (y_ + y) >> 1;
-    return {Y, ((y_ + y + dy_) >> 1) - Y};
-  }
-
   const Level& next_;
-  int dy_, y_;
-  Columns columns_[2];
+  Band<V> band_;
+  V* spare_;
+  Offset d_;
+  Rectangle rect_;
+  int count_;
 };
 
-// Adds a level's output to the next level's band.
+// The sum of the last level's output over all pixels and offsets: column by column, offset by offset (in float64), so that rounding stays small;
+// and the cotangent of such a sum, the same for all entries.
 template <class V>
-struct PoolingSink {
-  PoolingMap map;
-  Band<V> next;
-
-  bool wants(int y) const { return map.wants(y); }
-  void row(int y, const V* n, const V* t) {
-    if (!wants(y)) return;
-    constexpr auto share = Scalar<V>(1) / 16;
-    map.for_each(y, [&](int i, std::ptrdiff_t j) {
-      next.n[j] += n[i] * share;
-      if (next.t) next.t[j] += t[i] * share;
-    });
-  }
-};
-
-// Reads the cotangents of a level's output from the next level's band.
-template <class V>
-struct PoolingSource {
-  PoolingMap map;
-  Band<V> next;
-  int width;
-
-  bool row(int y, V* n_bar, V* t_bar) {
-    std::memset(n_bar, 0, width * sizeof(V));
-    if (next.t) std::memset(t_bar, 0, width * sizeof(V));
-    if (!map.wants(y)) return false;
-    constexpr auto share = Scalar<V>(1) / 16;
-    map.for_each(y, [&](int i, std::ptrdiff_t j) {
-      n_bar[i] = next.n[j] * share;
-      if (next.t) t_bar[i] = next.t[j] * share;
-    });
-    return true;
-  }
-};
-
-// Sums the last level's output over all pixels and offsets: row by row, offset by offset (in float64), so that rounding stays small.
-template <class V>
-class ReadoutSink {
+class Readout {
  public:
-  explicit ReadoutSink(int width) : width_(width) {}
+  static constexpr auto share = Scalar<V>(1);
 
-  bool wants(int) const { return true; }
-  void row(int, const V* n, const V* t) {
-    V n_row{}, t_row{};
-    for (int x = 0; x < width_; ++x) n_row += n[x], t_row += t[x];
-    n_ += n_row, t_ += t_row;
+  explicit Readout(int max_width) : half_((max_width + 1) / 2), columns_(4 * half_) {}
+
+  void clear() { columns_.clear(); }
+  void begin(int width) { width_ = width; }
+  Cells<V> row(int) {
+    V* first = columns_.data();
+    return {{first, first + half_}, {first + 2 * half_, first + 3 * half_}, width_};
   }
-  void add_to(double* n, double* t) const {
-    for (int lane = 0; lane < kLanes<Scalar<V>>; ++lane) n[lane] += n_[lane], t[lane] += t_[lane];
+
+  // Adds the sum over the columns to n and t [lanes], and forgets it.
+  void flush(double* n, double* t) {
+    for (int i = 0; i < 4 * half_; ++i)
+      for (int lane = 0; lane < kLanes<Scalar<V>>; ++lane) (i < 2 * half_ ? n : t)[lane] += columns_[i][lane];
+    columns_.clear();
+  }
+
+  void set_cotangents(V n_bar, V t_bar) {
+    for (int i = 0; i < 4 * half_; ++i) columns_[i] = i < 2 * half_ ? n_bar : t_bar;
   }
 
  private:
-  int width_;
-  V n_{}, t_{};
-};
-
-// The cotangent of a mean, the same for all entries.
-template <class V>
-struct ReadoutSource {
-  V n_bar, t_bar;
-  int width;
-
-  bool row(int, V* n, V* t) {
-    for (int x = 0; x < width; ++x) n[x] = n_bar, t[x] = t_bar;
-    return true;
-  }
+  int half_, width_ = 0;
+  Buffer<V> columns_;
 };
 
 }  // namespace kip

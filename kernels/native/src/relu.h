@@ -19,7 +19,8 @@ inline constexpr double kInverseTurn = 0.15915494309189535;  // 1 / 2 pi
 
 template <class V>
 struct Angle {
-  V cosine, sine2, sine, dot;
+  V sine, dot;
+  V dot_slope;  // d(dot)/d(cosine) = 1 / (2 pi sine), and 0 where the sine is 0; only if asked for
 };
 
 template <class V>
@@ -35,24 +36,22 @@ inline V arc_cosine_polynomial(V a) {
 }
 
 // kSigned: whether the cosine can be negative; after the first ReLU it cannot.
-template <bool kSigned, class V>
-inline Angle<V> angle(V n, V inverse1_inverse2) {
+template <bool kSigned, bool kSlope, class V>
+inline Angle<V> angle(V cosine) {
   using T = Scalar<V>;
   Angle<V> a;
-  a.cosine = n * inverse1_inverse2;
-  const V sine2 = 1 - a.cosine * a.cosine;
-  a.sine2 = sine2 < kFlat<T> ? V{} : sine2;
-  a.sine = square_root(a.sine2);
-  const V part = a.sine * arc_cosine_polynomial(kSigned ? absolute(a.cosine) : a.cosine);
+  const V sine2 = 1 - cosine * cosine;
+  if constexpr (kSlope) {
+    const V inverse = sine2 < kFlat<T> ? V{} : inverse_root(sine2);
+    a.sine = sine2 * inverse;
+    a.dot_slope = inverse * T(kInverseTurn);
+  } else {
+    a.sine = square_root(sine2 < kFlat<T> ? V{} : sine2);
+  }
+  const V part = a.sine * arc_cosine_polynomial(kSigned ? absolute(cosine) : cosine);
   const V dot = T(0.5) - part;
-  a.dot = kSigned ? (a.cosine < V{} ? part : dot) : dot;
+  a.dot = kSigned ? (cosine < V{} ? part : dot) : dot;
   return a;
-}
-
-// 1 / (2 pi sine), and 0 where the sine is.
-template <class V>
-inline V inverse_sine(const Angle<V>& a) {
-  return a.sine2 > V{} ? Scalar<V>(kInverseTurn) / a.sine : V{};
 }
 
 }  // namespace kip

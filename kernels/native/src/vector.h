@@ -59,15 +59,28 @@ inline V spread(V x) { return x; }
 #if defined(__AVX512F__)
 inline VectorF square_root(VectorF x) { return _mm512_sqrt_ps(x); }
 inline VectorD square_root(VectorD x) { return _mm512_sqrt_pd(x); }
+inline VectorF estimate_inverse_root(VectorF x) { return _mm512_rsqrt14_ps(x); }
 #elif defined(__AVX2__)
 inline VectorF square_root(VectorF x) { return _mm256_sqrt_ps(x); }
 inline VectorD square_root(VectorD x) { return _mm256_sqrt_pd(x); }
+inline VectorF estimate_inverse_root(VectorF x) { return _mm256_rsqrt_ps(x); }
 #else
 inline VectorF square_root(VectorF x) { return _mm_sqrt_ps(x); }
 inline VectorD square_root(VectorD x) { return _mm_sqrt_pd(x); }
+inline VectorF estimate_inverse_root(VectorF x) { return _mm_rsqrt_ps(x); }
 #endif
 
-template <class V>
-inline V absolute(V x) { return x < V{} ? -x : x; }
+// x^-1/2 for x > 0, to 2e-7; one Newton step costs less than a division and a square root.
+inline VectorF inverse_root(VectorF x) {
+  const VectorF r = estimate_inverse_root(x);
+  return r + (0.5f * r) * (1 - x * r * r);
+}
+inline VectorD inverse_root(VectorD x) { return 1 / square_root(x); }
+
+inline VectorF absolute(VectorF x) {
+  typedef int Bits __attribute__((vector_size(kVectorBytes)));
+  return (VectorF)((Bits)x & 0x7fffffff);
+}
+inline VectorD absolute(VectorD x) { return x < VectorD{} ? -x : x; }
 
 }  // namespace kip
