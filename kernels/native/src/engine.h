@@ -96,7 +96,7 @@ class PairEngine {
       n = n * w + b, t = t * w + n;
       const std::ptrdiff_t e = plan_.hidden_variances() + l;
       const V inverse = left.inverse[e] * right.inverse[e];
-      const Angle<V> a = angle<true, true>(n * inverse);
+      const Angle<V> a = angle<true, true>(n * inverse, sine2(n * inverse));
       hidden_[l] = {n, a.dot, t * (a.dot_slope * inverse), left.deviation[e] * right.deviation[e] * a.sine};
       n = n * a.dot + hidden_[l].sine_slope, t = t * a.dot;
     }

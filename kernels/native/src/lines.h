@@ -46,7 +46,7 @@ struct ThreeRows {
 
 // Calls f(x, 3x3 box sum around x) for x < width.
 template <class V, class F>
-inline void for_each_box(ThreeRows<V> a, int width, F f) {
+KIP_INLINE inline void for_each_box(ThreeRows<V> a, int width, F f) {
   V left{}, middle = a.column(0);
   for (int x = 0; x < width; ++x) {
     const V right = a.column(x + 1);
@@ -58,7 +58,7 @@ inline void for_each_box(ThreeRows<V> a, int width, F f) {
 
 // Calls f(x, box sum of a, box sum of b).
 template <class V, class F>
-inline void for_each_box(ThreeRows<V> a, ThreeRows<V> b, int width, F f) {
+KIP_INLINE inline void for_each_box(ThreeRows<V> a, ThreeRows<V> b, int width, F f) {
   V a_left{}, a_middle = a.column(0), b_left{}, b_middle = b.column(0);
   for (int x = 0; x < width; ++x) {
     const V a_right = a.column(x + 1), b_right = b.column(x + 1);
@@ -92,20 +92,34 @@ struct ReluRow {
   V deviation(int x) const { return spread<V>(deviation1[x]) * deviation2[x]; }
 };
 
-// Calls f(x, n, t) for the convolution's output. kFirst: the network's first convolution, whose NTK is its NNGP.
-template <bool kNtk, bool kFirst, class V, class F>
-inline void for_each_convolved(ThreeRows<V> n, ThreeRows<V> t, int width, Affine<Scalar<V>> conv, F f) {
+// A ReLU's input at one point.
+template <class V>
+struct Input {
+  V n, t, inverse, cosine, sine2;
+};
+
+// Calls f(x, input) for the convolution's output at each x. kFirst: the network's first convolution, whose NTK is its NNGP.
+//
+// f(x - 1) runs beside the sums for x: the chain of operations through one point is so long that a processor's window holds few of them.
+template <bool kNtk, bool kFirst, class L, class V, class F>
+KIP_INLINE inline void for_each_input(ThreeRows<V> n, ThreeRows<V> t, int width, Affine<Scalar<V>> conv, ReluRow<L, V> relu, F f) {
+  Input<V> last{};
+  const auto at = [&](int x, V box_n, V box_t) KIP_INLINE {
+    Input<V> input;
+    input.n = box_n * conv.scale + conv.bias;
+    input.t = kFirst || !kNtk ? input.n : box_t * conv.scale + input.n;
+    input.inverse = relu.inverse(x);
+    input.cosine = input.n * input.inverse;
+    input.sine2 = sine2(input.cosine);
+    if (x) f(x - 1, last);
+    last = input;
+  };
   if constexpr (kFirst || !kNtk) {
-    for_each_box(n, width, [&](int x, V box) {
-      const V value = box * conv.scale + conv.bias;
-      f(x, value, value);
-    });
+    for_each_box(n, width, [&](int x, V box) KIP_INLINE { at(x, box, box); });
   } else {
-    for_each_box(n, t, width, [&](int x, V box_n, V box_t) {
-      const V value = box_n * conv.scale + conv.bias;
-      f(x, value, box_t * conv.scale + value);
-    });
+    for_each_box(n, t, width, at);
   }
+  f(width - 1, last);
 }
 
 // Where a row of a level's output goes, or where its cotangents come from: entry x to or from n[x % 2][x / 2], for x < count.
@@ -139,23 +153,22 @@ struct AddToCells {
 // Convolution and ReLU of a row.
 template <bool kNtk, bool kFirst, bool kSave, class L, class V, class Out>
 void forward_row(ThreeRows<V> n, ThreeRows<V> t, int width, Affine<Scalar<V>> conv, ReluRow<L, V> relu, Out out, Saved<V> saved) {
-  for_each_convolved<kNtk, kFirst>(n, t, width, conv, [&](int x, V n, V t) {
-    const V inverse = relu.inverse(x);
-    const Angle<V> a = angle<kFirst, kSave && kNtk>(n * inverse);
+  for_each_input<kNtk, kFirst>(n, t, width, conv, relu, [&](int x, const Input<V>& in) KIP_INLINE {
+    const Angle<V> a = angle<kFirst, kSave && kNtk>(in.cosine, in.sine2);
     const V sine_slope = relu.deviation(x) * a.sine;
-    out.template emit<kNtk>(x, n * a.dot + sine_slope, t * a.dot);
+    out.template emit<kNtk>(x, in.n * a.dot + sine_slope, in.t * a.dot);
     if constexpr (kSave) {
-      saved.n[x] = n;
+      saved.n[x] = in.n;
       saved.dot[x] = a.dot;
       saved.sine_slope[x] = sine_slope;
-      if constexpr (kNtk) saved.dot_slope[x] = t * (a.dot_slope * inverse);
+      if constexpr (kNtk) saved.dot_slope[x] = in.t * (a.dot_slope * in.inverse);
     }
   });
 }
 
 // The adjoint of a ReLU at one point: sets nt_bar = n_bar + t_bar and (unless kFirst) t_bar of its input, adds s1 s1_bar to sigma.
 template <bool kNtk, bool kFirst, class V>
-inline void pull_back(V n_bar, V t_bar, V n, V dot, V dot_slope, V sine_slope, V& nt_bar_in, V& t_bar_in, V& sigma) {
+KIP_INLINE inline void pull_back(V n_bar, V t_bar, V n, V dot, V dot_slope, V sine_slope, V& nt_bar_in, V& t_bar_in, V& sigma) {
   if constexpr (kNtk) {
     const V slope = t_bar * dot_slope;
     nt_bar_in = (n_bar + t_bar) * dot + slope;
@@ -171,12 +184,11 @@ inline void pull_back(V n_bar, V t_bar, V n, V dot, V dot_slope, V sine_slope, V
 template <bool kNtk, bool kFirst, class L, class V>
 void turn_row(ThreeRows<V> n, ThreeRows<V> t, Affine<Scalar<V>> conv, ReluRow<L, V> relu, Cells<V> cells, V* __restrict nt_bar_in,
               V* __restrict t_bar_in, V* __restrict sigma) {
-  for_each_convolved<kNtk, kFirst>(n, t, cells.count, conv, [&](int x, V n, V t) {
-    const V inverse = relu.inverse(x);
-    const Angle<V> a = angle<kFirst, kNtk>(n * inverse);
+  for_each_input<kNtk, kFirst>(n, t, cells.count, conv, relu, [&](int x, const Input<V>& in) KIP_INLINE {
+    const Angle<V> a = angle<kFirst, kNtk>(in.cosine, in.sine2);
     const V n_bar = cells.n[x & 1][x >> 1], t_bar = kNtk ? cells.t[x & 1][x >> 1] : V{};
-    pull_back<kNtk, kFirst>(n_bar, t_bar, n, a.dot, kNtk ? t * (a.dot_slope * inverse) : V{}, relu.deviation(x) * a.sine, nt_bar_in[x],
-                            t_bar_in[x], sigma[x]);
+    pull_back<kNtk, kFirst>(n_bar, t_bar, in.n, a.dot, kNtk ? in.t * (a.dot_slope * in.inverse) : V{}, relu.deviation(x) * a.sine,
+                            nt_bar_in[x], t_bar_in[x], sigma[x]);
   });
   nt_bar_in[cells.count] = t_bar_in[cells.count] = V{};
 }
@@ -246,6 +258,7 @@ class Lines {
         if (const int y = step - 1 - l; y >= 0 && y < h) forward_layer<false>(l, y, rect_.width, StoreRow<V>{n_row(l + 1, y), t_row(l + 1, y)});
       if (const int y = step - k; y >= 0 && y < h) {
         const AddToCells<V> out{to.row(y), to.share};
+        if (!out.cells.count) continue;
         if (k) {
           forward_layer<false>(k - 1, y, out.cells.count, out);
         } else {

@@ -24,7 +24,7 @@ struct Angle {
 };
 
 template <class V>
-inline V arc_cosine_polynomial(V a) {
+KIP_INLINE inline V arc_cosine_polynomial(V a) {
   using T = Scalar<V>;
   constexpr auto& powers = ArcCosine<T>::powers;
   constexpr int degree = sizeof(powers) / sizeof(T) - 1;
@@ -35,18 +35,24 @@ inline V arc_cosine_polynomial(V a) {
   return value;
 }
 
+// 1 - cosine^2, 0 where it is no more than rounding.
+template <class V>
+KIP_INLINE inline V sine2(V cosine) {
+  const V value = 1 - cosine * cosine;
+  return value < kFlat<Scalar<V>> ? V{} : value;
+}
+
 // kSigned: whether the cosine can be negative; after the first ReLU it cannot.
 template <bool kSigned, bool kSlope, class V>
-inline Angle<V> angle(V cosine) {
+KIP_INLINE inline Angle<V> angle(V cosine, V sine2) {
   using T = Scalar<V>;
   Angle<V> a;
-  const V sine2 = 1 - cosine * cosine;
   if constexpr (kSlope) {
-    const V inverse = sine2 < kFlat<T> ? V{} : inverse_root(sine2);
+    const V inverse = sine2 > V{} ? inverse_root(sine2) : V{};
     a.sine = sine2 * inverse;
     a.dot_slope = inverse * T(kInverseTurn);
   } else {
-    a.sine = square_root(sine2 < kFlat<T> ? V{} : sine2);
+    a.sine = square_root(sine2);
   }
   const V part = a.sine * arc_cosine_polynomial(kSigned ? absolute(cosine) : cosine);
   const V dot = T(0.5) - part;

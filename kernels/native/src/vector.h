@@ -5,6 +5,8 @@
 
 #include <cstddef>
 
+#define KIP_INLINE __attribute__((always_inline))
+
 namespace kip {
 
 #if defined(__AVX512F__)
