@@ -1,16 +1,43 @@
 """NTK blocks and their gradients: `make_kernel` picks an implementation; all obey the contract of `Kernel`."""
 
+import dataclasses
+import importlib
 import os
-from typing import Callable, Protocol
+from typing import Any, Callable, Protocol
 
 import numpy as np
 
 from kernels import architectures
 
-IMPLEMENTATIONS = ('auto', 'reference')
+# Module and class of each; imported when asked for, because Neural Tangents takes seconds to import and only one of them needs it.
+_CLASSES = {'jax': ('kernels.band', 'JaxKernel'), 'reference': ('kernels.reference', 'ReferenceKernel')}
+IMPLEMENTATIONS = ('auto', *_CLASSES)
 DTYPES = ('float32', 'float64')
 
 Cotangent = np.ndarray | Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+  """Images with what a kernel needs to know of each of them on its own; made by `Kernel.prepare`, indexed like an array of images.
+
+  Attributes:
+    images: [N, H, W, D].
+    variances: the kernel's own, a list of arrays [N, ...].
+    kernel: the one that made it.
+  """
+  images: np.ndarray
+  variances: list[np.ndarray]
+  kernel: Any
+
+  def __len__(self) -> int:
+    return len(self.images)
+
+  def __getitem__(self, index: 'slice | np.ndarray') -> 'Prepared':
+    return Prepared(self.images[index], [q[index] for q in self.variances], self.kernel)
+
+
+Images = np.ndarray | Prepared
 
 
 class Kernel(Protocol):
@@ -25,10 +52,13 @@ class Kernel(Protocol):
   architecture: architectures.Architecture
   dtype: np.dtype
 
-  def block(self, x1: np.ndarray, x2: np.ndarray) -> np.ndarray:
-    """The NTK between every image of x1 [A, H, W, D] and of x2 [B, H, W, D]: [A, B]."""
+  def prepare(self, x: np.ndarray) -> Prepared:
+    """Images x [N, H, W, D] in the form in which they may be given again and again, to this kernel, in place of an array."""
 
-  def block_vjp(self, x1: np.ndarray, x2: np.ndarray, cotangent: Cotangent) -> tuple[np.ndarray, np.ndarray]:
+  def block(self, x1: Images, x2: Images) -> np.ndarray:
+    """The NTK between every image of x1 [A, H, W, D] and of x2 [B, H, W, D]: [A, B]. Half the work, and symmetric, where x1 is x2."""
+
+  def block_vjp(self, x1: Images, x2: Images, cotangent: Cotangent) -> tuple[np.ndarray, np.ndarray]:
     """The block, and the gradient of sum(block * cotangent) with respect to x1.
 
     Args:
@@ -46,7 +76,7 @@ def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'flo
 
   Args:
     architecture: a name, a dict of stages or an `architectures.Architecture`; see `architectures.get`.
-    implementation: 'reference' is Neural Tangents; 'auto' the fastest one this machine can run.
+    implementation: 'reference' is Neural Tangents, 'jax' runs wherever JAX does; 'auto' is the fastest one this machine can run.
     dtype: 'float32' or 'float64'.
     threads: how many CPU threads to use; by default as many as this process may. No result depends on it.
 
@@ -60,8 +90,8 @@ def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'flo
   if dtype not in DTYPES:
     raise ValueError(f'dtype: expected one of {", ".join(DTYPES)}, got {dtype!r}.')
   threads = threads or len(os.sched_getaffinity(0))
-  from kernels import reference  # here, because Neural Tangents takes seconds to import and only this implementation needs it
-  return _Checked(reference.ReferenceKernel(architecture, dtype, threads))
+  module, name = _CLASSES['jax' if implementation == 'auto' else implementation]
+  return _Checked(getattr(importlib.import_module(module), name)(architecture, dtype, threads))
 
 
 class _Checked:
@@ -70,6 +100,9 @@ class _Checked:
   def __init__(self, kernel: Kernel):
     self._kernel = kernel
     self.implementation, self.architecture, self.dtype = kernel.implementation, kernel.architecture, kernel.dtype
+
+  def prepare(self, x):
+    return self._kernel.prepare(self._checked_images('x', x))
 
   def block(self, x1, x2):
     return self._kernel.block(*self._images(x1, x2))
@@ -87,15 +120,22 @@ class _Checked:
     return self._kernel.block_vjp(x1, x2, (lambda block: checked(cotangent(block))) if callable(cotangent) else checked(cotangent))
 
   def _images(self, x1, x2):
-    images = []
-    for name, x in (('x1', x1), ('x2', x2)):
-      x = np.asarray(x, self.dtype)
-      if x.ndim != 4 or 0 in x.shape:
-        raise ValueError(f'{name}: expected images [N, H, W, D] with nothing empty, got shape {x.shape}.')
-      if not np.isfinite(x).all():
-        raise ValueError(f'{name}: contains NaN or infinity in image {int(np.nonzero(~np.isfinite(x))[0][0])}.')
-      images.append(x)
-    if images[0].shape[1:] != images[1].shape[1:]:
-      raise ValueError(f'x1 and x2: images must have the same [H, W, D], got {images[0].shape[1:]} and {images[1].shape[1:]}.')
-    self.architecture.check_image_size(*images[0].shape[1:3])
+    first = self._checked_images('x1', x1)
+    images = [first, first if x2 is x1 else self._checked_images('x2', x2)]
+    shapes = [(x.images if isinstance(x, Prepared) else x).shape[1:] for x in images]
+    if shapes[0] != shapes[1]:
+      raise ValueError(f'x1 and x2: images must have the same [H, W, D], got {shapes[0]} and {shapes[1]}.')
     return images
+
+  def _checked_images(self, name, x):
+    if isinstance(x, Prepared):
+      if x.kernel is not self._kernel:
+        raise ValueError(f'{name}: was prepared by another kernel.')
+      return x
+    x = np.asarray(x, self.dtype)
+    if x.ndim != 4 or 0 in x.shape:
+      raise ValueError(f'{name}: expected images [N, H, W, D] with nothing empty, got shape {x.shape}.')
+    if not np.isfinite(x).all():
+      raise ValueError(f'{name}: contains NaN or infinity in image {int(np.nonzero(~np.isfinite(x))[0][0])}.')
+    self.architecture.check_image_size(*x.shape[1:3])
+    return x

@@ -15,6 +15,7 @@ sys.modules.setdefault('neural_tangents.experimental', types.ModuleType('neural_
 from neural_tangents import stax  # pylint: disable=wrong-import-position
 
 from kernels import architectures  # pylint: disable=wrong-import-position
+from kernels import ntk  # pylint: disable=wrong-import-position
 
 # Neural Tangents holds about this many [H, W, H, W] arrays a pair of images, forward and backward together.
 _ARRAYS_PER_PAIR = 40
@@ -71,16 +72,22 @@ class ReferenceKernel:
 
     self._block, self._block_vjp = jax.jit(block), jax.jit(block_vjp)
 
-  def block(self, x1: np.ndarray, x2: np.ndarray) -> np.ndarray:
+  def prepare(self, x: np.ndarray) -> ntk.Prepared:
+    """See `ntk.Kernel.prepare`: nothing is computed ahead."""
+    return ntk.Prepared(x, [], self)
+
+  def block(self, x1: ntk.Images, x2: ntk.Images) -> np.ndarray:
     """See `ntk.Kernel.block`."""
+    x1, x2 = _arrays(x1, x2)
     a, b = self._tile_shape(x1, x2)
     rows, columns = _tiles(x1, a), _tiles(x2, b)
     tiles = list(self._pool.map(lambda pair: np.asarray(self._block(*pair)), [(r, c) for r in rows for c in columns]))
     n = len(columns)
     return np.block([tiles[i * n:(i + 1) * n] for i in range(len(rows))])[:len(x1), :len(x2)]
 
-  def block_vjp(self, x1: np.ndarray, x2: np.ndarray, cotangent) -> tuple[np.ndarray, np.ndarray]:
+  def block_vjp(self, x1: ntk.Images, x2: ntk.Images, cotangent) -> tuple[np.ndarray, np.ndarray]:
     """See `ntk.Kernel.block_vjp`. A cotangent that is a function costs one more forward pass."""
+    x1, x2 = _arrays(x1, x2)
     a, b = self._tile_shape(x1, x2)
     rows, columns = _tiles(x1, a), _tiles(x2, b)
     if callable(cotangent):
@@ -105,6 +112,10 @@ class ReferenceKernel:
       pairs = 2 ** 16
     a = min(_power_of_two_from(len(x1)), 2 ** (pairs.bit_length() // 2))
     return a, min(_power_of_two_from(len(x2)), max(1, 2 ** (pairs.bit_length() - 1) // a))
+
+
+def _arrays(*images):
+  return [x.images if isinstance(x, ntk.Prepared) else x for x in images]
 
 
 def _power_of_two_from(n: int) -> int:
