@@ -41,6 +41,10 @@ def find(instruction_set: str) -> pathlib.Path | None:
   return max(FOLDER.glob(_path(instruction_set, None).name), key=lambda path: path.stat().st_mtime, default=None)
 
 
+def is_built() -> bool:
+  return all(find(name) for name in INSTRUCTION_SETS)
+
+
 def build() -> str:
   """Builds what is missing; returns a line that says what was done, or why nothing can be."""
   if platform.machine() not in ('x86_64', 'AMD64'):

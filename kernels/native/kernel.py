@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import os
-from typing import NamedTuple
 
 from kernels import precision  # pylint: disable=unused-import
 
@@ -12,25 +11,13 @@ import jax.ffi
 import numpy as np
 
 from kernels import architectures
+from kernels import ntk
 from kernels.native import build
 
 # Below this, the derivatives of all pairs are kept until the cotangent is known; above, the forward pass is run twice.
 _DERIVATIVES_BYTES = 2 ** 28
 _HANDLERS = {'variances': 'KipVariances', 'block': 'KipBlock', 'vjp': 'KipVjp', 'derivatives': 'KipDerivatives', 'pull_back': 'KipPullBack'}
 _HOW_TO_BUILD = 'build it by `python -m kernels.native.build` (needs x86-64 and a C++17 compiler)'
-
-
-class Prepared(NamedTuple):
-  """Images [B, H, W, D], and the variances of their ReLU inputs [B, V]."""
-  images: np.ndarray
-  variances: np.ndarray
-
-  def __len__(self) -> int:
-    return len(self.images)
-
-
-def is_built() -> bool:
-  return build.find('portable') is not None
 
 
 def best_instruction_set() -> str:
@@ -78,47 +65,48 @@ class NativeKernel:
                          threads=np.int64(threads))
     self._cpu = jax.devices('cpu')[0]
 
-  def prepare(self, x: np.ndarray) -> Prepared:
-    """Images [B, H, W, D] with their variances, accepted in the place of x2: for images that are used more than once."""
-    return Prepared(x, self._call('variances', [(len(x), self._variances(*x.shape[1:3]))], x)[0])
+  def prepare(self, x: np.ndarray) -> ntk.Prepared:
+    """See `ntk.Kernel.prepare`; the variances of the ReLU inputs are [N, V]."""
+    return ntk.Prepared(x, [np.asarray(self._call('variances', [(len(x), self._variances(*x.shape[1:3]))], x)[0])], self)
 
-  def block(self, x1: np.ndarray, x2) -> np.ndarray:
+  def block(self, x1: ntk.Images, x2: ntk.Images) -> np.ndarray:
     """See `ntk.Kernel.block`."""
     left, right = self._prepared(x1, x2)
     symmetric = np.int64(left.images is right.images)
-    return np.array(self._call('block', [(len(left), len(right))], *left, *right, symmetric=symmetric)[0])
+    return np.array(self._call('block', [(len(left), len(right))], *_arrays(left), *_arrays(right), symmetric=symmetric)[0])
 
-  def block_vjp(self, x1: np.ndarray, x2, cotangent) -> tuple[np.ndarray, np.ndarray]:
+  def block_vjp(self, x1: ntk.Images, x2: ntk.Images, cotangent: ntk.Cotangent) -> tuple[np.ndarray, np.ndarray]:
     """See `ntk.Kernel.block_vjp`.
 
     A cotangent that is a function: the derivatives by x1 are kept pair by pair until it is known (20 kB a pair for a ConvNet on 32x32x3).
     """
     left, right = self._prepared(x1, x2)
-    shapes = (len(left), len(right)), left.images.shape
+    block_shape, gradient_shape = (len(left), len(right)), left.images.shape
     if callable(cotangent):
       tiles = -(-len(right) // self._lanes)
-      derivatives = (len(left), tiles, left.images[0].size + left.variances.shape[1], self._lanes)
+      derivatives = (len(left), tiles, left.images[0].size + left.variances[0].shape[1], self._lanes)
       if np.prod(derivatives, dtype=np.int64) * self.dtype.itemsize <= _DERIVATIVES_BYTES:
-        block, values = self._call('derivatives', [shapes[0], derivatives], *left, *right)
+        block, values = self._call('derivatives', [block_shape, derivatives], *_arrays(left), *_arrays(right))
         block = np.array(block)
-        return block, np.array(self._call('pull_back', [shapes[1]], *left, values, cotangent(block))[0])
-      cotangent = cotangent(self.block(left.images, right))
-    block, gradient = self._call('vjp', shapes, *left, *right, cotangent)
+        return block, np.array(self._call('pull_back', [gradient_shape], *_arrays(left), values, cotangent(block))[0])
+      cotangent = cotangent(self.block(left, right))
+    block, gradient = self._call('vjp', [block_shape, gradient_shape], *_arrays(left), *_arrays(right), cotangent)
     return np.array(block), np.array(gradient)
 
-  def _prepared(self, x1, x2) -> tuple[Prepared, Prepared]:
-    right = x2 if isinstance(x2, Prepared) else None
-    left = right if right and right.images is x1 else self.prepare(x1)
-    return left, right or (left if x1 is x2 else self.prepare(x2))
+  def _prepared(self, x1, x2) -> tuple[ntk.Prepared, ntk.Prepared]:
+    left = x1 if isinstance(x1, ntk.Prepared) else self.prepare(x1)
+    if isinstance(x2, ntk.Prepared):
+      return left, x2
+    return left, left if x2 is left.images else self.prepare(x2)
 
   def _variances(self, height: int, width: int) -> int:
     return sum(c * (height >> p) * (width >> p) for p, c in enumerate(self._convs)) + self.architecture.hidden
 
   def _call(self, name: str, shapes, *arguments, **attributes):
     with jax.default_device(self._cpu):
-      return _call(f'kip_{self.instruction_set}_{name}', tuple(jax.ShapeDtypeStruct(shape, self.dtype) for shape in shapes), arguments,
-                   {**self._network, **attributes})
+      outputs = [jax.ShapeDtypeStruct(shape, self.dtype) for shape in shapes]
+      return jax.ffi.ffi_call(f'kip_{self.instruction_set}_{name}', outputs)(*arguments, **self._network, **attributes)
 
 
-def _call(target, outputs, arguments, attributes):
-  return jax.ffi.ffi_call(target, outputs)(*arguments, **attributes)
+def _arrays(x: ntk.Prepared) -> tuple[np.ndarray, np.ndarray]:
+  return x.images, x.variances[0]
