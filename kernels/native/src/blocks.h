@@ -31,14 +31,15 @@ void across_lanes(const T* rows, std::ptrdiff_t size, std::ptrdiff_t count, std:
   }
 }
 
+// Correctly rounded, which halves the rounding of cosines; see kFlat.
 template <class T>
-T inverse_root(T q) { return q > 0 ? 1 / std::sqrt(q) : T(0); }
+T inverse_deviation(T q) { return q > 0 ? T(1 / std::sqrt(double(q))) : T(0); }
 
 // The left images' tables.
 template <class T>
 struct LeftTables {
   LeftTables(const Plan& plan, ImageSet<T> x) : plan(plan), pixels(x.pixels), inverse(x.count * plan.variances), deviation(x.count * plan.variances) {
-    for (std::size_t e = 0; e < inverse.size(); ++e) inverse[e] = inverse_root(x.variances[e]), deviation[e] = std::sqrt(x.variances[e]);
+    for (std::size_t e = 0; e < inverse.size(); ++e) inverse[e] = inverse_deviation(x.variances[e]), deviation[e] = std::sqrt(x.variances[e]);
   }
   LeftImage<T> image(std::ptrdiff_t i) const {
     return {pixels + i * plan.image_size(), inverse.data() + i * plan.variances, deviation.data() + i * plan.variances};
@@ -59,7 +60,7 @@ struct RightTables {
       across_lanes(x.pixels, plan.image_size(), x.count, first_tile + k, pixels.data() + k * plan.image_size(),
                    [&](T value) { return value / T(plan.channels); });
       V* inverses = inverse.data() + k * plan.variances;
-      across_lanes(x.variances, plan.variances, x.count, first_tile + k, inverses, inverse_root<T>);
+      across_lanes(x.variances, plan.variances, x.count, first_tile + k, inverses, inverse_deviation<T>);
       across_lanes(x.variances, plan.variances, x.count, first_tile + k, deviation.data() + k * plan.variances,
                    [](T q) { return std::sqrt(q) * T(kInverseTurn); });
     });
