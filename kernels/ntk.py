@@ -5,12 +5,14 @@ import importlib
 import os
 from typing import Any, Callable, Protocol
 
+from absl import logging
 import numpy as np
 
 from kernels import architectures
 
 # Module and class of each; imported when asked for, because Neural Tangents takes seconds to import and only one of them needs it.
-_CLASSES = {'jax': ('kernels.band', 'JaxKernel'), 'reference': ('kernels.reference', 'ReferenceKernel')}
+_CLASSES = {'native': ('kernels.native.kernel', 'NativeKernel'), 'jax': ('kernels.band', 'JaxKernel'),
+            'reference': ('kernels.reference', 'ReferenceKernel')}
 IMPLEMENTATIONS = ('auto', *_CLASSES)
 DTYPES = ('float32', 'float64')
 
@@ -76,7 +78,8 @@ def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'flo
 
   Args:
     architecture: a name, a dict of stages or an `architectures.Architecture`; see `architectures.get`.
-    implementation: 'reference' is Neural Tangents, 'jax' runs wherever JAX does; 'auto' is the fastest one this machine can run.
+    implementation: 'reference' is Neural Tangents, 'jax' runs wherever JAX does, 'native' is C++ for CPUs (`python -m kernels.native.build`);
+      'auto' is the fastest one this machine can run.
     dtype: 'float32' or 'float64'.
     threads: how many CPU threads to use; by default as many as this process may. No result depends on it.
 
@@ -90,8 +93,19 @@ def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'flo
   if dtype not in DTYPES:
     raise ValueError(f'dtype: expected one of {", ".join(DTYPES)}, got {dtype!r}.')
   threads = threads or len(os.sched_getaffinity(0))
-  module, name = _CLASSES['jax' if implementation == 'auto' else implementation]
+  module, name = _CLASSES[_fastest() if implementation == 'auto' else implementation]
   return _Checked(getattr(importlib.import_module(module), name)(architecture, dtype, threads))
+
+
+def _fastest() -> str:
+  import jax
+  from kernels.native import build
+  if jax.default_backend() != 'cpu':
+    return 'jax'
+  if build.is_built():
+    return 'native'
+  logging.log_first_n(logging.WARNING, 'The native kernel is not built (`python -m kernels.native.build` does that); using the JAX kernel.', 1)
+  return 'jax'
 
 
 class _Checked:

@@ -1,0 +1,112 @@
+"""NTK blocks by the native C++ kernel, called through XLA's foreign function interface."""
+
+import ctypes
+import functools
+import os
+
+from kernels import precision  # pylint: disable=unused-import
+
+import jax
+import jax.ffi
+import numpy as np
+
+from kernels import architectures
+from kernels import ntk
+from kernels.native import build
+
+# Below this, the derivatives of all pairs are kept until the cotangent is known; above, the forward pass is run twice.
+_DERIVATIVES_BYTES = 2 ** 28
+_HANDLERS = {'variances': 'KipVariances', 'block': 'KipBlock', 'vjp': 'KipVjp', 'derivatives': 'KipDerivatives', 'pull_back': 'KipPullBack'}
+_HOW_TO_BUILD = 'build it by `python -m kernels.native.build` (needs x86-64 and a C++17 compiler)'
+
+
+def best_instruction_set() -> str:
+  """$KIP_INSTRUCTION_SET, or the best one that this machine has."""
+  best = _load('portable').kip_best_instruction_set().decode()
+  supported = list(build.INSTRUCTION_SETS)[list(build.INSTRUCTION_SETS).index(best):]
+  forced = os.environ.get('KIP_INSTRUCTION_SET') or best
+  if forced not in supported:
+    raise ValueError(f'KIP_INSTRUCTION_SET: expected one of {", ".join(supported)} on this machine, got {forced!r}.')
+  return forced
+
+
+@functools.cache
+def _load(instruction_set: str) -> ctypes.CDLL:
+  path = build.find(instruction_set)
+  if path is None:
+    raise ValueError(f'implementation: the native kernel is not built; {_HOW_TO_BUILD}.')
+  library = ctypes.CDLL(str(path))
+  library.kip_best_instruction_set.restype = ctypes.c_char_p
+  for name, symbol in _HANDLERS.items():
+    jax.ffi.register_ffi_target(f'kip_{instruction_set}_{name}', jax.ffi.pycapsule(getattr(library, symbol)), platform='cpu')
+  return library
+
+
+class NativeKernel:
+  """NTK blocks in C++: O(A·B·H·W·offsets) time, `threads` threads; no result depends on their number.
+
+  Best with B a multiple of 16: the images of x2 lie across the lanes of vectors.
+  """
+  implementation = 'native'
+
+  def __init__(self, architecture: architectures.Architecture, dtype: str, threads: int):
+    self.architecture = architecture
+    self.dtype = np.dtype(dtype)
+    self.instruction_set = best_instruction_set()
+    self._lanes = _load(self.instruction_set).kip_vector_bytes() // self.dtype.itemsize
+    convs = [0]
+    for stage in architecture.stages:
+      convs[-1] += stage.convs
+      if stage.pool:
+        convs.append(0)
+    self._convs = tuple(convs)
+    self._network = dict(convs=np.array(convs, np.int64), all_offsets=np.int64(architecture.readout == 'global_average_pool'),
+                         hidden=np.int64(architecture.hidden), w=np.float64(architecture.w_std ** 2), b=np.float64(architecture.b_std ** 2),
+                         threads=np.int64(threads))
+    self._cpu = jax.devices('cpu')[0]
+
+  def prepare(self, x: np.ndarray) -> ntk.Prepared:
+    """See `ntk.Kernel.prepare`; the variances of the ReLU inputs are [N, V]."""
+    return ntk.Prepared(x, [np.asarray(self._call('variances', [(len(x), self._variances(*x.shape[1:3]))], x)[0])], self)
+
+  def block(self, x1: ntk.Images, x2: ntk.Images) -> np.ndarray:
+    """See `ntk.Kernel.block`."""
+    left, right = self._prepared(x1, x2)
+    symmetric = np.int64(left.images is right.images)
+    return np.array(self._call('block', [(len(left), len(right))], *_arrays(left), *_arrays(right), symmetric=symmetric)[0])
+
+  def block_vjp(self, x1: ntk.Images, x2: ntk.Images, cotangent: ntk.Cotangent) -> tuple[np.ndarray, np.ndarray]:
+    """See `ntk.Kernel.block_vjp`.
+
+    A cotangent that is a function: the derivatives by x1 are kept pair by pair until it is known (20 kB a pair for a ConvNet on 32x32x3).
+    """
+    left, right = self._prepared(x1, x2)
+    block_shape, gradient_shape = (len(left), len(right)), left.images.shape
+    if callable(cotangent):
+      tiles = -(-len(right) // self._lanes)
+      derivatives = (len(left), tiles, left.images[0].size + left.variances[0].shape[1], self._lanes)
+      if np.prod(derivatives, dtype=np.int64) * self.dtype.itemsize <= _DERIVATIVES_BYTES:
+        block, values = self._call('derivatives', [block_shape, derivatives], *_arrays(left), *_arrays(right))
+        block = np.array(block)
+        return block, np.array(self._call('pull_back', [gradient_shape], *_arrays(left), values, cotangent(block))[0])
+      cotangent = cotangent(self.block(left, right))
+    block, gradient = self._call('vjp', [block_shape, gradient_shape], *_arrays(left), *_arrays(right), cotangent)
+    return np.array(block), np.array(gradient)
+
+  def _prepared(self, x1, x2) -> tuple[ntk.Prepared, ntk.Prepared]:
+    left = x1 if isinstance(x1, ntk.Prepared) else self.prepare(x1)
+    if isinstance(x2, ntk.Prepared):
+      return left, x2
+    return left, left if x2 is left.images else self.prepare(x2)
+
+  def _variances(self, height: int, width: int) -> int:
+    return sum(c * (height >> p) * (width >> p) for p, c in enumerate(self._convs)) + self.architecture.hidden
+
+  def _call(self, name: str, shapes, *arguments, **attributes):
+    with jax.default_device(self._cpu):
+      outputs = [jax.ShapeDtypeStruct(shape, self.dtype) for shape in shapes]
+      return jax.ffi.ffi_call(f'kip_{self.instruction_set}_{name}', outputs)(*arguments, **self._network, **attributes)
+
+
+def _arrays(x: ntk.Prepared) -> tuple[np.ndarray, np.ndarray]:
+  return x.images, x.variances[0]

@@ -1,0 +1,296 @@
+// The NTK of pairs of images, and the variances of single ones, with their gradients, for `kLanes` right images at a time.
+#pragma once
+
+#include <vector>
+
+#include "pooling.h"
+
+namespace kip {
+
+template <class V>
+struct BandBuffers {
+  BandBuffers(const Plan& plan, bool ntk) {
+    for (std::size_t p = 0; p < plan.levels.size(); ++p) {
+      n.emplace_back(p ? plan.levels[p].size : 0);
+      t.emplace_back(p && ntk ? plan.levels[p].size : 0);
+    }
+  }
+  Band<V> band(std::size_t p) { return {n[p].data(), t[p].data()}; }
+  void clear(std::size_t p) { n[p].clear(), t[p].clear(); }
+
+  std::vector<Buffer<V>> n, t;
+};
+
+// One left image against a tile of right images. One per thread.
+template <class T>
+class PairEngine {
+ public:
+  using V = Vector<T>;
+
+  explicit PairEngine(const Plan& plan)
+      : plan_(plan), lines_(plan), bands_(plan, true), hidden_(plan.network.hidden), readout_(plan.max_width), pixel_bar_(plan.image_size()),
+        sigma_(plan.variances), spare_(plan.max_width) {}
+
+  // The NTK of the left image and each right image.
+  V forward(LeftImage<T> left, RightImages<V> right) {
+    lines_.set_images(left, right);
+    readout_.clear();
+    double n_sum[kLanes<T>] = {}, t_sum[kLanes<T>] = {};
+    for (int p = 0; p < levels(); ++p) {
+      const Level& level = plan_.levels[p];
+      if (p + 1 < levels()) {
+        bands_.clear(p + 1);
+        level.for_each_offset([&](Offset d) {
+          PoolingCells<V> to(level, plan_.levels[p + 1], d, bands_.band(p + 1), spare_.data());
+          lines_.forward(p, d, bands_.band(p), to);
+        });
+      } else {
+        level.for_each_offset([&](Offset d) {
+          readout_.begin(level.rectangle(d).width);
+          lines_.forward(p, d, bands_.band(p), readout_);
+          readout_.flush(n_sum, t_sum);
+        });
+      }
+    }
+    V n, t;
+    for (int lane = 0; lane < kLanes<T>; ++lane) n[lane] = T(n_sum[lane] * plan_.readout_share()), t[lane] = T(t_sum[lane] * plan_.readout_share());
+    return forward_hidden(left, right, n, t);
+  }
+
+  // After `forward`: sets the derivatives of the NTK by the left image's pixels, and by its deviations (each times the deviation).
+  void backward(LeftImage<T> left, RightImages<V> right) {
+    pixel_bar_.clear();
+    sigma_.clear();
+    V n_bar, t_bar;
+    backward_hidden(n_bar, t_bar);
+    readout_.set_cotangents(n_bar * T(plan_.readout_share()), t_bar * T(plan_.readout_share()));
+    spare_.clear();
+    lines_.set_images(left, right);
+    for (int p = levels() - 1; p >= 0; --p) {
+      const Level& level = plan_.levels[p];
+      level.for_each_offset([&](Offset d) {
+        if (p + 1 < levels()) {
+          PoolingCells<V> from(level, plan_.levels[p + 1], d, bands_.band(p + 1), spare_.data());
+          lines_.backward(p, d, bands_.band(p), from, pixel_bar_.data(), sigma_.data());
+        } else {
+          readout_.begin(level.rectangle(d).width);
+          lines_.backward(p, d, bands_.band(p), readout_, pixel_bar_.data(), sigma_.data());
+        }
+      });
+    }
+  }
+
+  const Buffer<V>& pixel_bar() const { return pixel_bar_; }
+  const Buffer<V>& sigma() const { return sigma_; }
+
+ private:
+  struct Hidden {
+    V n, dot, dot_slope, sine_slope;
+  };
+
+  int levels() const { return static_cast<int>(plan_.levels.size()); }
+
+  V forward_hidden(LeftImage<T> left, RightImages<V> right, V n, V t) {
+    const T w = T(plan_.network.w), b = T(plan_.network.b);
+    for (std::size_t l = 0; l < hidden_.size(); ++l) {
+      n = n * w + b, t = t * w + n;
+      const std::ptrdiff_t e = plan_.hidden_variances() + l;
+      const V inverse = left.inverse[e] * right.inverse[e];
+      const Angle<V> a = angle<true, true>(n * inverse, sine2(n * inverse));
+      hidden_[l] = {n, a.dot, t * (a.dot_slope * inverse), left.deviation[e] * right.deviation[e] * a.sine};
+      n = n * a.dot + hidden_[l].sine_slope, t = t * a.dot;
+    }
+    n = n * w + b;
+    return t * w + n;
+  }
+
+  void backward_hidden(V& n_bar, V& t_bar) {
+    const T w = T(plan_.network.w);
+    n_bar = t_bar = spread<V>(w);
+    for (std::size_t l = hidden_.size(); l-- > 0;) {
+      const Hidden& h = hidden_[l];
+      V nt_bar_in, t_bar_in;
+      pull_back<true, false>(n_bar, t_bar, h.n, h.dot, h.dot_slope, h.sine_slope, nt_bar_in, t_bar_in, sigma_[plan_.hidden_variances() + l]);
+      n_bar = nt_bar_in * w, t_bar = t_bar_in * w;
+    }
+  }
+
+  const Plan& plan_;
+  Lines<T, T, true> lines_;
+  BandBuffers<V> bands_;
+  std::vector<Hidden> hidden_;
+  Readout<V> readout_;
+  Buffer<V> pixel_bar_, sigma_, spare_;
+};
+
+// As many images as there are lanes, each with itself. The pair (x, x) is symmetric under (d, y) -> (-d, y + d), so that all gradients are
+// twice those through its left image.
+template <class T>
+class VarianceEngine {
+ public:
+  using V = Vector<T>;
+
+  explicit VarianceEngine(const Plan& plan)
+      : plan_(plan), lines_(plan), bands_(plan, false), q_(plan.variances), inverse_(plan.variances), deviation_(plan.variances),
+        right_deviation_(plan.variances), pixel_bar_(plan.image_size()), sigma_(plan.variances), zeros_(plan.max_width + 1), spare_(plan.max_width),
+        plane_(plan.pixels * 2), next_plane_(plan.pixels * 2), readout_(plan.max_width) {}
+
+  // The variance of each ReLU's input, of images [H, W, D] and the same ones divided by D.
+  const Buffer<V>& forward(const V* pixels, const V* scaled_pixels) {
+    left_ = {pixels, inverse_.data(), deviation_.data()};
+    right_ = {scaled_pixels, inverse_.data(), right_deviation_.data()};
+    lines_.set_images(left_, right_);
+    readout_.clear();
+    double sum[kLanes<T>] = {}, unused[kLanes<T>] = {};
+    for (int p = 0; p < levels(); ++p) {
+      const Level& level = plan_.levels[p];
+      forward_diagonal(p);
+      const auto through = [&](Offset d, auto& to) {
+        if (d.dy || d.dx) return lines_.forward(p, d, bands_.band(p), to);
+        for (int y = 0; y < level.height; ++y) {
+          const AddToCells<V> out{to.row(y), to.share};
+          const V* row = plane_row(plane_, level, y);
+          for (int x = 0; x < out.cells.count; ++x) out.template emit<false>(x, row[x], V{});
+        }
+      };
+      if (p + 1 < levels()) {
+        bands_.clear(p + 1);
+        level.for_each_offset([&](Offset d) {
+          PoolingCells<V> to(level, plan_.levels[p + 1], d, bands_.band(p + 1), spare_.data());
+          through(d, to);
+        });
+      } else if (plan_.network.hidden) {
+        level.for_each_offset([&](Offset d) {
+          readout_.begin(level.rectangle(d).width);
+          through(d, readout_);
+          readout_.flush(sum, unused);
+        });
+      }
+    }
+    V q;
+    for (int lane = 0; lane < kLanes<T>; ++lane) q[lane] = plan_.network.hidden ? T(sum[lane] * plan_.readout_share()) : T(0);
+    for (std::ptrdiff_t e = plan_.hidden_variances(); e < plan_.variances; ++e) {
+      q_[e] = q * T(plan_.network.w) + T(plan_.network.b);
+      q = q_[e] * T(0.5);
+    }
+    return q_;
+  }
+
+  // After `forward`: the gradient by the pixels, halved, of the function whose gradient by the variances is q_bar.
+  const Buffer<V>& backward(const V* q_bar) {
+    pixel_bar_.clear();
+    sigma_.clear();
+    V n_bar{};
+    for (std::ptrdiff_t e = plan_.variances; e-- > plan_.hidden_variances();) n_bar = (q_bar[e] + n_bar * T(0.5)) * T(plan_.network.w);
+    readout_.set_cotangents(plan_.network.hidden ? n_bar * T(plan_.readout_share()) : n_bar, V{});
+    spare_.clear();
+    for (int p = levels() - 1; p >= 0; --p) {
+      const Level& level = plan_.levels[p];
+      const auto through = [&](Offset d, auto& from) {
+        if (d.dy || d.dx) lines_.backward(p, d, bands_.band(p), from, pixel_bar_.data(), sigma_.data());
+        else backward_diagonal(p, from, q_bar);
+      };
+      const auto at = [&](Offset d) {
+        if (p + 1 < levels()) {
+          PoolingCells<V> from(level, plan_.levels[p + 1], d, bands_.band(p + 1), spare_.data());
+          through(d, from);
+        } else {
+          readout_.begin(level.rectangle(d).width);
+          through(d, readout_);
+        }
+      };
+      level.for_each_offset([&](Offset d) {
+        if (d.dy || d.dx) at(d);
+      });
+      at({0, 0});  // last: it takes what all the others give to sigma
+    }
+    return pixel_bar_;
+  }
+
+ private:
+  int levels() const { return static_cast<int>(plan_.levels.size()); }
+
+  static V* plane_row(Buffer<V>& plane, const Level& level, int y) { return plane.data() + y * (level.width + 1); }
+  ThreeRows<V> three(const Level& level, int y) {
+    return {y ? plane_row(plane_, level, y - 1) : zeros_.data(), plane_row(plane_, level, y),
+            y + 1 < level.height ? plane_row(plane_, level, y + 1) : zeros_.data()};
+  }
+
+  // At offset 0 the cosine is 1: the variances themselves. Leaves the level's output in plane_.
+  void forward_diagonal(int p) {
+    const Level& level = plan_.levels[p];
+    const T scale = T(plan_.convolution_scale()), bias = T(plan_.network.b);
+    const int width = level.width, channels = plan_.channels;
+    for (int y = 0; y < level.height; ++y) {
+      V* row = plane_row(plane_, level, y);
+      if (p) {
+        std::memcpy(row, bands_.n[p].data() + level.start({0, 0}) + y * (width + 1), width * sizeof(V));
+      } else {
+        const std::ptrdiff_t first = std::ptrdiff_t(y) * width * channels;
+        const auto products = channels == 1 ? input_row<1, V, V> : channels == 3 ? input_row<3, V, V> : input_row<0, V, V>;
+        products(left_.pixels + first, right_.pixels + first, width, channels, row);
+      }
+      row[width] = plane_row(next_plane_, level, y)[width] = V{};
+    }
+    for (int l = 0; l < level.convs; ++l) {
+      for (int y = 0; y < level.height; ++y) {
+        V* out = plane_row(next_plane_, level, y);
+        const std::ptrdiff_t first = level.first_variance + std::ptrdiff_t(l * level.height + y) * width;
+        for_each_box(three(level, y), width, [&](int x, V box) {
+          const V q = box * scale + bias;
+          const V deviation = square_root(q);
+          q_[first + x] = q;
+          inverse_[first + x] = q > V{} ? 1 / deviation : V{};
+          deviation_[first + x] = deviation;
+          right_deviation_[first + x] = deviation * T(kInverseTurn);
+          out[x] = q * T(0.5);
+        });
+      }
+      std::swap(plane_, next_plane_);
+    }
+  }
+
+  template <class From>
+  void backward_diagonal(int p, From& from, const V* q_bar) {
+    const Level& level = plan_.levels[p];
+    const T scale = T(plan_.convolution_scale());
+    const int width = level.width, channels = plan_.channels;
+    for (int y = 0; y < level.height; ++y) {
+      V* row = plane_row(plane_, level, y);
+      const Cells<V> cells = from.row(y);
+      for (int x = 0; x < width; ++x) row[x] = x < cells.count ? cells.n[x & 1][x >> 1] : V{};
+      row[width] = plane_row(next_plane_, level, y)[width] = V{};
+    }
+    for (int l = level.convs - 1; l >= 0; --l) {
+      const std::ptrdiff_t first = level.first_variance + std::ptrdiff_t(l) * level.pixels();
+      for (int y = 0; y < level.height; ++y) {
+        V* row = plane_row(plane_, level, y);
+        for (int x = 0; x < width; ++x) {
+          const std::ptrdiff_t e = first + y * width + x;
+          row[x] = row[x] * T(0.5) + q_bar[e] + sigma_[e] * inverse_[e] * inverse_[e];
+        }
+      }
+      for (int y = 0; y < level.height; ++y) scaled_box_row(three(level, y), width, scale, plane_row(next_plane_, level, y));
+      std::swap(plane_, next_plane_);
+    }
+    for (int y = 0; y < level.height; ++y) {
+      const V* row = plane_row(plane_, level, y);
+      const std::ptrdiff_t first = std::ptrdiff_t(y) * width * channels;
+      if (p) {
+        for (int x = 0; x < width; ++x) bands_.n[p][level.start({0, 0}) + y * (width + 1) + x] = row[x] / 16;
+      } else {
+        for (int e = 0; e < width * channels; ++e) pixel_bar_[first + e] += row[e / channels] * right_.pixels[first + e];
+      }
+    }
+  }
+
+  const Plan& plan_;
+  Lines<T, V, false> lines_;
+  BandBuffers<V> bands_;
+  LeftImage<V> left_{};
+  RightImages<V> right_{};
+  Buffer<V> q_, inverse_, deviation_, right_deviation_, pixel_bar_, sigma_, zeros_, spare_, plane_, next_plane_;
+  Readout<V> readout_;
+};
+
+}  // namespace kip

@@ -1,0 +1,408 @@
+// The inner loops: one offset d between the pixels of two images, through all layers of one level, row by row.
+//
+// At fixed d a 3x3 SAME convolution is a 3x3 box sum over y, and a ReLU is pointwise. Rows stream through all layers at once, each layer
+// one row behind the one before it, so that only a few rows of each are alive, in L1; the adjoint follows in the same sweep. Each value
+// is a vector: one left image against the `kLanes` right images of a tile (or, for variances, as many images each with itself).
+//
+// NNGP and NTK covariances are `n` and `t`, cotangents end in `bar`.
+#pragma once
+
+#include <cstring>
+
+#include "memory.h"
+#include "plan.h"
+#include "relu.h"
+
+namespace kip {
+
+// L is T where one left image meets all lanes, Vector<T> where each lane has its own.
+template <class L>
+struct LeftImage {
+  const L* pixels;     // [H, W, D]
+  const L* inverse;    // [variances]: q^-1/2, 0 where q = 0
+  const L* deviation;  // [variances]: q^1/2
+};
+
+template <class V>
+struct RightImages {
+  const V* pixels;     // [H, W, D] / D
+  const V* inverse;    // [variances]: q^-1/2, 0 where q = 0
+  const V* deviation;  // [variances]: q^1/2 / 2 pi
+};
+
+// The covariances (or their cotangents) of one level at all its offsets; see Level::starts.
+template <class V>
+struct Band {
+  V* n = nullptr;
+  V* t = nullptr;
+};
+
+// Three consecutive rows of one quantity; a row of zeros stands for one outside. Each ends with a zero column.
+template <class V>
+struct ThreeRows {
+  const V *above, *here, *below;
+  V column(int x) const { return above[x] + here[x] + below[x]; }
+};
+
+// Calls f(x, 3x3 box sum around x) for x < width.
+template <class V, class F>
+KIP_INLINE inline void for_each_box(ThreeRows<V> a, int width, F f) {
+  V left{}, middle = a.column(0);
+  for (int x = 0; x < width; ++x) {
+    const V right = a.column(x + 1);
+    f(x, left + middle + right);
+    left = middle;
+    middle = right;
+  }
+}
+
+// Calls f(x, box sum of a, box sum of b).
+template <class V, class F>
+KIP_INLINE inline void for_each_box(ThreeRows<V> a, ThreeRows<V> b, int width, F f) {
+  V a_left{}, a_middle = a.column(0), b_left{}, b_middle = b.column(0);
+  for (int x = 0; x < width; ++x) {
+    const V a_right = a.column(x + 1), b_right = b.column(x + 1);
+    f(x, a_left + a_middle + a_right, b_left + b_middle + b_right);
+    a_left = a_middle, a_middle = a_right;
+    b_left = b_middle, b_middle = b_right;
+  }
+}
+
+template <class T>
+struct Affine {
+  T scale, bias;
+};
+
+// What the adjoint of a ReLU needs of its forward.
+template <class V>
+struct Saved {
+  V* n;
+  V* dot;
+  V* dot_slope;   // t d(dot)/dn
+  V* sine_slope;  // s1 d(n')/d(s1)
+};
+
+// The deviations of one row of a ReLU's input, left and right.
+template <class L, class V>
+struct ReluRow {
+  const L *inverse1, *deviation1;
+  const V *inverse2, *deviation2;
+
+  V inverse(int x) const { return spread<V>(inverse1[x]) * inverse2[x]; }
+  V deviation(int x) const { return spread<V>(deviation1[x]) * deviation2[x]; }
+};
+
+// A ReLU's input at one point.
+template <class V>
+struct Input {
+  V n, t, inverse, cosine, sine2;
+};
+
+// Calls f(x, input) for the convolution's output at each x. kFirst: the network's first convolution, whose NTK is its NNGP.
+//
+// f(x - 1) runs beside the sums for x: the chain of operations through one point is so long that a processor's window holds few of them.
+template <bool kNtk, bool kFirst, class L, class V, class F>
+KIP_INLINE inline void for_each_input(ThreeRows<V> n, ThreeRows<V> t, int width, Affine<Scalar<V>> conv, ReluRow<L, V> relu, F f) {
+  Input<V> last{};
+  const auto at = [&](int x, V box_n, V box_t) KIP_INLINE {
+    Input<V> input;
+    input.n = box_n * conv.scale + conv.bias;
+    input.t = kFirst || !kNtk ? input.n : box_t * conv.scale + input.n;
+    input.inverse = relu.inverse(x);
+    input.cosine = input.n * input.inverse;
+    input.sine2 = sine2(input.cosine);
+    if (x) f(x - 1, last);
+    last = input;
+  };
+  if constexpr (kFirst || !kNtk) {
+    for_each_box(n, width, [&](int x, V box) KIP_INLINE { at(x, box, box); });
+  } else {
+    for_each_box(n, t, width, at);
+  }
+  f(width - 1, last);
+}
+
+// Where a row of a level's output goes, or where its cotangents come from: entry x to or from n[x % 2][x / 2], for x < count.
+template <class V>
+struct Cells {
+  V *n[2], *t[2];
+  int count;
+};
+
+template <class V>
+struct StoreRow {
+  V *n, *t;
+  template <bool kNtk>
+  void emit(int x, V n_value, V t_value) const {
+    n[x] = n_value;
+    if constexpr (kNtk) t[x] = t_value;
+  }
+};
+
+template <class V>
+struct AddToCells {
+  Cells<V> cells;
+  Scalar<V> share;
+  template <bool kNtk>
+  void emit(int x, V n_value, V t_value) const {
+    cells.n[x & 1][x >> 1] += n_value * share;
+    if constexpr (kNtk) cells.t[x & 1][x >> 1] += t_value * share;
+  }
+};
+
+// Convolution and ReLU of a row.
+template <bool kNtk, bool kFirst, bool kSave, class L, class V, class Out>
+void forward_row(ThreeRows<V> n, ThreeRows<V> t, int width, Affine<Scalar<V>> conv, ReluRow<L, V> relu, Out out, Saved<V> saved) {
+  for_each_input<kNtk, kFirst>(n, t, width, conv, relu, [&](int x, const Input<V>& in) KIP_INLINE {
+    const Angle<V> a = angle<kFirst, kSave && kNtk>(in.cosine, in.sine2);
+    const V sine_slope = relu.deviation(x) * a.sine;
+    out.template emit<kNtk>(x, in.n * a.dot + sine_slope, in.t * a.dot);
+    if constexpr (kSave) {
+      saved.n[x] = in.n;
+      saved.dot[x] = a.dot;
+      saved.sine_slope[x] = sine_slope;
+      if constexpr (kNtk) saved.dot_slope[x] = in.t * (a.dot_slope * in.inverse);
+    }
+  });
+}
+
+// The adjoint of a ReLU at one point: sets nt_bar = n_bar + t_bar and (unless kFirst) t_bar of its input, adds s1 s1_bar to sigma.
+template <bool kNtk, bool kFirst, class V>
+KIP_INLINE inline void pull_back(V n_bar, V t_bar, V n, V dot, V dot_slope, V sine_slope, V& nt_bar_in, V& t_bar_in, V& sigma) {
+  if constexpr (kNtk) {
+    const V slope = t_bar * dot_slope;
+    nt_bar_in = (n_bar + t_bar) * dot + slope;
+    if constexpr (!kFirst) t_bar_in = t_bar * dot;
+    sigma += n_bar * sine_slope - slope * n;
+  } else {
+    nt_bar_in = n_bar * dot;
+    sigma += n_bar * sine_slope;
+  }
+}
+
+// Convolution and ReLU of a row of the last layer, and at once the adjoint of that ReLU at the cotangents in `cells`.
+template <bool kNtk, bool kFirst, class L, class V>
+void turn_row(ThreeRows<V> n, ThreeRows<V> t, Affine<Scalar<V>> conv, ReluRow<L, V> relu, Cells<V> cells, V* __restrict nt_bar_in,
+              V* __restrict t_bar_in, V* __restrict sigma) {
+  for_each_input<kNtk, kFirst>(n, t, cells.count, conv, relu, [&](int x, const Input<V>& in) KIP_INLINE {
+    const Angle<V> a = angle<kFirst, kNtk>(in.cosine, in.sine2);
+    const V n_bar = cells.n[x & 1][x >> 1], t_bar = kNtk ? cells.t[x & 1][x >> 1] : V{};
+    pull_back<kNtk, kFirst>(n_bar, t_bar, in.n, a.dot, kNtk ? in.t * (a.dot_slope * in.inverse) : V{}, relu.deviation(x) * a.sine,
+                            nt_bar_in[x], t_bar_in[x], sigma[x]);
+  });
+  nt_bar_in[cells.count] = t_bar_in[cells.count] = V{};
+}
+
+// The adjoint of the convolution above a row, then of its ReLU.
+template <bool kNtk, bool kFirst, class V>
+void backward_row(ThreeRows<V> nt_bar, ThreeRows<V> t_bar, int width, Scalar<V> scale, Saved<V> saved, V* __restrict nt_bar_in,
+                  V* __restrict t_bar_in, V* __restrict sigma) {
+  const auto at = [&](int x, V n_bar, V t_bar) {
+    pull_back<kNtk, kFirst>(n_bar * scale, t_bar * scale, saved.n[x], saved.dot[x], kNtk ? saved.dot_slope[x] : V{}, saved.sine_slope[x],
+                            nt_bar_in[x], t_bar_in[x], sigma[x]);
+  };
+  if constexpr (kNtk) {
+    for_each_box(nt_bar, t_bar, width, at);
+  } else {
+    for_each_box(nt_bar, width, [&](int x, V box) { at(x, box, V{}); });
+  }
+}
+
+template <class V>
+void scaled_box_row(ThreeRows<V> a, int width, Scalar<V> scale, V* __restrict out) {
+  for_each_box(a, width, [&](int x, V box) { out[x] = box * scale; });
+}
+
+// Products of pixels, summed over channels. kChannels = 0: any number.
+template <int kChannels, class L, class V>
+void input_row(const L* left, const V* right, int width, int channels, V* __restrict out) {
+  const int count = kChannels ? kChannels : channels;
+  for (int x = 0; x < width; ++x, left += count, right += count) {
+    V sum = spread<V>(left[0]) * right[0];
+    for (int c = 1; c < count; ++c) sum += spread<V>(left[c]) * right[c];
+    out[x] = sum;
+  }
+}
+
+// The adjoint of the first convolution and of input_row.
+template <int kChannels, class V>
+void pixel_cotangents_row(ThreeRows<V> nt_bar, int width, Scalar<V> scale, const V* right, int channels, V* __restrict pixel_bar) {
+  const int count = kChannels ? kChannels : channels;
+  for_each_box(nt_bar, width, [&](int x, V box) {
+    const V n_bar = box * scale;
+    for (int c = 0; c < count; ++c) pixel_bar[x * count + c] += n_bar * right[x * count + c];
+  });
+}
+
+// Streams the offsets of one level through its layers. One per thread: it owns the rows that are alive.
+template <class T, class L, bool kNtk>
+class Lines {
+ public:
+  using V = Vector<T>;
+
+  explicit Lines(const Plan& plan)
+      : plan_(plan), conv_{T(plan.convolution_scale()), T(plan.network.b)}, row_size_(plan.max_width + 1), zeros_(row_size_),
+        rows_(std::max(plan.max_convs, 1) * 2 * kRows * row_size_), bars_(rows_.size()), saved_(plan.max_convs * saved_rows(0, plan.max_convs) * 4 * row_size_) {}
+
+  // The images of the pairs.
+  void set_images(LeftImage<L> left, RightImages<V> right) { left_ = left, right_ = right; }
+
+  // Adds the output of level p at offset d, times to.share, to the cells to.row(y). `band` holds the level's input (at level 0, pixels do).
+  template <class To>
+  void forward(int p, Offset d, Band<V> band, To& to) {
+    begin(p, d, band);
+    const int k = level_->convs, h = rect_.height;
+    for (int step = 0; step < h + k; ++step) {
+      if (step < h) load_input(step);
+      for (int l = 0; l < k - 1; ++l)
+        if (const int y = step - 1 - l; y >= 0 && y < h) forward_layer<false>(l, y, rect_.width, StoreRow<V>{n_row(l + 1, y), t_row(l + 1, y)});
+      if (const int y = step - k; y >= 0 && y < h) {
+        const AddToCells<V> out{to.row(y), to.share};
+        if (!out.cells.count) continue;
+        if (k) {
+          forward_layer<false>(k - 1, y, out.cells.count, out);
+        } else {
+          const V *n = n_row(0, y), *t = kNtk && level_->has_ntk ? t_row(0, y) : zeros_.data();
+          for (int x = 0; x < out.cells.count; ++x) out.template emit<kNtk>(x, n[x], t[x]);
+        }
+      }
+    }
+  }
+
+  // The adjoint, at the cotangents in the cells from.row(y). Those of the level's input replace the band, divided by 16 for the pooling below;
+  // at level 0 they are added to pixel_bar [H, W, D]. s1 s1_bar of each ReLU's input is added to sigma [variances].
+  template <class From>
+  void backward(int p, Offset d, Band<V> band, From& from, V* pixel_bar, V* sigma) {
+    begin(p, d, band);
+    const int k = level_->convs, h = rect_.height;
+    for (int step = 0; step < h + 2 * k; ++step) {
+      if (step < h) load_input(step);
+      for (int l = 0; l < k - 1; ++l)
+        if (const int y = step - 1 - l; y >= 0 && y < h) forward_layer<true>(l, y, rect_.width, StoreRow<V>{n_row(l + 1, y), t_row(l + 1, y)});
+      if (const int y = step - k; k && y >= 0 && y < h) turn(y, from.row(y), sigma);
+      for (int l = k - 2; l >= 0; --l)
+        if (const int y = step - 2 * k + 1 + l; y >= 0 && y < h) backward_layer(l, y, sigma);
+      if (const int y = step - 2 * k; y >= 0) k ? input_cotangents(y, pixel_bar) : input_cotangents(y, from.row(y), pixel_bar);
+    }
+  }
+
+ private:
+  static constexpr int kRows = 3;  // alive at a time; the next one takes the place of the first
+
+  // Rows between a layer's forward and its adjoint.
+  static int saved_rows(int l, int convs) { return std::max(1, 2 * (convs - l) - 1); }
+
+  void begin(int p, Offset d, Band<V> band) {
+    level_ = &plan_.levels[p], p_ = p, d_ = d, band_ = band, rect_ = level_->rectangle(d);
+    for (std::size_t row = 0; row < rows_.size(); row += row_size_) rows_[row + rect_.width] = bars_[row + rect_.width] = V{};
+  }
+
+  std::ptrdiff_t band_row(int y) const { return level_->start(d_) + std::ptrdiff_t(y) * (rect_.width + 1); }
+  V* ring(Buffer<V>& buffer, int l, int quantity, int y) { return buffer.data() + ((2 * l + quantity) * kRows + y % kRows) * row_size_; }
+
+  // Row y of layer l's input.
+  V* n_row(int l, int y) { return l || !p_ ? ring(rows_, l, 0, y) : band_.n + band_row(y); }
+  V* t_row(int l, int y) { return l || !p_ ? ring(rows_, l, 1, y) : band_.t + band_row(y); }
+
+  // Of the cotangents of layer l's ReLU input.
+  V* nt_bar_row(int l, int y) { return ring(bars_, l, 0, y); }
+  V* t_bar_row(int l, int y) { return ring(bars_, l, 1, y); }
+
+  template <class F>
+  ThreeRows<V> three(F row, int y) {
+    return {y > 0 ? row(y - 1) : zeros_.data(), row(y), y + 1 < rect_.height ? row(y + 1) : zeros_.data()};
+  }
+  ThreeRows<V> n_rows(int l, int y) { return three([&](int y) { return n_row(l, y); }, y); }
+  ThreeRows<V> t_rows(int l, int y) { return three([&](int y) { return t_row(l, y); }, y); }
+  ThreeRows<V> nt_bar_rows(int l, int y) { return three([&](int y) { return nt_bar_row(l, y); }, y); }
+  ThreeRows<V> t_bar_rows(int l, int y) { return three([&](int y) { return t_bar_row(l, y); }, y); }
+
+  Saved<V> saved(int l, int y) {
+    V* first = saved_.data() + (l * saved_rows(0, plan_.max_convs) + y % saved_rows(l, level_->convs)) * 4 * row_size_;
+    return {first, first + row_size_, first + 2 * row_size_, first + 3 * row_size_};
+  }
+
+  std::ptrdiff_t left_pixel(int y) const { return std::ptrdiff_t(rect_.y + y) * level_->width + rect_.x; }
+  std::ptrdiff_t right_pixel(int y) const { return left_pixel(y) + std::ptrdiff_t(d_.dy) * level_->width + d_.dx; }
+  std::ptrdiff_t variance(int l) const { return level_->first_variance + std::ptrdiff_t(l) * level_->pixels(); }
+
+  ReluRow<L, V> relu(int l, int y) const {
+    const std::ptrdiff_t left = variance(l) + left_pixel(y), right = variance(l) + right_pixel(y);
+    return {left_.inverse + left, left_.deviation + left, right_.inverse + right, right_.deviation + right};
+  }
+
+  bool first(int l) const { return !l && !level_->has_ntk; }
+
+  void load_input(int y) {
+    if (p_) return;
+    const int channels = plan_.channels;
+    const auto row = channels == 1 ? input_row<1, L, V> : channels == 3 ? input_row<3, L, V> : input_row<0, L, V>;
+    row(left_.pixels + left_pixel(y) * channels, right_.pixels + right_pixel(y) * channels, rect_.width, channels, n_row(0, y));
+  }
+
+  template <bool kSave, class Out>
+  void forward_layer(int l, int y, int count, Out out) {
+    const auto row = first(l) ? forward_row<kNtk, true, kSave, L, V, Out> : forward_row<kNtk, false, kSave, L, V, Out>;
+    row(n_rows(l, y), t_rows(l, y), count, conv_, relu(l, y), out, kSave ? saved(l, y) : Saved<V>{});
+  }
+
+  void turn(int y, Cells<V> cells, V* sigma) {
+    const int l = level_->convs - 1;
+    if (!cells.count) {
+      std::memset(nt_bar_row(l, y), 0, rect_.width * sizeof(V));
+      std::memset(t_bar_row(l, y), 0, rect_.width * sizeof(V));
+      return;
+    }
+    const auto row = first(l) ? turn_row<kNtk, true, L, V> : turn_row<kNtk, false, L, V>;
+    row(n_rows(l, y), t_rows(l, y), conv_, relu(l, y), cells, nt_bar_row(l, y), t_bar_row(l, y), sigma + variance(l) + left_pixel(y));
+  }
+
+  void backward_layer(int l, int y, V* sigma) {
+    const auto row = first(l) ? backward_row<kNtk, true, V> : backward_row<kNtk, false, V>;
+    row(nt_bar_rows(l + 1, y), t_bar_rows(l + 1, y), rect_.width, conv_.scale, saved(l, y), nt_bar_row(l, y), t_bar_row(l, y),
+        sigma + variance(l) + left_pixel(y));
+  }
+
+  // Of a level with convolutions.
+  void input_cotangents(int y, V* pixel_bar) {
+    if (!p_) return pixel_cotangents(y, nt_bar_rows(0, y), conv_.scale, pixel_bar);
+    scaled_box_row(nt_bar_rows(0, y), rect_.width, conv_.scale / 16, band_.n + band_row(y));
+    if (kNtk && level_->has_ntk) scaled_box_row(t_bar_rows(0, y), rect_.width, conv_.scale / 16, band_.t + band_row(y));
+  }
+
+  // Of a level without.
+  void input_cotangents(int y, Cells<V> cells, V* pixel_bar) {
+    for (int x = 0; x < rect_.width; ++x) {
+      const bool inside = x < cells.count;
+      if (p_) {
+        band_.n[band_row(y) + x] = inside ? cells.n[x & 1][x >> 1] / 16 : V{};
+        if (kNtk) band_.t[band_row(y) + x] = inside ? cells.t[x & 1][x >> 1] / 16 : V{};
+      } else if (inside) {
+        const std::ptrdiff_t left = (left_pixel(y) + x) * plan_.channels, right = (right_pixel(y) + x) * plan_.channels;
+        for (int c = 0; c < plan_.channels; ++c) pixel_bar[left + c] += cells.n[x & 1][x >> 1] * right_.pixels[right + c];
+      }
+    }
+  }
+
+  void pixel_cotangents(int y, ThreeRows<V> nt_bar, T scale, V* pixel_bar) {
+    const int channels = plan_.channels;
+    const auto row = channels == 1 ? pixel_cotangents_row<1, V> : channels == 3 ? pixel_cotangents_row<3, V> : pixel_cotangents_row<0, V>;
+    row(nt_bar, rect_.width, scale, right_.pixels + right_pixel(y) * channels, channels, pixel_bar + left_pixel(y) * channels);
+  }
+
+  const Plan& plan_;
+  const Affine<T> conv_;
+  const std::ptrdiff_t row_size_;
+  LeftImage<L> left_{};
+  RightImages<V> right_{};
+  Buffer<V> zeros_, rows_, bars_, saved_;
+
+  // The offset being streamed.
+  const Level* level_ = nullptr;
+  int p_ = 0;
+  Offset d_{};
+  Rectangle rect_{};
+  Band<V> band_;
+};
+
+}  // namespace kip

@@ -1,0 +1,44 @@
+// Work shared out among threads. No result may depend on which thread does what: units are fixed, and write to places of their own.
+#pragma once
+
+#include <xmmintrin.h>
+
+#include <atomic>
+#include <cstddef>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace kip {
+
+// Flushes subnormal numbers to zero while it lives. XLA does so in its own threads; all threads must agree, for speed and for equal bits.
+class FlushSubnormals {
+ public:
+  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | kFlushToZero | kSubnormalsAreZero); }
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+
+ private:
+  static constexpr unsigned kFlushToZero = 0x8000, kSubnormalsAreZero = 0x0040;
+  unsigned saved_;
+};
+
+// Calls f(worker, i) once for each i < units; calls with the same `worker` < workers do not overlap.
+template <class F>
+void parallel_for(std::size_t workers, std::ptrdiff_t units, F f) {
+  std::atomic<std::ptrdiff_t> next{0};
+  const auto work = [&](std::size_t worker) {
+    FlushSubnormals flush;
+    for (std::ptrdiff_t i; (i = next.fetch_add(1)) < units;) f(worker, i);
+  };
+  std::vector<std::thread> threads;
+  threads.reserve(workers);
+  try {
+    for (std::size_t worker = 1; worker < workers && std::ptrdiff_t(worker) < units; ++worker) threads.emplace_back(work, worker);
+  } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
+  }
+  work(0);
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace kip

@@ -1,0 +1,88 @@
+// Vectors as wide as the instruction set this file is compiled for, one pair of images a lane.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+
+#define KIP_INLINE __attribute__((always_inline))
+
+namespace kip {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+inline constexpr const char* kInstructionSet = "avx512";
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+inline constexpr const char* kInstructionSet = "avx2";
+#else
+inline constexpr int kVectorBytes = 16;
+inline constexpr const char* kInstructionSet = "portable";
+#endif
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class T>
+using Vector = typename VectorOf<T>::type;
+using VectorF = Vector<float>;
+using VectorD = Vector<double>;
+
+template <class T>
+inline constexpr int kLanes = kVectorBytes / sizeof(T);
+
+template <class V>
+struct ScalarOf;
+template <>
+struct ScalarOf<VectorF> {
+  using type = float;
+};
+template <>
+struct ScalarOf<VectorD> {
+  using type = double;
+};
+template <class V>
+using Scalar = typename ScalarOf<V>::type;
+
+// What the left image of a pair holds: a number for all lanes, or a number for each.
+template <class V>
+inline V spread(Scalar<V> x) { return x - V{}; }
+template <class V>
+inline V spread(V x) { return x; }
+
+#if defined(__AVX512F__)
+inline VectorF square_root(VectorF x) { return _mm512_sqrt_ps(x); }
+inline VectorD square_root(VectorD x) { return _mm512_sqrt_pd(x); }
+inline VectorF estimate_inverse_root(VectorF x) { return _mm512_rsqrt14_ps(x); }
+#elif defined(__AVX2__)
+inline VectorF square_root(VectorF x) { return _mm256_sqrt_ps(x); }
+inline VectorD square_root(VectorD x) { return _mm256_sqrt_pd(x); }
+inline VectorF estimate_inverse_root(VectorF x) { return _mm256_rsqrt_ps(x); }
+#else
+inline VectorF square_root(VectorF x) { return _mm_sqrt_ps(x); }
+inline VectorD square_root(VectorD x) { return _mm_sqrt_pd(x); }
+inline VectorF estimate_inverse_root(VectorF x) { return _mm_rsqrt_ps(x); }
+#endif
+
+// x^-1/2 for x > 0, to 2e-7; one Newton step costs less than a division and a square root.
+inline VectorF inverse_root(VectorF x) {
+  const VectorF r = estimate_inverse_root(x);
+  return r + (0.5f * r) * (1 - x * r * r);
+}
+inline VectorD inverse_root(VectorD x) { return 1 / square_root(x); }
+
+inline VectorF absolute(VectorF x) {
+  typedef int Bits __attribute__((vector_size(kVectorBytes)));
+  return (VectorF)((Bits)x & 0x7fffffff);
+}
+inline VectorD absolute(VectorD x) { return x < VectorD{} ? -x : x; }
+
+}  // namespace kip
