@@ -2,14 +2,18 @@
 PYTHON = .venv/bin/python
 DEMO_DIR ?= runs/demo
 
-.PHONY: demo test setup cuda lock clean
+.PHONY: demo test bench native setup cuda lock clean
 
-demo: setup
+demo: native
 	@rm -rf $(DEMO_DIR)
 	$(PYTHON) launch.py --config=configs/digits.py --workdir=$(DEMO_DIR) --lp_launch_type=local_mp
 
-test: setup
+test: native
 	$(PYTHON) -m pytest
+
+# Builds the C++ kernel where there is a compiler; elsewhere the JAX kernel is used.
+native: setup
+	@$(PYTHON) -m kernels.native.build
 
 setup:
 	@tools/setup.sh

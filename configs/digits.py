@@ -8,10 +8,10 @@ from configs import base
 
 def get_config():
   config = base.get_config()
-  config.run.num_steps = 30
-  config.run.targets_per_step = 200
-  config.run.plan.target_tile = 50
-  config.system.snapshot_steps = (0, 5, 10, 20)
+  config.run.num_steps = 200
+  config.run.targets_per_step = 500
+  config.run.plan.target_tile = 125
+  config.system.snapshot_steps = (0, 10, 30, 100)
   config.system.evaluation.nn_steps = 500
   config.system.evaluation.nn_width = 64
   return config

@@ -21,7 +21,7 @@ from nodes.remote import Stopping
 _HELD_OUT = 5000  # the last training images, or a tenth of them if that is less: the finite network's learning rate is set on them
 
 
-def krr_test(kernel: ntk.Kernel, images: np.ndarray, labels: np.ndarray, ridge: float, prepared: store.Prepared, tile: int,
+def krr_test(kernel: ntk.Kernel, images: np.ndarray, labels: np.ndarray, ridge: float, test: ntk.Library, classes: np.ndarray, tile: int,
              stop=lambda: False) -> tuple[float, float] | None:
   """Accuracy and error 1/2 mean((P - y)^2) of KRR on the whole test set.
 
@@ -29,23 +29,24 @@ def krr_test(kernel: ntk.Kernel, images: np.ndarray, labels: np.ndarray, ridge: 
     kernel: the NTK.
     images: support, [S, H, W, D]; labels: [S, C].
     ridge: relative to the mean of K_ss's diagonal.
-    prepared: whose test images are meant.
+    test: the test images; classes: int64 [N].
     tile: test images a block.
     stop: looked at before every block.
 
   Returns:
     (accuracy, error), or None where `stop()` became true. Raises krr.NotPositiveDefiniteError.
   """
-  solution = krr.solve(kernel.block(images, images), labels, ridge)
+  support = kernel.prepare(images)
+  solution = krr.solve(kernel.block(support, support), labels, ridge)
   correct, error = 0, 0.0
-  for start, end in tasks.ranges(len(prepared.test_images), tile):
+  for start, end in tasks.ranges(len(classes), tile):
     if stop():
       return None
-    y = sampling.centred_one_hot(prepared.test_labels[start:end], prepared.num_classes)
-    result = krr.residual(kernel.block(images, prepared.test_images[start:end]), solution.alpha, y, len(prepared.test_images))
+    y = sampling.centred_one_hot(classes[start:end], labels.shape[1])
+    result = krr.residual(kernel.block(support, test[start:end]), solution.alpha, y, len(classes))
     correct += result.correct
     error += result.loss
-  return correct / len(prepared.test_images), error
+  return correct / len(classes), error
 
 
 class Evaluator:
@@ -81,6 +82,7 @@ class Evaluator:
     self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data)
     self._kernel = ntk.make_kernel(self._run['architecture'], implementation=self._run['implementation'],
                                    dtype=self._run['kernel_dtype'], threads=self._threads)
+    self._test = ntk.Library(self._kernel, self._prepared.test_images)
     rows = self._directory.read_metrics()
     run_directory.write_atomically(self._directory.metrics, ''.join(run_directory.json_line(row) for row in rows))
     done = [row['step'] for row in rows]
@@ -101,8 +103,8 @@ class Evaluator:
     if snapshot['final']:
       distilled = export.load(self._directory.distilled)  # what the user gets is what is reported
       images, labels = distilled.images, distilled.labels
-    result = krr_test(self._kernel, images, labels, self._run['ridge'], self._prepared, self._settings['krr_tile'],
-                      self._stop_event.is_set)
+    result = krr_test(self._kernel, images, labels, self._run['ridge'], self._test, self._prepared.test_labels,
+                      self._settings['krr_tile'], self._stop_event.is_set)
     if result is None:
       return None
     row = {'step': step, 'krr_test_accuracy': result[0], 'krr_test_mse': result[1], **json.loads(snapshot['metrics'])}

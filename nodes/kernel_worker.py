@@ -4,7 +4,7 @@ import json
 import platform
 import threading
 import time
-from typing import Any
+from typing import Any, Callable
 
 from absl import logging
 import numpy as np
@@ -63,6 +63,7 @@ class KernelWorker:
     self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data)
     self._kernel = ntk.make_kernel(self._run['architecture'], implementation=self._run['implementation'],
                                    dtype=self._run['kernel_dtype'], threads=self._threads)
+    self._train = ntk.Library(self._kernel, self._prepared.train_images)
     return json.dumps({'fingerprint': self._fingerprint(), 'pairs_per_second': self._calibrate()})
 
   def _work(self, task: tasks.Task, lease: int) -> None:
@@ -83,7 +84,7 @@ class KernelWorker:
   def _compute(self, task: tasks.Task) -> dict[str, np.ndarray]:
     """The piece of a task: `block`, `gradient`, or all a group of targets contributes."""
     (t0, t1), (s0, s1) = task.target_range, task.support_range
-    images = self._input(task, 'images')
+    images = self._images(task)
     if task.phase == tasks.SUPPORT_BLOCKS:
       x1 = images[s0:s1]
       return {'block': self._kernel.block(x1, x1 if (t0, t1) == (s0, s1) else images[t0:t1])}
@@ -91,12 +92,17 @@ class KernelWorker:
       return {'gradient': self._kernel.block_vjp(images[s0:s1], images[t0:t1], self._input(task, 'cotangent')[s0:s1, t0:t1])[1]}
     return self._targets(task, images, self._input(task, 'alpha'))
 
-  def _targets(self, task: tasks.Task, images: np.ndarray, alpha: np.ndarray) -> dict[str, np.ndarray]:
+  def _images(self, task: tasks.Task) -> ntk.Prepared:
+    """The support set, in the form that spares its variances being computed for every block."""
+    images = self._input(task, 'images')
+    return self._cached('prepared', lambda: self._kernel.prepare(images))
+
+  def _targets(self, task: tasks.Task, images: ntk.Prepared, alpha: np.ndarray) -> dict[str, np.ndarray]:
     """Rows of K_ts, their residual and their cotangent in one pass, tile by tile, summed in order in float64."""
     num_targets, tile = self._run['targets_per_step'], self._run['plan']['target_tile']
     batch = self._batch(task.step)
     loss, correct, alpha_bar = 0.0, 0, np.zeros_like(alpha)
-    gradient = np.zeros(images.shape, np.float64)
+    gradient = np.zeros(images.images.shape, np.float64)
     for start, stop in tasks.ranges(task.target_range[1] - task.target_range[0], tile):
       chosen = batch[task.target_range[0] + start:task.target_range[0] + stop]
       y_t = sampling.centred_one_hot(self._prepared.train_labels[chosen], self._prepared.num_classes)
@@ -107,7 +113,7 @@ class KernelWorker:
         residual = krr.residual(block, alpha, y_t, num_targets)
         return residual.cotangent
 
-      gradient += self._kernel.block_vjp(images, self._prepared.train_images[chosen], cotangent)[1]
+      gradient += self._kernel.block_vjp(images, self._train[chosen], cotangent)[1]
       loss += residual.loss
       correct += residual.correct
       alpha_bar += residual.alpha_bar
@@ -129,7 +135,7 @@ class KernelWorker:
       return value
     return self._cached(name, fetch)
 
-  def _cached(self, name: Any, make: Any) -> np.ndarray:
+  def _cached(self, name: Any, make: Callable[[], Any]) -> Any:
     if name not in self._inputs:
       self._inputs[name] = make()
     return self._inputs[name]
@@ -140,6 +146,7 @@ class KernelWorker:
     device = jax.devices()[0]
     versions = {'numpy': np.__version__, 'jax': jax.__version__, 'python': platform.python_version()}
     return {'implementation': self._kernel.implementation, 'dtype': str(self._kernel.dtype),
+            'instruction_set': getattr(self._kernel, 'instruction_set', ''),
             'device': _cpu_model() if device.platform == 'cpu' else device.device_kind, 'data': self._prepared.key, **versions}
 
   def _calibrate(self) -> float:

@@ -16,6 +16,7 @@ from programs import placement
 from programs import start
 
 _CALL_TIMEOUT = 60  # seconds: no answer of the coordinator's takes longer
+_EVALUATOR_NICENESS = 10  # where cores are few, evaluation must not hold distillation up
 _UNREACHABLE = ('UNAVAILABLE', 'DEADLINE_EXCEEDED')
 
 
@@ -100,6 +101,7 @@ class _Client:
     coordinator = Retrying(coordinator, timeout, stop, _unreachable)
     if kind == 'evaluator':
       from nodes import evaluator
+      os.nice(_EVALUATOR_NICENESS)
       self._node = evaluator.Evaluator(coordinator, stop=stop, **kwargs)
     else:
       from nodes import kernel_worker
