@@ -1,0 +1,34 @@
+"""A library of images gives what the images themselves give, to the bit, whatever was asked for before."""
+
+import numpy as np
+import pytest
+
+from kernels import ntk
+
+IMPLEMENTATIONS = [name for name in ntk.IMPLEMENTATIONS if name != 'auto']
+
+
+class _Counting:
+  """A kernel that keeps count of the images it prepares."""
+
+  def __init__(self, kernel):
+    self.kernel, self.dtype, self.prepared = kernel, kernel.dtype, 0
+
+  def prepare(self, x):
+    self.prepared += len(x)
+    return self.kernel.prepare(x)
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+@pytest.mark.parametrize('architecture', ['convnet2', 'fc2'])
+def test_same_bits_whatever_was_asked_for_before(implementation, architecture):
+  rng = np.random.default_rng(0)
+  images, support = rng.normal(size=(53, 9, 7, 2)).astype(np.float32), rng.normal(size=(3, 9, 7, 2)).astype(np.float32)
+  kernel = _Counting(ntk.make_kernel(architecture, implementation=implementation, threads=1))
+  library = ntk.Library(kernel, images)
+  for chosen in (np.array([5]), np.array([40, 3, 5, 11, 52, 7, 8]), slice(0, 29), np.arange(53)[::-1]):
+    block, gradient = kernel.kernel.block_vjp(support, library[chosen], np.cos)
+    expected_block, expected_gradient = kernel.kernel.block_vjp(support, images[chosen], np.cos)
+    assert block.tobytes() == expected_block.tobytes()
+    assert gradient.tobytes() == expected_gradient.tobytes()
+  assert kernel.prepared == len(images)
