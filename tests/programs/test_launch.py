@@ -64,16 +64,17 @@ SMALL = ('--config.run.architecture=fc1', '--config.run.images_per_class=2', '--
 
 @pytest.mark.parametrize('seed', [0, 1, 2])
 def test_the_demo_beats_its_real_images_by_ten_points(tmp_path, cache, seed):
-  """The whole of `make demo`, computed by worker processes alone."""
-  done = _run(_command(tmp_path, f'--config.run.seed={seed}', '--lp_launch_type=local_mp', config='configs/digits.py', cache=cache))
+  """The whole of `make demo`, computed by worker processes alone (without the finite network for all seeds but the first)."""
+  flags = [f'--config.run.seed={seed}', '--lp_launch_type=local_mp'] + (['--config.system.evaluation.nn_steps=0'] if seed else [])
+  done = _run(_command(tmp_path, *flags, config='configs/digits.py', cache=cache))
   assert done.returncode == 0, done.stdout + done.stderr
   status, rows = _json(tmp_path, 'status.json'), _rows(tmp_path)
   assert status['state'] == 'finished' and status['step'] == status['num_steps']
   first, last = rows[0], rows[status['num_steps']]
   assert last['krr_test_accuracy'] >= first['krr_test_accuracy'] + 0.1
-  assert 0 < last['nn_test_accuracy'] <= 1
-  assert {'step', 'krr_test_accuracy', 'krr_test_mse', 'nn_test_accuracy', 'train_loss', 'train_accuracy', 'wall_seconds',
-          'kernel_pairs_per_second'} <= set(last)
+  if not seed:
+    assert last['nn_test_accuracy'] > 0.3  # ten classes: chance is 0.1
+  assert {'step', 'krr_test_accuracy', 'krr_test_mse', 'train_loss', 'train_accuracy', 'wall_seconds', 'kernel_pairs_per_second'} <= set(last)
   assert last['train_loss'] < first['train_loss']
 
   assert set(status['workers']) == {'kernel_worker_0', 'kernel_worker_1'}
