@@ -5,6 +5,7 @@ version, so that a library is built once and a stale one is never found.
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import os
 import pathlib
@@ -90,6 +91,11 @@ def _path(instruction_set: str, version: str | None) -> pathlib.Path:
 
 
 def _version(command: list[str]) -> str:
+  return _output(tuple(command))
+
+
+@functools.cache
+def _output(command: tuple[str, ...]) -> str:
   return subprocess.run([*command, '--version'], capture_output=True, text=True, check=False).stdout
 
 

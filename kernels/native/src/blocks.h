@@ -167,15 +167,87 @@ void store_block(Vector<T> values, std::ptrdiff_t i, std::ptrdiff_t tile, std::p
   for_each_image<T>(count, tile, [&](std::ptrdiff_t j, int lane) { block[i * count + j] = values[lane]; });
 }
 
+// Fully-connected networks: matrix products, several left images at a time so that each value loaded is used as often. Sums are taken in short
+// runs, and the runs summed, so that rounding stays small.
+inline constexpr int kGroup = 8;
+
+// The dot products of a group of images with a tile of images.
+template <class T>
+void dot_products(const T* const (&left)[kGroup], const Vector<T>* right, std::ptrdiff_t size, Vector<T> (&out)[kGroup]) {
+  constexpr std::ptrdiff_t kRun = 128;
+  for (auto& value : out) value = Vector<T>{};
+  for (std::ptrdiff_t first = 0; first < size; first += kRun) {
+    Vector<T> run[kGroup] = {};
+    for (std::ptrdiff_t e = first; e < std::min(first + kRun, size); ++e)
+      for (int g = 0; g < kGroup; ++g) run[g] += spread<Vector<T>>(left[g][e]) * right[e];
+    for (int g = 0; g < kGroup; ++g) out[g] += run[g];
+  }
+}
+
+// Adds sum_j weights[g, j] rows[j, e] to sums[g, e], for g < groups and e from `first` for as many as there are lanes (up to `size`).
+template <class T>
+void add_weighted_rows(const T* weights, std::ptrdiff_t stride, int groups, const T* rows, std::ptrdiff_t count, std::ptrdiff_t size,
+                       std::ptrdiff_t first, double* sums, std::ptrdiff_t sums_stride) {
+  constexpr std::ptrdiff_t kRun = 64;
+  const int lanes = static_cast<int>(std::min<std::ptrdiff_t>(kLanes<T>, size - first));
+  for (std::ptrdiff_t begin = 0; begin < count; begin += kRun) {
+    Vector<T> run[kGroup] = {};
+    for (std::ptrdiff_t j = begin; j < std::min(begin + kRun, count); ++j) {
+      Vector<T> row{};
+      if (lanes == kLanes<T>) std::memcpy(&row, rows + j * size + first, sizeof(row));
+      else std::memcpy(&row, rows + j * size + first, lanes * sizeof(T));
+      for (int g = 0; g < kGroup; ++g) run[g] += spread<Vector<T>>(weights[std::min(g, groups - 1) * stride + j]) * row;
+    }
+    for (int g = 0; g < groups; ++g)
+      for (int lane = 0; lane < lanes; ++lane) sums[g * sums_stride + first + lane] += run[g][lane];
+  }
+}
+
+// Calls f(head, left, right, i, tile, n) for each pair of a left image and a tile (symmetric: that reaches above the diagonal); n is the
+// readout's covariance.
+template <class T, class F>
+void for_each_dense_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmetric, std::size_t threads, F f) {
+  const LeftTables<T> left(plan, x1);
+  const std::ptrdiff_t groups = (x1.count + kGroup - 1) / kGroup, size = plan.image_size();
+  auto heads = make_engines<T, Head<T>>(plan, groups * x2.tiles(), threads);
+  const std::ptrdiff_t per_round = tiles_per_round(tile_bytes<T>(plan));
+  for (std::ptrdiff_t first = 0; first < x2.tiles(); first += per_round) {
+    const std::ptrdiff_t tiles = std::min(per_round, x2.tiles() - first);
+    const RightTables<T> right(plan, x2, first, tiles, heads.size());
+    parallel_for(heads.size(), groups * tiles, [&](std::size_t worker, std::ptrdiff_t unit) {
+      const std::ptrdiff_t k = unit / groups, begin = unit % groups * kGroup;
+      if (symmetric && (first + k + 1) * kLanes<T> <= begin) return;
+      const T* images[kGroup];
+      for (int g = 0; g < kGroup; ++g) images[g] = x1.pixels + std::min(begin + g, x1.count - 1) * size;
+      Vector<T> n[kGroup];
+      dot_products(images, right.tile(k).pixels, size, n);
+      for (std::ptrdiff_t i = begin; i < std::min(begin + kGroup, x1.count); ++i)
+        f(heads[worker], left.image(i), right.tile(k), i, first + k, n[i - begin] * T(plan.readout_share()));
+    });
+  }
+}
+
+template <class T>
+void compute_dense_block(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmetric, T* block, std::size_t threads) {
+  for_each_dense_unit(plan, x1, x2, symmetric, threads, [&](Head<T>& head, LeftImage<T> left, RightImages<Vector<T>> right, std::ptrdiff_t i,
+                                                        std::ptrdiff_t tile, Vector<T> n) {
+    store_block<T>(head.forward(left, right, n, Vector<T>{}), i, tile, x2.count, block);
+  });
+}
+
 // block [A, B]. symmetric: x1 and x2 are the same images.
 template <class T>
 void compute_block(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmetric, T* block, std::size_t threads) {
-  for_each_unit(plan, x1, x2, tiles_per_round(tile_bytes<T>(plan)), threads,
-                [&](PairEngine<T>& engine, LeftImage<T> left, RightImages<Vector<T>> right, std::ptrdiff_t i, std::ptrdiff_t, std::ptrdiff_t tile) {
-                  if (symmetric && (tile + 1) * kLanes<T> <= i) return;
-                  store_block<T>(engine.forward(left, right), i, tile, x2.count, block);
-                },
-                [](std::ptrdiff_t, std::ptrdiff_t) {});
+  if (plan.fully_connected()) {
+    compute_dense_block(plan, x1, x2, symmetric, block, threads);
+  } else {
+    for_each_unit(plan, x1, x2, tiles_per_round(tile_bytes<T>(plan)), threads,
+                  [&](PairEngine<T>& engine, LeftImage<T> left, RightImages<Vector<T>> right, std::ptrdiff_t i, std::ptrdiff_t, std::ptrdiff_t tile) {
+                    if (symmetric && (tile + 1) * kLanes<T> <= i) return;
+                    store_block<T>(engine.forward(left, right), i, tile, x2.count, block);
+                  },
+                  [](std::ptrdiff_t, std::ptrdiff_t) {});
+  }
   if (!symmetric) return;
   for (std::ptrdiff_t i = 0; i < x1.count; ++i)
     for (std::ptrdiff_t j = 0; j < i; ++j) block[i * x2.count + j] = block[j * x2.count + i];
@@ -223,10 +295,43 @@ struct Weights {
   double values[kLanes<T>] = {};
 };
 
+template <class T>
+void compute_dense_vjp(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, ImageSet<T> x2, const T* cotangent, T* block, T* gradient,
+                       std::size_t threads) {
+  const std::ptrdiff_t size = plan.image_size(), variances = plan.variances, count = derivatives(plan), tiles = x2.tiles();
+  Buffer<T> weights(x1.count * x2.count);              // of x2's pixels in the gradient by x1's
+  Buffer<T> pieces(x1.count * tiles * variances);      // of sigma
+  Buffer<double> sums(x1.count * count);
+  for_each_dense_unit(plan, x1, x2, false, threads, [&](Head<T>& head, LeftImage<T> left, RightImages<Vector<T>> right, std::ptrdiff_t i,
+                                                        std::ptrdiff_t tile, Vector<T> n) {
+    store_block<T>(head.forward(left, right, n, Vector<T>{}), i, tile, x2.count, block);
+    Buffer<Vector<T>> sigma(variances);
+    Vector<T> n_bar, t_bar;
+    head.backward(n_bar, t_bar, sigma.data());
+    const Weights<T> lanes(cotangent, i, tile, x2.count);
+    for_each_image<T>(x2.count, tile, [&](std::ptrdiff_t j, int lane) {
+      weights[i * x2.count + j] = T(n_bar[lane] * lanes.values[lane] * plan.readout_share() / plan.channels);
+    });
+    T* piece = pieces.data() + (i * tiles + tile) * variances;
+    contract(lanes_of(sigma), variances, lanes.values, [&](std::ptrdiff_t e, double sum) { piece[e] = T(sum); });
+  });
+  const std::ptrdiff_t groups = (x1.count + kGroup - 1) / kGroup, columns = (size + kLanes<T> - 1) / kLanes<T>;
+  parallel_for(threads, groups * columns, [&](std::size_t, std::ptrdiff_t unit) {
+    const std::ptrdiff_t i = unit / columns * kGroup;
+    add_weighted_rows(weights.data() + i * x2.count, x2.count, static_cast<int>(std::min<std::ptrdiff_t>(kGroup, x1.count - i)), x2.pixels, x2.count,
+                      size, unit % columns * kLanes<T>, sums.data() + i * count, count);
+  });
+  for (std::ptrdiff_t i = 0; i < x1.count; ++i)
+    for (std::ptrdiff_t tile = 0; tile < tiles; ++tile)
+      for (std::ptrdiff_t e = 0; e < variances; ++e) sums[i * count + size + e] += pieces[(i * tiles + tile) * variances + e];
+  finish_gradient(plan, variance_plan, x1, sums, gradient, threads);
+}
+
 // block [A, B], and the gradient [A, H, W, D] of sum(block * cotangent [A, B]) by x1.
 template <class T>
 void compute_vjp(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, ImageSet<T> x2, const T* cotangent, T* block, T* gradient,
                  std::size_t threads) {
+  if (plan.fully_connected()) return compute_dense_vjp(plan, variance_plan, x1, x2, cotangent, block, gradient, threads);
   const std::ptrdiff_t size = plan.image_size(), count = derivatives(plan);
   const std::ptrdiff_t per_round = std::min(x2.tiles(), tiles_per_round(tile_bytes<T>(plan) + x1.count * count * sizeof(T)));
   Buffer<T> pieces(x1.count * per_round * count);

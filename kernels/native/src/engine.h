@@ -21,6 +21,49 @@ struct BandBuffers {
   std::vector<Buffer<V>> n, t;
 };
 
+// What follows the readout: hidden Dense + ReLU layers, and the output.
+template <class T>
+class Head {
+ public:
+  using V = Vector<T>;
+
+  explicit Head(const Plan& plan) : plan_(plan), w_(T(plan.network.w)), b_(T(plan.network.b)), hidden_(plan.network.hidden) {}
+
+  // The NTK, given the readout's covariances.
+  V forward(LeftImage<T> left, RightImages<V> right, V n, V t) {
+    for (std::size_t l = 0; l < hidden_.size(); ++l) {
+      n = n * w_ + b_, t = t * w_ + n;
+      const std::ptrdiff_t e = plan_.hidden_variances() + l;
+      const V inverse = left.inverse[e] * right.inverse[e];
+      const Angle<V> a = angle<true, true>(n * inverse, sine2(n * inverse));
+      hidden_[l] = {n, a.dot, t * (a.dot_slope * inverse), left.deviation[e] * right.deviation[e] * a.sine};
+      n = n * a.dot + hidden_[l].sine_slope, t = t * a.dot;
+    }
+    n = n * w_ + b_;
+    return t * w_ + n;
+  }
+
+  // After `forward`: the derivatives of the NTK by n and t; adds those by the deviations to sigma [variances].
+  void backward(V& n_bar, V& t_bar, V* sigma) const {
+    n_bar = t_bar = spread<V>(w_);
+    for (std::size_t l = hidden_.size(); l-- > 0;) {
+      const Hidden& h = hidden_[l];
+      V nt_bar_in, t_bar_in;
+      pull_back<true, false>(n_bar, t_bar, h.n, h.dot, h.dot_slope, h.sine_slope, nt_bar_in, t_bar_in, sigma[plan_.hidden_variances() + l]);
+      n_bar = nt_bar_in * w_, t_bar = t_bar_in * w_;
+    }
+  }
+
+ private:
+  struct Hidden {
+    V n, dot, dot_slope, sine_slope;
+  };
+
+  const Plan& plan_;
+  const T w_, b_;
+  std::vector<Hidden> hidden_;
+};
+
 // One left image against a tile of right images. One per thread.
 template <class T>
 class PairEngine {
@@ -28,7 +71,7 @@ class PairEngine {
   using V = Vector<T>;
 
   explicit PairEngine(const Plan& plan)
-      : plan_(plan), lines_(plan), bands_(plan, true), hidden_(plan.network.hidden), readout_(plan.max_width), pixel_bar_(plan.image_size()),
+      : plan_(plan), lines_(plan), bands_(plan, true), head_(plan), readout_(plan.max_width), pixel_bar_(plan.image_size()),
         sigma_(plan.variances), spare_(plan.max_width) {}
 
   // The NTK of the left image and each right image.
@@ -54,7 +97,7 @@ class PairEngine {
     }
     V n, t;
     for (int lane = 0; lane < kLanes<T>; ++lane) n[lane] = T(n_sum[lane] * plan_.readout_share()), t[lane] = T(t_sum[lane] * plan_.readout_share());
-    return forward_hidden(left, right, n, t);
+    return head_.forward(left, right, n, t);
   }
 
   // After `forward`: sets the derivatives of the NTK by the left image's pixels, and by its deviations (each times the deviation).
@@ -62,7 +105,7 @@ class PairEngine {
     pixel_bar_.clear();
     sigma_.clear();
     V n_bar, t_bar;
-    backward_hidden(n_bar, t_bar);
+    head_.backward(n_bar, t_bar, sigma_.data());
     readout_.set_cotangents(n_bar * T(plan_.readout_share()), t_bar * T(plan_.readout_share()));
     spare_.clear();
     lines_.set_images(left, right);
@@ -84,41 +127,12 @@ class PairEngine {
   const Buffer<V>& sigma() const { return sigma_; }
 
  private:
-  struct Hidden {
-    V n, dot, dot_slope, sine_slope;
-  };
-
   int levels() const { return static_cast<int>(plan_.levels.size()); }
-
-  V forward_hidden(LeftImage<T> left, RightImages<V> right, V n, V t) {
-    const T w = T(plan_.network.w), b = T(plan_.network.b);
-    for (std::size_t l = 0; l < hidden_.size(); ++l) {
-      n = n * w + b, t = t * w + n;
-      const std::ptrdiff_t e = plan_.hidden_variances() + l;
-      const V inverse = left.inverse[e] * right.inverse[e];
-      const Angle<V> a = angle<true, true>(n * inverse, sine2(n * inverse));
-      hidden_[l] = {n, a.dot, t * (a.dot_slope * inverse), left.deviation[e] * right.deviation[e] * a.sine};
-      n = n * a.dot + hidden_[l].sine_slope, t = t * a.dot;
-    }
-    n = n * w + b;
-    return t * w + n;
-  }
-
-  void backward_hidden(V& n_bar, V& t_bar) {
-    const T w = T(plan_.network.w);
-    n_bar = t_bar = spread<V>(w);
-    for (std::size_t l = hidden_.size(); l-- > 0;) {
-      const Hidden& h = hidden_[l];
-      V nt_bar_in, t_bar_in;
-      pull_back<true, false>(n_bar, t_bar, h.n, h.dot, h.dot_slope, h.sine_slope, nt_bar_in, t_bar_in, sigma_[plan_.hidden_variances() + l]);
-      n_bar = nt_bar_in * w, t_bar = t_bar_in * w;
-    }
-  }
 
   const Plan& plan_;
   Lines<T, T, true> lines_;
   BandBuffers<V> bands_;
-  std::vector<Hidden> hidden_;
+  Head<T> head_;
   Readout<V> readout_;
   Buffer<V> pixel_bar_, sigma_, spare_;
 };

@@ -54,6 +54,8 @@ struct Plan {
 
   std::ptrdiff_t image_size() const { return std::ptrdiff_t(pixels) * channels; }
   std::ptrdiff_t hidden_variances() const { return variances - network.hidden; }
+  // No convolution, no pooling, no offsets: the readout is a dot product of images.
+  bool fully_connected() const { return !network.all_offsets && network.convs.size() == 1 && !network.convs[0]; }
   double readout_share() const {  // of each entry of the last level in the mean
     const double count = levels.back().pixels();
     return 1 / (network.all_offsets ? count * count : count);
