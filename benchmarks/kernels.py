@@ -1,9 +1,9 @@
 """Kernel implementations against Neural Tangents, measured in the same run: `python -m benchmarks.kernels`.
 
-For each architecture and image size: Neural Tangents jitted, warmed, on all cores, at the best of several block sizes; each implementation on
-raw images (variances and their gradient included), the runs of all interleaved; medians. `step` is a forward pass, then a vjp at a cotangent
-that depends on its result: what distillation does. The error is that of the very block timed, on the entries that Neural Tangents evaluates in
-float64; the vjp's cotangent is zero elsewhere, so that its whole gradient is checked.
+For each architecture and image size: Neural Tangents jitted, warmed, on all cores, at the best of several block sizes; each
+implementation on raw images (variances and their gradient included), the runs of all interleaved; medians. `step` is a vjp at a cotangent
+that depends on the block: what distillation does. The error is that of the very block timed, on the entries that Neural Tangents
+evaluates in float64; the vjp's cotangent is zero elsewhere, so that its whole gradient is checked.
 """
 
 import argparse
@@ -129,7 +129,8 @@ def measure(name: str, image: tuple[int, int, int], implementations: list[str], 
     times = [milliseconds[c.name, quantity] for quantity in QUANTITIES]
     ratios = [milliseconds[peer.name, quantity] / milliseconds[c.name, quantity] for quantity in QUANTITIES]
     share = None if c is peer else work / (times[0] * 1e-3) / peak
-    rows.append(Row(name, '{}x{}x{}'.format(*image), c.name, threads, '{}x{}'.format(*c.shape), *times, *ratios, block_error, gradient_error, share))
+    rows.append(Row(name, '{}x{}x{}'.format(*image), c.name, threads, '{}x{}'.format(*c.shape), *times, *ratios,
+                    block_error, gradient_error, share))
   return rows
 
 
@@ -216,7 +217,8 @@ def main():
       for row in measure(name, tuple(map(int, image.split('x'))), implementations, args.threads, args.runs, peak):
         rows.append(dataclasses.asdict(row))
         errors = '' if row.peak_share is None else f'{row.block_error:10.0e}{row.gradient_error:9.0e}{row.peak_share:9.0%}'
-        print(f'{row.architecture:9}{row.image:9}{row.implementation:18}{row.block:>9}{row.forward_ms:11.4g}{row.vjp_ms:11.4g}{row.step_ms:11.4g}'
+        print(f'{row.architecture:9}{row.image:9}{row.implementation:18}{row.block:>9}'
+              f'{row.forward_ms:11.4g}{row.vjp_ms:11.4g}{row.step_ms:11.4g}'
               f'{row.forward_ratio:9.0f}{row.vjp_ratio:9.0f}{row.step_ratio:9.0f}{errors}', flush=True)
       with open(args.json, 'w', encoding='utf-8') as file:
         json.dump({'threads': args.threads, 'peak_gflops': peak / 1e9, 'rows': rows}, file, indent=1)

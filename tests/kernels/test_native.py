@@ -159,8 +159,8 @@ def test_a_changed_source_is_not_built(monkeypatch, tmp_path):
   assert not build.is_built()
 
 
-def test_architectures_agree_on_the_number_of_variances():
-  architecture = architectures.get({'stages': [{'convs': 1, 'pool': True}, {'convs': 2, 'pool': False}, {'convs': 1, 'pool': True}], 'hidden': 2})
-  if build.is_built():
-    kernel = native.NativeKernel(architecture, 'float32', 1)
-    assert kernel.prepare(np.ones((2, 7, 6, 1), np.float32)).variances[0].shape == (2, 7 * 6 + 3 * 3 * 3 + 2)
+@built
+def test_one_variance_per_relu_input():
+  stages = [{'convs': 1, 'pool': True}, {'convs': 2, 'pool': False}, {'convs': 1, 'pool': True}]
+  kernel = native.NativeKernel(architectures.get({'stages': stages, 'hidden': 2}), 'float32', 1)
+  assert kernel.prepare(np.ones((2, 7, 6, 1), np.float32)).variances[0].shape == (2, 7 * 6 + 3 * 3 * 3 + 2)

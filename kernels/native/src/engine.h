@@ -33,7 +33,7 @@ class Head {
   V forward(LeftImage<T> left, RightImages<V> right, V n, V t) {
     for (std::size_t l = 0; l < hidden_.size(); ++l) {
       n = n * w_ + b_, t = t * w_ + n;
-      const std::ptrdiff_t e = plan_.hidden_variances() + l;
+      const Index e = plan_.hidden_variances() + l;
       const V inverse = left.inverse[e] * right.inverse[e];
       const Angle<V> a = angle<true, true>(n * inverse, sine2(n * inverse));
       hidden_[l] = {n, a.dot, t * (a.dot_slope * inverse), left.deviation[e] * right.deviation[e] * a.sine};
@@ -71,8 +71,14 @@ class PairEngine {
   using V = Vector<T>;
 
   explicit PairEngine(const Plan& plan)
-      : plan_(plan), lines_(plan), bands_(plan, true), head_(plan), readout_(plan.max_width), pixel_bar_(plan.image_size()),
-        sigma_(plan.variances), spare_(plan.max_width) {}
+      : plan_(plan),
+        lines_(plan),
+        bands_(plan, true),
+        head_(plan),
+        readout_(plan.max_width),
+        pixel_bar_(plan.image_size()),
+        sigma_(plan.variances),
+        spare_(plan.max_width) {}
 
   // The NTK of the left image and each right image.
   V forward(LeftImage<T> left, RightImages<V> right) {
@@ -96,7 +102,8 @@ class PairEngine {
       }
     }
     V n, t;
-    for (int lane = 0; lane < kLanes<T>; ++lane) n[lane] = T(n_sum[lane] * plan_.readout_share()), t[lane] = T(t_sum[lane] * plan_.readout_share());
+    for (int lane = 0; lane < kLanes<T>; ++lane)
+      n[lane] = T(n_sum[lane] * plan_.readout_share()), t[lane] = T(t_sum[lane] * plan_.readout_share());
     return head_.forward(left, right, n, t);
   }
 
@@ -145,9 +152,20 @@ class VarianceEngine {
   using V = Vector<T>;
 
   explicit VarianceEngine(const Plan& plan)
-      : plan_(plan), lines_(plan), bands_(plan, false), q_(plan.variances), inverse_(plan.variances), deviation_(plan.variances),
-        right_deviation_(plan.variances), pixel_bar_(plan.image_size()), sigma_(plan.variances), zeros_(plan.max_width + 1), spare_(plan.max_width),
-        plane_(plan.pixels * 2), next_plane_(plan.pixels * 2), readout_(plan.max_width) {}
+      : plan_(plan),
+        lines_(plan),
+        bands_(plan, false),
+        q_(plan.variances),
+        inverse_(plan.variances),
+        deviation_(plan.variances),
+        right_deviation_(plan.variances),
+        pixel_bar_(plan.image_size()),
+        sigma_(plan.variances),
+        zeros_(plan.max_width + 1),
+        spare_(plan.max_width),
+        plane_(plan.pixels * 2),
+        next_plane_(plan.pixels * 2),
+        readout_(plan.max_width) {}
 
   // The variance of each ReLU's input, of images [H, W, D] and the same ones divided by D.
   const Buffer<V>& forward(const V* pixels, const V* scaled_pixels) {
@@ -183,7 +201,7 @@ class VarianceEngine {
     }
     V q;
     for (int lane = 0; lane < kLanes<T>; ++lane) q[lane] = plan_.network.hidden ? T(sum[lane] * plan_.readout_share()) : T(0);
-    for (std::ptrdiff_t e = plan_.hidden_variances(); e < plan_.variances; ++e) {
+    for (Index e = plan_.hidden_variances(); e < plan_.variances; ++e) {
       q_[e] = q * T(plan_.network.w) + T(plan_.network.b);
       q = q_[e] * T(0.5);
     }
@@ -195,14 +213,16 @@ class VarianceEngine {
     pixel_bar_.clear();
     sigma_.clear();
     V n_bar{};
-    for (std::ptrdiff_t e = plan_.variances; e-- > plan_.hidden_variances();) n_bar = (q_bar[e] + n_bar * T(0.5)) * T(plan_.network.w);
+    for (Index e = plan_.variances; e-- > plan_.hidden_variances();) n_bar = (q_bar[e] + n_bar * T(0.5)) * T(plan_.network.w);
     readout_.set_cotangents(plan_.network.hidden ? n_bar * T(plan_.readout_share()) : n_bar, V{});
     spare_.clear();
     for (int p = levels() - 1; p >= 0; --p) {
       const Level& level = plan_.levels[p];
       const auto through = [&](Offset d, auto& from) {
-        if (d.dy || d.dx) lines_.backward(p, d, bands_.band(p), from, pixel_bar_.data(), sigma_.data());
-        else backward_diagonal(p, from, q_bar);
+        if (d.dy || d.dx)
+          lines_.backward(p, d, bands_.band(p), from, pixel_bar_.data(), sigma_.data());
+        else
+          backward_diagonal(p, from, q_bar);
       };
       const auto at = [&](Offset d) {
         if (p + 1 < levels()) {
@@ -240,7 +260,7 @@ class VarianceEngine {
       if (p) {
         std::memcpy(row, bands_.n[p].data() + level.start({0, 0}) + y * (width + 1), width * sizeof(V));
       } else {
-        const std::ptrdiff_t first = std::ptrdiff_t(y) * width * channels;
+        const Index first = Index(y) * width * channels;
         const auto products = channels == 1 ? input_row<1, V, V> : channels == 3 ? input_row<3, V, V> : input_row<0, V, V>;
         products(left_.pixels + first, right_.pixels + first, width, channels, row);
       }
@@ -249,7 +269,7 @@ class VarianceEngine {
     for (int l = 0; l < level.convs; ++l) {
       for (int y = 0; y < level.height; ++y) {
         V* out = plane_row(next_plane_, level, y);
-        const std::ptrdiff_t first = level.first_variance + std::ptrdiff_t(l * level.height + y) * width;
+        const Index first = level.first_variance + Index(l * level.height + y) * width;
         for_each_box(three(level, y), width, [&](int x, V box) {
           const V q = box * scale + bias;
           const V deviation = square_root(q);
@@ -276,11 +296,11 @@ class VarianceEngine {
       row[width] = plane_row(next_plane_, level, y)[width] = V{};
     }
     for (int l = level.convs - 1; l >= 0; --l) {
-      const std::ptrdiff_t first = level.first_variance + std::ptrdiff_t(l) * level.pixels();
+      const Index first = level.first_variance + Index(l) * level.pixels();
       for (int y = 0; y < level.height; ++y) {
         V* row = plane_row(plane_, level, y);
         for (int x = 0; x < width; ++x) {
-          const std::ptrdiff_t e = first + y * width + x;
+          const Index e = first + y * width + x;
           row[x] = row[x] * T(0.5) + q_bar[e] + sigma_[e] * inverse_[e] * inverse_[e];
         }
       }
@@ -289,7 +309,7 @@ class VarianceEngine {
     }
     for (int y = 0; y < level.height; ++y) {
       const V* row = plane_row(plane_, level, y);
-      const std::ptrdiff_t first = std::ptrdiff_t(y) * width * channels;
+      const Index first = Index(y) * width * channels;
       if (p) {
         for (int x = 0; x < width; ++x) bands_.n[p][level.start({0, 0}) + y * (width + 1) + x] = row[x] / 16;
       } else {
