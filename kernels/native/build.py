@@ -5,6 +5,7 @@ version, so that a library is built once and a stale one is never found.
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import os
 import pathlib
@@ -22,8 +23,8 @@ SOURCES = pathlib.Path(__file__).parent / 'src'
 FOLDER = pathlib.Path(__file__).parent / 'build'
 
 # -ffast-math would switch subnormal numbers off for the whole process that loads the library.
-_FLAGS = ('-std=c++17', '-O3', '-fno-math-errno', '-fno-trapping-math', '-ffp-contract=fast', '-fPIC', '-shared', '-pthread', '-fno-gnu-unique',
-          '-Wl,-Bsymbolic', '-Wno-psabi')
+_FLAGS = ('-std=c++17', '-O3', '-fno-math-errno', '-fno-trapping-math', '-ffp-contract=fast', '-fPIC', '-shared', '-pthread',
+          '-fno-gnu-unique', '-Wl,-Bsymbolic', '-Wno-psabi')
 
 
 def compiler() -> list[str] | None:
@@ -51,7 +52,8 @@ def build() -> str:
     return f'native kernel: not built, {platform.machine()} is not x86-64; the JAX kernel will be used.'
   command = compiler()
   if not command:
-    return f'native kernel: not built, no C++ compiler ({os.environ.get("CXX", "c++")}) found; install one or set CXX. The JAX kernel will be used.'
+    wanted = os.environ.get('CXX', 'c++')
+    return f'native kernel: not built, no C++ compiler ({wanted}) found; install one or set CXX. The JAX kernel will be used.'
   version = _version(command)
   missing = [name for name in INSTRUCTION_SETS if not _path(name, version).exists()]
   if not missing:
@@ -90,6 +92,11 @@ def _path(instruction_set: str, version: str | None) -> pathlib.Path:
 
 
 def _version(command: list[str]) -> str:
+  return _output(tuple(command))
+
+
+@functools.cache
+def _output(command: tuple[str, ...]) -> str:
   return subprocess.run([*command, '--version'], capture_output=True, text=True, check=False).stdout
 
 

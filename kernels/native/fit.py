@@ -8,6 +8,8 @@ where p is analytic on [0, 1] (its singularity is at -1), so that a polynomial c
 error of the product, s * (p - fit): it is made minimax by iteratively re-weighted least squares (Lawson's algorithm).
 """
 
+import textwrap
+
 import numpy as np
 
 DEGREES = {'float': 7, 'double': 22}
@@ -45,7 +47,8 @@ def main():
     print(f'// Degree {degree} in {variable}; largest error of sqrt(1 - a^2) p(a): {error:.1e}.')
     suffix = 'f' if scalar == 'float' else ''
     values = ', '.join(f'{c:.9g}{suffix}' if suffix else f'{c:.17g}' for c in powers)
-    print(f'template <>\nstruct ArcCosine<{scalar}> {{\n  static constexpr {scalar} powers[] = {{\n      {values}}};\n}};\n')
+    lines = textwrap.fill(values, 138, initial_indent=' ' * 6, subsequent_indent=' ' * 6)
+    print(f'template <>\nstruct ArcCosine<{scalar}> {{\n  static constexpr {scalar} powers[] = {{\n{lines}}};\n}};\n')
   print('}  // namespace kip')
 
 

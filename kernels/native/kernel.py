@@ -78,14 +78,15 @@ class NativeKernel:
   def block_vjp(self, x1: ntk.Images, x2: ntk.Images, cotangent: ntk.Cotangent) -> tuple[np.ndarray, np.ndarray]:
     """See `ntk.Kernel.block_vjp`.
 
-    A cotangent that is a function: the derivatives by x1 are kept pair by pair until it is known (20 kB a pair for a ConvNet on 32x32x3).
+    A cotangent that is a function: the derivatives by x1 are kept pair by pair until it is known (20 kB a pair for a ConvNet on 32x32x3),
+    unless they are too many, or forming them again is cheap.
     """
     left, right = self._prepared(x1, x2)
     block_shape, gradient_shape = (len(left), len(right)), left.images.shape
     if callable(cotangent):
       tiles = -(-len(right) // self._lanes)
       derivatives = (len(left), tiles, left.images[0].size + left.variances[0].shape[1], self._lanes)
-      if np.prod(derivatives, dtype=np.int64) * self.dtype.itemsize <= _DERIVATIVES_BYTES:
+      if self.architecture.is_convolutional and np.prod(derivatives, dtype=np.int64) * self.dtype.itemsize <= _DERIVATIVES_BYTES:
         block, values = self._call('derivatives', [block_shape, derivatives], *_arrays(left), *_arrays(right))
         block = np.array(block)
         return block, np.array(self._call('pull_back', [gradient_shape], *_arrays(left), values, cotangent(block))[0])

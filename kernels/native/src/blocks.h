@@ -13,35 +13,39 @@ template <class T>
 struct ImageSet {
   const T* pixels;     // [count, H, W, D]
   const T* variances;  // [count, variances]
-  std::ptrdiff_t count;
+  Index count;
 
-  std::ptrdiff_t tiles() const { return (count + kLanes<T> - 1) / kLanes<T>; }
+  Index tiles() const { return (count + kLanes<T> - 1) / kLanes<T>; }
 };
 
 // Bytes of intermediate results kept between a round of units and their sum.
-inline constexpr std::ptrdiff_t kRoundBytes = std::ptrdiff_t(1) << 26;
+inline constexpr Index kRoundBytes = Index(1) << 26;
 
 // Row `e` of images first .. first + kLanes (the last one repeated past the end), one a lane: f(value) of each.
 template <class T, class F>
-void across_lanes(const T* rows, std::ptrdiff_t size, std::ptrdiff_t count, std::ptrdiff_t tile, Vector<T>* out, F f) {
+void across_lanes(const T* rows, Index size, Index count, Index tile, Vector<T>* out, F f) {
   for (int lane = 0; lane < kLanes<T>; ++lane) {
     const T* row = rows + std::min(tile * kLanes<T> + lane, count - 1) * size;
     T* to = reinterpret_cast<T*>(out) + lane;
-    for (std::ptrdiff_t e = 0; e < size; ++e) to[e * kLanes<T>] = f(row[e]);
+    for (Index e = 0; e < size; ++e) to[e * kLanes<T>] = f(row[e]);
   }
 }
 
 // Correctly rounded, which halves the rounding of cosines; see kFlat.
 template <class T>
-T inverse_deviation(T q) { return q > 0 ? T(1 / std::sqrt(double(q))) : T(0); }
+T inverse_deviation(T q) {
+  return q > 0 ? T(1 / std::sqrt(double(q))) : T(0);
+}
 
 // The left images' tables.
 template <class T>
 struct LeftTables {
-  LeftTables(const Plan& plan, ImageSet<T> x) : plan(plan), pixels(x.pixels), inverse(x.count * plan.variances), deviation(x.count * plan.variances) {
-    for (std::size_t e = 0; e < inverse.size(); ++e) inverse[e] = inverse_deviation(x.variances[e]), deviation[e] = std::sqrt(x.variances[e]);
+  LeftTables(const Plan& plan, ImageSet<T> x)
+      : plan(plan), pixels(x.pixels), inverse(x.count * plan.variances), deviation(x.count * plan.variances) {
+    for (std::size_t e = 0; e < inverse.size(); ++e)
+      inverse[e] = inverse_deviation(x.variances[e]), deviation[e] = std::sqrt(x.variances[e]);
   }
-  LeftImage<T> image(std::ptrdiff_t i) const {
+  LeftImage<T> image(Index i) const {
     return {pixels + i * plan.image_size(), inverse.data() + i * plan.variances, deviation.data() + i * plan.variances};
   }
 
@@ -54,9 +58,9 @@ struct LeftTables {
 template <class T>
 struct RightTables {
   using V = Vector<T>;
-  RightTables(const Plan& plan, ImageSet<T> x, std::ptrdiff_t first_tile, std::ptrdiff_t tiles, std::size_t threads)
+  RightTables(const Plan& plan, ImageSet<T> x, Index first_tile, Index tiles, std::size_t threads)
       : plan(plan), pixels(tiles * plan.image_size()), inverse(tiles * plan.variances), deviation(tiles * plan.variances) {
-    parallel_for(threads, tiles, [&](std::size_t, std::ptrdiff_t k) {
+    parallel_for(threads, tiles, [&](std::size_t, Index k) {
       across_lanes(x.pixels, plan.image_size(), x.count, first_tile + k, pixels.data() + k * plan.image_size(),
                    [&](T value) { return value / T(plan.channels); });
       V* inverses = inverse.data() + k * plan.variances;
@@ -65,7 +69,7 @@ struct RightTables {
                    [](T q) { return std::sqrt(q) * T(kInverseTurn); });
     });
   }
-  RightImages<V> tile(std::ptrdiff_t k) const {
+  RightImages<V> tile(Index k) const {
     return {pixels.data() + k * plan.image_size(), inverse.data() + k * plan.variances, deviation.data() + k * plan.variances};
   }
 
@@ -74,9 +78,9 @@ struct RightTables {
 };
 
 template <class T, class Engine>
-std::vector<Engine> make_engines(const Plan& plan, std::ptrdiff_t units, std::size_t threads) {
+std::vector<Engine> make_engines(const Plan& plan, Index units, std::size_t threads) {
   std::vector<Engine> engines;
-  for (std::size_t k = 0; k < threads && std::ptrdiff_t(k) < std::max<std::ptrdiff_t>(units, 1); ++k) engines.emplace_back(plan);
+  for (std::size_t k = 0; k < threads && Index(k) < std::max<Index>(units, 1); ++k) engines.emplace_back(plan);
   return engines;
 }
 
@@ -84,7 +88,7 @@ std::vector<Engine> make_engines(const Plan& plan, std::ptrdiff_t units, std::si
 template <class T>
 struct LanePixels {
   explicit LanePixels(const Plan& plan) : plain(plan.image_size()), scaled(plan.image_size()) {}
-  void load(const Plan& plan, const T* pixels, std::ptrdiff_t count, std::ptrdiff_t tile) {
+  void load(const Plan& plan, const T* pixels, Index count, Index tile) {
     across_lanes(pixels, plan.image_size(), count, tile, plain.data(), [](T value) { return value; });
     across_lanes(pixels, plan.image_size(), count, tile, scaled.data(), [&](T value) { return value / T(plan.channels); });
   }
@@ -94,44 +98,44 @@ struct LanePixels {
 
 // Calls f(image, lane) for each image of a tile.
 template <class T, class F>
-void for_each_image(std::ptrdiff_t count, std::ptrdiff_t tile, F f) {
+void for_each_image(Index count, Index tile, F f) {
   for (int lane = 0; lane < kLanes<T> && tile * kLanes<T> + lane < count; ++lane) f(tile * kLanes<T> + lane, lane);
 }
 
 // q [count, variances] of images [count, H, W, D].
 template <class T>
-void compute_variances(const Plan& plan, const T* pixels, std::ptrdiff_t count, T* q, std::size_t threads) {
-  const std::ptrdiff_t tiles = ImageSet<T>{pixels, q, count}.tiles();
+void compute_variances(const Plan& plan, const T* pixels, Index count, T* q, std::size_t threads) {
+  const Index tiles = ImageSet<T>{pixels, q, count}.tiles();
   auto engines = make_engines<T, VarianceEngine<T>>(plan, tiles, threads);
   std::vector<LanePixels<T>> lanes;
   for (std::size_t k = 0; k < engines.size(); ++k) lanes.emplace_back(plan);
-  parallel_for(engines.size(), tiles, [&](std::size_t worker, std::ptrdiff_t tile) {
+  parallel_for(engines.size(), tiles, [&](std::size_t worker, Index tile) {
     lanes[worker].load(plan, pixels, count, tile);
     const auto& values = engines[worker].forward(lanes[worker].plain.data(), lanes[worker].scaled.data());
-    for_each_image<T>(count, tile, [&](std::ptrdiff_t image, int lane) {
-      for (std::ptrdiff_t e = 0; e < plan.variances; ++e) q[image * plan.variances + e] = values[e][lane];
+    for_each_image<T>(count, tile, [&](Index image, int lane) {
+      for (Index e = 0; e < plan.variances; ++e) q[image * plan.variances + e] = values[e][lane];
     });
   });
 }
 
 // Adds to gradient [count, H, W, D] what the variances contribute, given their cotangents q_bar [count, variances].
 template <class T>
-void add_variances_vjp(const Plan& plan, const T* pixels, std::ptrdiff_t count, const double* q_bar, double* gradient, std::size_t threads) {
-  const std::ptrdiff_t tiles = ImageSet<T>{pixels, nullptr, count}.tiles();
+void add_variances_vjp(const Plan& plan, const T* pixels, Index count, const double* q_bar, double* gradient, std::size_t threads) {
+  const Index tiles = ImageSet<T>{pixels, nullptr, count}.tiles();
   auto engines = make_engines<T, VarianceEngine<T>>(plan, tiles, threads);
   std::vector<LanePixels<T>> lanes;
   std::vector<Buffer<Vector<T>>> bars;
   for (std::size_t k = 0; k < engines.size(); ++k) lanes.emplace_back(plan), bars.emplace_back(plan.variances);
-  parallel_for(engines.size(), tiles, [&](std::size_t worker, std::ptrdiff_t tile) {
+  parallel_for(engines.size(), tiles, [&](std::size_t worker, Index tile) {
     lanes[worker].load(plan, pixels, count, tile);
     engines[worker].forward(lanes[worker].plain.data(), lanes[worker].scaled.data());
     bars[worker].clear();
-    for_each_image<T>(count, tile, [&](std::ptrdiff_t image, int lane) {
-      for (std::ptrdiff_t e = 0; e < plan.variances; ++e) bars[worker][e][lane] = T(q_bar[image * plan.variances + e]);
+    for_each_image<T>(count, tile, [&](Index image, int lane) {
+      for (Index e = 0; e < plan.variances; ++e) bars[worker][e][lane] = T(q_bar[image * plan.variances + e]);
     });
     const auto& pixel_bar = engines[worker].backward(bars[worker].data());
-    for_each_image<T>(count, tile, [&](std::ptrdiff_t image, int lane) {
-      for (std::ptrdiff_t e = 0; e < plan.image_size(); ++e) gradient[image * plan.image_size() + e] += 2 * double(pixel_bar[e][lane]);
+    for_each_image<T>(count, tile, [&](Index image, int lane) {
+      for (Index e = 0; e < plan.image_size(); ++e) gradient[image * plan.image_size() + e] += 2 * double(pixel_bar[e][lane]);
     });
   });
 }
@@ -139,72 +143,146 @@ void add_variances_vjp(const Plan& plan, const T* pixels, std::ptrdiff_t count, 
 // Runs f(engine, i, k, tile, right) for each left image and each of the tiles, `per_round` tiles at a time, and after(first_tile, tiles)
 // after each round.
 template <class T, class F, class After>
-void for_each_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, std::ptrdiff_t per_round, std::size_t threads, F f, After after) {
+void for_each_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, Index per_round, std::size_t threads, F f, After after) {
   const LeftTables<T> left(plan, x1);
   auto engines = make_engines<T, PairEngine<T>>(plan, x1.count * x2.tiles(), threads);
-  for (std::ptrdiff_t first = 0; first < x2.tiles(); first += per_round) {
-    const std::ptrdiff_t tiles = std::min(per_round, x2.tiles() - first);
+  for (Index first = 0; first < x2.tiles(); first += per_round) {
+    const Index tiles = std::min(per_round, x2.tiles() - first);
     const RightTables<T> right(plan, x2, first, tiles, engines.size());
-    parallel_for(engines.size(), x1.count * tiles, [&](std::size_t worker, std::ptrdiff_t unit) {
-      const std::ptrdiff_t k = unit / x1.count, i = unit % x1.count;
+    parallel_for(engines.size(), x1.count * tiles, [&](std::size_t worker, Index unit) {
+      const Index k = unit / x1.count, i = unit % x1.count;
       f(engines[worker], left.image(i), right.tile(k), i, k, first + k);
     });
     after(first, tiles);
   }
 }
 
-inline std::ptrdiff_t tiles_per_round(std::ptrdiff_t bytes_per_tile) {
-  return std::max<std::ptrdiff_t>(1, kRoundBytes / std::max<std::ptrdiff_t>(1, bytes_per_tile));
-}
+inline Index tiles_per_round(Index bytes_per_tile) { return std::max<Index>(1, kRoundBytes / std::max<Index>(1, bytes_per_tile)); }
 
 template <class T>
-std::ptrdiff_t tile_bytes(const Plan& plan) {
+Index tile_bytes(const Plan& plan) {
   return (plan.image_size() + 2 * plan.variances) * kVectorBytes;
 }
 
 template <class T>
-void store_block(Vector<T> values, std::ptrdiff_t i, std::ptrdiff_t tile, std::ptrdiff_t count, T* block) {
-  for_each_image<T>(count, tile, [&](std::ptrdiff_t j, int lane) { block[i * count + j] = values[lane]; });
+void store_block(Vector<T> values, Index i, Index tile, Index count, T* block) {
+  for_each_image<T>(count, tile, [&](Index j, int lane) { block[i * count + j] = values[lane]; });
+}
+
+// Fully-connected networks: matrix products, several left images at a time so that each value loaded is used as often. Sums are taken in
+// short runs, and the runs summed, so that rounding stays small.
+inline constexpr int kGroup = 8;
+
+// The dot products of a group of images with a tile of images.
+template <class T>
+void dot_products(const T* const (&left)[kGroup], const Vector<T>* right, Index size, Vector<T> (&out)[kGroup]) {
+  constexpr Index kRun = 128;
+  for (auto& value : out) value = Vector<T>{};
+  for (Index first = 0; first < size; first += kRun) {
+    Vector<T> run[kGroup] = {};
+    for (Index e = first; e < std::min(first + kRun, size); ++e)
+      for (int g = 0; g < kGroup; ++g) run[g] += spread<Vector<T>>(left[g][e]) * right[e];
+    for (int g = 0; g < kGroup; ++g) out[g] += run[g];
+  }
+}
+
+// Adds sum_j weights[g, j] rows[j, e] to sums[g, e], for g < groups and e from `first` for as many as there are lanes (up to `size`).
+template <class T>
+void add_weighted_rows(const T* weights, Index stride, int groups, const T* rows, Index count, Index size, Index first, double* sums,
+                       Index sums_stride) {
+  constexpr Index kRun = 64;
+  const int lanes = static_cast<int>(std::min<Index>(kLanes<T>, size - first));
+  for (Index begin = 0; begin < count; begin += kRun) {
+    Vector<T> run[kGroup] = {};
+    for (Index j = begin; j < std::min(begin + kRun, count); ++j) {
+      Vector<T> row{};
+      if (lanes == kLanes<T>)
+        std::memcpy(&row, rows + j * size + first, sizeof(row));
+      else
+        std::memcpy(&row, rows + j * size + first, lanes * sizeof(T));
+      for (int g = 0; g < kGroup; ++g) run[g] += spread<Vector<T>>(weights[std::min(g, groups - 1) * stride + j]) * row;
+    }
+    for (int g = 0; g < groups; ++g)
+      for (int lane = 0; lane < lanes; ++lane) sums[g * sums_stride + first + lane] += run[g][lane];
+  }
+}
+
+// Calls f(head, left, right, i, tile, n) for each pair of a left image and a tile (symmetric: that reaches above the diagonal); n is the
+// readout's covariance.
+template <class T, class F>
+void for_each_dense_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmetric, std::size_t threads, F f) {
+  const LeftTables<T> left(plan, x1);
+  const Index groups = (x1.count + kGroup - 1) / kGroup, size = plan.image_size();
+  auto heads = make_engines<T, Head<T>>(plan, groups * x2.tiles(), threads);
+  const Index per_round = tiles_per_round(tile_bytes<T>(plan));
+  for (Index first = 0; first < x2.tiles(); first += per_round) {
+    const Index tiles = std::min(per_round, x2.tiles() - first);
+    const RightTables<T> right(plan, x2, first, tiles, heads.size());
+    parallel_for(heads.size(), groups * tiles, [&](std::size_t worker, Index unit) {
+      const Index k = unit / groups, begin = unit % groups * kGroup;
+      if (symmetric && (first + k + 1) * kLanes<T> <= begin) return;
+      const T* images[kGroup];
+      for (int g = 0; g < kGroup; ++g) images[g] = x1.pixels + std::min(begin + g, x1.count - 1) * size;
+      Vector<T> n[kGroup];
+      dot_products(images, right.tile(k).pixels, size, n);
+      for (Index i = begin; i < std::min(begin + kGroup, x1.count); ++i)
+        f(heads[worker], left.image(i), right.tile(k), i, first + k, n[i - begin] * T(plan.readout_share()));
+    });
+  }
+}
+
+template <class T>
+void compute_dense_block(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmetric, T* block, std::size_t threads) {
+  for_each_dense_unit(plan, x1, x2, symmetric, threads,
+                      [&](Head<T>& head, LeftImage<T> left, RightImages<Vector<T>> right, Index i, Index tile, Vector<T> n) {
+                        store_block<T>(head.forward(left, right, n, Vector<T>{}), i, tile, x2.count, block);
+                      });
 }
 
 // block [A, B]. symmetric: x1 and x2 are the same images.
 template <class T>
 void compute_block(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmetric, T* block, std::size_t threads) {
-  for_each_unit(plan, x1, x2, tiles_per_round(tile_bytes<T>(plan)), threads,
-                [&](PairEngine<T>& engine, LeftImage<T> left, RightImages<Vector<T>> right, std::ptrdiff_t i, std::ptrdiff_t, std::ptrdiff_t tile) {
-                  if (symmetric && (tile + 1) * kLanes<T> <= i) return;
-                  store_block<T>(engine.forward(left, right), i, tile, x2.count, block);
-                },
-                [](std::ptrdiff_t, std::ptrdiff_t) {});
+  if (plan.fully_connected()) {
+    compute_dense_block(plan, x1, x2, symmetric, block, threads);
+  } else {
+    for_each_unit(
+        plan, x1, x2, tiles_per_round(tile_bytes<T>(plan)), threads,
+        [&](PairEngine<T>& engine, LeftImage<T> left, RightImages<Vector<T>> right, Index i, Index, Index tile) {
+          if (symmetric && (tile + 1) * kLanes<T> <= i) return;
+          store_block<T>(engine.forward(left, right), i, tile, x2.count, block);
+        },
+        [](Index, Index) {});
+  }
   if (!symmetric) return;
-  for (std::ptrdiff_t i = 0; i < x1.count; ++i)
-    for (std::ptrdiff_t j = 0; j < i; ++j) block[i * x2.count + j] = block[j * x2.count + i];
+  for (Index i = 0; i < x1.count; ++i)
+    for (Index j = 0; j < i; ++j) block[i * x2.count + j] = block[j * x2.count + i];
 }
 
 // The derivatives of each kernel entry by its left image: per pair pixels [H, W, D], then those by deviations [variances].
-inline std::ptrdiff_t derivatives(const Plan& plan) { return plan.image_size() + plan.variances; }
+inline Index derivatives(const Plan& plan) { return plan.image_size() + plan.variances; }
 
 // The variances' part of the gradient, and the sum: sums [A, derivatives] -> gradient [A, H, W, D].
 template <class T>
-void finish_gradient(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, const Buffer<double>& sums, T* gradient, std::size_t threads) {
-  const std::ptrdiff_t size = plan.image_size(), count = plan.variances;
+void finish_gradient(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, const Buffer<double>& sums, T* gradient,
+                     std::size_t threads) {
+  const Index size = plan.image_size(), count = plan.variances;
   Buffer<double> pixel_bar(x1.count * size), q_bar(x1.count * count);
-  for (std::ptrdiff_t i = 0; i < x1.count; ++i) {
+  for (Index i = 0; i < x1.count; ++i) {
     const double* from = sums.data() + i * derivatives(plan);
     std::copy(from, from + size, pixel_bar.data() + i * size);
-    for (std::ptrdiff_t e = 0; e < count; ++e) {
+    for (Index e = 0; e < count; ++e) {
       const double q = x1.variances[i * count + e];
       q_bar[i * count + e] = q > 0 ? from[size + e] / (2 * q) : 0;
     }
   }
   if (count) add_variances_vjp(variance_plan, x1.pixels, x1.count, q_bar.data(), pixel_bar.data(), threads);
-  for (std::ptrdiff_t e = 0; e < x1.count * size; ++e) gradient[e] = T(pixel_bar[e]);
+  for (Index e = 0; e < x1.count * size; ++e) gradient[e] = T(pixel_bar[e]);
 }
 
 // sum over lanes of weights * derivatives: [derivatives, lanes] -> f(e, sum).
 template <class T, class F>
-void contract(const T* values, std::ptrdiff_t size, const double* weights, F f) {
-  for (std::ptrdiff_t e = 0; e < size; ++e, values += kLanes<T>) {
+void contract(const T* values, Index size, const double* weights, F f) {
+  for (Index e = 0; e < size; ++e, values += kLanes<T>) {
     double sum = 0;
     for (int lane = 0; lane < kLanes<T>; ++lane) sum += weights[lane] * values[lane];
     f(e, sum);
@@ -212,71 +290,108 @@ void contract(const T* values, std::ptrdiff_t size, const double* weights, F f) 
 }
 
 template <class V>
-const Scalar<V>* lanes_of(const Buffer<V>& buffer) { return reinterpret_cast<const Scalar<V>*>(buffer.data()); }
+const Scalar<V>* lanes_of(const Buffer<V>& buffer) {
+  return reinterpret_cast<const Scalar<V>*>(buffer.data());
+}
 
 // The weights of a tile's lanes: a row of the cotangent [A, B], and 0 past its end.
 template <class T>
 struct Weights {
-  Weights(const T* cotangent, std::ptrdiff_t i, std::ptrdiff_t tile, std::ptrdiff_t count) {
-    for_each_image<T>(count, tile, [&](std::ptrdiff_t j, int lane) { values[lane] = cotangent[i * count + j]; });
+  Weights(const T* cotangent, Index i, Index tile, Index count) {
+    for_each_image<T>(count, tile, [&](Index j, int lane) { values[lane] = cotangent[i * count + j]; });
   }
   double values[kLanes<T>] = {};
 };
+
+template <class T>
+void compute_dense_vjp(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, ImageSet<T> x2, const T* cotangent, T* block,
+                       T* gradient, std::size_t threads) {
+  const Index size = plan.image_size(), variances = plan.variances, count = derivatives(plan), tiles = x2.tiles();
+  Buffer<T> weights(x1.count * x2.count);          // of x2's pixels in the gradient by x1's
+  Buffer<T> pieces(x1.count * tiles * variances);  // of sigma
+  Buffer<double> sums(x1.count * count);
+  for_each_dense_unit(plan, x1, x2, false, threads,
+                      [&](Head<T>& head, LeftImage<T> left, RightImages<Vector<T>> right, Index i, Index tile, Vector<T> n) {
+                        store_block<T>(head.forward(left, right, n, Vector<T>{}), i, tile, x2.count, block);
+                        Buffer<Vector<T>> sigma(variances);
+                        Vector<T> n_bar, t_bar;
+                        head.backward(n_bar, t_bar, sigma.data());
+                        const Weights<T> lanes(cotangent, i, tile, x2.count);
+                        for_each_image<T>(x2.count, tile, [&](Index j, int lane) {
+                          weights[i * x2.count + j] = T(n_bar[lane] * lanes.values[lane] * plan.readout_share() / plan.channels);
+                        });
+                        T* piece = pieces.data() + (i * tiles + tile) * variances;
+                        contract(lanes_of(sigma), variances, lanes.values, [&](Index e, double sum) { piece[e] = T(sum); });
+                      });
+  const Index groups = (x1.count + kGroup - 1) / kGroup, columns = (size + kLanes<T> - 1) / kLanes<T>;
+  parallel_for(threads, groups * columns, [&](std::size_t, Index unit) {
+    const Index i = unit / columns * kGroup;
+    add_weighted_rows(weights.data() + i * x2.count, x2.count, static_cast<int>(std::min<Index>(kGroup, x1.count - i)), x2.pixels, x2.count,
+                      size, unit % columns * kLanes<T>, sums.data() + i * count, count);
+  });
+  for (Index i = 0; i < x1.count; ++i)
+    for (Index tile = 0; tile < tiles; ++tile)
+      for (Index e = 0; e < variances; ++e) sums[i * count + size + e] += pieces[(i * tiles + tile) * variances + e];
+  finish_gradient(plan, variance_plan, x1, sums, gradient, threads);
+}
 
 // block [A, B], and the gradient [A, H, W, D] of sum(block * cotangent [A, B]) by x1.
 template <class T>
 void compute_vjp(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, ImageSet<T> x2, const T* cotangent, T* block, T* gradient,
                  std::size_t threads) {
-  const std::ptrdiff_t size = plan.image_size(), count = derivatives(plan);
-  const std::ptrdiff_t per_round = std::min(x2.tiles(), tiles_per_round(tile_bytes<T>(plan) + x1.count * count * sizeof(T)));
+  if (plan.fully_connected()) return compute_dense_vjp(plan, variance_plan, x1, x2, cotangent, block, gradient, threads);
+  const Index size = plan.image_size(), count = derivatives(plan);
+  const Index per_round = std::min(x2.tiles(), tiles_per_round(tile_bytes<T>(plan) + x1.count * count * sizeof(T)));
   Buffer<T> pieces(x1.count * per_round * count);
   Buffer<double> sums(x1.count * count);
-  for_each_unit(plan, x1, x2, per_round, threads,
-                [&](PairEngine<T>& engine, LeftImage<T> left, RightImages<Vector<T>> right, std::ptrdiff_t i, std::ptrdiff_t k, std::ptrdiff_t tile) {
-                  store_block<T>(engine.forward(left, right), i, tile, x2.count, block);
-                  engine.backward(left, right);
-                  const Weights<T> weights(cotangent, i, tile, x2.count);
-                  T* piece = pieces.data() + (i * per_round + k) * count;
-                  contract(lanes_of(engine.pixel_bar()), size, weights.values, [&](std::ptrdiff_t e, double sum) { piece[e] = T(sum); });
-                  contract(lanes_of(engine.sigma()), plan.variances, weights.values, [&](std::ptrdiff_t e, double sum) { piece[size + e] = T(sum); });
-                },
-                [&](std::ptrdiff_t, std::ptrdiff_t tiles) {
-                  parallel_for(threads, x1.count, [&](std::size_t, std::ptrdiff_t i) {
-                    double* sum = sums.data() + i * count;
-                    for (std::ptrdiff_t k = 0; k < tiles; ++k) {
-                      const T* piece = pieces.data() + (i * per_round + k) * count;
-                      for (std::ptrdiff_t e = 0; e < count; ++e) sum[e] += piece[e];
-                    }
-                  });
-                });
+  for_each_unit(
+      plan, x1, x2, per_round, threads,
+      [&](PairEngine<T>& engine, LeftImage<T> left, RightImages<Vector<T>> right, Index i, Index k, Index tile) {
+        store_block<T>(engine.forward(left, right), i, tile, x2.count, block);
+        engine.backward(left, right);
+        const Weights<T> weights(cotangent, i, tile, x2.count);
+        T* piece = pieces.data() + (i * per_round + k) * count;
+        contract(lanes_of(engine.pixel_bar()), size, weights.values, [&](Index e, double sum) { piece[e] = T(sum); });
+        contract(lanes_of(engine.sigma()), plan.variances, weights.values, [&](Index e, double sum) { piece[size + e] = T(sum); });
+      },
+      [&](Index, Index tiles) {
+        parallel_for(threads, x1.count, [&](std::size_t, Index i) {
+          double* sum = sums.data() + i * count;
+          for (Index k = 0; k < tiles; ++k) {
+            const T* piece = pieces.data() + (i * per_round + k) * count;
+            for (Index e = 0; e < count; ++e) sum[e] += piece[e];
+          }
+        });
+      });
   finish_gradient(plan, variance_plan, x1, sums, gradient, threads);
 }
 
 // block [A, B], and the derivatives [A, tiles, derivatives, lanes] from which `pull_back` forms a gradient once the cotangent is known.
 template <class T>
 void compute_derivatives(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, T* block, T* values, std::size_t threads) {
-  const std::ptrdiff_t size = plan.image_size(), count = derivatives(plan);
-  for_each_unit(plan, x1, x2, tiles_per_round(tile_bytes<T>(plan)), threads,
-                [&](PairEngine<T>& engine, LeftImage<T> left, RightImages<Vector<T>> right, std::ptrdiff_t i, std::ptrdiff_t, std::ptrdiff_t tile) {
-                  store_block<T>(engine.forward(left, right), i, tile, x2.count, block);
-                  engine.backward(left, right);
-                  T* to = values + (i * x2.tiles() + tile) * count * kLanes<T>;
-                  std::memcpy(to, engine.pixel_bar().data(), size * kVectorBytes);
-                  std::memcpy(to + size * kLanes<T>, engine.sigma().data(), plan.variances * kVectorBytes);
-                },
-                [](std::ptrdiff_t, std::ptrdiff_t) {});
+  const Index size = plan.image_size(), count = derivatives(plan);
+  for_each_unit(
+      plan, x1, x2, tiles_per_round(tile_bytes<T>(plan)), threads,
+      [&](PairEngine<T>& engine, LeftImage<T> left, RightImages<Vector<T>> right, Index i, Index, Index tile) {
+        store_block<T>(engine.forward(left, right), i, tile, x2.count, block);
+        engine.backward(left, right);
+        T* to = values + (i * x2.tiles() + tile) * count * kLanes<T>;
+        std::memcpy(to, engine.pixel_bar().data(), size * kVectorBytes);
+        std::memcpy(to + size * kLanes<T>, engine.sigma().data(), plan.variances * kVectorBytes);
+      },
+      [](Index, Index) {});
 }
 
 template <class T>
-void pull_back(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, std::ptrdiff_t right_count, const T* values, const T* cotangent,
+void pull_back(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, Index right_count, const T* values, const T* cotangent,
                T* gradient, std::size_t threads) {
-  const std::ptrdiff_t count = derivatives(plan), tiles = ImageSet<T>{nullptr, nullptr, right_count}.tiles();
+  const Index count = derivatives(plan), tiles = ImageSet<T>{nullptr, nullptr, right_count}.tiles();
   Buffer<double> sums(x1.count * count);
-  parallel_for(threads, x1.count, [&](std::size_t, std::ptrdiff_t i) {
+  parallel_for(threads, x1.count, [&](std::size_t, Index i) {
     double* sum = sums.data() + i * count;
-    for (std::ptrdiff_t tile = 0; tile < tiles; ++tile) {
+    for (Index tile = 0; tile < tiles; ++tile) {
       const Weights<T> weights(cotangent, i, tile, right_count);
-      contract(values + (i * tiles + tile) * count * kLanes<T>, count, weights.values, [&](std::ptrdiff_t e, double value) { sum[e] += value; });
+      contract(values + (i * tiles + tile) * count * kLanes<T>, count, weights.values, [&](Index e, double value) { sum[e] += value; });
     }
   });
   finish_gradient(plan, variance_plan, x1, sums, gradient, threads);

@@ -21,6 +21,49 @@ struct BandBuffers {
   std::vector<Buffer<V>> n, t;
 };
 
+// What follows the readout: hidden Dense + ReLU layers, and the output.
+template <class T>
+class Head {
+ public:
+  using V = Vector<T>;
+
+  explicit Head(const Plan& plan) : plan_(plan), w_(T(plan.network.w)), b_(T(plan.network.b)), hidden_(plan.network.hidden) {}
+
+  // The NTK, given the readout's covariances.
+  V forward(LeftImage<T> left, RightImages<V> right, V n, V t) {
+    for (std::size_t l = 0; l < hidden_.size(); ++l) {
+      n = n * w_ + b_, t = t * w_ + n;
+      const Index e = plan_.hidden_variances() + l;
+      const V inverse = left.inverse[e] * right.inverse[e];
+      const Angle<V> a = angle<true, true>(n * inverse, sine2(n * inverse));
+      hidden_[l] = {n, a.dot, t * (a.dot_slope * inverse), left.deviation[e] * right.deviation[e] * a.sine};
+      n = n * a.dot + hidden_[l].sine_slope, t = t * a.dot;
+    }
+    n = n * w_ + b_;
+    return t * w_ + n;
+  }
+
+  // After `forward`: the derivatives of the NTK by n and t; adds those by the deviations to sigma [variances].
+  void backward(V& n_bar, V& t_bar, V* sigma) const {
+    n_bar = t_bar = spread<V>(w_);
+    for (std::size_t l = hidden_.size(); l-- > 0;) {
+      const Hidden& h = hidden_[l];
+      V nt_bar_in, t_bar_in;
+      pull_back<true, false>(n_bar, t_bar, h.n, h.dot, h.dot_slope, h.sine_slope, nt_bar_in, t_bar_in, sigma[plan_.hidden_variances() + l]);
+      n_bar = nt_bar_in * w_, t_bar = t_bar_in * w_;
+    }
+  }
+
+ private:
+  struct Hidden {
+    V n, dot, dot_slope, sine_slope;
+  };
+
+  const Plan& plan_;
+  const T w_, b_;
+  std::vector<Hidden> hidden_;
+};
+
 // One left image against a tile of right images. One per thread.
 template <class T>
 class PairEngine {
@@ -28,8 +71,14 @@ class PairEngine {
   using V = Vector<T>;
 
   explicit PairEngine(const Plan& plan)
-      : plan_(plan), lines_(plan), bands_(plan, true), hidden_(plan.network.hidden), readout_(plan.max_width), pixel_bar_(plan.image_size()),
-        sigma_(plan.variances), spare_(plan.max_width) {}
+      : plan_(plan),
+        lines_(plan),
+        bands_(plan, true),
+        head_(plan),
+        readout_(plan.max_width),
+        pixel_bar_(plan.image_size()),
+        sigma_(plan.variances),
+        spare_(plan.max_width) {}
 
   // The NTK of the left image and each right image.
   V forward(LeftImage<T> left, RightImages<V> right) {
@@ -53,8 +102,9 @@ class PairEngine {
       }
     }
     V n, t;
-    for (int lane = 0; lane < kLanes<T>; ++lane) n[lane] = T(n_sum[lane] * plan_.readout_share()), t[lane] = T(t_sum[lane] * plan_.readout_share());
-    return forward_hidden(left, right, n, t);
+    for (int lane = 0; lane < kLanes<T>; ++lane)
+      n[lane] = T(n_sum[lane] * plan_.readout_share()), t[lane] = T(t_sum[lane] * plan_.readout_share());
+    return head_.forward(left, right, n, t);
   }
 
   // After `forward`: sets the derivatives of the NTK by the left image's pixels, and by its deviations (each times the deviation).
@@ -62,7 +112,7 @@ class PairEngine {
     pixel_bar_.clear();
     sigma_.clear();
     V n_bar, t_bar;
-    backward_hidden(n_bar, t_bar);
+    head_.backward(n_bar, t_bar, sigma_.data());
     readout_.set_cotangents(n_bar * T(plan_.readout_share()), t_bar * T(plan_.readout_share()));
     spare_.clear();
     lines_.set_images(left, right);
@@ -84,41 +134,12 @@ class PairEngine {
   const Buffer<V>& sigma() const { return sigma_; }
 
  private:
-  struct Hidden {
-    V n, dot, dot_slope, sine_slope;
-  };
-
   int levels() const { return static_cast<int>(plan_.levels.size()); }
-
-  V forward_hidden(LeftImage<T> left, RightImages<V> right, V n, V t) {
-    const T w = T(plan_.network.w), b = T(plan_.network.b);
-    for (std::size_t l = 0; l < hidden_.size(); ++l) {
-      n = n * w + b, t = t * w + n;
-      const std::ptrdiff_t e = plan_.hidden_variances() + l;
-      const V inverse = left.inverse[e] * right.inverse[e];
-      const Angle<V> a = angle<true, true>(n * inverse, sine2(n * inverse));
-      hidden_[l] = {n, a.dot, t * (a.dot_slope * inverse), left.deviation[e] * right.deviation[e] * a.sine};
-      n = n * a.dot + hidden_[l].sine_slope, t = t * a.dot;
-    }
-    n = n * w + b;
-    return t * w + n;
-  }
-
-  void backward_hidden(V& n_bar, V& t_bar) {
-    const T w = T(plan_.network.w);
-    n_bar = t_bar = spread<V>(w);
-    for (std::size_t l = hidden_.size(); l-- > 0;) {
-      const Hidden& h = hidden_[l];
-      V nt_bar_in, t_bar_in;
-      pull_back<true, false>(n_bar, t_bar, h.n, h.dot, h.dot_slope, h.sine_slope, nt_bar_in, t_bar_in, sigma_[plan_.hidden_variances() + l]);
-      n_bar = nt_bar_in * w, t_bar = t_bar_in * w;
-    }
-  }
 
   const Plan& plan_;
   Lines<T, T, true> lines_;
   BandBuffers<V> bands_;
-  std::vector<Hidden> hidden_;
+  Head<T> head_;
   Readout<V> readout_;
   Buffer<V> pixel_bar_, sigma_, spare_;
 };
@@ -131,9 +152,20 @@ class VarianceEngine {
   using V = Vector<T>;
 
   explicit VarianceEngine(const Plan& plan)
-      : plan_(plan), lines_(plan), bands_(plan, false), q_(plan.variances), inverse_(plan.variances), deviation_(plan.variances),
-        right_deviation_(plan.variances), pixel_bar_(plan.image_size()), sigma_(plan.variances), zeros_(plan.max_width + 1), spare_(plan.max_width),
-        plane_(plan.pixels * 2), next_plane_(plan.pixels * 2), readout_(plan.max_width) {}
+      : plan_(plan),
+        lines_(plan),
+        bands_(plan, false),
+        q_(plan.variances),
+        inverse_(plan.variances),
+        deviation_(plan.variances),
+        right_deviation_(plan.variances),
+        pixel_bar_(plan.image_size()),
+        sigma_(plan.variances),
+        zeros_(plan.max_width + 1),
+        spare_(plan.max_width),
+        plane_(plan.pixels * 2),
+        next_plane_(plan.pixels * 2),
+        readout_(plan.max_width) {}
 
   // The variance of each ReLU's input, of images [H, W, D] and the same ones divided by D.
   const Buffer<V>& forward(const V* pixels, const V* scaled_pixels) {
@@ -169,7 +201,7 @@ class VarianceEngine {
     }
     V q;
     for (int lane = 0; lane < kLanes<T>; ++lane) q[lane] = plan_.network.hidden ? T(sum[lane] * plan_.readout_share()) : T(0);
-    for (std::ptrdiff_t e = plan_.hidden_variances(); e < plan_.variances; ++e) {
+    for (Index e = plan_.hidden_variances(); e < plan_.variances; ++e) {
       q_[e] = q * T(plan_.network.w) + T(plan_.network.b);
       q = q_[e] * T(0.5);
     }
@@ -181,14 +213,16 @@ class VarianceEngine {
     pixel_bar_.clear();
     sigma_.clear();
     V n_bar{};
-    for (std::ptrdiff_t e = plan_.variances; e-- > plan_.hidden_variances();) n_bar = (q_bar[e] + n_bar * T(0.5)) * T(plan_.network.w);
+    for (Index e = plan_.variances; e-- > plan_.hidden_variances();) n_bar = (q_bar[e] + n_bar * T(0.5)) * T(plan_.network.w);
     readout_.set_cotangents(plan_.network.hidden ? n_bar * T(plan_.readout_share()) : n_bar, V{});
     spare_.clear();
     for (int p = levels() - 1; p >= 0; --p) {
       const Level& level = plan_.levels[p];
       const auto through = [&](Offset d, auto& from) {
-        if (d.dy || d.dx) lines_.backward(p, d, bands_.band(p), from, pixel_bar_.data(), sigma_.data());
-        else backward_diagonal(p, from, q_bar);
+        if (d.dy || d.dx)
+          lines_.backward(p, d, bands_.band(p), from, pixel_bar_.data(), sigma_.data());
+        else
+          backward_diagonal(p, from, q_bar);
       };
       const auto at = [&](Offset d) {
         if (p + 1 < levels()) {
@@ -226,7 +260,7 @@ class VarianceEngine {
       if (p) {
         std::memcpy(row, bands_.n[p].data() + level.start({0, 0}) + y * (width + 1), width * sizeof(V));
       } else {
-        const std::ptrdiff_t first = std::ptrdiff_t(y) * width * channels;
+        const Index first = Index(y) * width * channels;
         const auto products = channels == 1 ? input_row<1, V, V> : channels == 3 ? input_row<3, V, V> : input_row<0, V, V>;
         products(left_.pixels + first, right_.pixels + first, width, channels, row);
       }
@@ -235,7 +269,7 @@ class VarianceEngine {
     for (int l = 0; l < level.convs; ++l) {
       for (int y = 0; y < level.height; ++y) {
         V* out = plane_row(next_plane_, level, y);
-        const std::ptrdiff_t first = level.first_variance + std::ptrdiff_t(l * level.height + y) * width;
+        const Index first = level.first_variance + Index(l * level.height + y) * width;
         for_each_box(three(level, y), width, [&](int x, V box) {
           const V q = box * scale + bias;
           const V deviation = square_root(q);
@@ -262,11 +296,11 @@ class VarianceEngine {
       row[width] = plane_row(next_plane_, level, y)[width] = V{};
     }
     for (int l = level.convs - 1; l >= 0; --l) {
-      const std::ptrdiff_t first = level.first_variance + std::ptrdiff_t(l) * level.pixels();
+      const Index first = level.first_variance + Index(l) * level.pixels();
       for (int y = 0; y < level.height; ++y) {
         V* row = plane_row(plane_, level, y);
         for (int x = 0; x < width; ++x) {
-          const std::ptrdiff_t e = first + y * width + x;
+          const Index e = first + y * width + x;
           row[x] = row[x] * T(0.5) + q_bar[e] + sigma_[e] * inverse_[e] * inverse_[e];
         }
       }
@@ -275,7 +309,7 @@ class VarianceEngine {
     }
     for (int y = 0; y < level.height; ++y) {
       const V* row = plane_row(plane_, level, y);
-      const std::ptrdiff_t first = std::ptrdiff_t(y) * width * channels;
+      const Index first = Index(y) * width * channels;
       if (p) {
         for (int x = 0; x < width; ++x) bands_.n[p][level.start({0, 0}) + y * (width + 1) + x] = row[x] / 16;
       } else {

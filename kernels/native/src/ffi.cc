@@ -42,9 +42,13 @@ struct Settings {
 };
 
 template <class T>
-T* data(const Array& array) { return static_cast<T*>(array.untyped_data()); }
+T* data(const Array& array) {
+  return static_cast<T*>(array.untyped_data());
+}
 template <class T>
-T* data(Out& out) { return static_cast<T*>(out->untyped_data()); }
+T* data(Out& out) {
+  return static_cast<T*>(out->untyped_data());
+}
 
 template <class T>
 ImageSet<T> image_set(const Array& x, const Array& q) {
@@ -56,9 +60,14 @@ template <class F>
 ffi::Error dispatch(const Array& x, F f) {
   try {
     switch (x.element_type()) {
-      case ffi::DataType::F32: f(float{}); break;
-      case ffi::DataType::F64: f(double{}); break;
-      default: return ffi::Error(ffi::ErrorCode::kInvalidArgument, "expected float32 or float64");
+      case ffi::DataType::F32:
+        f(float{});
+        break;
+      case ffi::DataType::F64:
+        f(double{});
+        break;
+      default:
+        return ffi::Error(ffi::ErrorCode::kInvalidArgument, "expected float32 or float64");
     }
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "the native kernel found no memory");
@@ -80,7 +89,8 @@ ffi::Error block(Array x1, Array q1, Array x2, Array q2, Out out, const Attribut
   return dispatch(x1, [&](auto zero) {
     using T = decltype(zero);
     const Settings settings(attributes);
-    compute_block(settings.plan(x1, true), image_set<T>(x1, q1), image_set<T>(x2, q2), attribute<std::int64_t>(attributes, "symmetric") != 0, data<T>(out), settings.threads);
+    compute_block(settings.plan(x1, true), image_set<T>(x1, q1), image_set<T>(x2, q2),
+                  attribute<std::int64_t>(attributes, "symmetric") != 0, data<T>(out), settings.threads);
   });
 }
 
@@ -97,7 +107,8 @@ ffi::Error derivatives_of_block(Array x1, Array q1, Array x2, Array q2, Out out,
   return dispatch(x1, [&](auto zero) {
     using T = decltype(zero);
     const Settings settings(attributes);
-    compute_derivatives(settings.plan(x1, true), image_set<T>(x1, q1), image_set<T>(x2, q2), data<T>(out), data<T>(values), settings.threads);
+    compute_derivatives(settings.plan(x1, true), image_set<T>(x1, q1), image_set<T>(x2, q2), data<T>(out), data<T>(values),
+                        settings.threads);
   });
 }
 

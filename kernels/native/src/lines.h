@@ -154,7 +154,7 @@ struct AddToCells {
 template <bool kNtk, bool kFirst, bool kSave, class L, class V, class Out>
 void forward_row(ThreeRows<V> n, ThreeRows<V> t, int width, Affine<Scalar<V>> conv, ReluRow<L, V> relu, Out out, Saved<V> saved) {
   for_each_input<kNtk, kFirst>(n, t, width, conv, relu, [&](int x, const Input<V>& in) KIP_INLINE {
-    const Angle<V> a = angle<kFirst, kSave && kNtk>(in.cosine, in.sine2);
+    const Angle<V> a = angle < kFirst, kSave && kNtk > (in.cosine, in.sine2);
     const V sine_slope = relu.deviation(x) * a.sine;
     out.template emit<kNtk>(x, in.n * a.dot + sine_slope, in.t * a.dot);
     if constexpr (kSave) {
@@ -241,8 +241,13 @@ class Lines {
   using V = Vector<T>;
 
   explicit Lines(const Plan& plan)
-      : plan_(plan), conv_{T(plan.convolution_scale()), T(plan.network.b)}, row_size_(plan.max_width + 1), zeros_(row_size_),
-        rows_(std::max(plan.max_convs, 1) * 2 * kRows * row_size_), bars_(rows_.size()), saved_(plan.max_convs * saved_rows(0, plan.max_convs) * 4 * row_size_) {}
+      : plan_(plan),
+        conv_{T(plan.convolution_scale()), T(plan.network.b)},
+        row_size_(plan.max_width + 1),
+        zeros_(row_size_),
+        rows_(std::max(plan.max_convs, 1) * 2 * kRows * row_size_),
+        bars_(rows_.size()),
+        saved_(plan.max_convs * saved_rows(0, plan.max_convs) * 4 * row_size_) {}
 
   // The images of the pairs.
   void set_images(LeftImage<L> left, RightImages<V> right) { left_ = left, right_ = right; }
@@ -255,7 +260,8 @@ class Lines {
     for (int step = 0; step < h + k; ++step) {
       if (step < h) load_input(step);
       for (int l = 0; l < k - 1; ++l)
-        if (const int y = step - 1 - l; y >= 0 && y < h) forward_layer<false>(l, y, rect_.width, StoreRow<V>{n_row(l + 1, y), t_row(l + 1, y)});
+        if (const int y = step - 1 - l; y >= 0 && y < h)
+          forward_layer<false>(l, y, rect_.width, StoreRow<V>{n_row(l + 1, y), t_row(l + 1, y)});
       if (const int y = step - k; y >= 0 && y < h) {
         const AddToCells<V> out{to.row(y), to.share};
         if (!out.cells.count) continue;
@@ -269,8 +275,8 @@ class Lines {
     }
   }
 
-  // The adjoint, at the cotangents in the cells from.row(y). Those of the level's input replace the band, divided by 16 for the pooling below;
-  // at level 0 they are added to pixel_bar [H, W, D]. s1 s1_bar of each ReLU's input is added to sigma [variances].
+  // The adjoint, at the cotangents in the cells from.row(y). Those of the level's input replace the band, divided by 16 for the pooling
+  // below; at level 0 they are added to pixel_bar [H, W, D]. s1 s1_bar of each ReLU's input is added to sigma [variances].
   template <class From>
   void backward(int p, Offset d, Band<V> band, From& from, V* pixel_bar, V* sigma) {
     begin(p, d, band);
@@ -278,7 +284,8 @@ class Lines {
     for (int step = 0; step < h + 2 * k; ++step) {
       if (step < h) load_input(step);
       for (int l = 0; l < k - 1; ++l)
-        if (const int y = step - 1 - l; y >= 0 && y < h) forward_layer<true>(l, y, rect_.width, StoreRow<V>{n_row(l + 1, y), t_row(l + 1, y)});
+        if (const int y = step - 1 - l; y >= 0 && y < h)
+          forward_layer<true>(l, y, rect_.width, StoreRow<V>{n_row(l + 1, y), t_row(l + 1, y)});
       if (const int y = step - k; k && y >= 0 && y < h) turn(y, from.row(y), sigma);
       for (int l = k - 2; l >= 0; --l)
         if (const int y = step - 2 * k + 1 + l; y >= 0 && y < h) backward_layer(l, y, sigma);
@@ -297,7 +304,7 @@ class Lines {
     for (std::size_t row = 0; row < rows_.size(); row += row_size_) rows_[row + rect_.width] = bars_[row + rect_.width] = V{};
   }
 
-  std::ptrdiff_t band_row(int y) const { return level_->start(d_) + std::ptrdiff_t(y) * (rect_.width + 1); }
+  Index band_row(int y) const { return level_->start(d_) + Index(y) * (rect_.width + 1); }
   V* ring(Buffer<V>& buffer, int l, int quantity, int y) { return buffer.data() + ((2 * l + quantity) * kRows + y % kRows) * row_size_; }
 
   // Row y of layer l's input.
@@ -312,22 +319,30 @@ class Lines {
   ThreeRows<V> three(F row, int y) {
     return {y > 0 ? row(y - 1) : zeros_.data(), row(y), y + 1 < rect_.height ? row(y + 1) : zeros_.data()};
   }
-  ThreeRows<V> n_rows(int l, int y) { return three([&](int y) { return n_row(l, y); }, y); }
-  ThreeRows<V> t_rows(int l, int y) { return three([&](int y) { return t_row(l, y); }, y); }
-  ThreeRows<V> nt_bar_rows(int l, int y) { return three([&](int y) { return nt_bar_row(l, y); }, y); }
-  ThreeRows<V> t_bar_rows(int l, int y) { return three([&](int y) { return t_bar_row(l, y); }, y); }
+  ThreeRows<V> n_rows(int l, int y) {
+    return three([&](int y) { return n_row(l, y); }, y);
+  }
+  ThreeRows<V> t_rows(int l, int y) {
+    return three([&](int y) { return t_row(l, y); }, y);
+  }
+  ThreeRows<V> nt_bar_rows(int l, int y) {
+    return three([&](int y) { return nt_bar_row(l, y); }, y);
+  }
+  ThreeRows<V> t_bar_rows(int l, int y) {
+    return three([&](int y) { return t_bar_row(l, y); }, y);
+  }
 
   Saved<V> saved(int l, int y) {
     V* first = saved_.data() + (l * saved_rows(0, plan_.max_convs) + y % saved_rows(l, level_->convs)) * 4 * row_size_;
     return {first, first + row_size_, first + 2 * row_size_, first + 3 * row_size_};
   }
 
-  std::ptrdiff_t left_pixel(int y) const { return std::ptrdiff_t(rect_.y + y) * level_->width + rect_.x; }
-  std::ptrdiff_t right_pixel(int y) const { return left_pixel(y) + std::ptrdiff_t(d_.dy) * level_->width + d_.dx; }
-  std::ptrdiff_t variance(int l) const { return level_->first_variance + std::ptrdiff_t(l) * level_->pixels(); }
+  Index left_pixel(int y) const { return Index(rect_.y + y) * level_->width + rect_.x; }
+  Index right_pixel(int y) const { return left_pixel(y) + Index(d_.dy) * level_->width + d_.dx; }
+  Index variance(int l) const { return level_->first_variance + Index(l) * level_->pixels(); }
 
   ReluRow<L, V> relu(int l, int y) const {
-    const std::ptrdiff_t left = variance(l) + left_pixel(y), right = variance(l) + right_pixel(y);
+    const Index left = variance(l) + left_pixel(y), right = variance(l) + right_pixel(y);
     return {left_.inverse + left, left_.deviation + left, right_.inverse + right, right_.deviation + right};
   }
 
@@ -378,7 +393,7 @@ class Lines {
         band_.n[band_row(y) + x] = inside ? cells.n[x & 1][x >> 1] / 16 : V{};
         if (kNtk) band_.t[band_row(y) + x] = inside ? cells.t[x & 1][x >> 1] / 16 : V{};
       } else if (inside) {
-        const std::ptrdiff_t left = (left_pixel(y) + x) * plan_.channels, right = (right_pixel(y) + x) * plan_.channels;
+        const Index left = (left_pixel(y) + x) * plan_.channels, right = (right_pixel(y) + x) * plan_.channels;
         for (int c = 0; c < plan_.channels; ++c) pixel_bar[left + c] += cells.n[x & 1][x >> 1] * right_.pixels[right + c];
       }
     }
@@ -392,7 +407,7 @@ class Lines {
 
   const Plan& plan_;
   const Affine<T> conv_;
-  const std::ptrdiff_t row_size_;
+  const Index row_size_;
   LeftImage<L> left_{};
   RightImages<V> right_{};
   Buffer<V> zeros_, rows_, bars_, saved_;

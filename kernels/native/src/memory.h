@@ -9,6 +9,8 @@
 
 namespace kip {
 
+using Index = std::ptrdiff_t;
+
 template <class V>
 class Buffer {
  public:

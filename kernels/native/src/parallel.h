@@ -25,16 +25,16 @@ class FlushSubnormals {
 
 // Calls f(worker, i) once for each i < units; calls with the same `worker` < workers do not overlap.
 template <class F>
-void parallel_for(std::size_t workers, std::ptrdiff_t units, F f) {
-  std::atomic<std::ptrdiff_t> next{0};
+void parallel_for(std::size_t workers, Index units, F f) {
+  std::atomic<Index> next{0};
   const auto work = [&](std::size_t worker) {
     FlushSubnormals flush;
-    for (std::ptrdiff_t i; (i = next.fetch_add(1)) < units;) f(worker, i);
+    for (Index i; (i = next.fetch_add(1)) < units;) f(worker, i);
   };
   std::vector<std::thread> threads;
   threads.reserve(workers);
   try {
-    for (std::size_t worker = 1; worker < workers && std::ptrdiff_t(worker) < units; ++worker) threads.emplace_back(work, worker);
+    for (std::size_t worker = 1; worker < workers && Index(worker) < units; ++worker) threads.emplace_back(work, worker);
   } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
   }
   work(0);

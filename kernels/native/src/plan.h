@@ -4,7 +4,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <vector>
+
+#include "memory.h"
 
 namespace kip {
 
@@ -27,15 +30,13 @@ struct Rectangle {
 // One resolution. Its covariances n[d, y] = cov(x1[y], x2[y + d]) are kept for |dy| <= radius_y and |dx| <= radius_x.
 struct Level {
   int height, width, convs, radius_y, radius_x;
-  std::ptrdiff_t first_variance;        // of the table of variances: the first ReLU's
-  bool has_ntk;                         // whether a convolution lies before this level: the NTK is zero until then
-  std::vector<std::ptrdiff_t> starts;   // where each offset's rectangle starts, rows of width + 1 (a zero column follows each row)
-  std::ptrdiff_t size;                  // of all rectangles together
+  Index first_variance;       // of the table of variances: the first ReLU's
+  bool has_ntk;               // whether a convolution lies before this level: the NTK is zero until then
+  std::vector<Index> starts;  // where each offset's rectangle starts, rows of width + 1 (a zero column follows each row)
+  Index size;                 // of all rectangles together
 
-  Rectangle rectangle(Offset d) const {
-    return {std::max(0, -d.dy), std::max(0, -d.dx), height - std::abs(d.dy), width - std::abs(d.dx)};
-  }
-  std::ptrdiff_t start(Offset d) const { return starts[(d.dy + radius_y) * (2 * radius_x + 1) + d.dx + radius_x]; }
+  Rectangle rectangle(Offset d) const { return {std::max(0, -d.dy), std::max(0, -d.dx), height - std::abs(d.dy), width - std::abs(d.dx)}; }
+  Index start(Offset d) const { return starts[(d.dy + radius_y) * (2 * radius_x + 1) + d.dx + radius_x]; }
   int pixels() const { return height * width; }
 
   template <class F>
@@ -49,11 +50,13 @@ struct Plan {
   Network network;
   int pixels, channels;
   std::vector<Level> levels;  // input side first
-  std::ptrdiff_t variances;   // ReLU inputs per image: the length of a row of the table of variances
+  Index variances;            // ReLU inputs per image: the length of a row of the table of variances
   int max_convs, max_width;
 
-  std::ptrdiff_t image_size() const { return std::ptrdiff_t(pixels) * channels; }
-  std::ptrdiff_t hidden_variances() const { return variances - network.hidden; }
+  Index image_size() const { return Index(pixels) * channels; }
+  Index hidden_variances() const { return variances - network.hidden; }
+  // No convolution, no pooling, no offsets: the readout is a dot product of images.
+  bool fully_connected() const { return !network.all_offsets && network.convs.size() == 1 && !network.convs[0]; }
   double readout_share() const {  // of each entry of the last level in the mean
     const double count = levels.back().pixels();
     return 1 / (network.all_offsets ? count * count : count);
@@ -68,7 +71,7 @@ inline Plan make_plan(const Network& network, int height, int width, int channel
   for (int p = 0; p < count; ++p) {
     Level level{height >> p, width >> p, static_cast<int>(network.convs[p]), -1, -1, plan.variances, p > 0, {}, 0};
     level.has_ntk = p > 0 && (plan.levels[p - 1].has_ntk || plan.levels[p - 1].convs > 0);
-    plan.variances += std::ptrdiff_t(level.convs) * level.pixels();
+    plan.variances += Index(level.convs) * level.pixels();
     plan.max_convs = std::max(plan.max_convs, level.convs);
     plan.levels.push_back(level);
   }
@@ -86,7 +89,7 @@ inline Plan make_plan(const Network& network, int height, int width, int channel
     level.for_each_offset([&](Offset d) {
       level.starts.push_back(level.size);
       const Rectangle r = level.rectangle(d);
-      level.size += std::ptrdiff_t(r.height) * (r.width + 1);
+      level.size += Index(r.height) * (r.width + 1);
     });
   }
   plan.levels.resize(std::max(last + 1, 0));

@@ -7,8 +7,8 @@
 
 namespace kip {
 
-// 2x2 average pooling (VALID) of one offset: each (d, y) feeds exactly one (D, Y), per axis Y = y >> 1, D = ((y + d) >> 1) - Y. Row by row the
-// cells of the next level's band that a row feeds, or takes its cotangents from. Entries that the next level does not need go to `spare`.
+// 2x2 average pooling (VALID) of one offset: each (d, y) feeds exactly one (D, Y), per axis Y = y >> 1, D = ((y + d) >> 1) - Y. Row by row
+// the cells of the next level's band that a row feeds, or takes its cotangents from. What the next level does not need goes to `spare`.
 template <class V>
 class PoolingCells {
  public:
@@ -29,7 +29,7 @@ class PoolingCells {
       const int x1 = rect_.x + parity, X = x1 >> 1, dx = ((x1 + d_.dx) >> 1) - X;
       if (std::abs(dx) > next_.radius_x) continue;
       const Rectangle to = next_.rectangle({dy, dx});
-      const std::ptrdiff_t cell = next_.start({dy, dx}) + std::ptrdiff_t(Y - to.y) * (to.width + 1) + X - to.x;
+      const Index cell = next_.start({dy, dx}) + Index(Y - to.y) * (to.width + 1) + X - to.x;
       cells.n[parity] = band_.n + cell;
       if (band_.t) cells.t[parity] = band_.t + cell;
     }
@@ -45,8 +45,8 @@ class PoolingCells {
   int count_;
 };
 
-// The sum of the last level's output over all pixels and offsets: column by column, offset by offset (in float64), so that rounding stays small;
-// and the cotangent of such a sum, the same for all entries.
+// The sum of the last level's output over all pixels and offsets: column by column, offset by offset (in float64), so that rounding stays
+// small; and the cotangent of such a sum, the same for all entries.
 template <class V>
 class Readout {
  public:

@@ -11,8 +11,8 @@
 
 namespace kip {
 
-// Below this, 1 - c^2 is rounding (four of c, half an ulp each): identical images must not see the cusp of acos at c = 1. Near-duplicates pay
-// for it: in float32, up to 2e-4 of K where images differ by 1e-3 of their size.
+// Below this, 1 - c^2 is rounding (four of c, half an ulp each): identical images must not see the cusp of acos at c = 1. Near-duplicates
+// pay for it: in float32, up to 2e-4 of K where images differ by 1e-3 of their size.
 template <class T>
 inline constexpr T kFlat = sizeof(T) == 4 ? T(5e-7) : T(4e-15);
 

@@ -54,9 +54,13 @@ using Scalar = typename ScalarOf<V>::type;
 
 // What the left image of a pair holds: a number for all lanes, or a number for each.
 template <class V>
-inline V spread(Scalar<V> x) { return x - V{}; }
+inline V spread(Scalar<V> x) {
+  return x - V{};
+}
 template <class V>
-inline V spread(V x) { return x; }
+inline V spread(V x) {
+  return x;
+}
 
 #if defined(__AVX512F__)
 inline VectorF square_root(VectorF x) { return _mm512_sqrt_ps(x); }

@@ -1,0 +1,233 @@
+"""Kernel implementations against Neural Tangents, measured in the same run: `python -m benchmarks.kernels`.
+
+For each architecture and image size: Neural Tangents jitted, warmed, on all cores, at the best of several block sizes; each
+implementation on raw images (variances and their gradient included), the runs of all interleaved; medians. `step` is a vjp at a cotangent
+that depends on the block: what distillation does. The error is that of the very block timed, on the entries that Neural Tangents
+evaluates in float64; the vjp's cotangent is zero elsewhere, so that its whole gradient is checked.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import time
+from typing import Callable
+
+from kernels import precision  # pylint: disable=unused-import
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels import architectures
+from kernels import ntk
+from kernels import reference
+
+COTANGENT = np.array([[1, -0.5], [0.25, 2]])  # of the entries compared with float64, the first rows and columns of a block
+CHECKED = len(COTANGENT)
+REFERENCE_BLOCKS = ((1, 1), (2, 2), (4, 4), (16, 16), (64, 64), (256, 256))
+BLOCKS = ((10, 16), (10, 64), (10, 256), (256, 1024))
+ENOUGH_SECONDS = 0.5  # of a call: larger blocks gain nothing
+QUANTITIES = ('forward', 'vjp', 'step')
+
+
+@dataclasses.dataclass
+class Row:
+  """One line of the table. Times are milliseconds a pair; errors relative, max |difference| / max |reference|."""
+  architecture: str
+  image: str
+  implementation: str
+  threads: int
+  block: str
+  forward_ms: float
+  vjp_ms: float
+  step_ms: float
+  forward_ratio: float
+  vjp_ratio: float
+  step_ratio: float
+  block_error: float
+  gradient_error: float
+  peak_share: float | None
+
+
+class Candidate:
+  """A kernel and the block it is timed on."""
+
+  def __init__(self, name: str, kernel, images: np.ndarray, more: np.ndarray):
+    self.name, self._kernel = name, kernel
+    for self.shape in BLOCKS:
+      self._x1, self._x2 = images[:self.shape[0]], more[:self.shape[1]]
+      self.cotangent = np.zeros(self.shape, np.float32)
+      self.cotangent[:CHECKED, :CHECKED] = COTANGENT
+      kernel.block(self._x1, self._x2)  # compiles
+      if _seconds(lambda: kernel.block(self._x1, self._x2)) > ENOUGH_SECONDS:
+        break
+    self.results = {quantity: run() for quantity, run in self.runs().items()}
+
+  def runs(self) -> dict[str, Callable]:
+    return {'forward': lambda: self._kernel.block(self._x1, self._x2),
+            'vjp': lambda: self._kernel.block_vjp(self._x1, self._x2, self.cotangent),
+            'step': lambda: self._kernel.block_vjp(self._x1, self._x2, lambda block: self.cotangent)}
+
+
+class NeuralTangents:
+  """The peer: its kernel function, jitted, in float32, at its best block size."""
+  name = 'neural tangents'
+
+  def __init__(self, architecture, images: np.ndarray, more: np.ndarray):
+    kernel_fn = reference.network(architecture)[2]
+    block = lambda x1, x2: kernel_fn(x1, x2, get='ntk')
+    self._block = jax.jit(block)
+
+    @jax.jit
+    def block_vjp(x1, x2):
+      value, pull_back = jax.vjp(lambda x: block(x, x2), x1)
+      return value, pull_back(jnp.ones_like(value))
+
+    self._block_vjp, best = block_vjp, np.inf
+    for a, b in REFERENCE_BLOCKS:
+      if min(len(images) - a, len(more) - b) < 0:
+        break
+      x1, x2 = jnp.asarray(images[:a]), jnp.asarray(more[:b])
+      try:
+        jax.block_until_ready(block_vjp(x1, x2))
+      except jax.errors.JaxRuntimeError:  # out of memory
+        break
+      seconds = _seconds(lambda: jax.block_until_ready(block_vjp(x1, x2)))
+      if seconds / (a * b) < best:
+        best, self.shape, self._x1, self._x2 = seconds / (a * b), (a, b), x1, x2
+      if seconds > 2 * ENOUGH_SECONDS:
+        break
+    jax.block_until_ready(self._block(self._x1, self._x2))
+
+  def runs(self) -> dict[str, Callable]:
+    forward = lambda: jax.block_until_ready(self._block(self._x1, self._x2))
+    vjp = lambda: jax.block_until_ready(self._block_vjp(self._x1, self._x2))
+    return {'forward': forward, 'vjp': vjp}
+
+
+def measure(name: str, image: tuple[int, int, int], implementations: list[str], threads: int, runs: int, peak: float) -> list[Row]:
+  """One row per implementation, that of Neural Tangents first."""
+  architecture = architectures.get(name)
+  rng = np.random.default_rng(0)
+  x1, x2 = (rng.standard_normal((max(shape[i] for shape in BLOCKS), *image)).astype(np.float32) for i in (0, 1))
+  oracle = ntk.make_kernel(architecture, implementation='reference', dtype='float64', threads=1)
+  expected = oracle.block_vjp(x1[:CHECKED], x2[:CHECKED], COTANGENT)
+  peer = NeuralTangents(architecture, x1, x2)
+  candidates = [Candidate(label, kernel, x1, x2) for label, kernel in _kernels(architecture, implementations, threads)]
+  seconds = {(c.name, quantity): [] for c in (peer, *candidates) for quantity in QUANTITIES}
+  for _ in range(runs):
+    for c in (peer, *candidates):
+      for quantity, run in c.runs().items():
+        seconds[c.name, quantity].append(_seconds(run))
+    seconds[peer.name, 'step'] = seconds[peer.name, 'vjp']  # its vjp yields the block for nothing
+  milliseconds = {(c.name, quantity): 1e3 * statistics.median(seconds[c.name, quantity]) / np.prod(c.shape)
+                  for c in (peer, *candidates) for quantity in QUANTITIES}
+  rows, work = [], operations(architecture, image)
+  for c in (peer, *candidates):
+    block_error = gradient_error = float('nan')
+    if c is not peer:
+      block_error = max(_error(result[:CHECKED, :CHECKED], expected[0])
+                        for result in (c.results['forward'], c.results['vjp'][0], c.results['step'][0]))
+      gradient_error = max(_error(c.results[quantity][1][:CHECKED], expected[1]) for quantity in ('vjp', 'step'))
+    times = [milliseconds[c.name, quantity] for quantity in QUANTITIES]
+    ratios = [milliseconds[peer.name, quantity] / milliseconds[c.name, quantity] for quantity in QUANTITIES]
+    share = None if c is peer else work / (times[0] * 1e-3) / peak
+    rows.append(Row(name, '{}x{}x{}'.format(*image), c.name, threads, '{}x{}'.format(*c.shape), *times, *ratios,
+                    block_error, gradient_error, share))
+  return rows
+
+
+def operations(architecture: architectures.Architecture, image: tuple[int, int, int]) -> int:
+  """Floating-point operations a pair that the forward recursion takes by offsets (a square root counts as one, a polynomial as 14)."""
+  total, first = 0, True
+  plan = architectures.band_plan(architecture, *image[:2])
+  for p, level in enumerate(plan):
+    entries = np.prod([sum(size - abs(d) for d in range(-radius, radius + 1))
+                       for size, radius in ((level.height, level.radius_h), (level.width, level.radius_w))])
+    total += entries * (2 * image[2] if not p else 0)
+    for _ in range(level.convs):
+      total += entries * (32 if first else 39)
+      first = False
+    total += entries * 4
+  return int(total) or 2 * int(np.prod(image))
+
+
+def peak_flops() -> float:
+  """Multiplications and additions a second of a float32 matrix product on all cores: the best of ten."""
+  a = jnp.ones((2048, 2048), jnp.float32)
+  product = jax.jit(jnp.dot)
+  jax.block_until_ready(product(a, a))
+  return 2 * 2048 ** 3 / min(_seconds(lambda: jax.block_until_ready(product(a, a))) for _ in range(10))
+
+
+def _kernels(architecture, implementations, threads):
+  for implementation in implementations:
+    kernel = ntk.make_kernel(architecture, implementation=implementation, threads=threads)
+    yield implementation, kernel
+    if implementation == 'native':
+      forced = os.environ.get('KIP_INSTRUCTION_SET')
+      for name in ('avx2', 'portable'):
+        os.environ['KIP_INSTRUCTION_SET'] = name
+        try:
+          yield f'native {name}', ntk.make_kernel(architecture, implementation='native', threads=threads)
+        except ValueError:  # this machine lacks it
+          pass
+      os.environ.pop('KIP_INSTRUCTION_SET')
+      if forced:
+        os.environ['KIP_INSTRUCTION_SET'] = forced
+
+
+def _seconds(run) -> float:
+  start = time.perf_counter()
+  run()
+  return time.perf_counter() - start
+
+
+def _error(value, expected) -> float:
+  return float(np.abs(value - expected).max() / np.abs(expected).max())
+
+
+def _available() -> list[str]:
+  names = []
+  for name in ntk.IMPLEMENTATIONS:
+    if name in ('auto', 'reference'):
+      continue
+    try:
+      ntk.make_kernel('fc1', implementation=name)
+      names.append(name)
+    except (ImportError, ValueError) as error:
+      print(f'{name}: skipped, {error}')
+  return names
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--architectures', default='fc1,conv3,convnet,myrtle5,myrtle10')
+  parser.add_argument('--images', default='32x32x3,28x28x1')
+  parser.add_argument('--implementations', help='by default all that this machine can run')
+  parser.add_argument('--threads', type=int, default=len(os.sched_getaffinity(0)))
+  parser.add_argument('--runs', type=int, default=5)
+  parser.add_argument('--json', default='benchmarks/kernels.json', help='where to write the table as JSON')
+  args = parser.parse_args()
+  implementations = args.implementations.split(',') if args.implementations else _available()
+  peak = peak_flops()
+  print(f'{args.threads} threads; a float32 matrix product reaches {peak / 1e9:.0f} GFLOP/s; load {os.getloadavg()[0]:.1f}')
+  print(f'{"":36}{"block":>9}{"ms a pair":>33}{"times faster than NT":>27}{"error":>19}{"of peak":>9}')
+  print(f'{"":36}{"":9}' + ''.join(f'{q:>11}' for q in QUANTITIES) + ''.join(f'{q:>9}' for q in QUANTITIES) + f'{"block":>10}{"grad":>9}')
+  rows = []
+  for name in args.architectures.split(','):
+    for image in args.images.split(','):
+      for row in measure(name, tuple(map(int, image.split('x'))), implementations, args.threads, args.runs, peak):
+        rows.append(dataclasses.asdict(row))
+        errors = '' if row.peak_share is None else f'{row.block_error:10.0e}{row.gradient_error:9.0e}{row.peak_share:9.0%}'
+        print(f'{row.architecture:9}{row.image:9}{row.implementation:18}{row.block:>9}'
+              f'{row.forward_ms:11.4g}{row.vjp_ms:11.4g}{row.step_ms:11.4g}'
+              f'{row.forward_ratio:9.0f}{row.vjp_ratio:9.0f}{row.step_ratio:9.0f}{errors}', flush=True)
+      with open(args.json, 'w', encoding='utf-8') as file:
+        json.dump({'threads': args.threads, 'peak_gflops': peak / 1e9, 'rows': rows}, file, indent=1)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,166 @@
+"""What is the native kernel's own: instruction sets, threads, memory, and what happens where it is not built."""
+
+import numpy as np
+import pytest
+
+from kernels import architectures
+from kernels import ntk
+from kernels.native import build
+from kernels.native import kernel as native
+
+IMAGE = {'convnet': (9, 8, 3), 'myrtle5': (8, 9, 1), 'fc2': (5, 4, 2)}
+
+built = pytest.mark.skipif(not build.is_built(), reason='the native kernel is not built')
+
+
+def _images(architecture, *counts, dtype='float32'):
+  rng = np.random.default_rng(0)
+  return [rng.standard_normal((n, *IMAGE[architecture])).astype(dtype) for n in counts]
+
+
+def _kernel(architecture, dtype='float32', threads=2):
+  return ntk.make_kernel(architecture, implementation='native', dtype=dtype, threads=threads)
+
+
+def _instruction_sets():
+  names = list(build.INSTRUCTION_SETS)
+  return names[names.index(native._load('portable').kip_best_instruction_set().decode()):] if build.is_built() else []
+
+
+def _relative_error(value, expected):
+  return np.abs(value - expected).max() / np.abs(expected).max()
+
+
+@built
+@pytest.mark.parametrize('instruction_set', _instruction_sets())
+@pytest.mark.parametrize('architecture', IMAGE)
+def test_instruction_sets_agree(monkeypatch, architecture, instruction_set):
+  x1, x2, cotangent = *_images(architecture, 3, 18), np.random.default_rng(1).standard_normal((3, 18))
+  expected = _kernel(architecture, 'float64').block_vjp(x1, x2, cotangent)
+  monkeypatch.setenv('KIP_INSTRUCTION_SET', instruction_set)
+  for dtype, block_tolerance, gradient_tolerance in (('float32', 1e-6, 5e-6), ('float64', 1e-13, 1e-12)):
+    kernel = _kernel(architecture, dtype)
+    assert kernel._kernel.instruction_set == instruction_set
+    block, gradient = kernel.block_vjp(x1, x2, cotangent)
+    assert _relative_error(block, expected[0]) <= block_tolerance
+    assert _relative_error(gradient, expected[1]) <= gradient_tolerance
+
+
+@built
+@pytest.mark.parametrize('instruction_set', _instruction_sets())
+@pytest.mark.parametrize('architecture', IMAGE)
+def test_identical_images_do_not_see_the_cusp(monkeypatch, architecture, instruction_set):
+  monkeypatch.setenv('KIP_INSTRUCTION_SET', instruction_set)
+  x, = _images(architecture, 17)
+  expected = _kernel(architecture, 'float64').block_vjp(x, x.copy(), np.eye(17))
+  block, gradient = _kernel(architecture).block_vjp(x, x.copy(), np.eye(17))
+  assert _relative_error(block, expected[0]) <= 1e-6
+  assert _relative_error(gradient, expected[1]) <= 5e-6
+
+
+@built
+@pytest.mark.parametrize('architecture', IMAGE)
+def test_bits_do_not_depend_on_threads(architecture):
+  x1, x2 = _images(architecture, 5, 70)
+  results = []
+  for threads in (1, 2, 3, 8):
+    kernel = _kernel(architecture, threads=threads)
+    results.append([kernel.block(x1, x2), kernel.block(x2, x2), *kernel.block_vjp(x1, x2, np.ones((5, 70))),
+                    *kernel.block_vjp(x1, x2, lambda block: np.cos(block))])
+  for other in results[1:]:
+    for value, expected in zip(other, results[0], strict=True):
+      np.testing.assert_array_equal(value, expected)
+
+
+@built
+@pytest.mark.parametrize('architecture', IMAGE)
+def test_blocks_are_the_same_whatever_is_computed_beside_them(architecture):
+  x1, x2 = _images(architecture, 4, 37)
+  kernel = _kernel(architecture)
+  whole, prepared = kernel.block(x1, x2), kernel.prepare(x2)
+  np.testing.assert_array_equal(kernel.block(x1, prepared), whole)
+  np.testing.assert_array_equal(kernel.block(x1[1:3], prepared[5:21]), whole[1:3, 5:21])
+  np.testing.assert_array_equal(kernel.block_vjp(x1, prepared, whole)[0], whole)
+
+
+@built
+@pytest.mark.parametrize('architecture', IMAGE)
+def test_a_symmetric_block_is_the_block(architecture):
+  x, = _images(architecture, 41)
+  kernel = _kernel(architecture)
+  block = kernel.block(x, x)
+  np.testing.assert_array_equal(block, block.T)
+  assert _relative_error(block, kernel.block(x, x.copy())) <= 1e-6
+
+
+@built
+@pytest.mark.parametrize('kept_bytes', [0, 2 ** 30])
+def test_a_cotangent_that_is_a_function(monkeypatch, kept_bytes):
+  monkeypatch.setattr(native, '_DERIVATIVES_BYTES', kept_bytes)
+  x1, x2 = _images('convnet', 3, 20, dtype='float64')
+  kernel = _kernel('convnet', 'float64')
+  block, gradient = kernel.block_vjp(x1, x2, np.sin)
+  expected = kernel.block_vjp(x1, x2, np.sin(block))
+  np.testing.assert_array_equal(block, expected[0])
+  np.testing.assert_allclose(gradient, expected[1], rtol=0, atol=1e-13 * np.abs(expected[1]).max())
+
+
+@built
+def test_sums_in_rounds_are_the_sum():
+  """More right images than one round of units takes (64 MB of pieces): the parts' gradients add up."""
+  kernel = ntk.make_kernel('conv1', implementation='native', dtype='float64', threads=2)
+  rng = np.random.default_rng(0)
+  x1, x2 = rng.standard_normal((64, 32, 32, 3)), rng.standard_normal((300, 32, 32, 3))
+  cotangent = rng.standard_normal((64, 300))
+  _, gradient = kernel.block_vjp(x1, x2, cotangent)
+  parts = [kernel.block_vjp(x1, x2[j:j + 100], cotangent[:, j:j + 100])[1] for j in range(0, 300, 100)]
+  np.testing.assert_allclose(gradient, sum(parts), rtol=0, atol=1e-12 * np.abs(gradient).max())
+
+
+@built
+def test_unknown_instruction_set(monkeypatch):
+  monkeypatch.setenv('KIP_INSTRUCTION_SET', 'neon')
+  with pytest.raises(ValueError, match='KIP_INSTRUCTION_SET: expected one of .*portable.*, got .neon.'):
+    _kernel('convnet')
+
+
+def test_not_built(monkeypatch, tmp_path):
+  monkeypatch.setattr(build, 'FOLDER', tmp_path)
+  native._load.cache_clear()
+  with pytest.raises(ValueError, match='the native kernel is not built; build it by `python -m kernels.native.build`'):
+    _kernel('convnet')
+  assert ntk.make_kernel('convnet').implementation == 'jax'
+  native._load.cache_clear()
+
+
+def test_no_compiler(monkeypatch, tmp_path):
+  monkeypatch.setattr(build, 'FOLDER', tmp_path)
+  monkeypatch.setenv('CXX', '/nowhere/c++')
+  assert 'no C++ compiler' in build.build()
+  monkeypatch.undo()
+  monkeypatch.setattr(build, 'FOLDER', tmp_path)
+  monkeypatch.setattr(build.platform, 'machine', lambda: 'aarch64')
+  assert 'aarch64 is not x86-64' in build.build()
+  assert not list(tmp_path.iterdir())
+
+
+@built
+def test_a_library_is_found_without_its_compiler_but_not_with_another(monkeypatch):
+  monkeypatch.setenv('CXX', '/nowhere/c++')
+  assert build.is_built()
+  monkeypatch.setenv('CXX', 'echo another compiler')
+  assert not build.is_built()
+
+
+@built
+def test_a_changed_source_is_not_built(monkeypatch, tmp_path):
+  (tmp_path / 'ffi.cc').write_text('changed')
+  monkeypatch.setattr(build, 'SOURCES', tmp_path)
+  assert not build.is_built()
+
+
+@built
+def test_one_variance_per_relu_input():
+  stages = [{'convs': 1, 'pool': True}, {'convs': 2, 'pool': False}, {'convs': 1, 'pool': True}]
+  kernel = native.NativeKernel(architectures.get({'stages': stages, 'hidden': 2}), 'float32', 1)
+  assert kernel.prepare(np.ones((2, 7, 6, 1), np.float32)).variances[0].shape == (2, 7 * 6 + 3 * 3 * 3 + 2)
