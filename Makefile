@@ -11,6 +11,9 @@ demo: native
 test: native
 	$(PYTHON) -m pytest
 
+bench: native
+	$(PYTHON) -m benchmarks.kernels
+
 # Builds the C++ kernel where there is a compiler; elsewhere the JAX kernel is used.
 native: setup
 	@$(PYTHON) -m kernels.native.build

@@ -169,22 +169,8 @@ void store_block(Vector<T> values, Index i, Index tile, Index count, T* block) {
   for_each_image<T>(count, tile, [&](Index j, int lane) { block[i * count + j] = values[lane]; });
 }
 
-// Fully-connected networks: matrix products, several left images at a time so that each value loaded is used as often. Sums are taken in
-// short runs, and the runs summed, so that rounding stays small.
+// Fully-connected networks: matrix products, several left images at a time so that each value loaded is used as often.
 inline constexpr int kGroup = 8;
-
-// The dot products of a group of images with a tile of images.
-template <class T>
-void dot_products(const T* const (&left)[kGroup], const Vector<T>* right, Index size, Vector<T> (&out)[kGroup]) {
-  constexpr Index kRun = 128;
-  for (auto& value : out) value = Vector<T>{};
-  for (Index first = 0; first < size; first += kRun) {
-    Vector<T> run[kGroup] = {};
-    for (Index e = first; e < std::min(first + kRun, size); ++e)
-      for (int g = 0; g < kGroup; ++g) run[g] += spread<Vector<T>>(left[g][e]) * right[e];
-    for (int g = 0; g < kGroup; ++g) out[g] += run[g];
-  }
-}
 
 // Adds sum_j weights[g, j] rows[j, e] to sums[g, e], for g < groups and e from `first` for as many as there are lanes (up to `size`).
 template <class T>
@@ -224,7 +210,7 @@ void for_each_dense_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool 
       const T* images[kGroup];
       for (int g = 0; g < kGroup; ++g) images[g] = x1.pixels + std::min(begin + g, x1.count - 1) * size;
       Vector<T> n[kGroup];
-      dot_products(images, right.tile(k).pixels, size, n);
+      dot_products([&](int g, Index e) { return spread<Vector<T>>(images[g][e]); }, right.tile(k).pixels, size, n);
       for (Index i = begin; i < std::min(begin + kGroup, x1.count); ++i)
         f(heads[worker], left.image(i), right.tile(k), i, first + k, n[i - begin] * T(plan.readout_share()));
     });

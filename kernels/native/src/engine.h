@@ -144,6 +144,20 @@ class PairEngine {
   Buffer<V> pixel_bar_, sigma_, spare_;
 };
 
+// out[g] = sum_e left(g, e) right[e], in short runs, and the runs summed, so that rounding stays small. Pairs and variances of fully-connected
+// networks both come from here: the covariance of identical images must equal their variance to the bit.
+template <class V, class F, int kCount>
+KIP_INLINE inline void dot_products(F left, const V* right, Index size, V (&out)[kCount]) {
+  constexpr Index kRun = 128;
+  for (auto& value : out) value = V{};
+  for (Index first = 0; first < size; first += kRun) {
+    V run[kCount] = {};
+    for (Index e = first; e < std::min(first + kRun, size); ++e)
+      for (int g = 0; g < kCount; ++g) run[g] += left(g, e) * right[e];
+    for (int g = 0; g < kCount; ++g) out[g] += run[g];
+  }
+}
+
 // As many images as there are lanes, each with itself. The pair (x, x) is symmetric under (d, y) -> (-d, y + d), so that all gradients are
 // twice those through its left image.
 template <class T>
@@ -200,7 +214,13 @@ class VarianceEngine {
       }
     }
     V q;
-    for (int lane = 0; lane < kLanes<T>; ++lane) q[lane] = plan_.network.hidden ? T(sum[lane] * plan_.readout_share()) : T(0);
+    if (plan_.fully_connected()) {
+      V n[1];
+      dot_products([&](int, Index e) { return pixels[e]; }, scaled_pixels, plan_.image_size(), n);
+      q = n[0] * T(plan_.readout_share());
+    } else {
+      for (int lane = 0; lane < kLanes<T>; ++lane) q[lane] = plan_.network.hidden ? T(sum[lane] * plan_.readout_share()) : T(0);
+    }
     for (Index e = plan_.hidden_variances(); e < plan_.variances; ++e) {
       q_[e] = q * T(plan_.network.w) + T(plan_.network.b);
       q = q_[e] * T(0.5);
