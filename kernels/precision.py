@@ -1,8 +1,10 @@
-"""Switches JAX's float64 on: every module that uses JAX imports this first, so that every process agrees.
+"""JAX's settings for the whole process: every module that uses JAX imports this first, so that all agree.
 
-Kernels cast explicitly; float64 is for the coordinator's state and for checks.
+float64 is on: kernels cast explicitly, the coordinator's state and checks use it. CPU computations run in the Python thread that calls them:
+dispatched asynchronously, they queue for a pool of NPROC threads, and with NPROC=1 the kernels' tiles would wait for each other.
 """
 
 import jax
 
 jax.config.update('jax_enable_x64', True)
+jax.config.update('jax_cpu_enable_async_dispatch', False)
