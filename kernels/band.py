@@ -596,11 +596,11 @@ class JaxKernel:
     self.architecture = architecture
     self.dtype = np.dtype(dtype)
     self._pool = concurrent.futures.ThreadPoolExecutor(threads)
-    self._variances = jax.jit(functools.partial(_variances, architecture))
-    self._variances_vjp = jax.jit(lambda x, q_bar: jax.vjp(functools.partial(_variances, architecture), x)[1](q_bar)[0])
-    self._forward = jax.jit(functools.partial(_tile_forward, architecture))
-    self._block = jax.jit(lambda *tile: _tile_forward(architecture, *tile)[0])
-    self._backward = jax.jit(functools.partial(_tile_backward, architecture))
+    self._variances = _compiled(functools.partial(_variances, architecture))
+    self._variances_vjp = _compiled(lambda x, q_bar: jax.vjp(functools.partial(_variances, architecture), x)[1](q_bar)[0])
+    self._forward = _compiled(functools.partial(_tile_forward, architecture))
+    self._block = _compiled(lambda *tile: _tile_forward(architecture, *tile)[0])
+    self._backward = _compiled(functools.partial(_tile_backward, architecture))
 
   def prepare(self, x: np.ndarray) -> ntk.Prepared:
     """See `ntk.Kernel.prepare`: the variances of every image."""
@@ -696,6 +696,28 @@ class JaxKernel:
 
     widths = [2 ** k for k in range(4, pairs.bit_length() - 1) if 2 ** k <= max(16, _power_of_two_from(len(x2)))]
     return min((shape(b) for b in widths), key=lambda ab: (padded(*ab), -ab[1]))
+
+
+def _compiled(function):
+  """`function` compiled, to be run by the Python thread that calls it; see also `precision`."""
+  function = jax.jit(function, compiler_options=_compiler_options())
+  # A computation whose arguments are still on their way is queued for XLA's own threads, of which there are NPROC.
+  return lambda *arguments: function(*jax.block_until_ready(jax.device_put(arguments)))
+
+
+@functools.cache
+def _compiler_options() -> dict[str, bool]:
+  """Where XLA still has it, its first CPU runtime: on JAX 0.5.3 twice as fast, and it runs loops in the calling thread, where the newer one
+  hands them to its NPROC threads.
+  """
+  options = {'xla_cpu_use_thunk_runtime': False}
+  if jax.default_backend() != 'cpu':
+    return {}
+  try:
+    jax.jit(lambda: 0, compiler_options=options)()
+  except jax.errors.JaxRuntimeError:
+    return {}
+  return options
 
 
 def _power_of_two_from(n: int) -> int:
