@@ -189,19 +189,6 @@ def _error(value, expected) -> float:
   return float(np.abs(value - expected).max() / np.abs(expected).max())
 
 
-def _available() -> list[str]:
-  names = []
-  for name in ntk.IMPLEMENTATIONS:
-    if name in ('auto', 'reference'):
-      continue
-    try:
-      ntk.make_kernel('fc1', implementation=name)
-      names.append(name)
-    except (ImportError, ValueError) as error:
-      print(f'{name}: skipped, {error}')
-  return names
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--architectures', default='fc1,conv3,convnet,myrtle5,myrtle10')
@@ -211,7 +198,7 @@ def main():
   parser.add_argument('--runs', type=int, default=5)
   parser.add_argument('--json', default='benchmarks/kernels.json', help='where to write the table as JSON')
   args = parser.parse_args()
-  implementations = args.implementations.split(',') if args.implementations else _available()
+  implementations = args.implementations.split(',') if args.implementations else [name for name in ntk.available() if name != 'reference']
   peak = peak_flops()
   print(f'{args.threads} threads; a float32 matrix product reaches {peak / 1e9:.0f} GFLOP/s; load {os.getloadavg()[0]:.1f}')
   print(f'{"":36}{"block":>9}{"ms a pair":>33}{"times faster than NT":>27}{"error":>19}{"of peak":>9}')

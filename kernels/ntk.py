@@ -97,6 +97,12 @@ def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'flo
   return _Checked(getattr(importlib.import_module(module), name)(architecture, dtype, threads))
 
 
+def available() -> list[str]:
+  """The implementations that this machine can run, 'auto' apart."""
+  from kernels.native import build
+  return [name for name in _CLASSES if name != 'native' or build.is_built()]
+
+
 def _fastest() -> str:
   import jax
   from kernels.native import build

@@ -5,8 +5,6 @@ import pytest
 
 from kernels import ntk
 
-IMPLEMENTATIONS = [name for name in ntk.IMPLEMENTATIONS if name != 'auto']
-
 
 class _Counting:
   """A kernel that keeps count of the images it prepares."""
@@ -19,7 +17,7 @@ class _Counting:
     return self.kernel.prepare(x)
 
 
-@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+@pytest.mark.parametrize('implementation', ntk.available())
 @pytest.mark.parametrize('architecture', ['convnet2', 'fc2'])
 def test_same_bits_whatever_was_asked_for_before(implementation, architecture):
   rng = np.random.default_rng(0)

@@ -12,10 +12,9 @@ from kernels import architectures
 from kernels import band
 from kernels import fit_polynomials
 from kernels import ntk
-from kernels.native import build
 import kernel_cases
 
-IMPLEMENTATIONS = tuple(name for name in ntk.IMPLEMENTATIONS if name != 'auto' and (name != 'native' or build.is_built()))
+IMPLEMENTATIONS = ntk.available()
 FAST = tuple(name for name in IMPLEMENTATIONS if name != 'reference')
 
 GOLDEN = np.load(pathlib.Path(__file__).with_name('golden.npz'))

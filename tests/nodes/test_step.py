@@ -57,7 +57,7 @@ def _oracle(run, state, prepared):
   return float(value), *map(np.asarray, gradients)
 
 
-@pytest.mark.parametrize('implementation', [name for name in ntk.IMPLEMENTATIONS if name != 'auto'])
+@pytest.mark.parametrize('implementation', ntk.available())
 @pytest.mark.parametrize('architecture, support_tile, target_tile, per_task', [('convnet2', 4, 5, 2), ('fc1', 2, 7, 1), ('myrtle5', 6, 33, 1)])
 def test_gradient_is_that_of_the_whole_loss(make_run, tmp_path, implementation, architecture, support_tile, target_tile, per_task):
   run = make_run(tmp_path, {'run.architecture': architecture, 'run.kernel_dtype': 'float64', 'run.implementation': implementation,
