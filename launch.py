@@ -18,6 +18,7 @@ os.environ.update(placement.environment(1))  # before JAX starts; local_mp gives
 from absl import logging
 import launchpad as lp
 
+from nodes import run_directory
 from programs import distill
 from programs import start
 from programs import terminal
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
     distill.check_port(run.config['system']['port'])
   except start.BadInput as error:
     print(f'error: {error}', file=sys.stderr)
-    return 2
+    return run_directory.BAD_INPUT_STATUS
   isolation.restart_isolated()
   logging.info(run.memory)
   program = distill.make_program(run)

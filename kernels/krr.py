@@ -72,12 +72,6 @@ def solve(k_ss: np.ndarray, y_s: np.ndarray, ridge: float) -> Solution:
     return Solution(scipy.linalg.cho_solve((factor, True), np.asarray(y_s, np.float64)), factor, ridge)
 
 
-def predict(k_st: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-  """Predictions [b, C] for a block K(support, tile) [S, b]."""
-  with threadpoolctl.threadpool_limits(1):
-    return np.asarray(k_st, np.float64).T @ alpha
-
-
 def residual(k_st: np.ndarray, alpha: np.ndarray, y_t: np.ndarray, num_targets: int) -> Residual:
   """Loss and cotangents of one target tile.
 

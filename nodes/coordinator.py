@@ -209,10 +209,6 @@ class Coordinator:
     if self._last_row['step'] == self._run['num_steps']:
       self._evaluated.set()
 
-  def progress(self) -> str:
-    """Counters, as JSON: tasks, pairs and seconds by worker, expired leases, `pairs` of all steps of this life."""
-    return json.dumps(self._counters())
-
   # The program.
 
   def run(self) -> None:
@@ -414,10 +410,7 @@ class Coordinator:
   def _status(self, step: int) -> dict[str, Any]:
     return {'step': step, 'num_steps': self._run['num_steps'], 'generation': self._generation, 'wall_seconds': self._wall_seconds(),
             'updated': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'), 'pid': os.getpid(),
-            **self._counters(), 'last_row': self._last_row}
-
-  def _counters(self) -> dict[str, Any]:
-    return {**self._board.counters(), 'pairs': self._pairs}
+            **self._board.counters(), 'pairs': self._pairs, 'last_row': self._last_row}
 
   def _wall_seconds(self) -> float:
     return self._earlier_seconds + time.monotonic() - self._start

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 
 PART_BYTES = 2 ** 22
-MESSAGE_BYTES = 2 ** 30  # above about 2.2e9 Courier aborts the process
 
 # The phases of a step, in order.
 SUPPORT_BLOCKS = 'support_blocks'  # tiles of K_ss on and above the diagonal

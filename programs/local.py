@@ -16,12 +16,13 @@ from programs import placement
 def main(argv: list[str]) -> int:
   """Runs to the end; returns the exit status."""
   os.environ.update(placement.environment(len(os.sched_getaffinity(0))))  # before JAX starts
+  from nodes import run_directory
   from programs import start
   try:
     run = start.ready(argv)
   except start.BadInput as error:
     print(f'error: {error}', file=sys.stderr)
-    return 2
+    return run_directory.BAD_INPUT_STATUS
   logging.info(run.memory)
   stop = threading.Event()
   for sig in (signal.SIGINT, signal.SIGTERM):

@@ -47,10 +47,6 @@ def test_accuracy_counts_the_largest_output():
   assert krr.residual(block, np.array([[2., 1.], [0., 3.], [1., 0.]]), y, 3).correct == 2
 
 
-def test_predict():
-  np.testing.assert_array_equal(krr.predict(np.array([[1., 2.], [3., 4.]], np.float32), np.array([[1.], [10.]])), [[31.], [42.]])
-
-
 def test_a_singular_kernel_is_refused_with_its_smallest_eigenvalue():
   with pytest.raises(krr.NotPositiveDefiniteError, match=r'smallest eigenvalue -\d.*Raise run.ridge'):
     krr.solve(np.array([[1., 2.], [2., 1.]]), np.ones((2, 1)), 1e-6)

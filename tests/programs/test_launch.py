@@ -13,7 +13,6 @@ import numpy as np
 import psutil
 import pytest
 
-from kernels import precision  # pylint: disable=unused-import
 from programs import local
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
