@@ -2,7 +2,8 @@
 
 The covariance of a pair of images is held by offset, `n[d, y] = cov(x1[y], x2[y + d])`: a 3x3 convolution is then a 3x3 box sum over `y` at
 fixed `d`, ReLU is pointwise, and only pooling mixes offsets. So each offset streams through a whole resolution on its own, and only the
-offsets that the output depends on (`architectures.band_plan`) are computed at all. The vjp recomputes each offset and pulls back through it.
+offsets that the output depends on (`architectures.band_plan`) are computed at all. The vjp recomputes each offset and pulls
+back through it.
 
 Letters: rows and columns `y` [R, Q] of one resolution, pairs of images last (`[..., a, b]`: a of x1, b of x2; `[..., N]` for an image with
 itself); n the NNGP, t the NTK, s = √q the deviations, q being an image's own variances. Equations: NTK parameterisation of Neural Tangents.
@@ -11,7 +12,7 @@ itself); n the NNGP, t the NTK, s = √q the deviations, q being an image's own 
 import concurrent.futures
 import dataclasses
 import functools
-from typing import Any, Iterator, NamedTuple
+from typing import NamedTuple
 
 from kernels import precision  # pylint: disable=unused-import
 
@@ -43,8 +44,8 @@ _EXCESS = (3.846374467e-05, -3.146352209e-05, 1.219570371e-04, 2.619582706e-04, 
 class Axis(NamedTuple):
   """One image axis at one resolution.
 
-  Row y of offset d pairs pixel y of x1 with pixel y + d of x2. A plain axis keeps offsets -radius..radius, and rows where y + d is no pixel hold
-  junk that nothing genuine reads. A periodic one, used where nearly all offsets are needed, keeps d modulo its rows, so that no row is
+  Row y of offset d pairs pixel y of x1 with pixel y + d of x2. A plain axis keeps offsets -radius..radius, and rows where y + d is no
+  pixel hold junk that nothing genuine reads. A periodic one, used where nearly all offsets are needed, keeps d modulo its rows, so that no row is
   wasted; where `size` is odd at some pooling it has phantom rows beyond `size`, which likewise nothing reads.
   """
   size: int
@@ -67,8 +68,8 @@ class Axis(NamedTuple):
   def feeds(self, above: 'Axis') -> tuple[np.ndarray, np.ndarray]:
     """[count], [count, 2, 2]: slot s of a 2x2 pooling's output, and the share that rows of parity p have in the slots s, s + 1.
 
-    Rows of parity p feed the offset (d + p) >> 1. Slots are the offsets of `above` with a spare one at the end, and, on a plain axis, at the
-    start; see `from_slots`.
+    Rows of parity p feed the offset (d + p) >> 1. Slots are the offsets of `above` with a spare one at the end, and, on a plain axis,
+    at the start; see `from_slots`.
     """
     d = self.first + np.arange(self.count)
     slot = (d >> 1) - above.first + (not above.periodic)
@@ -146,15 +147,15 @@ def _axes(sizes: list[tuple[int, int]]) -> list[Axis]:
 # One offset through one level.
 
 
-def _root_angle_excess(c):
-  """With r = 1 - |c|, h = √(1 - c²): √r, acos|c| / 2π and (h - |c| acos|c|) / 2π; zeros at the cusp."""
+def _angle_excess(c):
+  """With r = 1 - |c|, h = √(1 - c²): r, acos|c| / 2π and (h - |c| acos|c|) / 2π; zeros at the cusp."""
   r = 1 - jnp.abs(c)
   r = jnp.where(r < _CUSP[c.dtype], 0, r)
   root = jnp.sqrt(r)
   if c.dtype == jnp.float32:
-    return r, root, root * _polynomial(_ANGLE, r), r * root * _polynomial(_EXCESS, r)
+    return r, root * _polynomial(_ANGLE, r), r * root * _polynomial(_EXCESS, r)
   angle = jnp.arctan2(root, jnp.sqrt(2 - r)) / np.pi
-  return r, root, angle, root * jnp.sqrt(2 - r) / (2 * np.pi) - (1 - r) * angle
+  return r, angle, root * jnp.sqrt(2 - r) / (2 * np.pi) - (1 - r) * angle
 
 
 def _polynomial(coefficients, r):
@@ -174,7 +175,7 @@ def _correlation(n, s1, s2):
 def _relu(n, t, s1, s2):
   """(n, t) after a ReLU; t may be None. With dot = 1/2 - acos(c) / 2π: n' = s1 s2 (h / 2π + c dot), t' = t dot."""
   c, s12 = _correlation(n, s1, s2)
-  _, _, angle, excess = _root_angle_excess(c)
+  _, angle, excess = _angle_excess(c)
   return 0.5 * jnp.maximum(n, 0) + s12 * excess, None if t is None else t * jnp.where(c >= 0, 0.5 - angle, angle)
 
 
@@ -187,7 +188,7 @@ def _relu_backward(saved, cotangents):
   n, t, s1, s2 = saved
   n_bar, t_bar = cotangents
   c, s12 = _correlation(n, s1, s2)
-  r, _, angle, _ = _root_angle_excess(c)
+  r, angle, _ = _angle_excess(c)
   dot = jnp.where(c >= 0, 0.5 - angle, angle)
   square = r * (2 - r)  # h²
   inverse = jnp.where(square > 0, lax.rsqrt(jnp.where(square > 0, square, 1)), 0)  # 1/h, and 0 at the cusp
@@ -247,20 +248,17 @@ def _convolutions(network: Network, n, t, s1, s2, pieces):
 # All offsets of one level. `source` is (x1 [R, Q, D, ...], x2 gathered) at the input, (n, t) [offsets, R, Q, ...] above it.
 
 
-def _source_shape(level: Level, source, from_images: bool):
-  if from_images:
-    x1, x2 = source
-    return x1.shape[:2] + np.broadcast_shapes(x1.shape[3:], x2.shape[3:])
-  return source[0].shape[1:]
-
-
 class _Scan:
   """The pieces of a level that depend on the offset k, for the bodies of `lax.scan`."""
 
   def __init__(self, level: Level, source, s2, from_images: bool):
     self.level, self.source, self.s2, self.from_images = level, source, s2, from_images
     self.dtype = source[0].dtype
-    self.shape = _source_shape(level, source, from_images)
+    if from_images:  # [R, Q, ...] of the band
+      x1, x2 = source
+      self.shape = x1.shape[:2] + np.broadcast_shapes(x1.shape[3:], x2.shape[3:])
+    else:
+      self.shape = source[0].shape[1:]
     self._pieces = [[jnp.asarray(piece, self.dtype) for piece in axis.pieces()] for axis in level.axes]
     if level.above:
       feeds = [axis.feeds(above) for axis, above in zip(level.axes, level.above)]
@@ -622,7 +620,7 @@ class JaxKernel:
     return np.triu(value) + np.triu(value, 1).T if symmetric else value
 
   def block_vjp(self, x1, x2, cotangent) -> tuple[np.ndarray, np.ndarray]:
-    """See `ntk.Kernel.block_vjp`. Where the cotangent is a function, tiles keep the way to the block within a budget, others go it again."""
+    """See `ntk.Kernel.block_vjp`. Where the cotangent is a function, tiles keep their stage inputs, up to a budget."""
     x1, x2 = self._prepared(x1), self._prepared(x2)
     a, b = self._tile_shape(x1, x2)
     rows, columns = _prepared_tiles(x1, a), _prepared_tiles(x2, b)

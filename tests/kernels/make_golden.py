@@ -1,4 +1,4 @@
-"""Writes golden.npz: blocks and gradients of every case by Neural Tangents in float64. `PYTHONPATH=. python tests/kernels/make_golden.py`."""
+"""Writes golden.npz: every case by Neural Tangents in float64. Run `NPROC=1 PYTHONPATH=. python tests/kernels/make_golden.py`."""
 
 import pathlib
 

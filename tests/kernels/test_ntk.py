@@ -111,7 +111,10 @@ def dense_ntk(architecture, x1, x2):
       n, t = relu(n, weight * box(t) + n[0])
     if stage.pool:
       n, t = [mean_pool(v) for v in n], mean_pool(t)
-  read = (lambda v: v.mean()) if architecture.readout == 'global_average_pool' else (lambda v: np.einsum('abab->', v) / (v.shape[0] * v.shape[1]))
+
+  def read(v):
+    return v.mean() if architecture.readout == 'global_average_pool' else np.einsum('abab->', v) / (v.shape[0] * v.shape[1])
+
   n, t = [read(v).reshape(1, 1, 1, 1) for v in n], read(t).reshape(1, 1, 1, 1)
   for _ in range(architecture.hidden):
     n = [weight * v + bias for v in n]
