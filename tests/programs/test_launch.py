@@ -64,7 +64,9 @@ SMALL = ('--config.run.architecture=fc1', '--config.run.images_per_class=2', '--
 @pytest.mark.parametrize('seed', [0, 1, 2])
 def test_the_demo_beats_its_real_images_by_ten_points(tmp_path, cache, seed):
   """The whole of `make demo`, computed by worker processes alone (shorter, and without the finite network, for all seeds but the first)."""
-  flags = [f'--config.run.seed={seed}', '--lp_launch_type=local_mp'] + (['--config.run.num_steps=60', '--config.system.evaluation.nn_steps=0'] if seed else [])
+  flags = [f'--config.run.seed={seed}', '--lp_launch_type=local_mp']
+  if seed:
+    flags += ['--config.run.num_steps=60', '--config.system.evaluation.nn_steps=0']
   done = _run(_command(tmp_path, *flags, config='configs/digits.py', cache=cache))
   assert done.returncode == 0, done.stdout + done.stderr
   status, rows = _json(tmp_path, 'status.json'), _rows(tmp_path)
