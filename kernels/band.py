@@ -45,8 +45,8 @@ class Axis(NamedTuple):
   """One image axis at one resolution.
 
   Row y of offset d pairs pixel y of x1 with pixel y + d of x2. A plain axis keeps offsets -radius..radius, and rows where y + d is no
-  pixel hold junk that nothing genuine reads. A periodic one, used where nearly all offsets are needed, keeps d modulo its rows, so that no row is
-  wasted; where `size` is odd at some pooling it has phantom rows beyond `size`, which likewise nothing reads.
+  pixel hold junk that nothing genuine reads. A periodic one, used where nearly all offsets are needed, keeps d modulo its rows, so that
+  no row is wasted; where `size` is odd at some pooling it has phantom rows beyond `size`, which likewise nothing reads.
   """
   size: int
   rows: int

@@ -63,13 +63,13 @@ def _smooth(rng, shape, a, b):
 
 
 def _digits(rng, shape, a, b):
-  """A stroke on an empty background, standardised as MNIST is."""
+  """A stroke on an empty background, of 8 bits and standardised as MNIST is."""
   height, width, _ = shape
   y, x = np.mgrid[:height, :width, :1][:2] / height
   strokes = []
   for slope, offset, bend in rng.uniform(-1, 1, (a + b, 3)):
     distance = np.abs(x - 0.5 - 0.5 * slope * (y - 0.5) - 0.2 * offset - bend * (y - 0.5) ** 2)
-    strokes.append(np.clip(1.5 - 12 * distance, 0, 1) * (np.abs(y - 0.5) < 0.35))
+    strokes.append(np.round(255 * np.clip(1.5 - 12 * distance, 0, 1) * (np.abs(y - 0.5) < 0.35)) / 255)
   strokes = (np.stack(strokes) - 0.13) / 0.31
   return strokes[:a], strokes[a:]
 

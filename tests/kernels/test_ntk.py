@@ -24,6 +24,10 @@ GOLDEN = np.load(pathlib.Path(__file__).with_name('golden.npz'))
 TOLERANCES = {'float32': (1e-6, 5e-6), 'float64': (1e-10, 1e-8)}
 CUSP_TOLERANCES = {'float32': (1e-6, 5e-6), 'float64': (5e-8, 5e-8)}
 
+# Pixels whose surroundings are nearly, but not quite, the same: float32 cannot tell 1 - c from rounding, and near the cusp the gradient
+# does not fade with the difference. Digits have such pixels where a faint one lies in the background.
+NEAR_TOLERANCES = {('near', 'float32'): (5e-5, 1e-1), ('digits', 'float32'): (1e-6, 1e-3)}
+
 
 @functools.cache
 def kernel(implementation, architecture, dtype, threads=1):
@@ -53,17 +57,11 @@ def test_block_and_gradient_equal_golden_values(implementation, name, dtype):
   case = kernel_cases.CASES[name]
   block, gradient = case_kernel(implementation, name, dtype).block_vjp(*kernel_cases.images(case))
   tolerances = (CUSP_TOLERANCES if case.images == 'flat' else TOLERANCES)[dtype]
-  if case.images == 'near':
-    tolerances = {'float32': NEAR_TOLERANCES, 'float64': (1e-8, 1e-7)}[dtype]
-  if (implementation, name) == ('native', 'convnet_digits'):
-    tolerances = (tolerances[0], 6e-5)  # one pixel of one pair, where 1 - c^2 is a few 1e-6 and the native kernel's c has four roundings
+  if (case.images, dtype) in NEAR_TOLERANCES:
+    tolerances = NEAR_TOLERANCES[case.images, dtype]
   assert block.dtype == gradient.dtype == dtype
   assert error(block, GOLDEN[f'{name}/block']) <= tolerances[0]
   assert error(gradient, GOLDEN[f'{name}/gradient']) <= tolerances[1]
-
-
-# Images that are nearly, but not quite, the same: float32 cannot tell 1 - c from rounding there; the gradient's slope is what suffers.
-NEAR_TOLERANCES = (5e-5, 1e-1)
 
 
 @pytest.mark.parametrize('name', ['fc2_flat', 'convnet_flat', 'convnet2_odd_flat', 'myrtle5_flat', 'pool_first_global_hidden'])
