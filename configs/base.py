@@ -164,7 +164,7 @@ def check_path(path: str) -> None:
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-  """The fields of `run` that keep a saved run from going on: 'run.seed (0 there, 1 here)'. `num_steps` may grow; `data.dir` is only a place."""
+  """What keeps a saved run from going on: ['run.seed (0 there, 1 here)']. `num_steps` may grow; `data.dir` is only a place."""
   saved, wanted = flatten({'run': saved['run']}), flatten({'run': wanted['run']})
   found = []
   for path in sorted(set(saved) | set(wanted)):

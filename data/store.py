@@ -143,7 +143,8 @@ def _install(key: str, cache: str, meta: dict[str, Any], write: Callable[[str], 
     os.rename(scratch, os.path.join(cache, key))
   except OSError as error:
     if not os.path.exists(os.path.join(cache, key, 'meta.json')):
-      raise DataError(f'the cache folder {cache!r} cannot be used: {error.strerror}; choose another by --config.system.cache_dir.') from error
+      raise DataError(f'the cache folder {cache!r} cannot be used: {error.strerror}; choose another by '
+                      '--config.system.cache_dir.') from error
   finally:
     if scratch:
       shutil.rmtree(scratch, ignore_errors=True)

@@ -11,7 +11,7 @@ import re
 from typing import Any, Mapping, NamedTuple
 
 READOUTS = ('flatten', 'global_average_pool')
-KNOWN_NAMES = ('fc1', 'fc2', 'fc3', '…', 'conv1', 'conv2', '…', 'convnet', 'convnet2', 'convnet3', '…', 'myrtle5', 'myrtle7', 'myrtle10')
+KNOWN_NAMES = ('fc1', 'fc2', '…', 'conv1', 'conv2', '…', 'convnet', 'convnet2', 'convnet3', '…', 'myrtle5', 'myrtle7', 'myrtle10')
 MAX_DEPTH = 32
 
 

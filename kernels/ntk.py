@@ -78,7 +78,8 @@ def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'flo
 
   Args:
     architecture: a name, a dict of stages or an `architectures.Architecture`; see `architectures.get`.
-    implementation: 'reference' is Neural Tangents, 'jax' runs wherever JAX does, 'native' is C++ for CPUs (`python -m kernels.native.build`);
+    implementation: 'reference' is Neural Tangents, 'jax' runs wherever JAX does, 'native' is C++ for CPUs
+      (`python -m kernels.native.build`);
       'auto' is the fastest one this machine can run.
     dtype: 'float32' or 'float64'.
     threads: how many CPU threads to use; by default as many as this process may. No result depends on it.
@@ -110,7 +111,8 @@ def _fastest() -> str:
     return 'jax'
   if build.is_built():
     return 'native'
-  logging.log_first_n(logging.WARNING, 'The native kernel is not built (`python -m kernels.native.build` does that); using the JAX kernel.', 1)
+  logging.log_first_n(logging.WARNING, 'The native kernel is not built (`python -m kernels.native.build` does that); '
+                      'using the JAX kernel.', 1)
   return 'jax'
 
 

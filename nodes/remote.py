@@ -24,7 +24,8 @@ class Retrying:
   Every call of the coordinator's may safely be made twice.
   """
 
-  def __init__(self, coordinator: Any, timeout: float, stop: threading.Event, unreachable: Callable[[Exception], bool] = lambda error: False):
+  def __init__(self, coordinator: Any, timeout: float, stop: threading.Event,
+               unreachable: Callable[[Exception], bool] = lambda error: False):
     """`unreachable` tells an error of the connection from one that the coordinator raised."""
     self._coordinator, self._timeout, self._stop, self._unreachable = coordinator, timeout, stop, unreachable
 
