@@ -66,11 +66,11 @@ def find(name: str, folder: str = '') -> Source:
     for path in paths:
       if not os.path.isfile(path):
         raise DataError(f'run.data.dir: {path!r} is missing; expected train.parquet and test.parquet in the Hugging Face schema.')
-    return Source(name, _digest(*paths), functools.partial(_load_parquet, name, *paths))
+    return Source(name, digest(*paths), functools.partial(_load_parquet, name, *paths))
   if name.endswith('.npz'):
     if not os.path.isfile(name):
       raise DataError(f'run.data.name: no file {name!r}.')
-    return Source(os.path.basename(name)[:-4], _digest(name), functools.partial(_load_npz, name))
+    return Source(os.path.basename(name)[:-4], digest(name), functools.partial(_load_npz, name))
   if name == 'digits':
     return Source(name, 'scikit-learn digits', _load_digits)
   if name in HUB:
@@ -78,16 +78,17 @@ def find(name: str, folder: str = '') -> Source:
   raise DataError(f'run.data.name: no data set {name!r}; known: {", ".join(NAMES)}, or the path of an .npz file.')
 
 
-def _digest(*paths: str) -> str:
-  digest = hashlib.sha256()
+def digest(*paths: str) -> str:
+  """SHA-256 of the files' content, one after the other. Raises DataError."""
+  found = hashlib.sha256()
   for path in paths:
     try:
       with open(path, 'rb') as file:
         while chunk := file.read(2 ** 22):
-          digest.update(chunk)
+          found.update(chunk)
     except OSError as error:
       raise DataError(f'{path!r} cannot be read: {error.strerror}.') from error
-  return digest.hexdigest()
+  return found.hexdigest()
 
 
 def _load_digits() -> Dataset:

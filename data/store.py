@@ -135,7 +135,7 @@ def _install(key: str, cache: str, meta: dict[str, Any], write: Callable[[str], 
     os.makedirs(cache, exist_ok=True)
     scratch = tempfile.mkdtemp(prefix='making-', dir=cache)
     write(scratch)
-    digests = {name: _sha256(os.path.join(scratch, f'{name}.npy')) for name in _ARRAYS}
+    digests = {name: sources.digest(os.path.join(scratch, f'{name}.npy')) for name in _ARRAYS}
     if expected not in (None, digests):
       raise DataError('the data fetched from the coordinator do not match their digests; start the worker again.')
     with open(os.path.join(scratch, 'meta.json'), 'w', encoding='utf-8') as file:
@@ -148,11 +148,3 @@ def _install(key: str, cache: str, meta: dict[str, Any], write: Callable[[str], 
   finally:
     if scratch:
       shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _sha256(path: str) -> str:
-  digest = hashlib.sha256()
-  with open(path, 'rb') as file:
-    while chunk := file.read(CHUNK_BYTES):
-      digest.update(chunk)
-  return digest.hexdigest()
