@@ -16,7 +16,7 @@ from kernels.native import build
 
 # Below this, the derivatives of all pairs are kept until the cotangent is known; above, the forward pass is run twice.
 _DERIVATIVES_BYTES = 2 ** 28
-_HANDLERS = {'variances': 'KipVariances', 'block': 'KipBlock', 'vjp': 'KipVjp', 'derivatives': 'KipDerivatives', 'pull_back': 'KipPullBack'}
+_HANDLERS = {'tables': 'KipTables', 'block': 'KipBlock', 'vjp': 'KipVjp', 'derivatives': 'KipDerivatives', 'pull_back': 'KipPullBack'}
 _HOW_TO_BUILD = 'build it by `python -m kernels.native.build` (needs x86-64 and a C++17 compiler)'
 
 
@@ -66,8 +66,9 @@ class NativeKernel:
     self._cpu = jax.devices('cpu')[0]
 
   def prepare(self, x: np.ndarray) -> ntk.Prepared:
-    """See `ntk.Kernel.prepare`; the variances of the ReLU inputs are [N, V]."""
-    return ntk.Prepared(x, [np.asarray(self._call('variances', [(len(x), self._variances(*x.shape[1:3]))], x)[0])], self)
+    """See `ntk.Kernel.prepare`; the tables of plan.h are [N, V + P]: V variances of ReLU inputs, P pooled values."""
+    table = sum(self._table(*x.shape[1:3]))
+    return ntk.Prepared(x, [np.asarray(self._call('tables', [(len(x), table)], x)[0])], self)
 
   def block(self, x1: ntk.Images, x2: ntk.Images) -> np.ndarray:
     """See `ntk.Kernel.block`."""
@@ -85,7 +86,7 @@ class NativeKernel:
     block_shape, gradient_shape = (len(left), len(right)), left.images.shape
     if callable(cotangent):
       tiles = -(-len(right) // self._lanes)
-      derivatives = (len(left), tiles, left.images[0].size + left.variances[0].shape[1], self._lanes)
+      derivatives = (len(left), tiles, left.images[0].size + self._table(*left.images.shape[1:3])[0], self._lanes)
       if self.architecture.is_convolutional and np.prod(derivatives, dtype=np.int64) * self.dtype.itemsize <= _DERIVATIVES_BYTES:
         block, values = self._call('derivatives', [block_shape, derivatives], *_arrays(left), *_arrays(right))
         block = np.array(block)
@@ -100,8 +101,11 @@ class NativeKernel:
       return left, x2
     return left, left if x2 is left.images else self.prepare(x2)
 
-  def _variances(self, height: int, width: int) -> int:
-    return sum(c * (height >> p) * (width >> p) for p, c in enumerate(self._convs)) + self.architecture.hidden
+  def _table(self, height: int, width: int) -> tuple[int, int]:
+    """(V, P) of `prepare`."""
+    pixels = [(height >> p) * (width >> p) for p in range(len(self._convs))]
+    pooled = (2 * n for p, n in enumerate(pixels) if p and any(self._convs[p:]))
+    return sum(c * n for c, n in zip(self._convs, pixels)) + self.architecture.hidden, sum(pooled)
 
   def _call(self, name: str, shapes, *arguments, **attributes):
     with jax.default_device(self._cpu):

@@ -8,11 +8,11 @@
 
 namespace kip {
 
-// `count` images, and the variances of their ReLU inputs.
+// `count` images, and their tables: the variances of their ReLU inputs, then the pooled values.
 template <class T>
 struct ImageSet {
-  const T* pixels;     // [count, H, W, D]
-  const T* variances;  // [count, variances]
+  const T* pixels;  // [count, H, W, D]
+  const T* tables;  // [count, table]
   Index count;
 
   Index tiles() const { return (count + kLanes<T> - 1) / kLanes<T>; }
@@ -21,36 +21,49 @@ struct ImageSet {
 // Bytes of intermediate results kept between a round of units and their sum.
 inline constexpr Index kRoundBytes = Index(1) << 26;
 
-// Row `e` of images first .. first + kLanes (the last one repeated past the end), one a lane: f(value) of each.
+// Entry `e` of rows `stride` apart, of a tile's images (the last one repeated past the end), one a lane: f(value) of each e < size.
 template <class T, class F>
-void across_lanes(const T* rows, Index size, Index count, Index tile, Vector<T>* out, F f) {
+void across_lanes(const T* rows, Index stride, Index size, Index count, Index tile, Vector<T>* out, F f) {
   for (int lane = 0; lane < kLanes<T>; ++lane) {
-    const T* row = rows + std::min(tile * kLanes<T> + lane, count - 1) * size;
+    const T* row = rows + std::min(tile * kLanes<T> + lane, count - 1) * stride;
     T* to = reinterpret_cast<T*>(out) + lane;
     for (Index e = 0; e < size; ++e) to[e * kLanes<T>] = f(row[e]);
   }
 }
 
-// Correctly rounded, which halves the rounding of cosines; see kFlat.
 template <class T>
-T inverse_deviation(T q) {
-  return q > 0 ? T(1 / std::sqrt(double(q))) : T(0);
+T same(T value) {
+  return value;
+}
+
+// See Image; correctly rounded, which halves the rounding of cosines.
+template <class T>
+T inverse(T q) {
+  return q > 0 ? T(1 / std::sqrt(kPi * double(q))) : T(0);
+}
+template <class T>
+T deviation(T q) {
+  return std::sqrt(q / 2);
 }
 
 // The left images' tables.
 template <class T>
 struct LeftTables {
   LeftTables(const Plan& plan, ImageSet<T> x)
-      : plan(plan), pixels(x.pixels), inverse(x.count * plan.variances), deviation(x.count * plan.variances) {
-    for (std::size_t e = 0; e < inverse.size(); ++e)
-      inverse[e] = inverse_deviation(x.variances[e]), deviation[e] = std::sqrt(x.variances[e]);
+      : plan(plan), pixels(x.pixels), tables(x.tables), inverse(x.count * plan.variances), deviation(x.count * plan.variances) {
+    for (Index i = 0; i < x.count; ++i)
+      for (Index e = 0; e < plan.variances; ++e) {
+        const T q = tables[i * plan.table() + e];
+        inverse[i * plan.variances + e] = kip::inverse(q), deviation[i * plan.variances + e] = kip::deviation(q);
+      }
   }
-  LeftImage<T> image(Index i) const {
-    return {pixels + i * plan.image_size(), inverse.data() + i * plan.variances, deviation.data() + i * plan.variances};
+  Image<T> image(Index i) const {
+    return {pixels + i * plan.image_size(), inverse.data() + i * plan.variances, deviation.data() + i * plan.variances,
+            tables + i * plan.table() + plan.variances};
   }
 
   const Plan& plan;
-  const T* pixels;
+  const T *pixels, *tables;
   Buffer<T> inverse, deviation;
 };
 
@@ -59,22 +72,28 @@ template <class T>
 struct RightTables {
   using V = Vector<T>;
   RightTables(const Plan& plan, ImageSet<T> x, Index first_tile, Index tiles, std::size_t threads)
-      : plan(plan), pixels(tiles * plan.image_size()), inverse(tiles * plan.variances), deviation(tiles * plan.variances) {
+      : plan(plan),
+        pixels(tiles * plan.image_size()),
+        inverse(tiles * plan.variances),
+        deviation(tiles * plan.variances),
+        pooled(tiles * plan.pooled) {
     parallel_for(threads, tiles, [&](std::size_t, Index k) {
-      across_lanes(x.pixels, plan.image_size(), x.count, first_tile + k, pixels.data() + k * plan.image_size(),
-                   [&](T value) { return value / T(plan.channels); });
-      V* inverses = inverse.data() + k * plan.variances;
-      across_lanes(x.variances, plan.variances, x.count, first_tile + k, inverses, inverse_deviation<T>);
-      across_lanes(x.variances, plan.variances, x.count, first_tile + k, deviation.data() + k * plan.variances,
-                   [](T q) { return std::sqrt(q) * T(kInverseTurn); });
+      const auto spread_out = [&](const T* rows, Index stride, Index size, Buffer<V>& out, T (*f)(T)) {
+        across_lanes(rows, stride, size, x.count, first_tile + k, out.data() + k * size, f);
+      };
+      spread_out(x.pixels, plan.image_size(), plan.image_size(), pixels, same<T>);
+      spread_out(x.tables, plan.table(), plan.variances, inverse, kip::inverse<T>);
+      spread_out(x.tables, plan.table(), plan.variances, deviation, kip::deviation<T>);
+      spread_out(x.tables + plan.variances, plan.table(), plan.pooled, pooled, same<T>);
     });
   }
-  RightImages<V> tile(Index k) const {
-    return {pixels.data() + k * plan.image_size(), inverse.data() + k * plan.variances, deviation.data() + k * plan.variances};
+  Image<V> tile(Index k) const {
+    return {pixels.data() + k * plan.image_size(), inverse.data() + k * plan.variances, deviation.data() + k * plan.variances,
+            pooled.data() + k * plan.pooled};
   }
 
   const Plan& plan;
-  Buffer<V> pixels, inverse, deviation;
+  Buffer<V> pixels, inverse, deviation, pooled;
 };
 
 template <class T, class Engine>
@@ -84,36 +103,32 @@ std::vector<Engine> make_engines(const Plan& plan, Index units, std::size_t thre
   return engines;
 }
 
-// The pixels of a tile of images, one image a lane, plain and divided by D.
-template <class T>
-struct LanePixels {
-  explicit LanePixels(const Plan& plan) : plain(plan.image_size()), scaled(plan.image_size()) {}
-  void load(const Plan& plan, const T* pixels, Index count, Index tile) {
-    across_lanes(pixels, plan.image_size(), count, tile, plain.data(), [](T value) { return value; });
-    across_lanes(pixels, plan.image_size(), count, tile, scaled.data(), [&](T value) { return value / T(plan.channels); });
-  }
-
-  Buffer<Vector<T>> plain, scaled;
-};
-
 // Calls f(image, lane) for each image of a tile.
 template <class T, class F>
 void for_each_image(Index count, Index tile, F f) {
   for (int lane = 0; lane < kLanes<T> && tile * kLanes<T> + lane < count; ++lane) f(tile * kLanes<T> + lane, lane);
 }
 
-// q [count, variances] of images [count, H, W, D].
-template <class T>
-void compute_variances(const Plan& plan, const T* pixels, Index count, T* q, std::size_t threads) {
-  const Index tiles = ImageSet<T>{pixels, q, count}.tiles();
+// Runs f(engine, tile, pixels) for each tile of images [count, H, W, D]; the tile's pixels have an image a lane.
+template <class T, class F>
+void for_each_tile(const Plan& plan, const T* pixels, Index count, std::size_t threads, F f) {
+  const Index tiles = ImageSet<T>{pixels, nullptr, count}.tiles();
   auto engines = make_engines<T, VarianceEngine<T>>(plan, tiles, threads);
-  std::vector<LanePixels<T>> lanes;
-  for (std::size_t k = 0; k < engines.size(); ++k) lanes.emplace_back(plan);
+  std::vector<Buffer<Vector<T>>> lanes;
+  for (std::size_t k = 0; k < engines.size(); ++k) lanes.emplace_back(plan.image_size());
   parallel_for(engines.size(), tiles, [&](std::size_t worker, Index tile) {
-    lanes[worker].load(plan, pixels, count, tile);
-    const auto& values = engines[worker].forward(lanes[worker].plain.data(), lanes[worker].scaled.data());
+    across_lanes(pixels, plan.image_size(), plan.image_size(), count, tile, lanes[worker].data(), same<T>);
+    f(engines[worker], tile, lanes[worker].data());
+  });
+}
+
+// The tables [count, table] of images [count, H, W, D].
+template <class T>
+void compute_tables(const Plan& plan, const T* pixels, Index count, T* tables, std::size_t threads) {
+  for_each_tile(plan, pixels, count, threads, [&](VarianceEngine<T>& engine, Index tile, const Vector<T>* lanes) {
+    const auto& values = engine.forward(lanes);
     for_each_image<T>(count, tile, [&](Index image, int lane) {
-      for (Index e = 0; e < plan.variances; ++e) q[image * plan.variances + e] = values[e][lane];
+      for (Index e = 0; e < plan.table(); ++e) tables[image * plan.table() + e] = values[e][lane];
     });
   });
 }
@@ -121,19 +136,13 @@ void compute_variances(const Plan& plan, const T* pixels, Index count, T* q, std
 // Adds to gradient [count, H, W, D] what the variances contribute, given their cotangents q_bar [count, variances].
 template <class T>
 void add_variances_vjp(const Plan& plan, const T* pixels, Index count, const double* q_bar, double* gradient, std::size_t threads) {
-  const Index tiles = ImageSet<T>{pixels, nullptr, count}.tiles();
-  auto engines = make_engines<T, VarianceEngine<T>>(plan, tiles, threads);
-  std::vector<LanePixels<T>> lanes;
-  std::vector<Buffer<Vector<T>>> bars;
-  for (std::size_t k = 0; k < engines.size(); ++k) lanes.emplace_back(plan), bars.emplace_back(plan.variances);
-  parallel_for(engines.size(), tiles, [&](std::size_t worker, Index tile) {
-    lanes[worker].load(plan, pixels, count, tile);
-    engines[worker].forward(lanes[worker].plain.data(), lanes[worker].scaled.data());
-    bars[worker].clear();
+  for_each_tile(plan, pixels, count, threads, [&](VarianceEngine<T>& engine, Index tile, const Vector<T>* lanes) {
+    engine.forward(lanes);
+    Buffer<Vector<T>> bars(plan.variances);
     for_each_image<T>(count, tile, [&](Index image, int lane) {
-      for (Index e = 0; e < plan.variances; ++e) bars[worker][e][lane] = T(q_bar[image * plan.variances + e]);
+      for (Index e = 0; e < plan.variances; ++e) bars[e][lane] = T(q_bar[image * plan.variances + e]);
     });
-    const auto& pixel_bar = engines[worker].backward(bars[worker].data());
+    const auto& pixel_bar = engine.backward(bars.data());
     for_each_image<T>(count, tile, [&](Index image, int lane) {
       for (Index e = 0; e < plan.image_size(); ++e) gradient[image * plan.image_size() + e] += 2 * double(pixel_bar[e][lane]);
     });
@@ -161,7 +170,7 @@ inline Index tiles_per_round(Index bytes_per_tile) { return std::max<Index>(1, k
 
 template <class T>
 Index tile_bytes(const Plan& plan) {
-  return (plan.image_size() + 2 * plan.variances) * kVectorBytes;
+  return (plan.image_size() + 2 * plan.variances + plan.pooled) * kVectorBytes;
 }
 
 template <class T>
@@ -212,7 +221,7 @@ void for_each_dense_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool 
       Vector<T> n[kGroup];
       dot_products([&](int g, Index e) { return spread<Vector<T>>(images[g][e]); }, right.tile(k).pixels, size, n);
       for (Index i = begin; i < std::min(begin + kGroup, x1.count); ++i)
-        f(heads[worker], left.image(i), right.tile(k), i, first + k, n[i - begin] * T(plan.readout_share()));
+        f(heads[worker], left.image(i), right.tile(k), i, first + k, n[i - begin] * T(plan.dot_product_share()));
     });
   }
 }
@@ -220,7 +229,7 @@ void for_each_dense_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool 
 template <class T>
 void compute_dense_block(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmetric, T* block, std::size_t threads) {
   for_each_dense_unit(plan, x1, x2, symmetric, threads,
-                      [&](Head<T>& head, LeftImage<T> left, RightImages<Vector<T>> right, Index i, Index tile, Vector<T> n) {
+                      [&](Head<T>& head, Image<T> left, Image<Vector<T>> right, Index i, Index tile, Vector<T> n) {
                         store_block<T>(head.forward(left, right, n, Vector<T>{}), i, tile, x2.count, block);
                       });
 }
@@ -233,7 +242,7 @@ void compute_block(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmet
   } else {
     for_each_unit(
         plan, x1, x2, tiles_per_round(tile_bytes<T>(plan)), threads,
-        [&](PairEngine<T>& engine, LeftImage<T> left, RightImages<Vector<T>> right, Index i, Index, Index tile) {
+        [&](PairEngine<T>& engine, Image<T> left, Image<Vector<T>> right, Index i, Index, Index tile) {
           if (symmetric && (tile + 1) * kLanes<T> <= i) return;
           store_block<T>(engine.forward(left, right), i, tile, x2.count, block);
         },
@@ -257,7 +266,7 @@ void finish_gradient(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1
     const double* from = sums.data() + i * derivatives(plan);
     std::copy(from, from + size, pixel_bar.data() + i * size);
     for (Index e = 0; e < count; ++e) {
-      const double q = x1.variances[i * count + e];
+      const double q = x1.tables[i * plan.table() + e];
       q_bar[i * count + e] = q > 0 ? from[size + e] / (2 * q) : 0;
     }
   }
@@ -297,14 +306,14 @@ void compute_dense_vjp(const Plan& plan, const Plan& variance_plan, ImageSet<T> 
   Buffer<T> pieces(x1.count * tiles * variances);  // of sigma
   Buffer<double> sums(x1.count * count);
   for_each_dense_unit(plan, x1, x2, false, threads,
-                      [&](Head<T>& head, LeftImage<T> left, RightImages<Vector<T>> right, Index i, Index tile, Vector<T> n) {
+                      [&](Head<T>& head, Image<T> left, Image<Vector<T>> right, Index i, Index tile, Vector<T> n) {
                         store_block<T>(head.forward(left, right, n, Vector<T>{}), i, tile, x2.count, block);
                         Buffer<Vector<T>> sigma(variances);
                         Vector<T> n_bar, t_bar;
                         head.backward(n_bar, t_bar, sigma.data());
                         const Weights<T> lanes(cotangent, i, tile, x2.count);
                         for_each_image<T>(x2.count, tile, [&](Index j, int lane) {
-                          weights[i * x2.count + j] = T(n_bar[lane] * lanes.values[lane] * plan.readout_share() / plan.channels);
+                          weights[i * x2.count + j] = T(n_bar[lane] * lanes.values[lane] * plan.dot_product_share());
                         });
                         T* piece = pieces.data() + (i * tiles + tile) * variances;
                         contract(lanes_of(sigma), variances, lanes.values, [&](Index e, double sum) { piece[e] = T(sum); });
@@ -332,7 +341,7 @@ void compute_vjp(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, Im
   Buffer<double> sums(x1.count * count);
   for_each_unit(
       plan, x1, x2, per_round, threads,
-      [&](PairEngine<T>& engine, LeftImage<T> left, RightImages<Vector<T>> right, Index i, Index k, Index tile) {
+      [&](PairEngine<T>& engine, Image<T> left, Image<Vector<T>> right, Index i, Index k, Index tile) {
         store_block<T>(engine.forward(left, right), i, tile, x2.count, block);
         engine.backward(left, right);
         const Weights<T> weights(cotangent, i, tile, x2.count);
@@ -358,7 +367,7 @@ void compute_derivatives(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, T* bl
   const Index size = plan.image_size(), count = derivatives(plan);
   for_each_unit(
       plan, x1, x2, tiles_per_round(tile_bytes<T>(plan)), threads,
-      [&](PairEngine<T>& engine, LeftImage<T> left, RightImages<Vector<T>> right, Index i, Index, Index tile) {
+      [&](PairEngine<T>& engine, Image<T> left, Image<Vector<T>> right, Index i, Index, Index tile) {
         store_block<T>(engine.forward(left, right), i, tile, x2.count, block);
         engine.backward(left, right);
         T* to = values + (i * x2.tiles() + tile) * count * kLanes<T>;

@@ -30,12 +30,12 @@ class Head {
   explicit Head(const Plan& plan) : plan_(plan), w_(T(plan.network.w)), b_(T(plan.network.b)), hidden_(plan.network.hidden) {}
 
   // The NTK, given the readout's covariances.
-  V forward(LeftImage<T> left, RightImages<V> right, V n, V t) {
+  V forward(Image<T> left, Image<V> right, V n, V t) {
     for (std::size_t l = 0; l < hidden_.size(); ++l) {
       n = n * w_ + b_, t = t * w_ + n;
       const Index e = plan_.hidden_variances() + l;
-      const V inverse = left.inverse[e] * right.inverse[e];
-      const Angle<V> a = angle<true, true>(n * inverse, sine2(n * inverse));
+      const V inverse = left.inverse[e] * right.inverse[e], rest = T(1 / kPi) - n * inverse;
+      const Angle<V> a = angle<true, true>(absolute(rest) < kRounding<T> / 8 ? V{} : rest);
       hidden_[l] = {n, a.dot, t * (a.dot_slope * inverse), left.deviation[e] * right.deviation[e] * a.sine};
       n = n * a.dot + hidden_[l].sine_slope, t = t * a.dot;
     }
@@ -81,7 +81,7 @@ class PairEngine {
         spare_(plan.max_width) {}
 
   // The NTK of the left image and each right image.
-  V forward(LeftImage<T> left, RightImages<V> right) {
+  V forward(Image<T> left, Image<V> right) {
     lines_.set_images(left, right);
     readout_.clear();
     double n_sum[kLanes<T>] = {}, t_sum[kLanes<T>] = {};
@@ -108,7 +108,7 @@ class PairEngine {
   }
 
   // After `forward`: sets the derivatives of the NTK by the left image's pixels, and by its deviations (each times the deviation).
-  void backward(LeftImage<T> left, RightImages<V> right) {
+  void backward(Image<T> left, Image<V> right) {
     pixel_bar_.clear();
     sigma_.clear();
     V n_bar, t_bar;
@@ -169,10 +169,9 @@ class VarianceEngine {
       : plan_(plan),
         lines_(plan),
         bands_(plan, false),
-        q_(plan.variances),
+        table_(plan.table()),
         inverse_(plan.variances),
         deviation_(plan.variances),
-        right_deviation_(plan.variances),
         pixel_bar_(plan.image_size()),
         sigma_(plan.variances),
         zeros_(plan.max_width + 1),
@@ -181,11 +180,10 @@ class VarianceEngine {
         next_plane_(plan.pixels * 2),
         readout_(plan.max_width) {}
 
-  // The variance of each ReLU's input, of images [H, W, D] and the same ones divided by D.
-  const Buffer<V>& forward(const V* pixels, const V* scaled_pixels) {
-    left_ = {pixels, inverse_.data(), deviation_.data()};
-    right_ = {scaled_pixels, inverse_.data(), right_deviation_.data()};
-    lines_.set_images(left_, right_);
+  // The tables of images [H, W, D]: the variance of each ReLU's input, and the pooled values.
+  const Buffer<V>& forward(const V* pixels) {
+    images_ = {pixels, inverse_.data(), deviation_.data(), table_.data() + plan_.variances};
+    lines_.set_images(images_, images_);
     readout_.clear();
     double sum[kLanes<T>] = {}, unused[kLanes<T>] = {};
     for (int p = 0; p < levels(); ++p) {
@@ -193,8 +191,9 @@ class VarianceEngine {
       forward_diagonal(p);
       const auto through = [&](Offset d, auto& to) {
         if (d.dy || d.dx) return lines_.forward(p, d, bands_.band(p), to);
+        if (to.distances()) return;  // 0
         for (int y = 0; y < level.height; ++y) {
-          const AddToCells<V> out{to.row(y), to.share};
+          const AddToCells<V, false> out{to.row(y), to.share};
           const V* row = plane_row(plane_, level, y);
           for (int x = 0; x < out.cells.count; ++x) out.template emit<false>(x, row[x], V{});
         }
@@ -216,16 +215,16 @@ class VarianceEngine {
     V q;
     if (plan_.fully_connected()) {
       V n[1];
-      dot_products([&](int, Index e) { return pixels[e]; }, scaled_pixels, plan_.image_size(), n);
-      q = n[0] * T(plan_.readout_share());
+      dot_products([&](int, Index e) { return pixels[e]; }, pixels, plan_.image_size(), n);
+      q = n[0] * T(plan_.dot_product_share());
     } else {
       for (int lane = 0; lane < kLanes<T>; ++lane) q[lane] = plan_.network.hidden ? T(sum[lane] * plan_.readout_share()) : T(0);
     }
     for (Index e = plan_.hidden_variances(); e < plan_.variances; ++e) {
-      q_[e] = q * T(plan_.network.w) + T(plan_.network.b);
-      q = q_[e] * T(0.5);
+      table_[e] = q * T(plan_.network.w) + T(plan_.network.b);
+      q = table_[e] * T(0.5);
     }
-    return q_;
+    return table_;
   }
 
   // After `forward`: the gradient by the pixels, halved, of the function whose gradient by the variances is q_bar.
@@ -274,34 +273,51 @@ class VarianceEngine {
   void forward_diagonal(int p) {
     const Level& level = plan_.levels[p];
     const T scale = T(plan_.convolution_scale()), bias = T(plan_.network.b);
-    const int width = level.width, channels = plan_.channels;
-    for (int y = 0; y < level.height; ++y) {
-      V* row = plane_row(plane_, level, y);
-      if (p) {
-        std::memcpy(row, bands_.n[p].data() + level.start({0, 0}) + y * (width + 1), width * sizeof(V));
-      } else {
-        const Index first = Index(y) * width * channels;
-        const auto products = channels == 1 ? input_row<1, V, V> : channels == 3 ? input_row<3, V, V> : input_row<0, V, V>;
-        products(left_.pixels + first, right_.pixels + first, width, channels, row);
+    const int width = level.width;
+    if (p && level.distances) {
+      pool_diagonal(p);
+    } else {
+      for (int y = 0; y < level.height; ++y) {
+        V* row = plane_row(plane_, level, y);
+        if (p)
+          std::memcpy(row, bands_.n[p].data() + level.start({0, 0}) + y * (width + 1), width * sizeof(V));
+        else
+          input_row<0, false>(images_.pixels + Index(y) * width * plan_.channels, images_.pixels + Index(y) * width * plan_.channels, width,
+                              plan_.channels, row);
       }
-      row[width] = plane_row(next_plane_, level, y)[width] = V{};
     }
+    for (int y = 0; y < level.height; ++y) plane_row(plane_, level, y)[width] = plane_row(next_plane_, level, y)[width] = V{};
     for (int l = 0; l < level.convs; ++l) {
       for (int y = 0; y < level.height; ++y) {
         V* out = plane_row(next_plane_, level, y);
         const Index first = level.first_variance + Index(l * level.height + y) * width;
         for_each_box(three(level, y), width, [&](int x, V box) {
           const V q = box * scale + bias;
-          const V deviation = square_root(q);
-          q_[first + x] = q;
-          inverse_[first + x] = q > V{} ? 1 / deviation : V{};
-          deviation_[first + x] = deviation;
-          right_deviation_[first + x] = deviation * T(kInverseTurn);
+          table_[first + x] = q;
+          inverse_[first + x] = q > V{} ? 1 / square_root(q * T(kPi)) : V{};
+          deviation_[first + x] = square_root(q * T(0.5));
           out[x] = q * T(0.5);
         });
       }
       std::swap(plane_, next_plane_);
     }
+  }
+
+  // Pools the variances in plane_: the variance of a mean is the mean variance less the spread, which the band holds at offset 0.
+  void pool_diagonal(int p) {
+    const Level &level = plan_.levels[p], &below = plan_.levels[p - 1];
+    V* halves = table_.data() + plan_.variances + level.first_pooled;
+    for (int y = 0; y < level.height; ++y) {
+      const V *even = plane_row(plane_, below, 2 * y), *odd = plane_row(plane_, below, 2 * y + 1);
+      const V* spread = bands_.n[p].data() + level.start({0, 0}) + y * (level.width + 1);
+      V* out = plane_row(next_plane_, level, y);
+      for (int x = 0; x < level.width; ++x) {
+        out[x] = (even[2 * x] + even[2 * x + 1] + (odd[2 * x] + odd[2 * x + 1])) * T(0.25) - spread[x];
+        halves[y * level.width + x] = spread[x] * T(0.5);
+        halves[level.pixels() + y * level.width + x] = out[x] * T(0.5);
+      }
+    }
+    std::swap(plane_, next_plane_);
   }
 
   template <class From>
@@ -321,7 +337,7 @@ class VarianceEngine {
         V* row = plane_row(plane_, level, y);
         for (int x = 0; x < width; ++x) {
           const Index e = first + y * width + x;
-          row[x] = row[x] * T(0.5) + q_bar[e] + sigma_[e] * inverse_[e] * inverse_[e];
+          row[x] = row[x] * T(0.5) + q_bar[e] + sigma_[e] * inverse_[e] * inverse_[e] * T(kPi);
         }
       }
       for (int y = 0; y < level.height; ++y) scaled_box_row(three(level, y), width, scale, plane_row(next_plane_, level, y));
@@ -333,7 +349,7 @@ class VarianceEngine {
       if (p) {
         for (int x = 0; x < width; ++x) bands_.n[p][level.start({0, 0}) + y * (width + 1) + x] = row[x] / 16;
       } else {
-        for (int e = 0; e < width * channels; ++e) pixel_bar_[first + e] += row[e / channels] * right_.pixels[first + e];
+        for (int e = 0; e < width * channels; ++e) pixel_bar_[first + e] += row[e / channels] * images_.pixels[first + e] / T(channels);
       }
     }
   }
@@ -341,9 +357,8 @@ class VarianceEngine {
   const Plan& plan_;
   Lines<T, V, false> lines_;
   BandBuffers<V> bands_;
-  LeftImage<V> left_{};
-  RightImages<V> right_{};
-  Buffer<V> q_, inverse_, deviation_, right_deviation_, pixel_bar_, sigma_, zeros_, spare_, plane_, next_plane_;
+  Image<V> images_{};
+  Buffer<V> table_, inverse_, deviation_, pixel_bar_, sigma_, zeros_, spare_, plane_, next_plane_;
   Readout<V> readout_;
 };
 

@@ -1,4 +1,4 @@
-// The handlers that XLA calls; shapes are [A, H, W, D] images, [A, variances] tables, [A, B] blocks, in float32 or float64.
+// The handlers that XLA calls; shapes are [A, H, W, D] images, [A, table] tables, [A, B] blocks, in float32 or float64.
 #include <stdexcept>
 #include <string>
 
@@ -77,11 +77,11 @@ ffi::Error dispatch(const Array& x, F f) {
   return ffi::Error::Success();
 }
 
-ffi::Error variances(Array x, Out q, const Attributes& attributes) {
+ffi::Error tables(Array x, Out out, const Attributes& attributes) {
   return dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     const Settings settings(attributes);
-    compute_variances(settings.plan(x, false), data<T>(x), x.dimensions()[0], data<T>(q), settings.threads);
+    compute_tables(settings.plan(x, false), data<T>(x), x.dimensions()[0], data<T>(out), settings.threads);
   });
 }
 
@@ -128,7 +128,7 @@ ffi::Error pull_back_cotangent(Array x1, Array q1, Array values, Array cotangent
 #define KIP_ARRAY .Arg<xla::ffi::AnyBuffer>()
 #define KIP_OUT .Ret<xla::ffi::AnyBuffer>()
 
-KIP_HANDLER(KipVariances, kip::variances, KIP_ARRAY KIP_OUT);
+KIP_HANDLER(KipTables, kip::tables, KIP_ARRAY KIP_OUT);
 KIP_HANDLER(KipBlock, kip::block, KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT);
 KIP_HANDLER(KipVjp, kip::vjp, KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT KIP_OUT);
 KIP_HANDLER(KipDerivatives, kip::derivatives_of_block, KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT KIP_OUT);

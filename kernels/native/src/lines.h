@@ -4,9 +4,15 @@
 // one row behind the one before it, so that only a few rows of each are alive, in L1; the adjoint follows in the same sweep. Each value
 // is a vector: one left image against the `kLanes` right images of a tile (or, for variances, as many images each with itself).
 //
-// NNGP and NTK covariances are `n` and `t`, cotangents end in `bar`.
+// NNGP and NTK covariances are `n` and `t`, cotangents end in `bar`. Up to the last ReLU, n is held as the half squared distance
+//   m = (q1 + q2) / 2 - n >= 0,
+// q1 and q2 being the variances of the two pixels. Where patches are nearly the same, 1 - cosine, which decides the gradient, would be lost
+// in the rounding of n; m keeps it. Input: m = |x1 - x2|^2 / 2 D. A convolution sums it as it sums n, without the bias, a tap that only one
+// image has (a "ghost") counting q / 2 of that image. Pooling takes from the mean over the two windows half of the mean within each
+// ("spread"). Cotangents are those of n.
 #pragma once
 
+#include <array>
 #include <cstring>
 
 #include "memory.h"
@@ -15,19 +21,13 @@
 
 namespace kip {
 
-// L is T where one left image meets all lanes, Vector<T> where each lane has its own.
+// An image, or as many as there are lanes. L is T for the left image of a pair, Vector<T> for right ones.
 template <class L>
-struct LeftImage {
+struct Image {
   const L* pixels;     // [H, W, D]
-  const L* inverse;    // [variances]: q^-1/2, 0 where q = 0
-  const L* deviation;  // [variances]: q^1/2
-};
-
-template <class V>
-struct RightImages {
-  const V* pixels;     // [H, W, D] / D
-  const V* inverse;    // [variances]: q^-1/2, 0 where q = 0
-  const V* deviation;  // [variances]: q^1/2 / 2 pi
+  const L* inverse;    // [variances]: (pi q)^-1/2, 0 where q = 0
+  const L* deviation;  // [variances]: (q / 2)^1/2
+  const L* pooled;     // for each level after a pooling to distances: half of the spread within each window, and q / 2
 };
 
 // The covariances (or their cotangents) of one level at all its offsets; see Level::starts.
@@ -44,10 +44,10 @@ struct ThreeRows {
   V column(int x) const { return above[x] + here[x] + below[x]; }
 };
 
-// Calls f(x, 3x3 box sum around x) for x < width.
-template <class V, class F>
+// Calls f(x, 3x3 box sum around x) for x < width. kGhosts: there are columns -1.
+template <bool kGhosts = false, class V, class F>
 KIP_INLINE inline void for_each_box(ThreeRows<V> a, int width, F f) {
-  V left{}, middle = a.column(0);
+  V left = kGhosts ? a.column(-1) : V{}, middle = a.column(0);
   for (int x = 0; x < width; ++x) {
     const V right = a.column(x + 1);
     f(x, left + middle + right);
@@ -56,10 +56,10 @@ KIP_INLINE inline void for_each_box(ThreeRows<V> a, int width, F f) {
   }
 }
 
-// Calls f(x, box sum of a, box sum of b).
-template <class V, class F>
+// Calls f(x, box sum of a, box sum of b). kGhosts: a has columns -1.
+template <bool kGhosts = false, class V, class F>
 KIP_INLINE inline void for_each_box(ThreeRows<V> a, ThreeRows<V> b, int width, F f) {
-  V a_left{}, a_middle = a.column(0), b_left{}, b_middle = b.column(0);
+  V a_left = kGhosts ? a.column(-1) : V{}, a_middle = a.column(0), b_left{}, b_middle = b.column(0);
   for (int x = 0; x < width; ++x) {
     const V a_right = a.column(x + 1), b_right = b.column(x + 1);
     f(x, a_left + a_middle + a_right, b_left + b_middle + b_right);
@@ -67,11 +67,6 @@ KIP_INLINE inline void for_each_box(ThreeRows<V> a, ThreeRows<V> b, int width, F
     b_left = b_middle, b_middle = b_right;
   }
 }
-
-template <class T>
-struct Affine {
-  T scale, bias;
-};
 
 // What the adjoint of a ReLU needs of its forward.
 template <class V>
@@ -82,42 +77,46 @@ struct Saved {
   V* sine_slope;  // s1 d(n')/d(s1)
 };
 
-// The deviations of one row of a ReLU's input, left and right.
+// One row of the tables, left and right.
 template <class L, class V>
 struct ReluRow {
   const L *inverse1, *deviation1;
   const V *inverse2, *deviation2;
-
-  V inverse(int x) const { return spread<V>(inverse1[x]) * inverse2[x]; }
-  V deviation(int x) const { return spread<V>(deviation1[x]) * deviation2[x]; }
 };
 
 // A ReLU's input at one point.
 template <class V>
 struct Input {
-  V n, t, inverse, cosine, sine2;
+  V m, n, t;
+  V inverse, deviation;  // products of the two pixels'
+  V gap;                 // (1 - cosine) / pi
 };
 
 // Calls f(x, input) for the convolution's output at each x. kFirst: the network's first convolution, whose NTK is its NNGP.
 //
 // f(x - 1) runs beside the sums for x: the chain of operations through one point is so long that a processor's window holds few of them.
 template <bool kNtk, bool kFirst, class L, class V, class F>
-KIP_INLINE inline void for_each_input(ThreeRows<V> n, ThreeRows<V> t, int width, Affine<Scalar<V>> conv, ReluRow<L, V> relu, F f) {
+KIP_INLINE inline void for_each_input(ThreeRows<V> m, ThreeRows<V> t, int width, Scalar<V> scale, ReluRow<L, V> relu, F f) {
+  using T = Scalar<V>;
   Input<V> last{};
-  const auto at = [&](int x, V box_n, V box_t) KIP_INLINE {
+  const auto at = [&](int x, V box_m, V box_t) KIP_INLINE {
     Input<V> input;
-    input.n = box_n * conv.scale + conv.bias;
-    input.t = kFirst || !kNtk ? input.n : box_t * conv.scale + input.n;
-    input.inverse = relu.inverse(x);
-    input.cosine = input.n * input.inverse;
-    input.sine2 = sine2(input.cosine);
+    const V s1 = spread<V>(relu.deviation1[x]), s2 = relu.deviation2[x], radial = s1 - s2;
+    input.m = box_m * scale;
+    V chord = input.m - radial * radial;  // sqrt(q1 q2) (1 - cosine): the distance without the difference in length
+    chord = chord > V{} ? chord : V{};
+    input.inverse = spread<V>(relu.inverse1[x]) * relu.inverse2[x];
+    input.deviation = s1 * s2;
+    input.n = 2 * input.deviation - chord;
+    input.t = kFirst || !kNtk ? input.n : box_t * scale + input.n;
+    input.gap = input.inverse > V{} ? chord * input.inverse : spread<V>(T(1 / kPi));
     if (x) f(x - 1, last);
     last = input;
   };
   if constexpr (kFirst || !kNtk) {
-    for_each_box(n, width, [&](int x, V box) KIP_INLINE { at(x, box, box); });
+    for_each_box<true>(m, width, [&](int x, V box) KIP_INLINE { at(x, box, box); });
   } else {
-    for_each_box(n, t, width, at);
+    for_each_box<true>(m, t, width, at);
   }
   f(width - 1, last);
 }
@@ -131,6 +130,7 @@ struct Cells {
 
 template <class V>
 struct StoreRow {
+  static constexpr bool kDistances = true;
   V *n, *t;
   template <bool kNtk>
   void emit(int x, V n_value, V t_value) const {
@@ -139,8 +139,9 @@ struct StoreRow {
   }
 };
 
-template <class V>
+template <class V, bool kAsDistances>
 struct AddToCells {
+  static constexpr bool kDistances = kAsDistances;
   Cells<V> cells;
   Scalar<V> share;
   template <bool kNtk>
@@ -152,11 +153,12 @@ struct AddToCells {
 
 // Convolution and ReLU of a row.
 template <bool kNtk, bool kFirst, bool kSave, class L, class V, class Out>
-void forward_row(ThreeRows<V> n, ThreeRows<V> t, int width, Affine<Scalar<V>> conv, ReluRow<L, V> relu, Out out, Saved<V> saved) {
-  for_each_input<kNtk, kFirst>(n, t, width, conv, relu, [&](int x, const Input<V>& in) KIP_INLINE {
-    const Angle<V> a = angle < kFirst, kSave && kNtk > (in.cosine, in.sine2);
-    const V sine_slope = relu.deviation(x) * a.sine;
-    out.template emit<kNtk>(x, in.n * a.dot + sine_slope, in.t * a.dot);
+void forward_row(ThreeRows<V> m, ThreeRows<V> t, int width, Scalar<V> scale, ReluRow<L, V> relu, Out out, Saved<V> saved) {
+  for_each_input<kNtk, kFirst>(m, t, width, scale, relu, [&](int x, const Input<V>& in) KIP_INLINE {
+    const Angle<V> a = angle < kFirst, kSave && kNtk > (in.gap);
+    const V sine_slope = in.deviation * a.sine;
+    out.template emit<kNtk>(x, Out::kDistances ? Scalar<V>(0.5) * in.m + in.n * a.rest - sine_slope : in.n * a.dot + sine_slope,
+                            in.t * a.dot);
     if constexpr (kSave) {
       saved.n[x] = in.n;
       saved.dot[x] = a.dot;
@@ -182,13 +184,13 @@ KIP_INLINE inline void pull_back(V n_bar, V t_bar, V n, V dot, V dot_slope, V si
 
 // Convolution and ReLU of a row of the last layer, and at once the adjoint of that ReLU at the cotangents in `cells`.
 template <bool kNtk, bool kFirst, class L, class V>
-void turn_row(ThreeRows<V> n, ThreeRows<V> t, Affine<Scalar<V>> conv, ReluRow<L, V> relu, Cells<V> cells, V* __restrict nt_bar_in,
+void turn_row(ThreeRows<V> m, ThreeRows<V> t, Scalar<V> scale, ReluRow<L, V> relu, Cells<V> cells, V* __restrict nt_bar_in,
               V* __restrict t_bar_in, V* __restrict sigma) {
-  for_each_input<kNtk, kFirst>(n, t, cells.count, conv, relu, [&](int x, const Input<V>& in) KIP_INLINE {
-    const Angle<V> a = angle<kFirst, kNtk>(in.cosine, in.sine2);
+  for_each_input<kNtk, kFirst>(m, t, cells.count, scale, relu, [&](int x, const Input<V>& in) KIP_INLINE {
+    const Angle<V> a = angle<kFirst, kNtk>(in.gap);
     const V n_bar = cells.n[x & 1][x >> 1], t_bar = kNtk ? cells.t[x & 1][x >> 1] : V{};
-    pull_back<kNtk, kFirst>(n_bar, t_bar, in.n, a.dot, kNtk ? in.t * (a.dot_slope * in.inverse) : V{}, relu.deviation(x) * a.sine,
-                            nt_bar_in[x], t_bar_in[x], sigma[x]);
+    pull_back<kNtk, kFirst>(n_bar, t_bar, in.n, a.dot, kNtk ? in.t * (a.dot_slope * in.inverse) : V{},
+                            in.deviation * a.sine, nt_bar_in[x], t_bar_in[x], sigma[x]);
   });
   nt_bar_in[cells.count] = t_bar_in[cells.count] = V{};
 }
@@ -213,18 +215,24 @@ void scaled_box_row(ThreeRows<V> a, int width, Scalar<V> scale, V* __restrict ou
   for_each_box(a, width, [&](int x, V box) { out[x] = box * scale; });
 }
 
-// Products of pixels, summed over channels. kChannels = 0: any number.
-template <int kChannels, class L, class V>
+// The input's covariances, or half squared distances. kChannels = 0: any number.
+template <int kChannels, bool kDistances, class L, class V>
 void input_row(const L* left, const V* right, int width, int channels, V* __restrict out) {
+  using T = Scalar<V>;
   const int count = kChannels ? kChannels : channels;
+  const T share = T(kDistances ? 0.5 : 1.0) / T(count);
+  const auto term = [&](int c) KIP_INLINE {
+    const V difference = spread<V>(left[c]) - right[c];
+    return kDistances ? difference * difference : spread<V>(left[c]) * right[c];
+  };
   for (int x = 0; x < width; ++x, left += count, right += count) {
-    V sum = spread<V>(left[0]) * right[0];
-    for (int c = 1; c < count; ++c) sum += spread<V>(left[c]) * right[c];
-    out[x] = sum;
+    V sum = term(0);
+    for (int c = 1; c < count; ++c) sum += term(c);
+    out[x] = sum * share;
   }
 }
 
-// The adjoint of the first convolution and of input_row.
+// The adjoint of the first convolution, `scale` divided by D, and of the covariances of pixels.
 template <int kChannels, class V>
 void pixel_cotangents_row(ThreeRows<V> nt_bar, int width, Scalar<V> scale, const V* right, int channels, V* __restrict pixel_bar) {
   const int count = kChannels ? kChannels : channels;
@@ -242,15 +250,16 @@ class Lines {
 
   explicit Lines(const Plan& plan)
       : plan_(plan),
-        conv_{T(plan.convolution_scale()), T(plan.network.b)},
-        row_size_(plan.max_width + 1),
+        scale_(plan.convolution_scale()),
+        row_size_(plan.max_width + 2),
         zeros_(row_size_),
+        ghosts_(std::max(plan.max_convs, 1) * 2 * row_size_),
         rows_(std::max(plan.max_convs, 1) * 2 * kRows * row_size_),
         bars_(rows_.size()),
         saved_(plan.max_convs * saved_rows(0, plan.max_convs) * 4 * row_size_) {}
 
   // The images of the pairs.
-  void set_images(LeftImage<L> left, RightImages<V> right) { left_ = left, right_ = right; }
+  void set_images(Image<L> left, Image<V> right) { left_ = left, right_ = right; }
 
   // Adds the output of level p at offset d, times to.share, to the cells to.row(y). `band` holds the level's input (at level 0, pixels do).
   template <class To>
@@ -261,15 +270,17 @@ class Lines {
       if (step < h) load_input(step);
       for (int l = 0; l < k - 1; ++l)
         if (const int y = step - 1 - l; y >= 0 && y < h)
-          forward_layer<false>(l, y, rect_.width, StoreRow<V>{n_row(l + 1, y), t_row(l + 1, y)});
+          forward_layer<false>(l, y, rect_.width, store_row(l + 1, y));
       if (const int y = step - k; y >= 0 && y < h) {
-        const AddToCells<V> out{to.row(y), to.share};
-        if (!out.cells.count) continue;
-        if (k) {
-          forward_layer<false>(k - 1, y, out.cells.count, out);
+        if (const Cells<V> cells = to.row(y); !cells.count) {
+          continue;
+        } else if (k && to.distances()) {
+          forward_layer<false>(k - 1, y, cells.count, AddToCells<V, true>{cells, to.share});
+        } else if (k) {
+          forward_layer<false>(k - 1, y, cells.count, AddToCells<V, false>{cells, to.share});
         } else {
           const V *n = n_row(0, y), *t = kNtk && level_->has_ntk ? t_row(0, y) : zeros_.data();
-          for (int x = 0; x < out.cells.count; ++x) out.template emit<kNtk>(x, n[x], t[x]);
+          for (int x = 0; x < cells.count; ++x) AddToCells<V, false>{cells, to.share}.template emit<kNtk>(x, n[x], t[x]);
         }
       }
     }
@@ -285,7 +296,7 @@ class Lines {
       if (step < h) load_input(step);
       for (int l = 0; l < k - 1; ++l)
         if (const int y = step - 1 - l; y >= 0 && y < h)
-          forward_layer<true>(l, y, rect_.width, StoreRow<V>{n_row(l + 1, y), t_row(l + 1, y)});
+          forward_layer<true>(l, y, rect_.width, store_row(l + 1, y));
       if (const int y = step - k; k && y >= 0 && y < h) turn(y, from.row(y), sigma);
       for (int l = k - 2; l >= 0; --l)
         if (const int y = step - 2 * k + 1 + l; y >= 0 && y < h) backward_layer(l, y, sigma);
@@ -301,14 +312,51 @@ class Lines {
 
   void begin(int p, Offset d, Band<V> band) {
     level_ = &plan_.levels[p], p_ = p, d_ = d, band_ = band, rect_ = level_->rectangle(d);
-    for (std::size_t row = 0; row < rows_.size(); row += row_size_) rows_[row + rect_.width] = bars_[row + rect_.width] = V{};
+    for (std::size_t row = 1; row < rows_.size(); row += row_size_) rows_[row + rect_.width] = bars_[row + rect_.width] = V{};
+    for (int l = 0; l < level_->convs; ++l)
+      for (int x = -1; x <= rect_.width; ++x) {
+        ghost_row(l, 0)[x] = d.dy ? ghost(l, rect_.y - 1, rect_.x + x) : V{};
+        ghost_row(l, 1)[x] = d.dy ? ghost(l, rect_.y + rect_.height, rect_.x + x) : V{};
+      }
+  }
+
+  // q / 2 of layer l's input at pixel (y, x) of the left image or, where that lies outside, at its partner of the right one.
+  V ghost(int l, int y, int x) const {
+    if (level_->contains(y, x)) return spread<V>(half_variance(left_, l, y * level_->width + x));
+    return level_->contains(y + d_.dy, x + d_.dx) ? half_variance(right_, l, (y + d_.dy) * level_->width + x + d_.dx) : V{};
+  }
+
+  template <class I>
+  I half_variance(const Image<I>& image, int l, Index pixel) const {
+    if (l) {
+      const I s = image.deviation[variance(l - 1) + pixel];
+      return s * s * T(0.5);
+    }
+    if (p_) return image.pooled[level_->first_pooled + level_->pixels() + pixel];
+    I sum{};
+    for (int c = 0; c < plan_.channels; ++c) sum += image.pixels[pixel * plan_.channels + c] * image.pixels[pixel * plan_.channels + c];
+    return sum * T(0.5 / plan_.channels);
+  }
+
+  V* ghost_row(int l, int below) { return ghosts_.data() + (2 * l + below) * row_size_ + 1; }
+
+  void set_ghost_columns(int l, int y) {
+    V* row = n_row(l, y);
+    row[-1] = d_.dx ? ghost(l, rect_.y + y, rect_.x - 1) : V{};
+    row[rect_.width] = d_.dx ? ghost(l, rect_.y + y, rect_.x + rect_.width) : V{};
+  }
+
+  // Row y of layer l's input, to be filled.
+  StoreRow<V> store_row(int l, int y) {
+    set_ghost_columns(l, y);
+    return {n_row(l, y), t_row(l, y)};
   }
 
   Index band_row(int y) const { return level_->start(d_) + Index(y) * (rect_.width + 1); }
-  V* ring(Buffer<V>& buffer, int l, int quantity, int y) { return buffer.data() + ((2 * l + quantity) * kRows + y % kRows) * row_size_; }
+  V* ring(Buffer<V>& buffer, int l, int quantity, int y) { return buffer.data() + ((2 * l + quantity) * kRows + y % kRows) * row_size_ + 1; }
 
-  // Row y of layer l's input.
-  V* n_row(int l, int y) { return l || !p_ ? ring(rows_, l, 0, y) : band_.n + band_row(y); }
+  // Row y of layer l's input: m up to the last ReLU.
+  V* n_row(int l, int y) { return l || !p_ || level_->distances ? ring(rows_, l, 0, y) : band_.n + band_row(y); }
   V* t_row(int l, int y) { return l || !p_ ? ring(rows_, l, 1, y) : band_.t + band_row(y); }
 
   // Of the cotangents of layer l's ReLU input.
@@ -320,7 +368,7 @@ class Lines {
     return {y > 0 ? row(y - 1) : zeros_.data(), row(y), y + 1 < rect_.height ? row(y + 1) : zeros_.data()};
   }
   ThreeRows<V> n_rows(int l, int y) {
-    return three([&](int y) { return n_row(l, y); }, y);
+    return {y > 0 ? n_row(l, y - 1) : ghost_row(l, 0), n_row(l, y), y + 1 < rect_.height ? n_row(l, y + 1) : ghost_row(l, 1)};
   }
   ThreeRows<V> t_rows(int l, int y) {
     return three([&](int y) { return t_row(l, y); }, y);
@@ -349,16 +397,32 @@ class Lines {
   bool first(int l) const { return !l && !level_->has_ntk; }
 
   void load_input(int y) {
-    if (p_) return;
-    const int channels = plan_.channels;
-    const auto row = channels == 1 ? input_row<1, L, V> : channels == 3 ? input_row<3, L, V> : input_row<0, L, V>;
-    row(left_.pixels + left_pixel(y) * channels, right_.pixels + right_pixel(y) * channels, rect_.width, channels, n_row(0, y));
+    const bool distances = level_->distances;
+    if (!p_) {
+      const int channels = plan_.channels;
+      const auto rows = distances ? std::array{input_row<0, true, L, V>, input_row<1, true, L, V>, input_row<3, true, L, V>}
+                                  : std::array{input_row<0, false, L, V>, input_row<1, false, L, V>, input_row<3, false, L, V>};
+      rows[channels == 1 ? 1 : channels == 3 ? 2 : 0](left_.pixels + left_pixel(y) * channels, right_.pixels + right_pixel(y) * channels,
+                                                      rect_.width, channels, n_row(0, y));
+    } else if (distances) {
+      const V *from = band_.n + band_row(y), *right = right_.pooled + level_->first_pooled + right_pixel(y);
+      const L* left = left_.pooled + level_->first_pooled + left_pixel(y);
+      V* to = n_row(0, y);
+      for (int x = 0; x < rect_.width; ++x) {
+        const V spreads = spread<V>(left[x]) + right[x], m = from[x] - spreads;
+        const V variances = spread<V>(left[x + level_->pixels()]) + right[x + level_->pixels()];
+        // The m below it are good to sqrt(m q) times an ulp.
+        const V rounding = kRounding<T> / 2 * square_root(spreads * (spreads + variances));
+        to[x] = m < rounding ? V{} : m;
+      }
+    }
+    if (distances) set_ghost_columns(0, y);
   }
 
   template <bool kSave, class Out>
   void forward_layer(int l, int y, int count, Out out) {
     const auto row = first(l) ? forward_row<kNtk, true, kSave, L, V, Out> : forward_row<kNtk, false, kSave, L, V, Out>;
-    row(n_rows(l, y), t_rows(l, y), count, conv_, relu(l, y), out, kSave ? saved(l, y) : Saved<V>{});
+    row(n_rows(l, y), t_rows(l, y), count, scale_, relu(l, y), out, kSave ? saved(l, y) : Saved<V>{});
   }
 
   void turn(int y, Cells<V> cells, V* sigma) {
@@ -369,20 +433,20 @@ class Lines {
       return;
     }
     const auto row = first(l) ? turn_row<kNtk, true, L, V> : turn_row<kNtk, false, L, V>;
-    row(n_rows(l, y), t_rows(l, y), conv_, relu(l, y), cells, nt_bar_row(l, y), t_bar_row(l, y), sigma + variance(l) + left_pixel(y));
+    row(n_rows(l, y), t_rows(l, y), scale_, relu(l, y), cells, nt_bar_row(l, y), t_bar_row(l, y), sigma + variance(l) + left_pixel(y));
   }
 
   void backward_layer(int l, int y, V* sigma) {
     const auto row = first(l) ? backward_row<kNtk, true, V> : backward_row<kNtk, false, V>;
-    row(nt_bar_rows(l + 1, y), t_bar_rows(l + 1, y), rect_.width, conv_.scale, saved(l, y), nt_bar_row(l, y), t_bar_row(l, y),
+    row(nt_bar_rows(l + 1, y), t_bar_rows(l + 1, y), rect_.width, scale_, saved(l, y), nt_bar_row(l, y), t_bar_row(l, y),
         sigma + variance(l) + left_pixel(y));
   }
 
   // Of a level with convolutions.
   void input_cotangents(int y, V* pixel_bar) {
-    if (!p_) return pixel_cotangents(y, nt_bar_rows(0, y), conv_.scale, pixel_bar);
-    scaled_box_row(nt_bar_rows(0, y), rect_.width, conv_.scale / 16, band_.n + band_row(y));
-    if (kNtk && level_->has_ntk) scaled_box_row(t_bar_rows(0, y), rect_.width, conv_.scale / 16, band_.t + band_row(y));
+    if (!p_) return pixel_cotangents(y, nt_bar_rows(0, y), scale_ / T(plan_.channels), pixel_bar);
+    scaled_box_row(nt_bar_rows(0, y), rect_.width, scale_ / 16, band_.n + band_row(y));
+    if (kNtk && level_->has_ntk) scaled_box_row(t_bar_rows(0, y), rect_.width, scale_ / 16, band_.t + band_row(y));
   }
 
   // Of a level without.
@@ -394,7 +458,7 @@ class Lines {
         if (kNtk) band_.t[band_row(y) + x] = inside ? cells.t[x & 1][x >> 1] / 16 : V{};
       } else if (inside) {
         const Index left = (left_pixel(y) + x) * plan_.channels, right = (right_pixel(y) + x) * plan_.channels;
-        for (int c = 0; c < plan_.channels; ++c) pixel_bar[left + c] += cells.n[x & 1][x >> 1] * right_.pixels[right + c];
+        for (int c = 0; c < plan_.channels; ++c) pixel_bar[left + c] += cells.n[x & 1][x >> 1] * right_.pixels[right + c] / T(plan_.channels);
       }
     }
   }
@@ -406,11 +470,11 @@ class Lines {
   }
 
   const Plan& plan_;
-  const Affine<T> conv_;
+  const T scale_;  // of a convolution
   const Index row_size_;
-  LeftImage<L> left_{};
-  RightImages<V> right_{};
-  Buffer<V> zeros_, rows_, bars_, saved_;
+  Image<L> left_{};
+  Image<V> right_{};
+  Buffer<V> zeros_, ghosts_, rows_, bars_, saved_;
 
   // The offset being streamed.
   const Level* level_ = nullptr;

@@ -32,12 +32,15 @@ struct Level {
   int height, width, convs, radius_y, radius_x;
   Index first_variance;       // of the table of variances: the first ReLU's
   bool has_ntk;               // whether a convolution lies before this level: the NTK is zero until then
+  bool distances;             // whether one lies here or after: covariances are then held as half squared distances, see lines.h
+  Index first_pooled;         // of the table of pooled values: [2, pixels], after a pooling to distances
   std::vector<Index> starts;  // where each offset's rectangle starts, rows of width + 1 (a zero column follows each row)
   Index size;                 // of all rectangles together
 
   Rectangle rectangle(Offset d) const { return {std::max(0, -d.dy), std::max(0, -d.dx), height - std::abs(d.dy), width - std::abs(d.dx)}; }
   Index start(Offset d) const { return starts[(d.dy + radius_y) * (2 * radius_x + 1) + d.dx + radius_x]; }
   int pixels() const { return height * width; }
+  bool contains(int y, int x) const { return y >= 0 && y < height && x >= 0 && x < width; }
 
   template <class F>
   void for_each_offset(F f) const {
@@ -50,10 +53,12 @@ struct Plan {
   Network network;
   int pixels, channels;
   std::vector<Level> levels;  // input side first
-  Index variances;            // ReLU inputs per image: the length of a row of the table of variances
+  Index variances;            // ReLU inputs per image, and how many numbers the table of variances has for it
+  Index pooled;               // how many the table of pooled values has
   int max_convs, max_width;
 
   Index image_size() const { return Index(pixels) * channels; }
+  Index table() const { return variances + pooled; }  // both tables, as they are kept
   Index hidden_variances() const { return variances - network.hidden; }
   // No convolution, no pooling, no offsets: the readout is a dot product of images.
   bool fully_connected() const { return !network.all_offsets && network.convs.size() == 1 && !network.convs[0]; }
@@ -61,17 +66,20 @@ struct Plan {
     const double count = levels.back().pixels();
     return 1 / (network.all_offsets ? count * count : count);
   }
+  double dot_product_share() const { return readout_share() / channels; }  // of a product of two pixels' channels
   double convolution_scale() const { return network.w / 9; }
 };
 
 // pair: the offsets that the kernel of two images depends on; otherwise those that the variances of one image do.
 inline Plan make_plan(const Network& network, int height, int width, int channels, bool pair) {
-  Plan plan{network, height * width, channels, {}, 0, 0, width};
+  Plan plan{network, height * width, channels, {}, 0, 0, 0, width};
   const int count = static_cast<int>(network.convs.size());
   for (int p = 0; p < count; ++p) {
-    Level level{height >> p, width >> p, static_cast<int>(network.convs[p]), -1, -1, plan.variances, p > 0, {}, 0};
+    Level level{height >> p, width >> p, static_cast<int>(network.convs[p]), -1, -1, plan.variances, false, false, plan.pooled, {}, 0};
     level.has_ntk = p > 0 && (plan.levels[p - 1].has_ntk || plan.levels[p - 1].convs > 0);
+    level.distances = std::any_of(network.convs.begin() + p, network.convs.end(), [](std::int64_t convs) { return convs > 0; });
     plan.variances += Index(level.convs) * level.pixels();
+    if (p && level.distances) plan.pooled += 2 * level.pixels();
     plan.max_convs = std::max(plan.max_convs, level.convs);
     plan.levels.push_back(level);
   }

@@ -13,6 +13,7 @@ template <class V>
 class PoolingCells {
  public:
   static constexpr auto share = Scalar<V>(1) / 16;
+  bool distances() const { return next_.distances; }
 
   PoolingCells(const Level& level, const Level& next, Offset d, Band<V> band, V* spare)
       : next_(next), band_(band), spare_(spare), d_(d), rect_(level.rectangle(d)) {
@@ -51,6 +52,7 @@ template <class V>
 class Readout {
  public:
   static constexpr auto share = Scalar<V>(1);
+  static constexpr bool distances() { return false; }
 
   explicit Readout(int max_width) : half_((max_width + 1) / 2), columns_(4 * half_) {}
 
