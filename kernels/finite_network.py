@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import time
 from typing import Any, Callable, NamedTuple, Sequence
 
 from kernels import precision  # pylint: disable=unused-import
@@ -19,7 +20,7 @@ from kernels import reference
 LOSSES = ('mse', 'cross_entropy')
 _MOMENTUM = 0.9
 _NTK_IMAGES = 50  # on which the learning rate is set
-_CHECK = 50  # updates between calls of `check`
+_TIMED, _LONG = 10, 60  # after so many updates, say how long the rest will take if it is longer than this, in seconds
 _TEST_BATCH = 500
 
 Images = tuple[np.ndarray, np.ndarray]  # float [N, H, W, D] preprocessed, int [N] classes
@@ -58,7 +59,7 @@ def evaluate(architecture: architectures.Architecture, images: np.ndarray, label
     loss: 'mse', 1/2 mean((f - y)^2), or 'cross_entropy' with the arg-max of `labels` as classes; either plus l2/2 |parameters|^2.
     learning_rate_factors, l2s: as above; each at least one.
     num_seeds: networks that differ in initial weights and batches; seed: names them all.
-    check: called every few updates; what it raises ends the evaluation.
+    check: called before every update and test batch; what it raises ends the evaluation.
   """
   images, labels = jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.float32)
   train = functools.partial(_train, architecture, images, labels, np.asarray(held_out[0][:_NTK_IMAGES], np.float32), width=width,
@@ -110,9 +111,15 @@ def _train(architecture, images, labels, ntk_images, k, learning_rate_factor, l2
   carry = params, optax.sgd(0.0, momentum=_MOMENTUM).init(params)
   # A Python loop: inside lax.scan XLA's CPU backend runs a convolution's backward pass some 40 times slower.
   for i in range(steps):
-    if i % _CHECK == 0:
-      check()
+    check()
     carry = update(carry, i, images, labels, batch_key, rate, jnp.float32(l2))
+    if i == 0:
+      start = time.monotonic()  # compiled by now
+    elif i == _TIMED:
+      jax.block_until_ready(carry)
+      left = (time.monotonic() - start) / _TIMED * (steps - i)
+      if left > _LONG:
+        logging.info('finite network: %.0f s for the remaining %d updates.', left, steps - i)
   if not all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(carry[0])):
     logging.warning('The finite network has diverged: lower system.evaluation.nn_learning_rate_factors (%g).', learning_rate_factor)
   return carry[0]

@@ -49,6 +49,7 @@ def log_plainly() -> None:
   handler = logging.get_absl_handler()
   handler.setFormatter(python_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
   handler.addFilter(_worth_reading)
+  python_logging.getLogger('jax').setLevel(python_logging.WARNING)  # it has a handler of its own
 
 
 def _worth_reading(record: python_logging.LogRecord) -> bool:

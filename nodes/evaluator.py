@@ -157,6 +157,7 @@ def _evaluate_file(path: str | None, baselines: bool) -> list[dict[str, Any]]:
       worth.real_images(len(images))
   except ValueError as error:
     raise command_line.BadInput(f'no baselines for {path!r}: {error}') from error
+  logging.info('Evaluating %d images on the %d test images of %s.', len(images), len(prepared.test_images), prepared.name)
   rows = [{'kind': 'distilled', **worth.krr(images, labels), **worth.finite_network(images, labels)}]
   if baselines:
     rows += worth.baselines(len(images))

@@ -198,3 +198,10 @@ def test_another_architecture_and_ragged_images():
   result = finite_network.evaluate(architectures.get('convnet1'), images[:30], np.eye(3)[classes[:30]] - 1 / 3, (images[:30], classes[:30]),
                                    (images[30:], classes[30:]), **{**PLAIN, 'steps': 100, 'batch': 10, 'num_seeds': 2})
   assert min(result.test_accuracies) > 0.8
+
+
+def test_seeds_and_settings_share_one_compilation():
+  (images, classes), held_out = _data(9), _data(30, seed=1)
+  settings = {**PLAIN, 'steps': 11, 'learning_rate_factors': (0.1, 0.5), 'l2s': (0.0, 1e-3), 'num_seeds': 3}
+  finite_network.evaluate(FC1, images, _soft_labels(classes), held_out, held_out, **settings)
+  assert finite_network._update(finite_network._apply(FC1, WIDTH, CLASSES)[1], 11, 9, 'mse')._cache_size() == 1
