@@ -63,12 +63,18 @@ def get_config() -> ml_collections.ConfigDict:
 
   system.evaluation = ml_collections.ConfigDict()
   system.evaluation.krr_tile = 250  # test images a kernel block
-  system.evaluation.nn_steps = 1000  # updates of the finite network; 0: train none
-  system.evaluation.nn_snapshots = ()  # steps at which it is trained besides the first and the last
+  system.evaluation.baselines = False  # at the end, evaluate as many random real images beside the distilled ones
+  # Finite networks (K2). The papers' protocol: width 1024, 5000 updates, batches of 100, learning-rate factor and L2 by a grid.
+  system.evaluation.nn_steps = 1000  # updates of a finite network; 0: train none
+  system.evaluation.nn_snapshots = ()  # steps at which they are trained besides the first and the last
+  system.evaluation.nn_architecture = ''  # as run.architecture; empty: the kernel's
   system.evaluation.nn_width = 128  # channels
   system.evaluation.nn_batch = 100  # images an update, at most the support
-  system.evaluation.nn_learning_rate_factor = 1.0  # relative to 2 C n / lambda_max of the empirical NTK (K2)
-  system.evaluation.nn_l2 = 1e-3  # weight decay: 1/2 nn_l2 |theta|^2 in the loss
+  system.evaluation.nn_loss = 'mse'  # or cross_entropy, with the arg-max of the labels as classes
+  system.evaluation.nn_seeds = 1  # networks: their mean accuracy is reported, and the deviation of several
+  # Of several values the pair that is best on the last 5000 training images (a tenth, if that is less) is taken, never on test images.
+  system.evaluation.nn_learning_rate_factors = (1.0,)  # relative to 2 C n / lambda_max of the empirical NTK
+  system.evaluation.nn_l2s = (1e-3,)  # weight decay: 1/2 l2 |theta|^2 in the loss
   return config
 
 
@@ -80,13 +86,15 @@ def is_snapshot(step: int, num_steps: int, chosen: tuple[int, ...]) -> bool:
 
 _POSITIVE_INTS = ('run.num_steps', 'run.images_per_class', 'run.targets_per_step', 'run.plan.support_tile', 'run.plan.target_tile',
                   'run.plan.target_tiles_per_task', 'system.num_workers', 'system.evaluation.krr_tile', 'system.evaluation.nn_width',
-                  'system.evaluation.nn_batch')
+                  'system.evaluation.nn_batch', 'system.evaluation.nn_seeds')
 _POSITIVE_FLOATS = ('run.learning_rate', 'run.ridge', 'system.checkpoint_seconds', 'system.log_seconds', 'system.lease_seconds',
-                    'system.worker_timeout', 'system.coordinator_timeout', 'system.final_evaluation_timeout',
-                    'system.evaluation.nn_learning_rate_factor')
+                    'system.worker_timeout', 'system.coordinator_timeout', 'system.final_evaluation_timeout')
 _RANGES = {'run.seed': (0, 2 ** 63 - 1), 'system.worker_threads': (0, 4096), 'system.port': (0, 65535),
            'system.evaluation.nn_steps': (0, 10 ** 7)}
 _LIMIT = 10 ** 9
+_ARCHITECTURES = ('run.architecture', 'system.evaluation.nn_architecture')
+_GRIDS = ('system.evaluation.nn_learning_rate_factors', 'system.evaluation.nn_l2s')
+_NN_LOSSES = ('mse', 'cross_entropy')
 
 
 def validate(config: Mapping[str, Any]) -> None:
@@ -102,7 +110,8 @@ def validate(config: Mapping[str, Any]) -> None:
     if path not in fields:
       raise ConfigError(f'{path} is missing; configs start from configs.base.get_config().')
     value = fields[path]
-    if path == 'run.architecture':
+    if path in _ARCHITECTURES:
+      _check_architecture(path, value)
       continue
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
       value = float(value)
@@ -114,16 +123,13 @@ def validate(config: Mapping[str, Any]) -> None:
       raise ConfigError(f'{path} must be above 0 and at most {_LIMIT}, got {value}.')
     if path in _RANGES and not _RANGES[path][0] <= value <= _RANGES[path][1]:
       raise ConfigError(f'{path} must lie between {_RANGES[path][0]} and {_RANGES[path][1]}, got {value}.')
-    if isinstance(default, tuple) and not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value):
+    if path in _GRIDS:
+      _check_grid(path, value)
+    elif isinstance(default, tuple) and not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value):
       raise ConfigError(f'{path} must be steps, whole numbers from 0, such as (0, 20, 100); got {tuple(value)}.')
-  if not 0 <= fields['system.evaluation.nn_l2'] <= _LIMIT:
-    raise ConfigError(f'system.evaluation.nn_l2 must be at least 0, got {fields["system.evaluation.nn_l2"]}.')
   _among('run.implementation', fields, ntk.IMPLEMENTATIONS)
   _among('run.kernel_dtype', fields, ntk.DTYPES)
-  try:
-    architectures.get(fields['run.architecture'])
-  except ValueError as error:
-    raise ConfigError(f'run.{error}') from error
+  _among('system.evaluation.nn_loss', fields, _NN_LOSSES)
 
 
 def validate_with_data(config: Mapping[str, Any], labels, num_classes: int, image_shape: tuple[int, int, int]) -> None:
@@ -147,16 +153,20 @@ def validate_with_data(config: Mapping[str, Any], labels, num_classes: int, imag
   if targets % num_classes or targets > smallest * num_classes:
     raise ConfigError(f'run.targets_per_step must be a multiple of {num_classes} (the classes) and at most {smallest * num_classes} '
                       f'(the smallest class has {smallest} images); got {targets}.')
-  try:
-    architectures.get(run['architecture']).check_image_size(*image_shape[:2])
-  except ValueError as error:
-    raise ConfigError(f'run.{error}') from error
+  validate_image_size(config, image_shape)
+
+
+def validate_image_size(config: Mapping[str, Any], image_shape: tuple[int, int, int]) -> None:
+  """Checks that the architectures leave something of images `(H, W, D)`. Raises ConfigError."""
+  for path in _ARCHITECTURES:
+    _check_architecture(path, flatten(config)[path], image_shape)
 
 
 def check_path(path: str) -> None:
   """Raises ConfigError where `path`, such as 'run.seed', is no field; the message lists what it may have meant."""
   known = flatten(get_config())
-  if path in known or path.startswith('run.architecture.') or any(field.startswith(path + '.') for field in known):
+  within = any(path.startswith(field + '.') for field in _ARCHITECTURES)
+  if path in known or within or any(field.startswith(path + '.') for field in known):
     return
   prefix = path.rpartition('.')[0] + '.'
   near = difflib.get_close_matches(path, known, n=3) or [field for field in known if field.startswith(prefix)] or list(known)
@@ -179,7 +189,7 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   flat = {}
   for key, value in config.items():
     path = prefix + key
-    if isinstance(value, (Mapping, ml_collections.ConfigDict)) and path != 'run.architecture':
+    if isinstance(value, (Mapping, ml_collections.ConfigDict)) and path not in _ARCHITECTURES:
       flat.update(flatten(value, path + '.'))
     else:
       flat[path] = value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
@@ -187,7 +197,26 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def _kind(default: Any) -> str:
-  return {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', tuple: 'a tuple of whole numbers'}[type(default)]
+  return {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', tuple: 'a tuple of numbers'}[type(default)]
+
+
+def _check_architecture(path: str, value: Any, image_shape: tuple[int, int, int] | None = None) -> None:
+  if value == '' and path != 'run.architecture':
+    return
+  try:
+    architecture = architectures.get(value)
+    if image_shape:
+      architecture.check_image_size(*image_shape[:2])
+  except ValueError as error:
+    raise ConfigError(f'{path}: {str(error).removeprefix("architecture: ")}') from error
+
+
+def _check_grid(path: str, values: Any) -> None:
+  zero = path.endswith('l2s')  # no weight decay is allowed
+  numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+  if not values or len(numbers) < len(values) or not all((0 < value or zero and value == 0) and value <= _LIMIT for value in numbers):
+    raise ConfigError(f'{path} must be one or more numbers, each {"at least" if zero else "above"} 0, such as (0.1, 1.0); '
+                      f'got {tuple(values)}.')
 
 
 def _among(path: str, fields: Mapping[str, Any], allowed: tuple[str, ...]) -> None:

@@ -1,52 +1,38 @@
-"""Follows the coordinator's snapshots: KRR and finite-network accuracy on the whole test set, to the log and to metrics.jsonl."""
+"""Follows the coordinator's snapshots: KRR and finite-network accuracy on the whole test set, to the log and to metrics.jsonl.
+
+Alone it evaluates a finished set, on all cores:
+
+    python -m nodes.evaluator --dataset=runs/digits/distilled.npz
+    python -m nodes.evaluator --dataset=RELEASED.npz --config=FILE --baselines
+
+A `distilled.npz` of ours holds its own settings. A file as released by the papers' authors (`images` [S, H, W, D] in the preprocessed
+space, `labels` [S, C]) needs a configuration, of which the data set, the preprocessing, the kernel, the ridge and the evaluation are used;
+one that is given for a file of ours takes the place of its settings.
+
+Exit status: 0 done, 1 failed, 2 bad input.
+"""
 
 import json
 import os
+import sys
 import threading
-from typing import Any
+from typing import Any, Sequence
+import zipfile
 
+from absl import flags
 from absl import logging
 import numpy as np
 
-from data import sampling
+from configs import base
+from data import DataError
 from data import store
 from kernels import krr
-from kernels import ntk
+from nodes import command_line
+from nodes import evaluation
 from nodes import export
 from nodes import run_directory
-from nodes import tasks
 from nodes.remote import CoordinatorLost
 from nodes.remote import Stopping
-
-_HELD_OUT = 5000  # the last training images, or a tenth of them if that is less: the finite network's learning rate is set on them
-
-
-def krr_test(kernel: ntk.Kernel, images: np.ndarray, labels: np.ndarray, ridge: float, test: ntk.Library, classes: np.ndarray, tile: int,
-             stop=lambda: False) -> tuple[float, float] | None:
-  """Accuracy and error 1/2 mean((P - y)^2) of KRR on the whole test set.
-
-  Args:
-    kernel: the NTK.
-    images: support, [S, H, W, D]; labels: [S, C].
-    ridge: relative to the mean of K_ss's diagonal.
-    test: the test images; classes: int64 [N].
-    tile: test images a block.
-    stop: looked at before every block.
-
-  Returns:
-    (accuracy, error), or None where `stop()` became true. Raises krr.NotPositiveDefiniteError.
-  """
-  support = kernel.prepare(images)
-  solution = krr.solve(kernel.block(support, support), labels, ridge)
-  correct, error = 0, 0.0
-  for start, end in tasks.ranges(len(classes), tile):
-    if stop():
-      return None
-    y = sampling.centred_one_hot(classes[start:end], labels.shape[1])
-    result = krr.residual(kernel.block(support, test[start:end]), solution.alpha, y, len(classes))
-    correct += result.correct
-    error += result.loss
-  return correct / len(classes), error
 
 
 class Evaluator:
@@ -80,9 +66,7 @@ class Evaluator:
     description = json.loads(self._coordinator.describe())
     self._run, self._settings = description['run'], description['system']['evaluation']
     self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data)
-    self._kernel = ntk.make_kernel(self._run['architecture'], implementation=self._run['implementation'],
-                                   dtype=self._run['kernel_dtype'], threads=self._threads)
-    self._test = ntk.Library(self._kernel, self._prepared.test_images)
+    self._evaluation = evaluation.Evaluation(self._run, self._settings, self._prepared, self._threads, self._check)
     rows = self._directory.read_metrics()
     run_directory.write_atomically(self._directory.metrics, ''.join(run_directory.json_line(row) for row in rows))
     done = [row['step'] for row in rows]
@@ -92,40 +76,30 @@ class Evaluator:
         return
       if answer:
         row = self._evaluate(answer)
-        if row is None:
-          return
         self._append(row)
         done.append(row['step'])
         self._coordinator.evaluated(json.dumps(row))
 
-  def _evaluate(self, snapshot: dict[str, Any]) -> dict[str, Any] | None:
+  def _evaluate(self, snapshot: dict[str, Any]) -> dict[str, Any]:
     step, images, labels = snapshot['step'], snapshot['images'], snapshot['labels']
     if snapshot['final']:
       distilled = export.load(self._directory.distilled)  # what the user gets is what is reported
       images, labels = distilled.images, distilled.labels
-    result = krr_test(self._kernel, images, labels, self._run['ridge'], self._test, self._prepared.test_labels,
-                      self._settings['krr_tile'], self._stop_event.is_set)
-    if result is None:
-      return None
-    row = {'step': step, 'krr_test_accuracy': result[0], 'krr_test_mse': result[1], **json.loads(snapshot['metrics'])}
-    if self._settings['nn_steps'] and (step == 0 or snapshot['final'] or step in self._settings['nn_snapshots']):
-      row['nn_test_accuracy'] = self._finite_network(images, labels)
-      if row['nn_test_accuracy'] is None:
-        return None
-    logging.info('evaluated step %d: KRR test accuracy %.2f %%, test MSE %.5f%s', step, 100 * row['krr_test_accuracy'],
-                 row['krr_test_mse'], f', finite network {100 * row["nn_test_accuracy"]:.2f} %' if 'nn_test_accuracy' in row else '')
+    row = {'step': step, **self._evaluation.krr(images, labels), **json.loads(snapshot['metrics'])}
+    if step == 0 or snapshot['final'] or step in self._settings['nn_snapshots']:
+      row.update(self._evaluation.finite_network(images, labels))
+    logging.info('evaluated step %d: %s', step, evaluation.in_words(row))
     if snapshot['final']:
       self._draw(images)
+      if self._settings['baselines']:
+        rows = self._evaluation.baselines(len(images))
+        run_directory.write_atomically(self._directory.baselines, run_directory.json_line(rows, indent=2))
     return row
 
-  def _finite_network(self, images: np.ndarray, labels: np.ndarray) -> float | None:
-    from kernels import finite_network  # here, because it imports Neural Tangents, and not every run trains a network
-    train = self._prepared.train_images
-    return finite_network.test_accuracy(
-        self._kernel.architecture, images, labels, train[len(train) - min(_HELD_OUT, len(train) // 10):],
-        self._prepared.test_images, self._prepared.test_labels, width=self._settings['nn_width'], steps=self._settings['nn_steps'],
-        batch=self._settings['nn_batch'], learning_rate_factor=self._settings['nn_learning_rate_factor'],
-        l2=self._settings['nn_l2'], seed=self._run['seed'], stop=self._stop_event.is_set)
+  def _check(self) -> None:
+    """What evaluations call now and then."""
+    if self._stop_event.is_set():
+      raise Stopping()
 
   def _append(self, row: dict[str, Any]) -> None:
     with open(self._directory.metrics, 'a', encoding='utf-8') as file:
@@ -138,3 +112,100 @@ class Evaluator:
     with np.load(self._directory.snapshot(0), allow_pickle=False) as file:
       before = file['images']
     pictures.before_and_after(self._directory.picture, before, images, self._prepared.transform, self._prepared.num_classes)
+
+
+def main(argv: Sequence[str]) -> int:
+  """Evaluates the file of --dataset; returns the exit status."""
+  flags.DEFINE_string('dataset', None, 'Distilled set to evaluate: an .npz file with images and labels.')
+  flags.DEFINE_bool('baselines', False, 'Evaluate as many real images beside it (also: config.system.evaluation.baselines).')
+  flags.DEFINE_bool('json', False, 'Print one line of JSON instead of a table.')
+  command_line.log_plainly()
+  try:
+    command_line.parse(argv, '--dataset=FILE --config=FILE --baselines --json')
+    rows = _evaluate_file(flags.FLAGS.dataset, flags.FLAGS.baselines)
+  except (command_line.BadInput, base.ConfigError, DataError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return run_directory.BAD_INPUT_STATUS
+  except krr.NotPositiveDefiniteError as error:
+    print(f'The evaluation failed: {error}', file=sys.stderr)
+    return 1
+  print(json.dumps({'dataset': flags.FLAGS.dataset, 'rows': rows}) if flags.FLAGS.json else _table(flags.FLAGS.dataset, rows))
+  return 0
+
+
+def _evaluate_file(path: str | None, baselines: bool) -> list[dict[str, Any]]:
+  if not path:
+    raise command_line.BadInput('--dataset=FILE is missing: a distilled.npz, or an .npz file with images and labels.')
+  images, labels, settings = _load(path)
+  config = base.get_config().to_dict()
+  if command_line.CONFIG.value:
+    config = command_line.CONFIG.value.to_dict()
+  elif settings:
+    config['run'].update(settings['run'])
+    config['system']['evaluation'].update(settings['evaluation'])
+  else:
+    raise command_line.BadInput(f'{path!r} holds no settings: give --config=FILE for its data set, preprocessing and architecture.')
+  base.validate(config)
+  run, system = config['run'], config['system']
+  prepared = store.prepare(run['data']['name'], run['data']['dir'], store.cache_folder(system['cache_dir']))
+  base.validate_image_size(config, prepared.train_images.shape[1:])
+  _check_fit(path, images, labels, settings, prepared)
+  worth = evaluation.Evaluation(run, system['evaluation'], prepared, system['worker_threads'] or len(os.sched_getaffinity(0)))
+  baselines = baselines or system['evaluation']['baselines']
+  try:
+    if baselines:
+      worth.real_images(len(images))
+  except ValueError as error:
+    raise command_line.BadInput(f'no baselines for {path!r}: {error}') from error
+  logging.info('Evaluating %d images on the %d test images of %s.', len(images), len(prepared.test_images), prepared.name)
+  rows = [{'kind': 'distilled', **worth.krr(images, labels), **worth.finite_network(images, labels)}]
+  if baselines:
+    rows += worth.baselines(len(images))
+  return rows
+
+
+def _load(path: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any] | None]:
+  """Images, labels and, of a file of ours, its settings. Raises DataError."""
+  try:
+    with open(path, 'rb') as stream, np.lib.npyio.NpzFile(stream, allow_pickle=False) as file:
+      if 'settings' not in file:
+        return file['images'], file['labels'], None
+  except KeyError as error:
+    raise DataError(f'{path!r} holds no array {error.args[0].split()[0]!r}; expected images [S, H, W, D] and labels [S, C].') from error
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    raise DataError(f'{path!r} is not a readable .npz file without pickled objects: {error}') from error
+  distilled = export.load(path)
+  return distilled.images, distilled.labels, distilled.settings
+
+
+def _check_fit(path: str, images: np.ndarray, labels: np.ndarray, settings: dict[str, Any] | None, prepared: store.Prepared) -> None:
+  """Raises DataError where the distilled set is not one of this data set's."""
+  if settings and settings['data']['key'] != prepared.key:
+    raise DataError(f'{path!r} was distilled from {settings["data"]["name"]} with other content or preprocessing than that of the '
+                    f'{prepared.name} given here (run.data).')
+  size, num_classes = prepared.train_images.shape[1:], prepared.num_classes
+  if images.ndim != 4 or images.shape[1:] != size or not len(images):
+    raise DataError(f'{path!r}: images must be [S, {", ".join(map(str, size))}] for {prepared.name}, got {list(images.shape)}.')
+  if labels.shape != (len(images), num_classes):
+    raise DataError(f'{path!r}: labels must be [{len(images)}, {num_classes}] for {prepared.name}, got {list(labels.shape)}.')
+  for name, array in (('images', images), ('labels', labels)):
+    if array.dtype.kind != 'f' or not np.isfinite(array).all():
+      what = 'NaN or infinity' if array.dtype.kind == 'f' else array.dtype
+      raise DataError(f'{path!r}: {name} must be finite floating-point numbers, got {what}.')
+
+
+def _table(path: str, rows: list[dict[str, Any]]) -> str:
+  lines = [f'Test accuracy of {path}', f'{"":30}{"KRR":>10}{"MSE":>10}  finite network']
+  for row in rows:
+    network = evaluation.network_in_words(row) if 'nn_test_accuracy' in row else 'not trained'
+    if row.get('nn_seeds', 1) > 1:
+      network += f' ({row["nn_seeds"]} seeds)'
+    lines.append(f'{row["kind"]:30}{100 * row["krr_test_accuracy"]:8.2f} %{row["krr_test_mse"]:10.5f}  {network}')
+    if row.get('nn_selected_on'):
+      lines.append(f'{"":52}learning-rate factor {row["nn_learning_rate_factor"]:g} and L2 {row["nn_l2"]:g} '
+                   f'selected on {row["nn_selected_on"]}')
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))

@@ -27,6 +27,7 @@ class RunDirectory:
     self.config = os.path.join(self.path, 'config.json')
     self.status = os.path.join(self.path, 'status.json')
     self.metrics = os.path.join(self.path, 'metrics.jsonl')
+    self.baselines = os.path.join(self.path, 'baselines.json')
     self.distilled = os.path.join(self.path, 'distilled.npz')
     self.picture = os.path.join(self.path, 'images.png')
     self._generation = os.path.join(self.path, 'generation')

@@ -1,26 +1,21 @@
 """From the command line to a run that is ready to start, and from its outcome to an exit status: the same for every launcher."""
 
-import logging as python_logging
 import os
-import re
 import sys
 from typing import Any, NamedTuple, Sequence
 
 from absl import flags
-from absl import logging
-from ml_collections import config_flags
 import psutil
 
 from configs import base
 from data import DataError
 from data import store
+from nodes import command_line
 from nodes import run_directory
+from nodes.command_line import BadInput
+from nodes.command_line import log_plainly
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file, such as configs/digits.py. Set any of its fields by '
-                                          '--config.run.FIELD=VALUE or --config.system.FIELD=VALUE (configs/base.py tells them all).')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory: made if missing; one that holds a checkpoint resumes from it.')
-
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class Run(NamedTuple):
@@ -38,10 +33,6 @@ class Run(NamedTuple):
   memory: str = ''
 
 
-class BadInput(ValueError):
-  """The user's mistake; the message is one line."""
-
-
 def ready(argv: Sequence[str]) -> Run:
   """Parses flags, validates the configuration, prepares the data and opens the run directory.
 
@@ -49,12 +40,12 @@ def ready(argv: Sequence[str]) -> Run:
     BadInput: anything the user can mend; nothing has been started.
   """
   log_plainly()
-  _parse(argv)
-  if not _CONFIG.value:
+  command_line.parse(argv, '--config=FILE --workdir=DIR')
+  if not command_line.CONFIG.value:
     raise BadInput('--config=FILE is missing, for instance --config=configs/digits.py.')
   if not _WORKDIR.value:
     raise BadInput('--workdir=DIR is missing: the run directory, made if it is not there.')
-  config = _CONFIG.value.to_dict()
+  config = command_line.CONFIG.value.to_dict()
   try:
     base.validate(config)
     cache = store.cache_folder(config['system']['cache_dir'])
@@ -83,40 +74,6 @@ def outcome(directory: run_directory.RunDirectory) -> int:
   else:
     print(f'The run failed: {status.get("message", "it never started")}', file=sys.stderr)
   return run_directory.EXIT_STATUS.get(state, 1)
-
-
-def log_plainly() -> None:
-  """Time and message in every process: this project's from INFO on, of others' only warnings."""
-  logging.use_absl_handler()
-  logging.set_verbosity(logging.INFO)
-  handler = logging.get_absl_handler()
-  handler.setFormatter(python_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
-  handler.addFilter(_worth_reading)
-
-
-def _worth_reading(record: python_logging.LogRecord) -> bool:
-  ours = record.pathname.startswith(_ROOT) and 'site-packages' not in record.pathname
-  return record.levelno >= (python_logging.INFO if ours else python_logging.WARNING)
-
-
-def _parse(argv: Sequence[str]) -> None:
-  for argument in argv[1:]:
-    match = re.match(r'--(?:no)?config\.([\w.]+)', argument)
-    if match:
-      try:
-        base.check_path(match[1])
-      except base.ConfigError as error:
-        raise BadInput(str(error)) from error
-    elif argument.startswith('--config=') and not os.path.isfile(argument.partition('=')[2].partition(':')[0]):
-      raise BadInput(f'{argument}: there is no such file.')
-  try:
-    rest = flags.FLAGS(list(argv))
-  except flags.Error as error:
-    raise BadInput(' '.join(str(error).split())) from error
-  except (AttributeError, ImportError, KeyError, NameError, OSError, SyntaxError, TypeError, ValueError) as error:
-    raise BadInput(f'the configuration cannot be used: {type(error).__name__}: {" ".join(str(error).split())}') from error
-  if len(rest) > 1:
-    raise BadInput(f'{rest[1]!r} is no flag; expected --config=FILE --workdir=DIR.')
 
 
 def _check_memory(config: dict[str, Any], prepared: store.Prepared) -> str:

@@ -52,7 +52,15 @@ def test_shipped_configs_are_valid(name):
     ('system.port', 70000, 'system.port must lie between 0 and 65535, got 70000'),
     ('system.snapshot_steps', (1, -2), r'system.snapshot_steps must be steps.* got \(1, -2\)'),
     ('system.snapshot_steps', ('a',), 'system.snapshot_steps must be steps'),
-    ('system.evaluation.nn_l2', -1.0, 'system.evaluation.nn_l2 must be at least 0'),
+    ('system.evaluation.nn_l2s', (-1.0,), r'system.evaluation.nn_l2s must be one or more numbers, each at least 0.* got \(-1.0,\)'),
+    ('system.evaluation.nn_learning_rate_factors', (1.0, 0.0), 'nn_learning_rate_factors must be .* each above 0'),
+    ('system.evaluation.nn_learning_rate_factors', (), r'one or more numbers.* got \(\)'),
+    ('system.evaluation.nn_l2s', ('a',), r"one or more numbers.* got \('a',\)"),
+    ('system.evaluation.nn_l2s', (float('nan'),), 'one or more numbers'),
+    ('system.evaluation.nn_loss', 'hinge', "system.evaluation.nn_loss must be one of mse, cross_entropy; got 'hinge'"),
+    ('system.evaluation.nn_seeds', 0, 'system.evaluation.nn_seeds must be a whole number from 1'),
+    ('system.evaluation.nn_architecture', 'resnet', "system.evaluation.nn_architecture: unknown name 'resnet'; known: fc1"),
+    ('run.architecture', '', "run.architecture: unknown name ''"),
     ('system.num_workrs', 3, 'system.num_workrs is no field of the configuration; did you mean system.num_workers'),
 ])
 def test_mistakes(path, value, message):
@@ -65,7 +73,7 @@ def test_mistakes(path, value, message):
     ('run.images_per_class', 5, 'run.images_per_class must be at most 4, the images of the smallest class; got 5'),
     ('run.targets_per_step', 10, r'multiple of 3 \(the classes\) and at most 12 \(the smallest class has 4 images\); got 10'),
     ('run.targets_per_step', 15, 'at most 12'),
-    ('run.architecture', 'convnet', '3 2x2 poolings leave nothing of a 7x9 image; at least 8x8'),
+    ('run.architecture', 'convnet', 'run.architecture: 3 2x2 poolings leave nothing of a 7x9 image; at least 8x8'),
 ])
 def test_mistakes_that_only_the_data_show(path, value, message):
   config = _with('run.targets_per_step', 12)
@@ -78,6 +86,8 @@ def test_mistakes_that_only_the_data_show(path, value, message):
 
 def test_whole_numbers_are_numbers_and_a_dict_is_an_architecture():
   base.validate(_with('run.learning_rate', 1))
+  base.validate(_with('system.evaluation.nn_l2s', [0, 1e-3]))
+  base.validate(_with('system.evaluation.nn_architecture', {'hidden': 2}))
   base.validate(_with('run.architecture', {'stages': [{'convs': 1, 'pool': True}], 'b_std': 0}))
 
 
@@ -97,3 +107,11 @@ def test_snapshots():
   chosen = [step for step in range(2101) if base.is_snapshot(step, 2100, ())]
   assert chosen == [0, 1, 2, 4, 6, 8, 12, 18, 26, 37, 54, 78, 112, 162, 233, 335, 483, 695, 1000, 1500, 2000, 2100]
   assert [step for step in range(11) if base.is_snapshot(step, 10, (3, 7))] == [0, 3, 7, 10]
+
+
+def test_the_evaluated_network_must_fit_the_images_too():
+  config = _with('system.evaluation.nn_architecture', 'convnet')
+  config['run']['architecture'] = 'fc1'
+  with pytest.raises(base.ConfigError, match='system.evaluation.nn_architecture: 3 2x2 poolings leave nothing of a 7x9 image'):
+    base.validate_image_size(config, (7, 9, 1))
+  base.validate_image_size(config, (8, 8, 1))

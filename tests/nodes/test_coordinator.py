@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nodes import coordinator as coordinator_node
-from nodes import evaluator
+from nodes import evaluation
 from nodes import kernel_worker
 from nodes import tasks
 from programs import local
@@ -92,7 +92,7 @@ def test_support_images_that_coincide_are_an_error_with_a_remedy(make_run, tmp_p
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
 def test_an_evaluator_that_fails_does_not_keep_the_run_waiting(make_run, tmp_path, monkeypatch):
-  monkeypatch.setattr(evaluator, 'krr_test', lambda *_: 1 / 0)
+  monkeypatch.setattr(evaluation, 'krr_test', lambda *_: 1 / 0)
   run = make_run(tmp_path, FC1)
   local.distil(run, threading.Event())
   status = run.directory.read_status()

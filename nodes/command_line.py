@@ -1,0 +1,57 @@
+"""Flags, the configuration they name, and plain log lines: what every entry point begins with."""
+
+import logging as python_logging
+import os
+import re
+from typing import Sequence
+
+from absl import flags
+from absl import logging
+from ml_collections import config_flags
+
+from configs import base
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file, such as configs/digits.py. Set any of its fields by '
+                                         '--config.run.FIELD=VALUE or --config.system.FIELD=VALUE (configs/base.py tells them all).')
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+class BadInput(ValueError):
+  """The user's mistake; the message is one line."""
+
+
+def parse(argv: Sequence[str], expected: str) -> None:
+  """Parses all flags. Raises BadInput, naming the flags that are `expected` where something is none."""
+  for argument in argv[1:]:
+    match = re.match(r'--(?:no)?config\.([\w.]+)', argument)
+    if match:
+      try:
+        base.check_path(match[1])
+      except base.ConfigError as error:
+        raise BadInput(str(error)) from error
+    elif argument.startswith('--config=') and not os.path.isfile(argument.partition('=')[2].partition(':')[0]):
+      raise BadInput(f'{argument}: there is no such file.')
+  try:
+    rest = flags.FLAGS(list(argv))
+  except flags.Error as error:
+    raise BadInput(' '.join(str(error).split())) from error
+  except (AttributeError, ImportError, KeyError, NameError, OSError, SyntaxError, TypeError, ValueError) as error:
+    raise BadInput(f'the configuration cannot be used: {type(error).__name__}: {" ".join(str(error).split())}') from error
+  if len(rest) > 1:
+    raise BadInput(f'{rest[1]!r} is no flag; expected {expected}.')
+
+
+def log_plainly() -> None:
+  """Time and message in every process: this project's from INFO on, of others' only warnings."""
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.INFO)
+  handler = logging.get_absl_handler()
+  handler.setFormatter(python_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
+  handler.addFilter(_worth_reading)
+  python_logging.getLogger('jax').setLevel(python_logging.WARNING)  # it has a handler of its own
+
+
+def _worth_reading(record: python_logging.LogRecord) -> bool:
+  ours = record.pathname.startswith(_ROOT) and 'site-packages' not in record.pathname
+  return record.levelno >= (python_logging.INFO if ours else python_logging.WARNING)

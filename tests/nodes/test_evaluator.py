@@ -1,0 +1,208 @@
+"""What a row holds, the baselines, and the evaluator alone on files of ours, on released ones, and on files that are neither."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from data import sampling
+from data import store
+from kernels import architectures
+from kernels import finite_network
+from nodes import evaluation
+from nodes import evaluator
+from programs import local
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+FC1 = {'run.architecture': 'fc1', 'run.num_steps': 2}
+NETWORK = {'system.evaluation.nn_steps': 5, 'system.evaluation.nn_width': 8}
+
+
+def _evaluation(run):
+  prepared = store.open_prepared(run.directory.read_config()['data_key'], run.cache)
+  return evaluation.Evaluation(run.config['run'], run.config['system']['evaluation'], prepared, threads=1), prepared
+
+
+def _support(prepared, size=6):
+  chosen = sampling.class_balanced(0, sampling.INITIAL_SUPPORT, 0, prepared.train_labels, size)
+  return np.asarray(prepared.train_images[chosen]), sampling.centred_one_hot(prepared.train_labels[chosen], 3)
+
+
+def test_krr_on_ragged_tiles_is_the_formula(make_run, tmp_path):
+  """25 test images in tiles of 4, against K_ts (K_ss + ridge)^-1 y in one piece."""
+  run = make_run(tmp_path, {**FC1, 'run.kernel_dtype': 'float64', 'run.ridge': 1e-3, 'system.evaluation.krr_tile': 4})
+  worth, prepared = _evaluation(run)
+  images, labels = _support(prepared)
+  k_ss, k_ts = worth._kernel.block(images, images), worth._kernel.block(np.asarray(prepared.test_images), images)
+  predictions = k_ts @ np.linalg.solve(k_ss + 1e-3 * np.trace(k_ss) / 6 * np.eye(6), labels)
+  truth = np.eye(3)[prepared.test_labels] - 1 / 3
+  row = worth.krr(images, labels)
+  assert row['krr_test_accuracy'] == np.mean(predictions.argmax(axis=1) == prepared.test_labels)
+  assert row['krr_test_mse'] == pytest.approx(np.mean((predictions - truth) ** 2) / 2, rel=1e-9)
+
+
+def test_mean_and_deviation_and_what_was_selected_on_what(make_run, tmp_path):
+  changes = {**FC1, **NETWORK, 'system.evaluation.nn_seeds': 3, 'system.evaluation.nn_l2s': (0.0, 1e-3),
+             'system.evaluation.nn_architecture': 'conv1'}
+  worth, prepared = _evaluation(make_run(tmp_path, changes))
+  images, labels = _support(prepared)
+  row = worth.finite_network(images, labels)
+  held_out = prepared.train_images[-9:], prepared.train_labels[-9:]  # a tenth of 96
+  result = finite_network.evaluate(
+      architectures.get('conv1'), images, labels, held_out, (prepared.test_images, prepared.test_labels), width=8, steps=5, batch=100,
+      loss='mse', learning_rate_factors=(1.0,), l2s=(0.0, 1e-3), num_seeds=3, seed=0)
+  a, b, c = result.test_accuracies
+  mean = (a + b + c) / 3
+  assert row == {'nn_test_accuracy': pytest.approx(mean), 'nn_seeds': 3, 'nn_learning_rate_factor': 1.0, 'nn_l2': result.l2,
+                 'nn_test_accuracy_std': pytest.approx((((a - mean) ** 2 + (b - mean) ** 2 + (c - mean) ** 2) / 2) ** 0.5),
+                 'nn_selected_on': 'the last 9 training images', 'nn_validation_accuracy': result.validation_accuracy}
+
+
+def test_one_network_with_one_setting_has_no_deviation_and_no_selection(make_run, tmp_path):
+  worth, prepared = _evaluation(make_run(tmp_path, {**FC1, **NETWORK}))
+  row = worth.finite_network(*_support(prepared))
+  assert sorted(row) == ['nn_l2', 'nn_learning_rate_factor', 'nn_seeds', 'nn_selected_on', 'nn_test_accuracy']
+  assert row['nn_selected_on'] is None and row['nn_seeds'] == 1
+
+
+def test_baselines_are_the_images_a_run_starts_from(make_run, tmp_path):
+  worth, prepared = _evaluation(make_run(tmp_path, {**FC1, **NETWORK}))
+  images, labels = _support(prepared)
+  rows = worth.baselines(6, solve=lambda x: 0.5 - labels if np.array_equal(x, images) else None)
+  assert rows == [{'kind': 'real images, hard labels', **worth.krr(images, labels), **worth.finite_network(images, labels)},
+                  {'kind': 'real images, solved labels', **worth.krr(images, 0.5 - labels), **worth.finite_network(images, 0.5 - labels)}]
+  assert [row['kind'] for row in worth.baselines(6)] == ['real images, hard labels']
+  with pytest.raises(ValueError, match='size must be a multiple of 3'):
+    worth.baselines(7)
+
+
+@pytest.fixture(scope='module', name='distilled')
+def _distilled(tmp_path_factory, npz, cache):
+  """A finished run's directory, with baselines. (A fixture of its own scope: the run is made once.)"""
+  from configs import base
+  workdir = tmp_path_factory.mktemp('run')
+  config = base.get_config()
+  config.update_from_flattened_dict({
+      'run.architecture': 'fc1', 'run.data.name': npz, 'run.num_steps': 2, 'run.images_per_class': 2, 'run.targets_per_step': 33,
+      'system.cache_dir': cache, 'system.evaluation.nn_steps': 5, 'system.evaluation.nn_width': 8, 'system.evaluation.baselines': True,
+      'system.snapshot_steps': (1,)})
+  from nodes import run_directory
+  from programs import start
+  config = config.to_dict()
+  prepared = store.prepare(config['run']['data']['name'], '', cache)
+  directory = run_directory.RunDirectory(str(workdir))
+  directory.open(config, prepared.key)
+  local.distil(start.Run(config, directory, cache), threading.Event())
+  return workdir
+
+
+def _rows(workdir):
+  with open(workdir / 'metrics.jsonl', encoding='utf-8') as file:
+    return {row['step']: row for row in map(json.loads, file)}
+
+
+def test_a_run_evaluates_networks_at_its_ends_and_baselines_once(distilled):
+  rows = _rows(distilled)
+  assert sorted(rows) == [0, 1, 2] and [step for step in rows if 'nn_test_accuracy' in rows[step]] == [0, 2]
+  baselines = json.loads((distilled / 'baselines.json').read_text())
+  assert baselines[0]['kind'] == 'real images, hard labels'
+  assert baselines[0]['krr_test_accuracy'] == rows[0]['krr_test_accuracy']  # the run starts from those very images
+  assert baselines[0]['nn_test_accuracy'] == rows[0]['nn_test_accuracy']
+
+
+def test_the_evaluator_stops_where_it_is(make_run, tmp_path):
+  run = make_run(tmp_path, FC1)
+  stop = threading.Event()
+  node = evaluator.Evaluator(None, run.directory.path, 1, run.cache, stop)
+  worth, prepared = _evaluation(run)
+  worth._check = node._check
+  worth.krr(*_support(prepared))
+  stop.set()
+  with pytest.raises(evaluator.Stopping):
+    worth.krr(*_support(prepared))
+
+
+def _alone(*flags, cache, timeout=200):
+  environment = {**os.environ, 'XDG_CACHE_HOME': os.path.dirname(cache)}
+  return subprocess.run([sys.executable, '-m', 'nodes.evaluator', *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
+                        timeout=timeout, env=environment, check=False)
+
+
+CONFIG = ('--config=configs/base.py', '--config.run.architecture=fc1', '--config.system.evaluation.nn_steps=0')
+
+
+def test_alone_on_a_file_of_ours_it_says_what_the_run_said(distilled, cache):
+  done = _alone(f'--dataset={distilled}/distilled.npz', '--json', cache=cache)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count('\n') == 1
+  found = json.loads(done.stdout)
+  assert found['dataset'] == f'{distilled}/distilled.npz'
+  assert [row['kind'] for row in found['rows']][:2] == ['distilled', 'real images, hard labels']
+  last = _rows(distilled)[2]
+  for key in ('krr_test_accuracy', 'nn_test_accuracy', 'nn_seeds', 'nn_l2'):
+    assert found['rows'][0][key] == last[key]
+  assert found['rows'][0]['krr_test_mse'] == pytest.approx(last['krr_test_mse'], rel=1e-6)
+
+
+def test_alone_on_a_released_file_it_takes_the_configuration(distilled, npz, cache, tmp_path):
+  """Same images and labels, without settings; a table with baselines."""
+  with np.load(distilled / 'distilled.npz') as file:
+    np.savez(tmp_path / 'released.npz', images=file['images'], labels=file['labels'])
+  done = _alone(f'--dataset={tmp_path}/released.npz', '--baselines', *CONFIG, f'--config.run.data.name={npz}',
+                f'--config.system.cache_dir={cache}', cache=cache)
+  assert done.returncode == 0, done.stderr
+  lines = done.stdout.splitlines()
+  assert lines[0] == f'Test accuracy of {tmp_path}/released.npz'
+  first, last = [f'{100 * _rows(distilled)[step]["krr_test_accuracy"]:.2f} %' for step in (0, 2)]
+  assert lines[2].startswith('distilled') and last in lines[2] and lines[2].endswith('not trained')
+  assert lines[3].startswith('real images, hard labels') and first in lines[3]
+
+
+@pytest.mark.parametrize('content, flags, message', [
+    (None, (), '--dataset=FILE is missing'),
+    ('absent', CONFIG, 'is not a readable .npz file without pickled objects: [Errno 2]'),
+    ('text', CONFIG, 'is not a readable .npz file without pickled objects'),
+    ('released', (), 'holds no settings: give --config=FILE'),
+    ('released', ('--config=configs/nothing.py',), '--config=configs/nothing.py: there is no such file.'),
+    ('released', ('stray',), "'stray' is no flag; expected --dataset=FILE --config=FILE --baselines --json."),
+    ('no labels', CONFIG, 'holds no array \'labels\'; expected images [S, H, W, D] and labels [S, C].'),
+    ('small images', CONFIG, 'images must be [S, 8, 9, 2] for blobs, got [6, 8, 8, 2].'),
+    ('few labels', CONFIG, 'labels must be [6, 3] for blobs, got [5, 3].'),
+    ('nan', CONFIG, 'images must be finite floating-point numbers, got NaN or infinity.'),
+    ('seven', (*CONFIG, '--baselines'), 'size must be a multiple of 3 (the classes) from 3 to 96 (the smallest class has 32 images), got 7'),
+])
+def test_bad_input_gets_one_line_and_status_2(tmp_path, npz, cache, content, flags, message):
+  arrays = {'images': np.zeros((6, 8, 9, 2), np.float32), 'labels': np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1, 2]]}
+  path = tmp_path / 'set.npz'
+  if content == 'text':
+    path.write_text('PK or not')
+  elif content != 'absent':
+    if content == 'no labels':
+      del arrays['labels']
+    elif content == 'small images':
+      arrays['images'] = arrays['images'][:, :, :8]
+    elif content == 'few labels':
+      arrays['labels'] = arrays['labels'][1:]
+    elif content == 'nan':
+      arrays['images'][3, 1] = np.nan
+    elif content == 'seven':
+      arrays = {'images': np.random.default_rng(0).normal(size=(7, 8, 9, 2)), 'labels': np.eye(3)[[0, 1, 2, 0, 1, 2, 0]]}
+    np.savez(path, **arrays)
+  data = (f'--config.run.data.name={npz}', f'--config.system.cache_dir={cache}') if flags[:1] == CONFIG[:1] else ()
+  done = _alone(*([f'--dataset={path}'] if content else []), *flags, *data, cache=cache)
+  assert done.returncode == 2, done.stdout + done.stderr
+  lines = [line for line in done.stderr.splitlines() if line.startswith('error:')]
+  assert len(lines) == 1 and 'Traceback' not in done.stderr and not done.stdout
+  assert message in lines[0], lines[0]
+
+
+def test_a_file_of_ours_is_not_taken_for_one_of_another_data_set(distilled, npz, cache, tmp_path):
+  with np.load(npz) as file:
+    np.savez(tmp_path / 'other.npz', **{**file, 'y_test': file['y_test'][::-1]})
+  done = _alone(f'--dataset={distilled}/distilled.npz', *CONFIG, f'--config.run.data.name={tmp_path}/other.npz',
+                f'--config.system.cache_dir={cache}', cache=cache)
+  assert done.returncode == 2 and 'was distilled from blobs with other content or preprocessing than that of the other' in done.stderr
