@@ -40,6 +40,8 @@ def get_config() -> ml_collections.ConfigDict:
   run.data = ml_collections.ConfigDict()
   run.data.name = 'digits'  # digits, mnist, fashion_mnist, cifar10, cifar100, svhn_cropped, or the path of an .npz file
   run.data.dir = ''  # folder with train.parquet and test.parquet; empty: the named set itself
+  run.data.zca = False  # whiten the standardised images (the papers: for colour images)
+  run.data.zca_regularisation = 0.1  # added to the covariance's diagonal, relative to its mean
 
   # How a step is cut into tasks. It fixes the order of sums, so it belongs to the trajectory.
   run.plan = ml_collections.ConfigDict()
@@ -81,8 +83,8 @@ def is_snapshot(step: int, num_steps: int, chosen: tuple[int, ...]) -> bool:
 _POSITIVE_INTS = ('run.num_steps', 'run.images_per_class', 'run.targets_per_step', 'run.plan.support_tile', 'run.plan.target_tile',
                   'run.plan.target_tiles_per_task', 'system.num_workers', 'system.evaluation.krr_tile', 'system.evaluation.nn_width',
                   'system.evaluation.nn_batch')
-_POSITIVE_FLOATS = ('run.learning_rate', 'run.ridge', 'system.checkpoint_seconds', 'system.log_seconds', 'system.lease_seconds',
-                    'system.worker_timeout', 'system.coordinator_timeout', 'system.final_evaluation_timeout',
+_POSITIVE_FLOATS = ('run.learning_rate', 'run.ridge', 'run.data.zca_regularisation', 'system.checkpoint_seconds', 'system.log_seconds',
+                    'system.lease_seconds', 'system.worker_timeout', 'system.coordinator_timeout', 'system.final_evaluation_timeout',
                     'system.evaluation.nn_learning_rate_factor')
 _RANGES = {'run.seed': (0, 2 ** 63 - 1), 'system.worker_threads': (0, 4096), 'system.port': (0, 65535),
            'system.evaluation.nn_steps': (0, 10 ** 7)}
