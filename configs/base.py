@@ -39,7 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   run.data = ml_collections.ConfigDict()
   run.data.name = 'digits'  # digits, mnist, fashion_mnist, cifar10, cifar100, svhn_cropped, or the path of an .npz file
-  run.data.dir = ''  # folder with train.parquet and test.parquet; empty: the named set itself
+  run.data.dir = ''  # folder with {train,test}.parquet or {train,test}/CLASS/IMAGE; empty: the named set itself
   run.data.zca = False  # whiten the standardised images (the papers: for colour images)
   run.data.zca_regularisation = 0.1  # added to the covariance's diagonal, relative to its mean
 
