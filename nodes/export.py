@@ -1,6 +1,6 @@
 """`distilled.npz`: the distilled set as the papers' authors released theirs (`images`, `labels`), plus all it takes to use it again.
 
-A whitening matrix is as large as a hundred CIFAR-10 images are small (75 MB), so it lies beside: `transform.npz`, known by its hash.
+A whitening matrix is far larger than the set (75 MB for 32 x 32 x 3), so it lies beside: `transform.npz`, known by its hash.
 """
 
 import json
