@@ -39,7 +39,19 @@ def get_config() -> ml_collections.ConfigDict:
 
   run.data = ml_collections.ConfigDict()
   run.data.name = 'digits'  # digits, mnist, fashion_mnist, cifar10, cifar100, svhn_cropped, or the path of an .npz file
-  run.data.dir = ''  # folder with train.parquet and test.parquet; empty: the named set itself
+  run.data.dir = ''  # folder with {train,test}.parquet or {train,test}/CLASS/IMAGE; empty: the named set itself
+  run.data.zca = False  # whiten the standardised images (the papers: for colour images)
+  run.data.zca_regularisation = 0.1  # added to the covariance's diagonal, relative to its mean
+
+  # Of target images, image by image, anew each step, before they are preprocessed; never of digits flipped. The papers say which kinds they
+  # use, but no values: all are off here.
+  run.augmentation = ml_collections.ConfigDict()
+  run.augmentation.fraction = 0.0  # of a step's targets that are augmented; 0: none. Not published
+  run.augmentation.rotation = 0.0  # at most so many degrees either way. Not published
+  run.augmentation.width_shift = 0.0  # at most this part of the width either way. Not published
+  run.augmentation.height_shift = 0.0  # at most this part of the height either way. Not published
+  run.augmentation.horizontal_flip = False  # half of the augmented images; not for digits (K2)
+  run.augmentation.channel_shift = 0.0  # at most this many units of the raw pixels either way. Not published
 
   # How a step is cut into tasks. It fixes the order of sums, so it belongs to the trajectory.
   run.plan = ml_collections.ConfigDict()
@@ -84,14 +96,15 @@ def is_snapshot(step: int, num_steps: int, chosen: tuple[int, ...]) -> bool:
   return scheduled or step in (0, num_steps)
 
 
+_LIMIT = 10 ** 9
 _POSITIVE_INTS = ('run.num_steps', 'run.images_per_class', 'run.targets_per_step', 'run.plan.support_tile', 'run.plan.target_tile',
                   'run.plan.target_tiles_per_task', 'system.num_workers', 'system.evaluation.krr_tile', 'system.evaluation.nn_width',
                   'system.evaluation.nn_batch', 'system.evaluation.nn_seeds')
-_POSITIVE_FLOATS = ('run.learning_rate', 'run.ridge', 'system.checkpoint_seconds', 'system.log_seconds', 'system.lease_seconds',
-                    'system.worker_timeout', 'system.coordinator_timeout', 'system.final_evaluation_timeout')
-_RANGES = {'run.seed': (0, 2 ** 63 - 1), 'system.worker_threads': (0, 4096), 'system.port': (0, 65535),
+_POSITIVE_FLOATS = ('run.learning_rate', 'run.ridge', 'run.data.zca_regularisation', 'system.checkpoint_seconds', 'system.log_seconds',
+                    'system.lease_seconds', 'system.worker_timeout', 'system.coordinator_timeout', 'system.final_evaluation_timeout')
+_RANGES = {'run.seed': (0, 2 ** 63 - 1), 'run.augmentation.fraction': (0, 1), 'run.augmentation.rotation': (0, 180),
+           'run.augmentation.channel_shift': (0, _LIMIT), 'system.worker_threads': (0, 4096), 'system.port': (0, 65535),
            'system.evaluation.nn_steps': (0, 10 ** 7)}
-_LIMIT = 10 ** 9
 _ARCHITECTURES = ('run.architecture', 'system.evaluation.nn_architecture')
 _GRIDS = ('system.evaluation.nn_learning_rate_factors', 'system.evaluation.nn_l2s')
 _NN_LOSSES = ('mse', 'cross_entropy')
@@ -127,6 +140,7 @@ def validate(config: Mapping[str, Any]) -> None:
       _check_grid(path, value)
     elif isinstance(default, tuple) and not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value):
       raise ConfigError(f'{path} must be steps, whole numbers from 0, such as (0, 20, 100); got {tuple(value)}.')
+  _check_augmentation(fields)
   _among('run.implementation', fields, ntk.IMPLEMENTATIONS)
   _among('run.kernel_dtype', fields, ntk.DTYPES)
   _among('system.evaluation.nn_loss', fields, _NN_LOSSES)
@@ -194,6 +208,16 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     else:
       flat[path] = value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
   return flat
+
+
+def _check_augmentation(fields: Mapping[str, Any]) -> None:
+  for path in ('run.augmentation.width_shift', 'run.augmentation.height_shift'):
+    if not 0 <= fields[path] < 1:
+      raise ConfigError(f'{path} must be a part of the side, from 0 to below 1, got {fields[path]}.')
+  kinds = [path for path in fields if path.startswith('run.augmentation.') and path != 'run.augmentation.fraction']
+  if bool(fields['run.augmentation.fraction']) != any(fields[path] for path in kinds):
+    raise ConfigError(f'run.augmentation.fraction={fields["run.augmentation.fraction"]} and {", ".join(kinds)} go together: '
+                      'set the fraction and at least one of the others, or leave all off.')
 
 
 def _kind(default: Any) -> str:

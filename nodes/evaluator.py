@@ -17,7 +17,6 @@ import os
 import sys
 import threading
 from typing import Any, Sequence
-import zipfile
 
 from absl import flags
 from absl import logging
@@ -147,7 +146,7 @@ def _evaluate_file(path: str | None, baselines: bool) -> list[dict[str, Any]]:
     raise command_line.BadInput(f'{path!r} holds no settings: give --config=FILE for its data set, preprocessing and architecture.')
   base.validate(config)
   run, system = config['run'], config['system']
-  prepared = store.prepare(run['data']['name'], run['data']['dir'], store.cache_folder(system['cache_dir']))
+  prepared = store.prepare(run['data'], store.cache_folder(system['cache_dir']))
   base.validate_image_size(config, prepared.train_images.shape[1:])
   _check_fit(path, images, labels, settings, prepared)
   worth = evaluation.Evaluation(run, system['evaluation'], prepared, system['worker_threads'] or len(os.sched_getaffinity(0)))
@@ -172,7 +171,7 @@ def _load(path: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any] | None]:
         return file['images'], file['labels'], None
   except KeyError as error:
     raise DataError(f'{path!r} holds no array {error.args[0].split()[0]!r}; expected images [S, H, W, D] and labels [S, C].') from error
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+  except sources.UNREADABLE_NPZ as error:
     raise DataError(f'{path!r} is not a readable .npz file without pickled objects: {error}') from error
   distilled = export.load(path)
   return distilled.images, distilled.labels, distilled.settings

@@ -93,7 +93,7 @@ def _distilled(tmp_path_factory, npz, cache):
   from nodes import run_directory
   from programs import start
   config = config.to_dict()
-  prepared = store.prepare(config['run']['data']['name'], '', cache)
+  prepared = store.prepare(config['run']['data'], cache)
   directory = run_directory.RunDirectory(str(workdir))
   directory.open(config, prepared.key)
   local.distil(start.Run(config, directory, cache), threading.Event())
