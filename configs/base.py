@@ -16,6 +16,8 @@ from kernels import ntk
 PAPER_SNAPSHOTS = (0, 1, 2, 4, 6, 8, 12, 18, 26, 37, 54, 78, 112, 162, 233, 335, 483, 695, 1000)
 _EVERY_AFTER = 500
 
+METHODS = ('kip', 'label_solve', 'label_solve+kip', 'kip+label_solve')
+
 
 class ConfigError(ValueError):
   """A configuration that cannot run; the message is one line that names the field, the value and what is allowed."""
@@ -27,7 +29,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   run = config.run = ml_collections.ConfigDict()
   run.seed = 0  # of every random choice
-  run.num_steps = 1000  # Adam updates
+  run.method = 'kip'  # or 'label_solve', 'label_solve+kip', 'kip+label_solve': labels solved for by the first or the last update
+  run.num_steps = 1000  # updates; the one that solves for the labels counts as one
   run.images_per_class = 1  # support images of each class
   run.architecture = 'convnet'  # name (kernels/architectures.py) or dict of stages
   run.implementation = 'auto'  # of the kernel: see kernels/ntk.py
@@ -78,6 +81,11 @@ def is_snapshot(step: int, num_steps: int, chosen: tuple[int, ...]) -> bool:
   return scheduled or step in (0, num_steps)
 
 
+def label_solve_step(run: Mapping[str, Any]) -> int:
+  """The update that is Label Solve, counted from 0; -1 where none is."""
+  return {'kip': -1, 'kip+label_solve': run['num_steps'] - 1}.get(run['method'], 0)
+
+
 _POSITIVE_INTS = ('run.num_steps', 'run.images_per_class', 'run.targets_per_step', 'run.plan.support_tile', 'run.plan.target_tile',
                   'run.plan.target_tiles_per_task', 'system.num_workers', 'system.evaluation.krr_tile', 'system.evaluation.nn_width',
                   'system.evaluation.nn_batch')
@@ -118,6 +126,9 @@ def validate(config: Mapping[str, Any]) -> None:
       raise ConfigError(f'{path} must be steps, whole numbers from 0, such as (0, 20, 100); got {tuple(value)}.')
   if not 0 <= fields['system.evaluation.nn_l2'] <= _LIMIT:
     raise ConfigError(f'system.evaluation.nn_l2 must be at least 0, got {fields["system.evaluation.nn_l2"]}.')
+  _among('run.method', fields, METHODS)
+  if fields['run.method'] == 'label_solve' and fields['run.num_steps'] != 1:
+    raise ConfigError(f'run.num_steps must be 1 where run.method is label_solve; got {fields["run.num_steps"]}.')
   _among('run.implementation', fields, ntk.IMPLEMENTATIONS)
   _among('run.kernel_dtype', fields, ntk.DTYPES)
   try:
@@ -164,12 +175,14 @@ def check_path(path: str) -> None:
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-  """What keeps a saved run from going on: ['run.seed (0 there, 1 here)']. `num_steps` may grow; `data.dir` is only a place."""
+  """What keeps a saved run from going on: ['run.seed (0 there, 1 here)']. `data.dir` is only a place; `num_steps` may grow, unless the last
+  update is another kind."""
   saved, wanted = flatten({'run': saved['run']}), flatten({'run': wanted['run']})
   found = []
   for path in sorted(set(saved) | set(wanted)):
     there, here = saved.get(path), wanted.get(path)
-    if there != here and path != 'run.data.dir' and not (path == 'run.num_steps' and here > there):
+    grows = path == 'run.num_steps' and here > there and saved.get('run.method') != 'kip+label_solve'
+    if there != here and path != 'run.data.dir' and not grows:
       found.append(f'{path} ({there} there, {here} here)')
   return found
 

@@ -12,6 +12,7 @@ import numpy as np
 from data import sampling
 from data import store
 from kernels import krr
+from kernels import label_solve
 from kernels import ntk
 from nodes import tasks
 from nodes.remote import CoordinatorLost
@@ -82,7 +83,7 @@ class KernelWorker:
       self._coordinator.complete(self._name, list(task), lease, i, len(parts), part, digest)
 
   def _compute(self, task: tasks.Task) -> dict[str, np.ndarray]:
-    """The piece of a task: `block`, `gradient`, or all a group of targets contributes."""
+    """The piece of a task: `block`, `gradient`, `factor`, or all a group of targets contributes."""
     (t0, t1), (s0, s1) = task.target_range, task.support_range
     images = self._images(task)
     if task.phase == tasks.SUPPORT_BLOCKS:
@@ -90,6 +91,8 @@ class KernelWorker:
       return {'block': self._kernel.block(x1, x1 if (t0, t1) == (s0, s1) else images[t0:t1])}
     if task.phase == tasks.SUPPORT_VJP:
       return {'gradient': self._kernel.block_vjp(images[s0:s1], images[t0:t1], self._input(task, 'cotangent')[s0:s1, t0:t1])[1]}
+    if task.phase == tasks.LABEL_SOLVE:
+      return {'factor': self._factor(task.target_range, images)}
     return self._targets(task, images, self._input(task, 'alpha'))
 
   def _images(self, task: tasks.Task) -> ntk.Prepared:
@@ -118,6 +121,14 @@ class KernelWorker:
       correct += residual.correct
       alpha_bar += residual.alpha_bar
     return {'loss': np.float64(loss), 'correct': np.int64(correct), 'alpha_bar': alpha_bar, 'gradient': gradient.astype(self._kernel.dtype)}
+
+  def _factor(self, target_range: tasks.Range, images: ntk.Prepared) -> np.ndarray:
+    """R of the rows of [K_ts, y_t] of training images, never augmented."""
+    first, last = target_range
+    blocks = [self._kernel.block(images, self._prepared.train_images[first + start:first + stop])
+              for start, stop in tasks.ranges(last - first, self._run['plan']['target_tile'])]
+    y_t = sampling.centred_one_hot(self._prepared.train_labels[first:last], self._prepared.num_classes)
+    return label_solve.factor(np.concatenate(blocks, axis=1), y_t)
 
   def _batch(self, step: int) -> np.ndarray:
     return self._cached(('batch', step), lambda: sampling.class_balanced(

@@ -128,6 +128,11 @@ def _check_memory(config: dict[str, Any], prepared: store.Prepared) -> str:
   block = 8 * support * plan['target_tile']
   coordinator = 10 * images + tasks_a_step * images // 2 + 6 * 8 * support ** 2
   worker = 4 * images + 4 * block + 2 ** 29  # and half a GiB for the kernel's own tiles
+  if run['method'] != 'kip':
+    width = support + prepared.num_classes
+    rows = min(run['targets_per_step'], plan['target_tile'] * plan['target_tiles_per_task'])
+    coordinator += 8 * width * (3 * tasks_a_step * min(rows, width) + 6 * width)
+    worker += 3 * 8 * rows * width
   needed = coordinator + config['system']['num_workers'] * worker + 2 ** 30
   available = psutil.virtual_memory().available
   if needed > available:

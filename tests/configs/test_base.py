@@ -38,6 +38,8 @@ def test_shipped_configs_are_valid(name):
     ('run.seed', True, 'run.seed must be a whole number, got True'),
     ('run.num_steps', 0, 'run.num_steps must be a whole number from 1 to 1000000000, got 0'),
     ('run.num_steps', None, 'run.num_steps is missing'),
+    ('run.method', 'ls', "run.method must be one of kip, label_solve, .*; got 'ls'"),
+    ('run.method', 'label_solve', 'run.num_steps must be 1 where run.method is label_solve; got 1000'),
     ('run.learning_rate', 'fast', "run.learning_rate must be a number, got 'fast'"),
     ('run.learning_rate', float('nan'), 'run.learning_rate must be above 0 .* got nan'),
     ('run.ridge', 0.0, 'run.ridge must be above 0'),
@@ -91,6 +93,18 @@ def test_what_keeps_a_run_from_resuming():
   wanted['run']['plan']['target_tile'] = 10
   wanted['run']['num_steps'] = 5
   assert base.differences(saved, wanted) == ['run.num_steps (1000 there, 5 here)', 'run.plan.target_tile (250 there, 10 here)']
+
+
+def test_a_run_that_ends_with_label_solve_does_not_grow():
+  saved = _with('run.method', 'kip+label_solve')
+  wanted = copy.deepcopy(saved)
+  wanted['run']['num_steps'] = 2000
+  assert base.differences(saved, wanted) == ['run.num_steps (1000 there, 2000 here)']
+
+
+@pytest.mark.parametrize('method, step', [('kip', -1), ('label_solve', 0), ('label_solve+kip', 0), ('kip+label_solve', 999)])
+def test_which_update_solves_for_labels(method, step):
+  assert base.label_solve_step(_with('run.method', method)['run']) == step
 
 
 def test_snapshots():
