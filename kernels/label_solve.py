@@ -49,9 +49,9 @@ def loss(r: np.ndarray, alpha: np.ndarray, num_targets: int) -> float:
 def solve(k_ss: np.ndarray, r: np.ndarray, ridge: float) -> np.ndarray:
   """The labels y*, float64 [S, C].
 
-  K_ts K^-1 itself is not formed: where support images coincide, K_ts has a null direction in which K^-1 would blow rounding up to 1e-10 and more of
-  the largest singular value. Instead all least-squares solutions alpha + N w of K_ts alpha = y_t (N: the null space) are known from the
-  SVD of K_ts' R factor, and w makes y = K (alpha + N w) least: alpha's own minimum norm would not.
+  K_ts K^-1 itself is not formed: where support images coincide, K_ts has a null direction, and K^-1 would blow the rounding in it up to 1e-10
+  of the largest singular value and more. Instead the SVD of K_ts' R factor gives all least-squares solutions alpha + N w of K_ts alpha = y_t
+  (N: the null space), and w makes y = K (alpha + N w) least; the solution of least alpha would not.
 
   Args:
     k_ss: NTK of the support set, [S, S].

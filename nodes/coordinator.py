@@ -1,5 +1,5 @@
-"""Owns the support set and Adam's state, cuts every update (of KIP, or Label Solve) into tasks, sums the pieces in plan order, checkpoints, and
-ends the run."""
+"""Owns the support set and the optimiser's state, cuts every update (KIP's or Label Solve) into tasks, sums the pieces in plan order,
+checkpoints, and ends the run."""
 
 import datetime
 import json
