@@ -43,6 +43,18 @@ def get_config() -> ml_collections.ConfigDict:
   run.data = ml_collections.ConfigDict()
   run.data.name = 'digits'  # digits, mnist, fashion_mnist, cifar10, cifar100, svhn_cropped, or the path of an .npz file
   run.data.dir = ''  # folder with train.parquet and test.parquet; empty: the named set itself
+  run.data.zca = False  # whiten the standardised images (the papers: for colour images)
+  run.data.zca_regularisation = 0.1  # added to the covariance's diagonal, relative to its mean
+
+  # Of target images, image by image, anew each step, before they are preprocessed; never of digits flipped. The papers say which kinds they
+  # use, but no values: all are off here.
+  run.augmentation = ml_collections.ConfigDict()
+  run.augmentation.fraction = 0.0  # of a step's targets that are augmented; 0: none. Not published
+  run.augmentation.rotation = 0.0  # at most so many degrees either way. Not published
+  run.augmentation.width_shift = 0.0  # at most this part of the width either way. Not published
+  run.augmentation.height_shift = 0.0  # at most this part of the height either way. Not published
+  run.augmentation.horizontal_flip = False  # half of the augmented images; not for digits (K2)
+  run.augmentation.channel_shift = 0.0  # at most this many units of the raw pixels either way. Not published
 
   # How a step is cut into tasks. It fixes the order of sums, so it belongs to the trajectory.
   run.plan = ml_collections.ConfigDict()
@@ -86,15 +98,16 @@ def label_solve_step(run: Mapping[str, Any]) -> int:
   return {'kip': -1, 'kip+label_solve': run['num_steps'] - 1}.get(run['method'], 0)
 
 
+_LIMIT = 10 ** 9
 _POSITIVE_INTS = ('run.num_steps', 'run.images_per_class', 'run.targets_per_step', 'run.plan.support_tile', 'run.plan.target_tile',
                   'run.plan.target_tiles_per_task', 'system.num_workers', 'system.evaluation.krr_tile', 'system.evaluation.nn_width',
                   'system.evaluation.nn_batch')
-_POSITIVE_FLOATS = ('run.learning_rate', 'run.ridge', 'system.checkpoint_seconds', 'system.log_seconds', 'system.lease_seconds',
-                    'system.worker_timeout', 'system.coordinator_timeout', 'system.final_evaluation_timeout',
+_POSITIVE_FLOATS = ('run.learning_rate', 'run.ridge', 'run.data.zca_regularisation', 'system.checkpoint_seconds', 'system.log_seconds',
+                    'system.lease_seconds', 'system.worker_timeout', 'system.coordinator_timeout', 'system.final_evaluation_timeout',
                     'system.evaluation.nn_learning_rate_factor')
-_RANGES = {'run.seed': (0, 2 ** 63 - 1), 'system.worker_threads': (0, 4096), 'system.port': (0, 65535),
+_RANGES = {'run.seed': (0, 2 ** 63 - 1), 'run.augmentation.fraction': (0, 1), 'run.augmentation.rotation': (0, 180),
+           'run.augmentation.channel_shift': (0, _LIMIT), 'system.worker_threads': (0, 4096), 'system.port': (0, 65535),
            'system.evaluation.nn_steps': (0, 10 ** 7)}
-_LIMIT = 10 ** 9
 
 
 def validate(config: Mapping[str, Any]) -> None:
@@ -129,6 +142,7 @@ def validate(config: Mapping[str, Any]) -> None:
   _among('run.method', fields, METHODS)
   if fields['run.method'] == 'label_solve' and fields['run.num_steps'] != 1:
     raise ConfigError(f'run.num_steps must be 1 where run.method is label_solve; got {fields["run.num_steps"]}.')
+  _check_augmentation(fields)
   _among('run.implementation', fields, ntk.IMPLEMENTATIONS)
   _among('run.kernel_dtype', fields, ntk.DTYPES)
   try:
@@ -197,6 +211,16 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     else:
       flat[path] = value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
   return flat
+
+
+def _check_augmentation(fields: Mapping[str, Any]) -> None:
+  for path in ('run.augmentation.width_shift', 'run.augmentation.height_shift'):
+    if not 0 <= fields[path] < 1:
+      raise ConfigError(f'{path} must be a part of the side, from 0 to below 1, got {fields[path]}.')
+  kinds = [path for path in fields if path.startswith('run.augmentation.') and path != 'run.augmentation.fraction']
+  if bool(fields['run.augmentation.fraction']) != any(fields[path] for path in kinds):
+    raise ConfigError(f'run.augmentation.fraction={fields["run.augmentation.fraction"]} and {", ".join(kinds)} go together: '
+                      'set the fraction and at least one of the others, or leave all off.')
 
 
 def _kind(default: Any) -> str:

@@ -1,43 +1,139 @@
-"""Per-channel standardisation, fitted on the training images (K1, K2)."""
+"""Raw pixels -> what kernels see: per-channel standardisation, and ZCA whitening where asked, fitted on the training images (K1, K2)."""
 
-from typing import NamedTuple
+import hashlib
+import time
+from typing import Iterator, NamedTuple
 
+from absl import logging
 import numpy as np
+import scipy.linalg
+import threadpoolctl
 
-_CHUNK = 4096
+from data import DataError
+
+_CHUNK = 4096  # images standardised at a time
+_BLOCK = 256  # rows of every product, padded: BLAS rounds a row by the shape of its product, and an image must not depend on others
+_MOST_VALUES = 2 ** 14  # in an image that is whitened: its matrix has 2 GiB there
+_LOG_SECONDS = 10.0
 
 
 class Transform(NamedTuple):
-  """Raw pixel values -> the space in which kernels see images: (x - mean) / std.
+  """Raw pixel values -> the space in which kernels see images.
+
+  Standardised images are (x - mean) / std. With ZCA (K2's notebook), the d = H W D values of a standardised image then lose their own mean,
+  are divided by their own L2 norm, and are multiplied by a symmetric matrix.
 
   Attributes:
     mean, std: float64 [D], in the units of the raw pixels.
+    zca: float64 [d, d], the whitening matrix; None: standardisation alone.
+    norm: mean of the norms that the training images were divided by; 1 without ZCA.
   """
   mean: np.ndarray
   std: np.ndarray
+  zca: np.ndarray | None = None
+  norm: float = 1.0
 
 
-def fit(images: np.ndarray) -> Transform:
-  """The transform of the training images [N, H, W, D]; a constant channel is only centred."""
+def fit(images: np.ndarray, zca_regularisation: float | None = None) -> Transform:
+  """The transform of the training images.
+
+  The published notebook whitens by the first 45,000 of the training images, this by all of them. 50,000 x 3072 took 42 s to fit and 31 s to
+  apply on one core of an AMD EPYC with AVX-512.
+
+  Args:
+    images: [N, H, W, D], raw; may be memory-mapped. A constant channel is only centred, a constant image becomes 0.
+    zca_regularisation: added to the covariance's diagonal, relative to its mean; None: no whitening.
+
+  Raises:
+    DataError: images too large to whiten, or all constant.
+  """
   pixels = images.size // images.shape[-1]
   mean = sum(_chunk_sum(chunk) for chunk in _chunks(images)) / pixels
   variance = sum(_chunk_sum((chunk - mean) ** 2) for chunk in _chunks(images)) / pixels
-  return Transform(mean, np.where(variance > 0, np.sqrt(variance), 1.0))
+  standard = Transform(mean, np.where(variance > 0, np.sqrt(variance), 1.0))
+  return standard if zca_regularisation is None else _fit_zca(standard, images, zca_regularisation)
 
 
 def apply(transform: Transform, images: np.ndarray) -> np.ndarray:
-  """Raw images [N, H, W, D] -> float32 [N, H, W, D], computed in float64."""
-  return np.concatenate([((chunk - transform.mean) / transform.std).astype(np.float32) for chunk in _chunks(images)])
+  """Raw images [N, H, W, D] -> float32 [N, H, W, D], computed in float64; an image's bits do not depend on the others."""
+  prepared = np.empty(images.shape, np.float32)
+  start = 0
+  with threadpoolctl.threadpool_limits(1):
+    for chunk in _chunks(images):
+      standard = (chunk - transform.mean) / transform.std
+      if transform.zca is not None:
+        standard = _whiten(transform.zca, _unit_rows(standard)[0]).reshape(chunk.shape)
+      prepared[start:start + len(chunk)] = standard
+      start += len(chunk)
+  return prepared
 
 
 def invert(transform: Transform, images: np.ndarray) -> np.ndarray:
-  """Preprocessed images [N, H, W, D] -> raw pixel values, float64, neither clipped nor rounded."""
+  """Preprocessed images [N, H, W, D] -> raw pixel values, float64, neither clipped nor rounded.
+
+  Whitening forgets each image's own mean and norm, brightness and contrast. They cannot be restored: every image gets the mean of the
+  training set and its average norm, which is right but for a shift and a factor an image, and keeps all that pictures are looked at for.
+  """
+  if transform.zca is not None:
+    with threadpoolctl.threadpool_limits(1):
+      rows = images.reshape(len(images), -1).astype(np.float64)
+      images = (transform.norm * scipy.linalg.solve(transform.zca, rows.T, assume_a='pos').T).reshape(images.shape)
   return images * transform.std + transform.mean
 
 
-def _chunks(images):
+def digest(transform: Transform) -> str:
+  """SHA-256 of the whitening matrix (C order, little-endian float64); '' without one."""
+  return '' if transform.zca is None else hashlib.sha256(np.ascontiguousarray(transform.zca, '<f8')).hexdigest()
+
+
+def _fit_zca(standard: Transform, images: np.ndarray, regularisation: float) -> Transform:
+  """U s^(-1/2) U^T of the regularised covariance U s U^T; the directions that n < d images cannot span keep their size ('rank control')."""
+  n, d = len(images), images[0].size
+  if d > _MOST_VALUES:
+    raise DataError(f'run.data.zca: images of {d} values are too large to whiten (a matrix of {d} x {d}); at most {_MOST_VALUES}.')
+  covariance, norms, done, last = np.zeros((d, d)), 0.0, 0, time.monotonic()
+  with threadpoolctl.threadpool_limits(1):
+    for chunk in _chunks(images):
+      rows, norm = _unit_rows((chunk - standard.mean) / standard.std)
+      covariance += rows.T @ rows
+      norms += norm.sum()
+      done += len(chunk)
+      if time.monotonic() > last + _LOG_SECONDS:
+        logging.info('ZCA: covariance of %d of %d images.', done, n)
+        last = time.monotonic()
+    covariance /= n
+    covariance[np.diag_indices(d)] += regularisation * np.trace(covariance) / d
+    if not np.trace(covariance) > 0:
+      raise DataError('run.data.zca: every training image is constant; there is nothing to whiten.')
+    logging.info('ZCA: decomposing the covariance, %d x %d.', d, d)
+    values, vectors = scipy.linalg.eigh(covariance, driver='evd', overwrite_a=True)  # ascending
+    values[:max(d - n, 0)] = 1.0
+    root = vectors * values ** -0.25
+    return standard._replace(zca=root @ root.T, norm=norms / n)
+
+
+def _unit_rows(standard: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Standardised images [N, H, W, D] -> rows [N, d] of mean 0 and norm 1, and the norms [N]."""
+  values = standard.reshape(len(standard), -1)
+  rows = values - values.mean(axis=1, keepdims=True)
+  norm = np.sqrt((rows ** 2).sum(axis=1))
+  norm[norm <= 1e-9 * np.sqrt((values ** 2).sum(axis=1))] = 0.0  # a constant image: what is left of it is rounding
+  return rows * np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0)[:, None], norm
+
+
+def _whiten(zca: np.ndarray, rows: np.ndarray) -> np.ndarray:
+  whitened = np.empty_like(rows)
+  for start in range(0, len(rows), _BLOCK):
+    block = rows[start:start + _BLOCK]
+    padded = np.zeros((_BLOCK, rows.shape[1]))
+    padded[:len(block)] = block
+    whitened[start:start + _BLOCK] = (padded @ zca)[:len(block)]
+  return whitened
+
+
+def _chunks(images: np.ndarray) -> Iterator[np.ndarray]:
   return (images[i:i + _CHUNK].astype(np.float64) for i in range(0, len(images), _CHUNK))
 
 
-def _chunk_sum(chunk):
+def _chunk_sum(chunk: np.ndarray) -> np.ndarray:
   return chunk.reshape(-1, chunk.shape[-1]).sum(axis=0)

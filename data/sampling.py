@@ -6,12 +6,19 @@ run; no choice depends on which others were made.
 
 import numpy as np
 
-INITIAL_SUPPORT, TARGETS = range(2)  # streams
+# Streams.
+INITIAL_SUPPORT, TARGETS = range(2)
+AUGMENTED, ROTATION, HEIGHT_SHIFT, WIDTH_SHIFT, CHANNEL_SHIFT, FLIP = range(100, 106)
 
 
 def _words(seed: int, stream: int, step: int, n: int) -> np.ndarray:
   """Word i of the result belongs to image i: Philox keyed by (seed, stream), counter (i // 4, step)."""
   return np.random.Philox(key=[seed, stream], counter=[0, step, 0, 0]).random_raw(n)
+
+
+def uniform(seed: int, stream: int, step: int, n: int) -> np.ndarray:
+  """A number for each of n images, float64 [n], uniform in [0, 1)."""
+  return (_words(seed, stream, step, n) >> np.uint64(11)) * 2.0 ** -53
 
 
 def class_balanced(seed: int, stream: int, step: int, labels: np.ndarray, size: int) -> np.ndarray:

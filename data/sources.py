@@ -4,6 +4,8 @@ import functools
 import hashlib
 import os
 from typing import Any, NamedTuple
+import zipfile
+import zlib
 
 import numpy as np
 
@@ -20,6 +22,7 @@ HUB = {
 NAMES = ('digits', *HUB)
 IMAGE_COLUMNS = ('image', 'img')
 LABEL_COLUMNS = ('label', 'fine_label')
+UNREADABLE_NPZ = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)  # what numpy.load and its entries raise
 NPZ_KEYS = ('x_train', 'y_train', 'x_test', 'y_test')
 _DIGITS_TEST = 360
 
@@ -109,15 +112,9 @@ def _load_npz(path: str) -> Dataset:
       arrays = [file[key] for key in NPZ_KEYS]
   except DataError:
     raise
-  except (OSError, ValueError, EOFError, KeyError, *_zip_errors()) as error:
+  except UNREADABLE_NPZ as error:
     raise DataError(f'{path!r} is not a readable .npz file without pickled objects: {_line(error)}') from error
   return _checked(os.path.basename(path)[:-4], *arrays)
-
-
-def _zip_errors() -> tuple[type[Exception], ...]:
-  import zipfile
-  import zlib
-  return zipfile.BadZipFile, zlib.error
 
 
 def _load_parquet(name: str, train: str, test: str) -> Dataset:

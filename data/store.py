@@ -1,7 +1,7 @@
 """The preprocessed data set, on disk once for all processes of a machine: written by one, memory-mapped by all.
 
-A folder of `.npy` files named by a hash of the source's content and of the preprocessing. Workers without a shared disk fetch it from the
-coordinator, once.
+A folder of `.npy` files named by a hash of the source's content and by the preprocessing; the raw training images, which augmentation
+needs, have a folder of their own. Workers without a shared disk fetch them from the coordinator, once.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 from absl import logging
 import numpy as np
@@ -19,23 +19,31 @@ from data import DataError
 from data import preprocess
 from data import sources
 
-_VERSION = 1
+_VERSION = 2
+_META = 'meta.json'
 _ARRAYS = ('train_images', 'train_labels', 'test_images', 'test_labels')
+_ZCA = 'zca'
+_RAW = ('train_images',)
 CHUNK_BYTES = 2 ** 22
+_PIECE = 2048  # images preprocessed at a time
+_LOG_SECONDS = 10.0
 
 
 class Prepared(NamedTuple):
   """Preprocessed images and their labels, memory-mapped.
 
   Attributes:
-    key: names the content: source and preprocessing.
+    key: names the source and the preprocessing: the same for everyone who prepares them.
+    content: SHA-256 of all that was computed from them, to the last bit.
     name: the data set's name.
     train_images, test_images: float32 [N, H, W, D], preprocessed.
     train_labels, test_labels: int64 [N].
     num_classes: `C`.
     transform: raw pixels -> preprocessed.
+    raw_images: uint8 or float32 [N, H, W, D], the training images before preprocessing; None unless they were asked for.
   """
   key: str
+  content: str
   name: str
   train_images: np.ndarray
   train_labels: np.ndarray
@@ -43,6 +51,7 @@ class Prepared(NamedTuple):
   test_labels: np.ndarray
   num_classes: int
   transform: preprocess.Transform
+  raw_images: np.ndarray | None = None
 
 
 def cache_folder(configured: str = '') -> str:
@@ -51,98 +60,139 @@ def cache_folder(configured: str = '') -> str:
   return os.path.abspath(configured or os.path.join(base, 'kip'))
 
 
-def prepare(name: str, folder: str, cache: str) -> Prepared:
-  """The data set `name` (see `sources.find`), preprocessed; from the cache if it is there.
+def prepare(data: Mapping[str, Any], cache: str, raw: bool = False) -> Prepared:
+  """The data set of a configuration's `run.data`, preprocessed; from the cache if it is there.
+
+  Args:
+    data: `name` and `dir` (see `sources.find`), `zca`, `zca_regularisation`.
+    cache: folder to keep it in.
+    raw: keep and give the raw training images too.
 
   Raises:
     DataError: no such data set, unusable content, or a cache folder that cannot be written.
   """
-  source = sources.find(name, folder)
-  key = hashlib.sha256(f'{_VERSION} {source.name} {source.key} standardise'.encode()).hexdigest()[:32]
-  prepared = open_prepared(key, cache)
-  if prepared is None:
-    logging.info('Reading and preprocessing %s (once; kept in %s).', source.name, cache)
-    start = time.monotonic()
-    dataset = source.load()
-    transform = preprocess.fit(dataset.train_images)
-    meta = {'name': dataset.name, 'num_classes': dataset.num_classes, 'mean': transform.mean.tolist(), 'std': transform.std.tolist()}
-    arrays = (preprocess.apply(transform, dataset.train_images), dataset.train_labels,
-              preprocess.apply(transform, dataset.test_images), dataset.test_labels)
+  source = sources.find(data['name'], data['dir'])
+  regularisation = float(data['zca_regularisation']) if data['zca'] else None
+  recipe = 'standard' if regularisation is None else f'zca{regularisation:g}'
+  key = f'{hashlib.sha256(f"{_VERSION} {source.name} {source.key}".encode()).hexdigest()[:32]}-{recipe}'
+  if (prepared := open_prepared(key, cache, raw)) is not None:
+    return prepared
+  logging.info('Reading and preprocessing %s (once; kept in %s).', source.name, cache)
+  start = time.monotonic()
+  dataset = source.load()
+  if raw and _open(_raw_key(key), cache) is None:
+    _install(_raw_key(key), cache, {}, _RAW, lambda path: np.save(os.path.join(path, 'train_images.npy'), dataset.train_images))
+  if _open(key, cache) is None:
+    transform = preprocess.fit(dataset.train_images, regularisation)
+    meta = {'name': dataset.name, 'num_classes': dataset.num_classes, 'mean': transform.mean.tolist(), 'std': transform.std.tolist(),
+            'norm': transform.norm}
 
     def write(path):
-      for array_name, array in zip(_ARRAYS, arrays):
-        np.save(os.path.join(path, f'{array_name}.npy'), array)
-    _install(key, cache, meta, write)
-    logging.info('%s is ready after %.1f s.', source.name, time.monotonic() - start)
-    prepared = open_prepared(key, cache)
-  return prepared
+      for split in ('train', 'test'):
+        _write_preprocessed(os.path.join(path, f'{split}_images.npy'), transform, getattr(dataset, f'{split}_images'), split)
+        np.save(os.path.join(path, f'{split}_labels.npy'), getattr(dataset, f'{split}_labels'))
+      if transform.zca is not None:
+        np.save(os.path.join(path, f'{_ZCA}.npy'), transform.zca)
+    _install(key, cache, meta, _ARRAYS if transform.zca is None else (*_ARRAYS, _ZCA), write)
+  logging.info('%s is ready after %.1f s.', source.name, time.monotonic() - start)
+  return open_prepared(key, cache, raw)
 
 
-def fetch(key: str, cache: str, read: Callable[[str, int], bytes]) -> Prepared:
+def fetch(key: str, cache: str, read: Callable[[str, str, int], bytes], raw: bool = False) -> Prepared:
   """The prepared set `key`, copied from elsewhere unless the cache holds it.
 
   Args:
     key: of `Prepared`.
     cache: this machine's cache folder.
-    read: `read(file, offset)` gives up to CHUNK_BYTES of that file, b'' at its end: the coordinator's `read_data`.
+    read: `read(folder, file, offset)` gives up to CHUNK_BYTES of that file, b'' at its end: the coordinator's `read_data`.
+    raw: with the raw training images.
   """
-  prepared = open_prepared(key, cache)
-  if prepared is None:
-    meta = json.loads(read('meta.json', 0))
+  for folder in (key, _raw_key(key)) if raw else (key,):
+    if _open(folder, cache) is not None:
+      continue
+    meta = json.loads(read(folder, _META, 0))
+    names = [name for name in (*_ARRAYS, _ZCA) if name in meta['sha256']]
 
-    def write(path):
-      for array_name in _ARRAYS:
+    def write(path, folder=folder, names=names):
+      for name in names:
         offset = 0
-        with open(os.path.join(path, f'{array_name}.npy'), 'wb') as file:
-          while chunk := read(f'{array_name}.npy', offset):
+        with open(os.path.join(path, f'{name}.npy'), 'wb') as file:
+          while chunk := read(folder, f'{name}.npy', offset):
             file.write(chunk)
             offset += len(chunk)
-    _install(key, cache, {k: v for k, v in meta.items() if k != 'sha256'}, write, expected=meta['sha256'])
-    prepared = open_prepared(key, cache)
-  return prepared
+    _install(folder, cache, {k: v for k, v in meta.items() if k != 'sha256'}, names, write, expected=meta['sha256'])
+  return open_prepared(key, cache, raw)
 
 
-def read_chunk(key: str, cache: str, file: str, offset: int) -> bytes:
-  """What `fetch` reads, on the machine that has the data."""
-  if file != 'meta.json' and file not in [f'{name}.npy' for name in _ARRAYS]:
-    raise ValueError(f'no file {file!r} in a prepared data set.')
-  with open(os.path.join(cache, key, file), 'rb') as stream:
+def read_chunk(key: str, cache: str, folder: str, file: str, offset: int) -> bytes:
+  """What `fetch` reads, on the machine that has the set `key`."""
+  if folder not in (key, _raw_key(key)) or file not in (_META, *(f'{name}.npy' for name in (*_ARRAYS, _ZCA))):
+    raise ValueError(f'no file {folder}/{file} in the prepared data set {key}.')
+  with open(os.path.join(cache, folder, file), 'rb') as stream:
     stream.seek(offset)
     return stream.read(CHUNK_BYTES)
 
 
-def open_prepared(key: str, cache: str) -> Prepared | None:
+def open_prepared(key: str, cache: str, raw: bool = False) -> Prepared | None:
   """Memory-maps a prepared set; None where the cache has none, or a damaged one."""
+  found, raw_found = _open(key, cache), _open(_raw_key(key), cache) if raw else ({}, {'train_images': None})
+  if found is None or raw_found is None:
+    return None
+  meta, arrays = found
+  transform = preprocess.Transform(np.asarray(meta['mean']), np.asarray(meta['std']), arrays.pop(_ZCA, None), meta['norm'])
+  content = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+  return Prepared(key, content, meta['name'], num_classes=meta['num_classes'], transform=transform, **arrays,
+                  raw_images=raw_found[1]['train_images'])
+
+
+def _raw_key(key: str) -> str:
+  """The folder of the raw images of a set's source, the same for every preprocessing."""
+  return f'{key.partition("-")[0]}-raw'
+
+
+def _open(key: str, cache: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+  """The description and the memory-mapped arrays of a folder; None where there is none, or a damaged one."""
   path = os.path.join(cache, key)
   try:
-    with open(os.path.join(path, 'meta.json'), encoding='utf-8') as file:
+    with open(os.path.join(path, _META), encoding='utf-8') as file:
       meta = json.load(file)
-    arrays = [np.load(os.path.join(path, f'{name}.npy'), mmap_mode='r', allow_pickle=False) for name in _ARRAYS]
+    return meta, {name: np.load(os.path.join(path, f'{name}.npy'), mmap_mode='r', allow_pickle=False) for name in meta['sha256']}
   except FileNotFoundError:
     return None
   except (OSError, ValueError, EOFError) as error:
     logging.warning('The cached data in %s are damaged (%s) and are made again.', path, error)
     shutil.rmtree(path, ignore_errors=True)
     return None
-  transform = preprocess.Transform(np.asarray(meta['mean']), np.asarray(meta['std']))
-  return Prepared(key, meta['name'], *arrays, meta['num_classes'], transform)
 
 
-def _install(key: str, cache: str, meta: dict[str, Any], write: Callable[[str], None], expected: dict[str, str] | None = None) -> None:
+def _write_preprocessed(path: str, transform: preprocess.Transform, images: np.ndarray, split: str) -> None:
+  """Preprocesses piece by piece into an `.npy` file."""
+  rows = np.lib.format.open_memmap(path, mode='w+', dtype=np.float32, shape=images.shape)
+  last = time.monotonic()
+  for start in range(0, len(images), _PIECE):
+    rows[start:start + _PIECE] = preprocess.apply(transform, images[start:start + _PIECE])
+    if time.monotonic() > last + _LOG_SECONDS:
+      logging.info('Preprocessed %d of %d %s images.', min(start + _PIECE, len(images)), len(images), split)
+      last = time.monotonic()
+  rows.flush()
+
+
+def _install(key: str, cache: str, meta: dict[str, Any], names: Sequence[str], write: Callable[[str], None],
+             expected: dict[str, str] | None = None) -> None:
   """Writes a folder aside and renames it into place; who comes second throws its own away."""
   scratch = None
   try:
     os.makedirs(cache, exist_ok=True)
     scratch = tempfile.mkdtemp(prefix='making-', dir=cache)
     write(scratch)
-    digests = {name: sources.digest(os.path.join(scratch, f'{name}.npy')) for name in _ARRAYS}
+    digests = {name: sources.digest(os.path.join(scratch, f'{name}.npy')) for name in names}
     if expected not in (None, digests):
       raise DataError('the data fetched from the coordinator do not match their digests; start the worker again.')
-    with open(os.path.join(scratch, 'meta.json'), 'w', encoding='utf-8') as file:
+    with open(os.path.join(scratch, _META), 'w', encoding='utf-8') as file:
       json.dump({**meta, 'sha256': digests}, file)
     os.rename(scratch, os.path.join(cache, key))
   except OSError as error:
-    if not os.path.exists(os.path.join(cache, key, 'meta.json')):
+    if not os.path.exists(os.path.join(cache, key, _META)):
       raise DataError(f'the cache folder {cache!r} cannot be used: {error.strerror}; choose another by '
                       '--config.system.cache_dir.') from error
   finally:

@@ -133,9 +133,9 @@ class Coordinator:
     """The run, as JSON: `run`, `system`, `data_key`, `run_id`, `generation`."""
     return json.dumps({**self._config, 'run_id': self._run_id, 'generation': self._generation})
 
-  def read_data(self, file: str, offset: int) -> bytes:
+  def read_data(self, folder: str, file: str, offset: int) -> bytes:
     """Part of a file of the prepared data; see `store.fetch`."""
-    return store.read_chunk(self._prepared.key, self._cache, file, offset)
+    return store.read_chunk(self._prepared.key, self._cache, folder, file, offset)
 
   def lease(self, worker: str, hello: str) -> dict[str, Any] | None:
     """Work, within a few seconds.

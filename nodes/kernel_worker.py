@@ -9,6 +9,7 @@ from typing import Any, Callable
 from absl import logging
 import numpy as np
 
+from data import augment
 from data import sampling
 from data import store
 from kernels import krr
@@ -61,7 +62,8 @@ class KernelWorker:
     """Data and kernel; gives what `Coordinator.lease` wants to know."""
     description = json.loads(self._coordinator.describe())
     self._run = description['run']
-    self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data)
+    self._augment = self._run['augmentation']['fraction'] > 0
+    self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data, raw=self._augment)
     self._kernel = ntk.make_kernel(self._run['architecture'], implementation=self._run['implementation'],
                                    dtype=self._run['kernel_dtype'], threads=self._threads)
     self._train = ntk.Library(self._kernel, self._prepared.train_images)
@@ -106,8 +108,11 @@ class KernelWorker:
     batch = self._batch(task.step)
     loss, correct, alpha_bar = 0.0, 0, np.zeros_like(alpha)
     gradient = np.zeros(images.images.shape, np.float64)
-    for start, stop in tasks.ranges(task.target_range[1] - task.target_range[0], tile):
-      chosen = batch[task.target_range[0] + start:task.target_range[0] + stop]
+    first = task.target_range[0]
+    for start, stop in tasks.ranges(task.target_range[1] - first, tile):
+      chosen = batch[first + start:first + stop]
+      x_t = self._train[chosen] if not self._augment else augment.target_images(
+          self._run, self._prepared, task.step, batch, first + start, first + stop)
       y_t = sampling.centred_one_hot(self._prepared.train_labels[chosen], self._prepared.num_classes)
       residual = None
 
@@ -116,7 +121,7 @@ class KernelWorker:
         residual = krr.residual(block, alpha, y_t, num_targets)
         return residual.cotangent
 
-      gradient += self._kernel.block_vjp(images, self._train[chosen], cotangent)[1]
+      gradient += self._kernel.block_vjp(images, x_t, cotangent)[1]
       loss += residual.loss
       correct += residual.correct
       alpha_bar += residual.alpha_bar
@@ -158,7 +163,7 @@ class KernelWorker:
     versions = {'numpy': np.__version__, 'jax': jax.__version__, 'python': platform.python_version()}
     return {'implementation': self._kernel.implementation, 'dtype': str(self._kernel.dtype),
             'instruction_set': getattr(self._kernel, 'instruction_set', ''),
-            'device': _cpu_model() if device.platform == 'cpu' else device.device_kind, 'data': self._prepared.key, **versions}
+            'device': _cpu_model() if device.platform == 'cpu' else device.device_kind, 'data': self._prepared.content, **versions}
 
   def _calibrate(self) -> float:
     """Pairs a second, forward and vjp, of a single pair, of a few, of a full tile: as far as they are cheap. Compiles on the way."""

@@ -58,7 +58,7 @@ def ready(argv: Sequence[str]) -> Run:
   try:
     base.validate(config)
     cache = store.cache_folder(config['system']['cache_dir'])
-    prepared = store.prepare(config['run']['data']['name'], config['run']['data']['dir'], cache)
+    prepared = store.prepare(config['run']['data'], cache, raw=config['run']['augmentation']['fraction'] > 0)
     base.validate_with_data(config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:])
     memory = _check_memory(config, prepared)
     directory = run_directory.RunDirectory(_WORKDIR.value)

@@ -55,7 +55,7 @@ def make_run(npz, cache):
         node[leaf] = value
     config = config.to_dict()
     base.validate(config)
-    prepared = store.prepare(config['run']['data']['name'], config['run']['data']['dir'], cache)
+    prepared = store.prepare(config['run']['data'], cache, raw=config['run']['augmentation']['fraction'] > 0)
     base.validate_with_data(config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:])
     directory = run_directory.RunDirectory(str(workdir))
     directory.open(config, prepared.key)

@@ -8,9 +8,7 @@ from PIL import Image
 import pytest
 
 from data import DataError
-from data import preprocess
 from data import sources
-from data import store
 
 SHARED = os.path.join(os.path.dirname(__file__), '..', '..', '..', 'shared', 'data')
 
@@ -163,7 +161,7 @@ def test_digits():
 def test_real_cifar10():
   dataset = sources.find('cifar10', os.path.join(SHARED, 'cifar10')).load()
   assert dataset.train_images.shape == (50000, 32, 32, 3) and np.bincount(dataset.train_labels).tolist() == [5000] * 10
-  np.testing.assert_allclose(preprocess.fit(dataset.train_images[:10000]).mean, [125.3, 122.9, 113.9], atol=1.5)
+  np.testing.assert_allclose(dataset.train_images[:10000].mean((0, 1, 2)), [125.3, 122.9, 113.9], atol=1.5)
 
 
 @pytest.mark.network
@@ -172,63 +170,3 @@ def test_real_cifar10():
 def test_hub(name, shape, classes):
   dataset = sources.find(name).load()
   assert dataset.train_images.shape[1:] == shape and dataset.num_classes == classes
-
-
-def test_standardisation():
-  rng = np.random.default_rng(0)
-  images = rng.integers(0, 256, size=(5000, 3, 3, 2)).astype(np.uint8)
-  images[..., 1] //= 3
-  transform = preprocess.fit(images)
-  np.testing.assert_allclose(transform.mean, images.astype(float).mean((0, 1, 2)), rtol=1e-12)
-  np.testing.assert_allclose(transform.std, images.astype(float).std((0, 1, 2)), rtol=1e-12)
-  standard = preprocess.apply(transform, images)
-  assert standard.dtype == np.float32
-  np.testing.assert_allclose(standard.astype(float).std((0, 1, 2)), 1, rtol=1e-6)
-  np.testing.assert_allclose(preprocess.invert(transform, standard), images, atol=1e-4)
-  constant = preprocess.fit(np.full((3, 2, 2, 1), 7, np.uint8))
-  assert preprocess.apply(constant, np.full((1, 2, 2, 1), 7, np.uint8)).max() == 0
-
-
-def test_the_cache_gives_back_the_same_and_heals(tmp_path):
-  path, cache = _write_npz(tmp_path / 'a.npz'), str(tmp_path / 'cache')
-  first = store.prepare(path, '', cache)
-  again = store.prepare(path, '', cache)
-  assert again.key == first.key and isinstance(again.train_images, np.memmap)
-  np.testing.assert_array_equal(again.train_images, first.train_images)
-  file = os.path.join(cache, first.key, 'train_images.npy')
-  expected = np.array(first.train_images)
-  open(file, 'wb').write(open(file, 'rb').read()[:-40])
-  np.testing.assert_array_equal(store.prepare(path, '', cache).train_images, expected)
-  other = _write_npz(tmp_path / 'b.npz', x_train=_arrays(seed=1)[0])
-  assert store.prepare(other, '', cache).key != first.key
-
-
-def test_data_are_fetched_once_in_chunks_and_checked(tmp_path, monkeypatch):
-  monkeypatch.setattr(store, 'CHUNK_BYTES', 100)
-  there, here = str(tmp_path / 'there'), str(tmp_path / 'here')
-  prepared = store.prepare(_write_npz(tmp_path / 'a.npz'), '', there)
-  calls = []
-
-  def read(file, offset):
-    calls.append((file, offset))
-    return store.read_chunk(prepared.key, there, file, offset)
-
-  monkeypatch.setattr(store, 'CHUNK_BYTES', 2 ** 20)
-  fetched = store.fetch(prepared.key, here, read)
-  np.testing.assert_array_equal(fetched.train_images, prepared.train_images)
-  np.testing.assert_array_equal(fetched.test_labels, prepared.test_labels)
-  np.testing.assert_array_equal(fetched.transform.mean, prepared.transform.mean)
-  count = len(calls)
-  store.fetch(prepared.key, here, read)
-  assert len(calls) == count
-  with pytest.raises(DataError, match='do not match their digests'):
-    store.fetch(prepared.key, str(tmp_path / 'third'), lambda file, offset: read(file, offset).replace(b'\x01', b'\x02')
-                if file.startswith('train_labels') else read(file, offset))
-  with pytest.raises(ValueError, match='no file'):
-    store.read_chunk(prepared.key, there, '../secret', 0)
-
-
-def test_an_unwritable_cache(tmp_path):
-  (tmp_path / 'cache').write_text('a file, not a folder')
-  with pytest.raises(DataError, match='cannot be used.*system.cache_dir'):
-    store.prepare(_write_npz(tmp_path / 'a.npz'), '', str(tmp_path / 'cache'))

@@ -11,7 +11,9 @@ import numpy as np
 import optax
 import pytest
 
+from data import augment
 from data import sampling
+from data import store
 from kernels import architectures
 from kernels import ntk
 from kernels import reference
@@ -22,6 +24,8 @@ from nodes.remote import Retrying
 from programs import local
 
 STOP_TIMEOUT = 60
+AUGMENTED = {'run.data.zca': True, 'run.augmentation.fraction': 0.6, 'run.augmentation.rotation': 15.0, 'run.augmentation.width_shift': 0.1,
+             'run.augmentation.horizontal_flip': True, 'run.augmentation.channel_shift': 20.0}
 
 
 @contextlib.contextmanager
@@ -46,7 +50,7 @@ def _oracle(run, state, prepared):
   """Loss and gradients of the whole step by jax.value_and_grad over Neural Tangents."""
   kernel_fn = reference.network(architectures.get(run['architecture']))[2]
   batch = sampling.class_balanced(run['seed'], sampling.TARGETS, state.step, prepared.train_labels, run['targets_per_step'])
-  x_t = jnp.asarray(prepared.train_images[batch], jnp.float64)
+  x_t = jnp.asarray(augment.target_images(run, prepared, state.step, batch, 0, len(batch)), jnp.float64)
   y_t = sampling.centred_one_hot(prepared.train_labels[batch], prepared.num_classes)
 
   def loss(images, labels):
@@ -58,18 +62,20 @@ def _oracle(run, state, prepared):
 
 
 @pytest.mark.parametrize('implementation', ntk.available())
-@pytest.mark.parametrize('architecture, support_tile, target_tile, per_task', [('convnet2', 4, 5, 2), ('fc1', 2, 7, 1), ('myrtle5', 6, 33, 1)])
-def test_gradient_is_that_of_the_whole_loss(make_run, tmp_path, implementation, architecture, support_tile, target_tile, per_task):
+@pytest.mark.parametrize('architecture, support_tile, target_tile, per_task, more', [
+    ('convnet2', 4, 5, 2, {}), ('fc1', 2, 7, 1, {}), ('fc1', 2, 7, 2, AUGMENTED), ('myrtle5', 6, 33, 1, {})])
+def test_gradient_is_that_of_the_whole_loss(make_run, tmp_path, implementation, architecture, support_tile, target_tile, per_task, more):
   run = make_run(tmp_path, {'run.architecture': architecture, 'run.kernel_dtype': 'float64', 'run.implementation': implementation,
                             'run.plan.support_tile': support_tile, 'run.plan.target_tile': target_tile,
-                            'run.plan.target_tiles_per_task': per_task})
+                            'run.plan.target_tiles_per_task': per_task, **more})
   with working(run) as coordinator:
     state = coordinator_node.initial_state(run.config['run'], coordinator._prepared, optax.adam(0.04))
     noise = np.random.default_rng(0)  # away from one-hot labels and from images that are exactly float32
     state = state._replace(images=state.images + 0.1 * noise.normal(size=state.images.shape),
                            labels=state.labels + 0.1 * noise.normal(size=state.labels.shape))
     metrics, gradient = coordinator._loss_and_gradient(state)
-  loss, d_images, d_labels = _oracle(run.config['run'], state, coordinator._prepared)
+  prepared = store.open_prepared(coordinator._prepared.key, run.cache, raw=bool(more))
+  loss, d_images, d_labels = _oracle(run.config['run'], state, prepared)
   assert metrics.train_loss == pytest.approx(loss, rel=1e-8)
   # On the diagonal of K_ss Neural Tangents differentiates sqrt(1 - c^2) at c = 1 within rounding: good to 2e-8.
   assert np.abs(gradient.images - d_images).max() <= 5e-8 * np.abs(d_images).max()
@@ -104,11 +110,12 @@ def assert_same_bits(a, b):
     assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-@pytest.mark.parametrize('architecture', ['convnet2', 'fc1'])
-def test_same_bits_whoever_computes(make_run, tmp_path, architecture):
+@pytest.mark.parametrize('architecture, more', [('convnet2', {}), ('fc1', {}), ('fc1', AUGMENTED)], ids=['convnet2', 'fc1', 'augmented'])
+def test_same_bits_whoever_computes(make_run, tmp_path, architecture, more):
   """Five steps of at least 12 ragged tasks a phase: one worker with two threads, two with one, five with one."""
   changes = {'run.architecture': architecture, 'run.num_steps': 5, 'run.images_per_class': 5, 'run.targets_per_step': 93,
-             'run.plan.support_tile': 4, 'run.plan.target_tile': 5, 'run.plan.target_tiles_per_task': 1, 'system.snapshot_steps': (5,)}
+             'run.plan.support_tile': 4, 'run.plan.target_tile': 5, 'run.plan.target_tiles_per_task': 1, 'system.snapshot_steps': (5,),
+             **more}
   states = []
   for workers, threads in ((1, 2), (2, 1), (5, 1)):
     run = make_run(tmp_path / f'{workers}x{threads}', {**changes, 'system.num_workers': workers, 'system.worker_threads': threads})

@@ -1,0 +1,59 @@
+"""The exported set loads as it was saved, and says what is wrong with one that does not."""
+
+import os
+
+import numpy as np
+import pytest
+
+from data import DataError
+from data import preprocess
+from data import store
+from nodes import export
+
+
+@pytest.fixture(params=[False, True], ids=['standard', 'zca'])
+def saved(request, npz, cache, tmp_path):
+  """(path, prepared set, images, labels) of an export."""
+  data = {'name': npz, 'dir': '', 'zca': request.param, 'zca_regularisation': 0.1}
+  prepared = store.prepare(data, cache)
+  images, labels = prepared.train_images[:6], np.eye(3, dtype=np.float32)[[0, 0, 1, 1, 2, 2]] - np.float32(1 / 3)
+  path = str(tmp_path / 'distilled.npz')
+  export.save(path, images, labels, 5, {'run': {'data': data}, 'system': {'evaluation': {'krr_tile': 9}}}, prepared)
+  return path, prepared, images, labels
+
+
+def test_it_loads_as_it_was_saved(saved):
+  path, prepared, images, labels = saved
+  loaded = export.load(path)
+  np.testing.assert_array_equal(loaded.images, images)
+  np.testing.assert_array_equal(loaded.labels, labels)
+  for ours, theirs in zip(loaded.transform, prepared.transform):
+    np.testing.assert_array_equal(ours, theirs)
+  assert loaded.settings['step'] == 5 and loaded.settings['evaluation'] == {'krr_tile': 9} and loaded.settings['label_offset'] == -1 / 3
+  assert os.path.exists(os.path.join(os.path.dirname(path), 'transform.npz')) == (prepared.transform.zca is not None)
+
+
+def test_the_transform_of_an_export_gives_the_images_that_were_used(saved, npz):
+  path, prepared, _, _ = saved
+  with np.load(npz) as file:
+    np.testing.assert_array_equal(preprocess.apply(export.load(path).transform, file['x_test']), prepared.test_images)
+
+
+def test_damage(saved, tmp_path):
+  path, prepared, _, _ = saved
+  beside = tmp_path / 'transform.npz'
+  if prepared.transform.zca is not None:
+    np.savez(beside, zca=prepared.transform.zca + 1)
+    with pytest.raises(DataError, match='is not the matrix that .* their hashes differ'):
+      export.load(path)
+    beside.write_bytes(b'PK no zip')
+    with pytest.raises(DataError, match='which cannot be read'):
+      export.load(path)
+    beside.unlink()
+    with pytest.raises(DataError, match='which cannot be read: .*No such file'):
+      export.load(path)
+  content = open(path, 'rb').read()
+  for damaged in (b'', content[:200], b'PK no zip'):
+    open(path, 'wb').write(damaged)
+    with pytest.raises(DataError, match='is not a distilled set'):
+      export.load(path)
