@@ -16,11 +16,12 @@ import numpy as np
 import optax
 
 from configs import base
-from data import sampling
 from data import store
 from kernels import krr
 from kernels import label_solve
+from kernels import optimizers
 from nodes import export
+from nodes import initial_support
 from nodes import run_directory
 from nodes import tasks
 from nodes.checkpoints import Checkpoints
@@ -64,11 +65,8 @@ class Gradient(NamedTuple):
 
 
 def initial_state(run: dict[str, Any], prepared: store.Prepared, optimizer: optax.GradientTransformation) -> SupportState:
-  """Real images, class-balanced, and their centred one-hot labels."""
-  chosen = sampling.class_balanced(run['seed'], sampling.INITIAL_SUPPORT, 0, prepared.train_labels,
-                                   run['images_per_class'] * prepared.num_classes)
-  images = prepared.train_images[chosen].astype(np.float64)
-  labels = sampling.centred_one_hot(prepared.train_labels[chosen], prepared.num_classes)
+  """Step 0. Raises DataError."""
+  images, labels = initial_support.make(run, prepared)
   return SupportState(0, images, labels, jax.device_get(optimizer.init(_parameters(run, images, labels))))
 
 
@@ -104,7 +102,7 @@ class Coordinator:
     self._board = TaskBoard(self._system['lease_seconds'])
     self._checkpoints = Checkpoints(self._directory.checkpoints)
     self._rounds: SupportState | None = None  # of Label Solve, see _target_factor
-    self._optimizer = optax.adam(self._run['learning_rate'])
+    self._optimizer = optimizers.make(self._run['optimizer'], self._run['learning_rate'])
     self._update = jax.jit(self._optimizer.update)
     self._dtype = np.dtype(self._run['kernel_dtype'])
     self._run_id = self._config['data_key'][:8] + format(abs(self._run['seed']), 'x')
@@ -376,7 +374,8 @@ class Coordinator:
     parameters = _parameters(self._run, state.images, state.labels)
     gradients = _parameters(self._run, gradient.images, gradient.labels)
     updates, optimizer = jax.device_get(self._update(gradients, state.optimizer, parameters))
-    moved = {name: value + updates[name] for name, value in parameters.items()}
+    factors = {'images': 1.0, 'labels': self._run['label_learning_rate_factor']}
+    moved = {name: value + factors[name] * updates[name] for name, value in parameters.items()}
     return SupportState(state.step + 1, moved['images'], moved.get('labels', state.labels), optimizer)
 
   def _publish(self, name: str, value: np.ndarray) -> None:

@@ -80,8 +80,7 @@ class Evaluator:
     description = json.loads(self._coordinator.describe())
     self._run, self._settings = description['run'], description['system']['evaluation']
     self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data)
-    self._kernel = ntk.make_kernel(self._run['architecture'], implementation=self._run['implementation'],
-                                   dtype=self._run['kernel_dtype'], threads=self._threads)
+    self._kernel = ntk.for_run(self._run, self._threads)
     self._test = ntk.Library(self._kernel, self._prepared.test_images)
     rows = self._directory.read_metrics()
     run_directory.write_atomically(self._directory.metrics, ''.join(run_directory.json_line(row) for row in rows))

@@ -64,8 +64,7 @@ class KernelWorker:
     self._run = description['run']
     self._augment = self._run['augmentation']['fraction'] > 0
     self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data, raw=self._augment)
-    self._kernel = ntk.make_kernel(self._run['architecture'], implementation=self._run['implementation'],
-                                   dtype=self._run['kernel_dtype'], threads=self._threads)
+    self._kernel = ntk.for_run(self._run, self._threads)
     self._train = ntk.Library(self._kernel, self._prepared.train_images)
     return json.dumps({'fingerprint': self._fingerprint(), 'pairs_per_second': self._calibrate()})
 
@@ -136,8 +135,8 @@ class KernelWorker:
     return label_solve.factor(np.concatenate(blocks, axis=1), y_t)
 
   def _batch(self, step: int) -> np.ndarray:
-    return self._cached(('batch', step), lambda: sampling.class_balanced(
-        self._run['seed'], sampling.TARGETS, step, self._prepared.train_labels, self._run['targets_per_step']))
+    return self._cached(('batch', step), lambda: sampling.targets(
+        self._run['seed'], step, self._prepared.train_labels, self._run['targets_per_step']))
 
   def _input(self, task: tasks.Task, name: str) -> np.ndarray:
     """What the coordinator publishes for a step, fetched once. Raises Stale where the step is over."""

@@ -14,6 +14,7 @@ import psutil
 from configs import base
 from data import DataError
 from data import store
+from nodes import initial_support
 from nodes import run_directory
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file, such as configs/digits.py. Set any of its fields by '
@@ -61,6 +62,7 @@ def ready(argv: Sequence[str]) -> Run:
     prepared = store.prepare(config['run']['data'], cache, raw=config['run']['augmentation']['fraction'] > 0)
     base.validate_with_data(config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:])
     memory = _check_memory(config, prepared)
+    initial_support.make(config['run'], prepared)
     directory = run_directory.RunDirectory(_WORKDIR.value)
     directory.open(config, prepared.key)
   except (base.ConfigError, DataError, run_directory.RunDirectoryError) as error:
