@@ -165,8 +165,12 @@ class KernelWorker:
             'device': _cpu_model() if device.platform == 'cpu' else device.device_kind, 'data': self._prepared.content, **versions}
 
   def _calibrate(self) -> float:
-    """Pairs a second, forward and vjp, of a single pair, of a few, of a full tile: as far as they are cheap. Compiles on the way."""
+    """Pairs a second, of a single pair, of a few, of a full tile: as far as they are cheap. Compiles on the way."""
     images = self._prepared.train_images
+    if self._run['method'] == 'label_solve':
+      compute = self._kernel.block
+    else:
+      compute = lambda x1, x2: self._kernel.block_vjp(x1, x2, lambda block: block)
     rows = self._run['images_per_class'] * self._prepared.num_classes
     columns = min(self._run['plan']['target_tile'], len(images))
     rate = 0.0
@@ -174,9 +178,9 @@ class KernelWorker:
       if rate and a * b > rate * _CALIBRATION_SECONDS:
         break
       x1, x2 = images[:a], images[len(images) - b:]
-      self._kernel.block_vjp(x1, x2, lambda block: block)
+      compute(x1, x2)
       start = time.perf_counter()
-      self._kernel.block_vjp(x1, x2, lambda block: block)
+      compute(x1, x2)
       rate = a * b / (time.perf_counter() - start)
     return rate
 

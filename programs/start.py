@@ -146,11 +146,12 @@ def _check_memory(config: dict[str, Any], prepared: store.Prepared) -> str:
 def _summary(directory: run_directory.RunDirectory, status: dict[str, Any]) -> str:
   rows = {row['step']: row for row in directory.read_metrics()}
   first, last = rows.get(0), rows.get(status['num_steps'])
+  began = {'real': 'real images', 'noise': 'noise'}.get(directory.read_config()['run']['initial_images'], 'images')
   lines = [f'Finished {status["num_steps"]} steps after {status["wall_seconds"]:.0f} s.']
   if last:
     for key, name in (('krr_test_accuracy', 'KRR'), ('nn_test_accuracy', 'finite network')):
       if key in last:
-        start = f' ({100 * first[key]:.2f} % with the real images it started from)' if first and key in first else ''
+        start = f' ({100 * first[key]:.2f} % with the {began} it started from)' if first and key in first else ''
         lines.append(f'  test accuracy, {name}: {100 * last[key]:.2f} %{start}')
   else:
     lines.append('  the last evaluation is missing: the evaluator did not finish in time')

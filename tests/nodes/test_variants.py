@@ -1,5 +1,7 @@
 """Every variant of KIP against automatic differentiation of the whole loss and optax, both written out, in float64."""
 
+import threading
+
 from kernels import precision  # pylint: disable=unused-import
 
 import jax
@@ -8,10 +10,13 @@ import numpy as np
 import optax
 import pytest
 
+from configs import own_architecture
 from data import sampling
 from kernels import architectures
 from kernels import reference
 from nodes import coordinator as coordinator_node
+from nodes import export
+from programs import local
 from test_step import working
 
 STEPS = 2
@@ -56,9 +61,9 @@ SGD = {'run.optimizer': 'sgd', 'run.learning_rate': 50}
     ({**SGD, 'run.targets_per_step': 96}, optax.sgd(50), {'batch': np.arange(96)}),
     ({**SGD, 'run.ridge': 0.1}, optax.sgd(50), {}),
     ({**SGD, 'run.kernel': 'nngp'}, optax.sgd(50), {'kind': 'nngp'}),
-    ({**SGD, 'run.kernel': 'nngp', 'run.architecture': 'convnet2'}, optax.sgd(50), {'kind': 'nngp'}),
+    ({**SGD, 'run.kernel': 'nngp', 'run.architecture': 'convnet1'}, optax.sgd(50), {'kind': 'nngp'}),
     ({**SGD, 'run.parameterization': 'standard', 'run.standard_width': 40}, optax.sgd(50), {'parameterization': 'standard', 'width': 40}),
-    ({**SGD, 'run.parameterization': 'standard', 'run.architecture': 'convnet2'}, optax.sgd(50),
+    ({**SGD, 'run.parameterization': 'standard', 'run.architecture': 'convnet1'}, optax.sgd(50),
      {'parameterization': 'standard', 'width': 1024}),
     ({**SGD, 'run.initial_images': 'noise'}, optax.sgd(50), {}),
     ({**SGD, 'run.architecture': {'stages': [{'convs': 1, 'pool': True}, {'convs': 2, 'pool': False}], 'readout': 'global_average_pool',
@@ -78,3 +83,18 @@ def test_first_steps(make_run, tmp_path, changes, optimizer, written):
   for found, wanted, start in ((state.images, images, first.images), (state.labels, labels, first.labels)):
     np.testing.assert_allclose(found - start, wanted - start, rtol=0, atol=1e-6 * np.abs(wanted - start).max())
   assert np.abs(state.images - first.images).max() > 1e-2
+
+
+def test_an_own_architecture_through_the_whole_program(make_run, tmp_path):
+  """Kernel, finite network, export, and coming back to the run directory, whose JSON knows no tuples."""
+  architecture = own_architecture.get_config().run.architecture.to_dict()
+  changes = {'run.architecture': architecture, 'run.num_steps': 1, 'system.evaluation.nn_steps': 3, 'system.evaluation.nn_width': 4}
+  for num_steps in (1, 2):
+    run = make_run(tmp_path, {**changes, 'run.num_steps': num_steps})
+    local.distil(run, threading.Event())
+    run.directory._lock.close()
+    assert run.directory.read_status()['state'] == 'finished'
+  rows = {row['step']: row for row in run.directory.read_metrics()}
+  assert sorted(rows) == [0, 1, 2] and rows[2]['train_loss'] < rows[0]['train_loss'] and 0 <= rows[2]['nn_test_accuracy'] <= 1
+  saved = architectures.get(export.load(run.directory.distilled).settings['run']['architecture'])
+  assert saved.stages == ((2, True), (1, False)) and saved.readout == 'global_average_pool' and saved.hidden == 1
