@@ -47,12 +47,12 @@ def get_config() -> ml_collections.ConfigDict:
   run.learning_rate = 0.04  # or an optax schedule: {'name': 'cosine_decay_schedule', 'init_value': 0.04, 'decay_steps': 1000}
   run.learn_labels = True  # move the labels with the images
   run.label_learning_rate_factor = 1.0  # of the labels' learning rate to the images'
-  run.initial_images = 'real'  # or 'noise', or an .npz file with images and labels: a distilled.npz, ours or of the papers' authors
+  run.initial_images = 'real'  # or 'noise', a file such as distilled.npz (images, labels), or a released set's name (data/released.py)
   run.targets_per_step = 5000  # class-balanced, drawn anew each step: a multiple of the number of classes; or the whole training set
 
   run.data = ml_collections.ConfigDict()
   run.data.name = 'digits'  # digits, mnist, fashion_mnist, cifar10, cifar100, svhn_cropped, or the path of an .npz file
-  run.data.dir = ''  # folder with train.parquet and test.parquet; empty: the named set itself
+  run.data.dir = ''  # folder with {train,test}.parquet or {train,test}/CLASS/IMAGE; empty: the named set itself
   run.data.zca = False  # whiten the standardised images (the papers: for colour images)
   run.data.zca_regularisation = 0.1  # added to the covariance's diagonal, relative to its mean
 

@@ -1,4 +1,4 @@
-"""KIP with the ConvNet kernel by K2's protocol, labels learned: what the cells of its Table 1 share. Each has a file of its own; this one's is
+"""KIP with the ConvNet kernel by K2's protocol, labels learned: what the cells of its Table 1 share. Each has its own file; this is
 
     python launch.py --config=configs/kip_convnet.py --workdir=runs/mnist_ipc1 --lp_launch_type=local_mp
 

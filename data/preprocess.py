@@ -12,7 +12,7 @@ import threadpoolctl
 from data import DataError
 
 _CHUNK = 4096  # images standardised at a time
-_BLOCK = 256  # rows of every product, padded: BLAS rounds a row by the shape of its product, and an image must not depend on others
+_BLOCK = 128  # rows of every product, padded: BLAS rounds a row by the shape of its product, and an image must not depend on others
 _MOST_VALUES = 2 ** 14  # in an image that is whitened: its matrix has 2 GiB there
 _LOG_SECONDS = 10.0
 

@@ -1,6 +1,7 @@
-"""Loads a labelled image data set: the papers' sets from the Hugging Face hub, parquet folders, `.npz` files, scikit-learn's digits."""
+"""Loads a labelled image data set: the papers' sets from the Hugging Face hub, parquet, image folders, `.npz`, scikit-learn's digits."""
 
 import functools
+import glob
 import hashlib
 import os
 from typing import Any, NamedTuple
@@ -11,18 +12,19 @@ import numpy as np
 
 from data import DataError
 
-# Hub repository, its configuration, and the revision all caches are keyed by.
+# Hub repository, its configuration, and its revision.
 HUB = {
-    'mnist': ('ylecun/mnist', 'mnist'),
-    'fashion_mnist': ('zalando-datasets/fashion_mnist', 'fashion_mnist'),
-    'cifar10': ('uoft-cs/cifar10', 'plain_text'),
-    'cifar100': ('uoft-cs/cifar100', 'cifar100'),
-    'svhn_cropped': ('ufldl-stanford/svhn', 'cropped_digits'),
+    'mnist': ('ylecun/mnist', 'mnist', '77f3279092a1c1579b2250db8eafed0ad422088c'),
+    'fashion_mnist': ('zalando-datasets/fashion_mnist', 'fashion_mnist', '531be5e2ccc9dba0c201ad3ae567a4f3d16ecdd2'),
+    'cifar10': ('uoft-cs/cifar10', 'plain_text', '0b2714987fa478483af9968de7c934580d0bb9a2'),
+    'cifar100': ('uoft-cs/cifar100', 'cifar100', 'aadb3af77e9048adbea6b47c21a81e47dd092ae5'),
+    'svhn_cropped': ('ufldl-stanford/svhn', 'cropped_digits', 'f9e1717d73324ebbc1ece84267ccd80d0aca0690'),
 }
 NAMES = ('digits', *HUB)
 IMAGE_COLUMNS = ('image', 'img')
 LABEL_COLUMNS = ('label', 'fine_label')
 UNREADABLE_NPZ = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)  # what numpy.load and its entries raise
+_FOLDER = 'train.parquet and test.parquet in the Hugging Face schema, or images as train/CLASS/FILE and test/CLASS/FILE'
 NPZ_KEYS = ('x_train', 'y_train', 'x_test', 'y_test')
 _DIGITS_TEST = 360
 
@@ -57,19 +59,15 @@ def find(name: str, folder: str = '') -> Source:
   Args:
     name: one of `NAMES`, or the path of an `.npz` with `x_train, y_train, x_test, y_test` (images [N, H, W] or [N, H, W, D], uint8 or
       floating; labels [N], whole numbers from 0).
-    folder: if given, `train.parquet` and `test.parquet` in the Hugging Face schema are read from it, and `name` is a mere name.
+    folder: if given, the set is read from it, and `name` is a mere name. Either parquet in the Hugging Face schema, `train.parquet` and
+      `test.parquet` or the hub's own `train-*.parquet` and `test-*.parquet`; or images, `train/CLASS/FILE` and `test/CLASS/FILE`, whose
+      classes are numbered in the order of their names.
 
   Raises:
     DataError: nothing usable there; the message says what was looked for.
   """
   if folder:
-    if not os.path.isdir(folder):
-      raise DataError(f'run.data.dir: no folder {folder!r}; expected one that holds train.parquet and test.parquet.')
-    paths = [os.path.join(folder, f'{split}.parquet') for split in ('train', 'test')]
-    for path in paths:
-      if not os.path.isfile(path):
-        raise DataError(f'run.data.dir: {path!r} is missing; expected train.parquet and test.parquet in the Hugging Face schema.')
-    return Source(name, digest(*paths), functools.partial(_load_parquet, name, *paths))
+    return _find_folder(name, folder)
   if name.endswith('.npz'):
     if not os.path.isfile(name):
       raise DataError(f'run.data.name: no file {name!r}.')
@@ -79,6 +77,22 @@ def find(name: str, folder: str = '') -> Source:
   if name in HUB:
     return Source(name, ' '.join(HUB[name]), functools.partial(_load_hub, name))
   raise DataError(f'run.data.name: no data set {name!r}; known: {", ".join(NAMES)}, or the path of an .npz file.')
+
+
+def _find_folder(name: str, folder: str) -> Source:
+  if not os.path.isdir(folder):
+    raise DataError(f'run.data.dir: no folder {folder!r}; expected one that holds {_FOLDER}.')
+  if all(os.path.isdir(os.path.join(folder, split)) for split in ('train', 'test')):
+    files = [sorted(glob.glob(os.path.join(glob.escape(folder), split, '*', '*'))) for split in ('train', 'test')]
+    names = '\n'.join(os.path.relpath(path, folder) for path in sum(files, []))
+    return Source(name, digest(*files[0], *files[1]) + hashlib.sha256(names.encode()).hexdigest(),
+                  functools.partial(_load_image_folder, name, *files))
+  files = [[path for pattern in (f'{split}.parquet', f'{split}-*.parquet')
+            for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))] for split in ('train', 'test')]
+  for split, paths in zip(('train', 'test'), files):
+    if not paths:
+      raise DataError(f"run.data.dir: '{folder}/{split}.parquet' is missing; expected {_FOLDER}.")
+  return Source(name, digest(*files[0], *files[1]), functools.partial(_load_parquet, name, *files))
 
 
 def digest(*paths: str) -> str:
@@ -117,28 +131,48 @@ def _load_npz(path: str) -> Dataset:
   return _checked(os.path.basename(path)[:-4], *arrays)
 
 
-def _load_parquet(name: str, train: str, test: str) -> Dataset:
+def _load_image_folder(name: str, train: list[str], test: list[str]) -> Dataset:
+  from PIL import Image
+  classes = sorted({os.path.basename(os.path.dirname(path)) for path in train})
+  arrays = []
+  for paths in (train, test):
+    images, labels = [], []
+    for path in paths:
+      label = os.path.basename(os.path.dirname(path))
+      if label not in classes:
+        raise DataError(f'{path!r}: class {label!r} has no training image.')
+      try:
+        with Image.open(path) as image:
+          images.append(_pixels(image, path))
+      except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f'{path!r} is not a readable image: {_line(error)}') from error
+      labels.append(classes.index(label))
+    arrays += _stacked(images, labels, os.path.dirname(os.path.dirname(paths[0])) if paths else name)
+  return _checked(name, *arrays)
+
+
+def _load_parquet(name: str, train: list[str], test: list[str]) -> Dataset:
   import datasets
   import pyarrow
   arrays = []
-  for path in (train, test):
+  for paths in (train, test):
     try:
-      rows = datasets.load_dataset('parquet', data_files=path, split='train', streaming=True)
-      arrays += _decode(rows, path)
+      rows = datasets.load_dataset('parquet', data_files=paths, split='train', streaming=True)
+      arrays += _decode(rows, paths[0])
     except DataError:
       raise
     except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-      raise DataError(f'{path!r} is not a readable parquet file of images: {_line(error)}') from error
+      raise DataError(f'{paths[0]!r} is not a readable parquet file of images: {_line(error)}') from error
   return _checked(name, *arrays)
 
 
 def _load_hub(name: str) -> Dataset:
   import datasets
-  repository, configuration = HUB[name]
+  repository, configuration, revision = HUB[name]
   arrays = []
   try:
     for split in ('train', 'test'):
-      arrays += _decode(datasets.load_dataset(repository, configuration, split=split), repository)
+      arrays += _decode(datasets.load_dataset(repository, configuration, split=split, revision=revision), repository)
   except DataError:
     raise
   except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -156,20 +190,37 @@ def _decode(rows, where: str) -> list[np.ndarray]:
   if not image_column or not label_column:
     raise DataError(f'{where!r}: expected a column {" or ".join(IMAGE_COLUMNS)} and a column {" or ".join(LABEL_COLUMNS)}, '
                     f'got {", ".join(columns) or "nothing"}.')
-  if rows.features is None or not isinstance(rows.features[image_column], datasets.Image):
+  feature = rows.features and rows.features[image_column]
+  if not isinstance(feature, _array_features(datasets)):
     rows = rows.cast_column(image_column, datasets.Image())
   images, labels = [], []
   for row in rows:
     image = row[image_column]
     if image is None or row[label_column] is None:
       raise DataError(f'{where!r}: row {len(labels)} has no image or no label.')
-    image = np.asarray(image if image.mode in ('L', 'RGB') else image.convert('RGB'))
-    if images and image.shape != images[0].shape:
-      raise DataError(f'{where!r}: images differ in size: row 0 is {images[0].shape}, row {len(labels)} is {image.shape}.')
-    images.append(image)
+    images.append(np.asarray(image, feature.dtype) if isinstance(feature, _array_features(datasets)) else _pixels(image, where))
     labels.append(row[label_column])
+  return _stacked(images, labels, where)
+
+
+def _array_features(datasets) -> tuple[type, ...]:
+  """Columns that hold pixel values themselves, of any number type."""
+  return datasets.Array2D, datasets.Array3D
+
+
+def _pixels(image, where: str) -> np.ndarray:
+  """A PIL image as uint8 [H, W] or [H, W, 3]; a palette is resolved, transparency dropped."""
+  if image.mode.startswith(('I', 'F')):
+    raise DataError(f'{where!r}: an image has more than 8 bits a channel (mode {image.mode}); give such a set as an .npz file.')
+  return np.asarray(image.convert('L' if image.mode in ('1', 'L', 'LA') else 'RGB'))
+
+
+def _stacked(images: list[np.ndarray], labels: list[int], where: str) -> list[np.ndarray]:
   if not images:
     raise DataError(f'{where!r} holds no images.')
+  for i, image in enumerate(images):
+    if image.shape != images[0].shape:
+      raise DataError(f'{where!r}: images differ in size: row 0 is {images[0].shape}, row {i} is {image.shape}.')
   return [np.stack(images), np.asarray(labels)]
 
 
@@ -188,9 +239,10 @@ def _checked(name: str, train_images, train_labels, test_images, test_labels) ->
     if images.dtype != np.uint8:
       if images.dtype.kind not in 'fiu':
         raise DataError(f'{name}: {split} images must be uint8 or floating, got {images.dtype}.')
+      with np.errstate(over='ignore'):
+        images = images.astype(np.float32)
       if not np.isfinite(images).all():
-        raise DataError(f'{name}: {split} image {int(np.nonzero(~np.isfinite(images))[0][0])} contains NaN or infinity.')
-      images = images.astype(np.float32)
+        raise DataError(f'{name}: {split} image {int(np.nonzero(~np.isfinite(images))[0][0])} contains NaN or infinity (in float32).')
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
       raise DataError(f'{name}: {split} labels must be {len(images)} whole numbers, got {labels.dtype} of shape {labels.shape}.')

@@ -73,7 +73,7 @@ def prepare(data: Mapping[str, Any], cache: str, raw: bool = False) -> Prepared:
   """
   source = sources.find(data['name'], data['dir'])
   regularisation = float(data['zca_regularisation']) if data['zca'] else None
-  recipe = 'standard' if regularisation is None else f'zca{regularisation:g}'
+  recipe = 'standard' if regularisation is None else f'zca{regularisation!r}'
   key = f'{hashlib.sha256(f"{_VERSION} {source.name} {source.key}".encode()).hexdigest()[:32]}-{recipe}'
   if (prepared := open_prepared(key, cache, raw)) is not None:
     return prepared

@@ -64,9 +64,9 @@ class Gradient(NamedTuple):
   labels: np.ndarray
 
 
-def initial_state(run: dict[str, Any], prepared: store.Prepared, optimizer: optax.GradientTransformation) -> SupportState:
-  """Step 0. Raises DataError."""
-  images, labels = initial_support.make(run, prepared)
+def initial_state(run: dict[str, Any], prepared: store.Prepared, optimizer: optax.GradientTransformation, cache: str = '') -> SupportState:
+  """Step 0; `cache` is the folder that keeps released sets. Raises DataError."""
+  images, labels = initial_support.make(run, prepared, cache)
   return SupportState(0, images, labels, jax.device_get(optimizer.init(_parameters(run, images, labels))))
 
 
@@ -241,7 +241,7 @@ class Coordinator:
       self._release()
 
   def _restore(self) -> SupportState:
-    template = initial_state(self._run, self._prepared, self._optimizer)
+    template = initial_state(self._run, self._prepared, self._optimizer, self._cache)
     restored = self._checkpoints.restore(template)
     self._directory.write_status(run_directory.RUNNING, **self._status(0))
     if restored is None:

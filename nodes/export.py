@@ -1,6 +1,6 @@
 """`distilled.npz`: the distilled set as the papers' authors released theirs (`images`, `labels`), plus all it takes to use it again.
 
-A whitening matrix is as large as a hundred CIFAR-10 images are small (75 MB), so it lies beside: `transform.npz`, known by its hash.
+A whitening matrix is far larger than the set (75 MB for 32 x 32 x 3), so it lies beside: `transform.npz`, known by its hash.
 """
 
 import json
@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from configs import base
 from data import DataError
 from data import preprocess
+from data import released
 from data import sources
 from data import store
 from nodes import run_directory
@@ -56,6 +58,37 @@ def load(path: str) -> Distilled:
   except sources.UNREADABLE_NPZ as error:
     raise DataError(f'{path!r} is not a distilled set: {error}') from error
   return distilled._replace(transform=transform._replace(zca=_load_zca(path, digest))) if digest else distilled
+
+
+def load_released(name: str, cache: str, folder: str = '') -> Distilled:
+  """A set that the papers' authors released, with the transform that belongs to it, which their files do not hold.
+
+  The transform is fitted here, on the whole training set; theirs may have been fitted on part of it (see `preprocess.fit`).
+
+  Args:
+    name: in their bucket, see `released.load`.
+    cache: folder for it and for the prepared data set.
+    folder: of the data set it stands for (`run.data.dir`); '' takes it from the hub.
+
+  Returns:
+    `settings` are those of configs/base.py, the published ones, with what the name tells.
+
+  Raises:
+    DataError: as `released.load` and `store.prepare`.
+  """
+  found = released.load(name, cache)
+  config = base.get_config().to_dict()
+  run = config['run']
+  run['data'].update(name=found.data, dir=folder, zca=found.zca)
+  run.update(architecture=found.architecture, images_per_class=len(found.labels) // found.labels.shape[1],
+             learn_labels=found.learned_labels)
+  prepared = store.prepare(run['data'], cache)
+  if prepared.train_images.shape[1:] != found.images.shape[1:] or prepared.num_classes != found.labels.shape[1]:
+    raise DataError(f'{name} belongs to {found.data}: images {found.images.shape[1:]}, {found.labels.shape[1]} classes; '
+                    f'{folder!r} holds images {prepared.train_images.shape[1:]}, {prepared.num_classes} classes.')
+  settings = {'data': {'name': found.data, 'key': prepared.key}, 'step': found.step, 'run': run,
+              'evaluation': config['system']['evaluation'], 'label_offset': -1 / prepared.num_classes}
+  return Distilled(found.images, found.labels, prepared.transform, settings)
 
 
 def _load_zca(path: str, digest: str) -> np.ndarray:

@@ -62,7 +62,7 @@ def ready(argv: Sequence[str]) -> Run:
     prepared = store.prepare(config['run']['data'], cache, raw=config['run']['augmentation']['fraction'] > 0)
     base.validate_with_data(config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:])
     memory = _check_memory(config, prepared)
-    initial_support.make(config['run'], prepared)
+    initial_support.make(config['run'], prepared, cache)
     directory = run_directory.RunDirectory(_WORKDIR.value)
     directory.open(config, prepared.key)
   except (base.ConfigError, DataError, run_directory.RunDirectoryError) as error:

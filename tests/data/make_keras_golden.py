@@ -16,7 +16,8 @@ def main():
              'channel_shift': [0, 0, 0, 40, -60, 300], 'flip': [0, 0, 0, 1, 0, 1]}
   names = {'rotation': 'theta', 'down': 'tx', 'right': 'ty', 'channel_shift': 'channel_shift_intensity', 'flip': 'flip_horizontal'}
   generator = ImageDataGenerator(fill_mode='nearest', data_format='channels_last', dtype='float64')
-  changed = [generator.apply_transform(images[i].astype(np.float64), {names[k]: v[i] for k, v in changes.items()}) for i in range(len(images))]
+  changed = [generator.apply_transform(image.astype(np.float64), {names[k]: v[i] for k, v in changes.items()})
+             for i, image in enumerate(images)]
   np.savez(os.path.join(os.path.dirname(__file__), 'keras_golden.npz'), images=images, changed=np.stack(changed).astype(np.float32),
            **{k: np.asarray(v, np.float64) for k, v in changes.items()})
 

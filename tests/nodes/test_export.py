@@ -3,8 +3,10 @@
 import os
 
 import numpy as np
+from PIL import Image
 import pytest
 
+from configs import base
 from data import DataError
 from data import preprocess
 from data import store
@@ -57,3 +59,27 @@ def test_damage(saved, tmp_path):
     open(path, 'wb').write(damaged)
     with pytest.raises(DataError, match='is not a distilled set'):
       export.load(path)
+
+
+def test_a_released_set_is_used_like_our_own(tmp_path):
+  name, folder, cache = 'ls/mnist/ConvNet_ssize10_nozca.npz', tmp_path / 'mnist', str(tmp_path / 'cache')
+  rng = np.random.default_rng(0)
+  for split in ('train', 'test'):
+    for i in range(20):
+      path = folder / split / str(i % 10)
+      path.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(rng.integers(0, 256, size=(28, 28)).astype(np.uint8)).save(path / f'{i}.png')
+  path = os.path.join(cache, 'released', name)
+  os.makedirs(os.path.dirname(path))
+  np.savez(path, images=np.ones((10, 28, 28, 1)), labels=np.eye(10) - 0.1)
+  distilled = export.load_released(name, cache, str(folder))
+  run = distilled.settings['run']
+  base.validate({**base.get_config().to_dict(), 'run': run})
+  prepared = store.prepare(run['data'], cache)
+  assert distilled.settings['data'] == {'name': 'mnist', 'key': prepared.key} and distilled.settings['label_offset'] == -0.1
+  assert (run['architecture'], run['images_per_class'], run['learn_labels'], run['data']['zca']) == ('convnet', 1, True, False)
+  np.testing.assert_array_equal(distilled.transform.mean, prepared.transform.mean)
+  copy = str(tmp_path / 'distilled.npz')
+  config = {'run': run, 'system': {'evaluation': distilled.settings['evaluation']}}
+  export.save(copy, distilled.images, distilled.labels, 0, config, prepared)
+  np.testing.assert_array_equal(export.load(copy).images, distilled.images)

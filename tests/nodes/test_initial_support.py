@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data import DataError
+from data import released
 from data import store
 from nodes import initial_support
 from programs import local
@@ -16,7 +17,7 @@ FC1 = {'run.architecture': 'fc1', 'run.num_steps': 2}
 
 def _make(run):
   prepared = store.open_prepared(run.directory.read_config()['data_key'], run.cache)
-  return initial_support.make(run.config['run'], prepared)
+  return initial_support.make(run.config['run'], prepared, run.cache)
 
 
 def test_noise_has_the_deviation_of_the_training_images(make_run, tmp_path):
@@ -44,6 +45,21 @@ def test_a_distilled_set_goes_on(make_run, tmp_path):
     with np.load(run.directory.snapshot(0)) as start, np.load(run.directory.distilled) as end:
       assert start['images'].tobytes() == images.tobytes() and start['labels'].tobytes() == labels.tobytes()
       assert end['labels'].tobytes() == labels.tobytes() and not np.array_equal(end['images'], images)
+
+
+def test_a_released_set_goes_on(make_run, tmp_path, monkeypatch):
+  """By its name, where the run's data and preprocessing are those of the name."""
+  images, labels = np.ones((6, 8, 9, 2), np.float32), np.zeros((6, 3), np.float32)
+  found = released.Released(images, labels, 'blobs', 'convnet', False, True, False, 1000)
+  monkeypatch.setattr(released, 'load', lambda name, cache: found if name == 'kip/a.npz' else None)
+  run = make_run(tmp_path, {'run.initial_images': 'kip/a.npz'})
+  prepared = store.open_prepared(run.directory.read_config()['data_key'], run.cache)
+  settings = {**run.config['run'], 'data': {'name': 'blobs', 'zca': False}}
+  start = initial_support.make(settings, prepared, run.cache)
+  assert np.array_equal(start[0], images) and np.array_equal(start[1], labels) and start[0].dtype == start[1].dtype == np.float64
+  for data in ({'name': 'blobs', 'zca': True}, {'name': 'mnist', 'zca': False}):
+    with pytest.raises(DataError, match='needs run.data.name=blobs and run.data.zca=False; got'):
+      initial_support.make({**settings, 'data': data}, prepared, run.cache)
 
 
 def _file(**changes):
