@@ -1,4 +1,4 @@
-"""Label Solve: the labels with which a support set fits the training set best (K1, section 3; K2), by TSQR in float64.
+"""Label Solve: the labels with which a support set fits the training set best (K1, K2), by TSQR in float64.
 
     y* = (K_ts K^-1)^+ y_t      K = K_ss + (ridge * tr(K_ss) / S) I      of all solutions, the one of minimum norm
 
