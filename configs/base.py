@@ -5,6 +5,7 @@ computed and watched, and may change freely between lives of a run.
 """
 
 import difflib
+import json
 from typing import Any, Mapping
 
 import ml_collections
@@ -12,9 +13,14 @@ import ml_collections
 from kernels import architectures
 from kernels import ntk
 
+# Fields that take a name or number, or a dict which stays whole.
+_SPECS = ('run.architecture', 'run.optimizer', 'run.learning_rate', 'system.evaluation.nn_architecture')
+
 # Snapshots at these steps, then every 500 (K2's checkpoints).
 PAPER_SNAPSHOTS = (0, 1, 2, 4, 6, 8, 12, 18, 26, 37, 54, 78, 112, 162, 233, 335, 483, 695, 1000)
 _EVERY_AFTER = 500
+
+METHODS = ('kip', 'label_solve', 'label_solve+kip', 'kip+label_solve')
 
 
 class ConfigError(ValueError):
@@ -27,15 +33,22 @@ def get_config() -> ml_collections.ConfigDict:
 
   run = config.run = ml_collections.ConfigDict()
   run.seed = 0  # of every random choice
-  run.num_steps = 1000  # Adam updates
+  run.method = 'kip'  # or 'label_solve', 'label_solve+kip', 'kip+label_solve': labels solved for by the first or the last update
+  run.num_steps = 1000  # updates; the one that solves for the labels counts as one
   run.images_per_class = 1  # support images of each class
   run.architecture = 'convnet'  # name (kernels/architectures.py) or dict of stages
   run.implementation = 'auto'  # of the kernel: see kernels/ntk.py
   run.kernel_dtype = 'float32'  # of kernel blocks; everything else is float64
+  run.kernel = 'ntk'  # or 'nngp'
+  run.parameterization = 'ntk'  # of the network: or 'standard'
+  run.standard_width = 1024  # of every hidden layer; matters to the NTK in standard parameterisation alone
   run.ridge = 1e-6  # relative to the mean of K_ss's diagonal
-  run.learning_rate = 0.04  # of Adam, constant
+  run.optimizer = 'adam'  # any of optax's, or a dict with its arguments: {'name': 'sgd', 'momentum': 0.9}
+  run.learning_rate = 0.04  # or an optax schedule: {'name': 'cosine_decay_schedule', 'init_value': 0.04, 'decay_steps': 1000}
   run.learn_labels = True  # move the labels with the images
-  run.targets_per_step = 5000  # class-balanced, drawn anew each step; a multiple of the number of classes
+  run.label_learning_rate_factor = 1.0  # of the labels' learning rate to the images'
+  run.initial_images = 'real'  # or 'noise', a file such as distilled.npz (images, labels), or a released set's name (data/released.py)
+  run.targets_per_step = 5000  # class-balanced, drawn anew each step: a multiple of the number of classes; or the whole training set
 
   run.data = ml_collections.ConfigDict()
   run.data.name = 'digits'  # digits, mnist, fashion_mnist, cifar10, cifar100, svhn_cropped, or the path of an .npz file
@@ -96,12 +109,18 @@ def is_snapshot(step: int, num_steps: int, chosen: tuple[int, ...]) -> bool:
   return scheduled or step in (0, num_steps)
 
 
+def label_solve_step(run: Mapping[str, Any]) -> int:
+  """The update that is Label Solve, counted from 0; -1 where none is."""
+  return {'kip': -1, 'kip+label_solve': run['num_steps'] - 1}.get(run['method'], 0)
+
+
 _LIMIT = 10 ** 9
 _POSITIVE_INTS = ('run.num_steps', 'run.images_per_class', 'run.targets_per_step', 'run.plan.support_tile', 'run.plan.target_tile',
-                  'run.plan.target_tiles_per_task', 'system.num_workers', 'system.evaluation.krr_tile', 'system.evaluation.nn_width',
-                  'system.evaluation.nn_batch', 'system.evaluation.nn_seeds')
-_POSITIVE_FLOATS = ('run.learning_rate', 'run.ridge', 'run.data.zca_regularisation', 'system.checkpoint_seconds', 'system.log_seconds',
-                    'system.lease_seconds', 'system.worker_timeout', 'system.coordinator_timeout', 'system.final_evaluation_timeout')
+                  'run.plan.target_tiles_per_task', 'run.standard_width', 'system.num_workers', 'system.evaluation.krr_tile',
+                  'system.evaluation.nn_width', 'system.evaluation.nn_batch', 'system.evaluation.nn_seeds')
+_POSITIVE_FLOATS = ('run.learning_rate', 'run.label_learning_rate_factor', 'run.ridge', 'run.data.zca_regularisation',
+                    'system.checkpoint_seconds', 'system.log_seconds', 'system.lease_seconds', 'system.worker_timeout',
+                    'system.coordinator_timeout', 'system.final_evaluation_timeout')
 _RANGES = {'run.seed': (0, 2 ** 63 - 1), 'run.augmentation.fraction': (0, 1), 'run.augmentation.rotation': (0, 180),
            'run.augmentation.channel_shift': (0, _LIMIT), 'system.worker_threads': (0, 4096), 'system.port': (0, 65535),
            'system.evaluation.nn_steps': (0, 10 ** 7)}
@@ -125,6 +144,7 @@ def validate(config: Mapping[str, Any]) -> None:
     value = fields[path]
     if path in _ARCHITECTURES:
       _check_architecture(path, value)
+    if path in _ARCHITECTURES or path == 'run.optimizer' or path in _SPECS and isinstance(value, Mapping):
       continue
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
       value = float(value)
@@ -140,10 +160,21 @@ def validate(config: Mapping[str, Any]) -> None:
       _check_grid(path, value)
     elif isinstance(default, tuple) and not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value):
       raise ConfigError(f'{path} must be steps, whole numbers from 0, such as (0, 20, 100); got {tuple(value)}.')
+  _among('run.method', fields, METHODS)
+  if fields['run.method'] == 'label_solve' and fields['run.num_steps'] != 1:
+    raise ConfigError(f'run.num_steps must be 1 where run.method is label_solve; got {fields["run.num_steps"]}.')
   _check_augmentation(fields)
   _among('run.implementation', fields, ntk.IMPLEMENTATIONS)
   _among('run.kernel_dtype', fields, ntk.DTYPES)
+  _among('run.kernel', fields, ntk.KINDS)
+  _among('run.parameterization', fields, ntk.PARAMETERIZATIONS)
   _among('system.evaluation.nn_loss', fields, _NN_LOSSES)
+  from kernels import optimizers  # here: optax takes a second to import, and every node imports this module
+  try:
+    ntk.check_variant(fields['run.implementation'], fields['run.kernel'], fields['run.parameterization'])
+    optimizers.make(fields['run.optimizer'], fields['run.learning_rate'])
+  except ValueError as error:
+    raise ConfigError(f'run.{error}') from error
 
 
 def validate_with_data(config: Mapping[str, Any], labels, num_classes: int, image_shape: tuple[int, int, int]) -> None:
@@ -164,9 +195,9 @@ def validate_with_data(config: Mapping[str, Any], labels, num_classes: int, imag
   if run['images_per_class'] > smallest:
     raise ConfigError(f'run.images_per_class must be at most {smallest}, the images of the smallest class; got {run["images_per_class"]}.')
   targets = run['targets_per_step']
-  if targets % num_classes or targets > smallest * num_classes:
+  if targets != len(labels) and (targets % num_classes or targets > smallest * num_classes):
     raise ConfigError(f'run.targets_per_step must be a multiple of {num_classes} (the classes) and at most {smallest * num_classes} '
-                      f'(the smallest class has {smallest} images); got {targets}.')
+                      f'(the smallest class has {smallest} images), or {len(labels)} (the whole training set); got {targets}.')
   validate_image_size(config, image_shape)
 
 
@@ -179,8 +210,7 @@ def validate_image_size(config: Mapping[str, Any], image_shape: tuple[int, int, 
 def check_path(path: str) -> None:
   """Raises ConfigError where `path`, such as 'run.seed', is no field; the message lists what it may have meant."""
   known = flatten(get_config())
-  within = any(path.startswith(field + '.') for field in _ARCHITECTURES)
-  if path in known or within or any(field.startswith(path + '.') for field in known):
+  if path in known or path.startswith(tuple(f'{spec}.' for spec in _SPECS)) or any(field.startswith(path + '.') for field in known):
     return
   prefix = path.rpartition('.')[0] + '.'
   near = difflib.get_close_matches(path, known, n=3) or [field for field in known if field.startswith(prefix)] or list(known)
@@ -188,22 +218,24 @@ def check_path(path: str) -> None:
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-  """What keeps a saved run from going on: ['run.seed (0 there, 1 here)']. `num_steps` may grow; `data.dir` is only a place."""
-  saved, wanted = flatten({'run': saved['run']}), flatten({'run': wanted['run']})
+  """What keeps a saved run from going on: ['run.seed (0 there, 1 here)']. `data.dir` is only a place; `num_steps` may grow, unless
+  the last update is of its own kind."""
+  saved, wanted = (flatten({'run': json.loads(json.dumps(config['run']))}) for config in (saved, wanted))
   found = []
   for path in sorted(set(saved) | set(wanted)):
     there, here = saved.get(path), wanted.get(path)
-    if there != here and path != 'run.data.dir' and not (path == 'run.num_steps' and here > there):
+    grows = path == 'run.num_steps' and here > there and saved.get('run.method') != 'kip+label_solve'
+    if there != here and path != 'run.data.dir' and not grows:
       found.append(f'{path} ({there} there, {here} here)')
   return found
 
 
 def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """{'run': {'seed': 0}} -> {'run.seed': 0}; an architecture's dict stays whole."""
+  """{'run': {'seed': 0}} -> {'run.seed': 0}; the dict of an architecture, an optimiser or a schedule stays whole."""
   flat = {}
   for key, value in config.items():
     path = prefix + key
-    if isinstance(value, (Mapping, ml_collections.ConfigDict)) and path not in _ARCHITECTURES:
+    if isinstance(value, (Mapping, ml_collections.ConfigDict)) and path not in _SPECS:
       flat.update(flatten(value, path + '.'))
     else:
       flat[path] = value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value

@@ -7,7 +7,7 @@ run; no choice depends on which others were made.
 import numpy as np
 
 # Streams.
-INITIAL_SUPPORT, TARGETS = range(2)
+INITIAL_SUPPORT, TARGETS, INITIAL_NOISE = range(3)
 AUGMENTED, ROTATION, HEIGHT_SHIFT, WIDTH_SHIFT, CHANNEL_SHIFT, FLIP = range(100, 106)
 
 
@@ -19,6 +19,11 @@ def _words(seed: int, stream: int, step: int, n: int) -> np.ndarray:
 def uniform(seed: int, stream: int, step: int, n: int) -> np.ndarray:
   """A number for each of n images, float64 [n], uniform in [0, 1)."""
   return (_words(seed, stream, step, n) >> np.uint64(11)) * 2.0 ** -53
+
+
+def normal(seed: int, stream: int, step: int, n: int) -> np.ndarray:
+  """Noise, float64 [n], of mean 0 and variance 1: sums of 12 uniform numbers, normal for all that pictures show and exact on every machine."""
+  return uniform(seed, stream, step, 12 * n).reshape(n, 12).sum(axis=1) - 6
 
 
 def class_balanced(seed: int, stream: int, step: int, labels: np.ndarray, size: int) -> np.ndarray:
@@ -43,6 +48,11 @@ def class_balanced(seed: int, stream: int, step: int, labels: np.ndarray, size: 
   order = np.lexsort((words, labels))  # by class, then by word; ties (never seen) by index
   starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
   return np.concatenate([order[start:start + per_class] for start in starts])
+
+
+def targets(seed: int, step: int, labels: np.ndarray, size: int) -> np.ndarray:
+  """The step's target images, int64 [size]: class-balanced, or the whole training set in its order where `size` is all of it."""
+  return np.arange(size) if size == len(labels) else class_balanced(seed, TARGETS, step, labels, size)
 
 
 def centred_one_hot(labels: np.ndarray, num_classes: int) -> np.ndarray:

@@ -45,6 +45,12 @@ class Residual(NamedTuple):
   cotangent: np.ndarray
 
 
+def regularised(k_ss: np.ndarray, ridge: float) -> np.ndarray:
+  """K = K_ss + (ridge * tr(K_ss) / S) I, float64 [S, S]."""
+  k_ss = np.asarray(k_ss, np.float64)
+  return k_ss + ridge * np.trace(k_ss) / len(k_ss) * np.eye(len(k_ss))
+
+
 def solve(k_ss: np.ndarray, y_s: np.ndarray, ridge: float) -> Solution:
   """Solves K alpha = y_s.
 
@@ -56,18 +62,16 @@ def solve(k_ss: np.ndarray, y_s: np.ndarray, ridge: float) -> Solution:
   Raises:
     NotPositiveDefiniteError: the message gives the smallest eigenvalue and what to change.
   """
-  k_ss = np.asarray(k_ss, np.float64)
+  k = regularised(k_ss, ridge)
   with threadpoolctl.threadpool_limits(1):
-    mean = np.trace(k_ss) / len(k_ss)
-    regularised = k_ss + ridge * mean * np.eye(len(k_ss))
-    if not np.isfinite(regularised).all():
+    if not np.isfinite(k).all():
       raise NotPositiveDefiniteError('K_ss contains NaN or infinity: the support images have diverged; lower run.learning_rate.')
     try:
-      factor = scipy.linalg.cholesky(regularised, lower=True)
+      factor = scipy.linalg.cholesky(k, lower=True)
     except np.linalg.LinAlgError as error:
-      smallest = scipy.linalg.eigvalsh(regularised, subset_by_index=[0, 0])[0]
+      smallest = scipy.linalg.eigvalsh(k, subset_by_index=[0, 0])[0]
       raise NotPositiveDefiniteError(
-          f'K_ss + ridge is not positive definite: smallest eigenvalue {smallest:.3e} with a mean diagonal of {mean:.3e}. '
+          f'K_ss + ridge is not positive definite: smallest eigenvalue {smallest:.3e} with a mean diagonal of {np.trace(k) / len(k):.3e}. '
           'Raise run.ridge, use run.kernel_dtype=float64, or make sure that no support image is repeated.') from error
     return Solution(scipy.linalg.cho_solve((factor, True), np.asarray(y_s, np.float64)), factor, ridge)
 

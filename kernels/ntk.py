@@ -1,9 +1,9 @@
-"""NTK blocks and their gradients: `make_kernel` picks an implementation; all obey the contract of `Kernel`."""
+"""Kernel blocks and their gradients: `make_kernel` picks an implementation; all obey the contract of `Kernel`."""
 
 import dataclasses
 import importlib
 import os
-from typing import Any, Callable, Protocol
+from typing import Any, Callable, Mapping, Protocol
 
 from absl import logging
 import numpy as np
@@ -15,6 +15,8 @@ _CLASSES = {'native': ('kernels.native.kernel', 'NativeKernel'), 'jax': ('kernel
             'reference': ('kernels.reference', 'ReferenceKernel')}
 IMPLEMENTATIONS = ('auto', *_CLASSES)
 DTYPES = ('float32', 'float64')
+KINDS = ('ntk', 'nngp')
+PARAMETERIZATIONS = ('ntk', 'standard')
 
 Cotangent = np.ndarray | Callable[[np.ndarray], np.ndarray]
 
@@ -73,16 +75,20 @@ class Kernel(Protocol):
     """
 
 
-def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'float32', threads: int | None = None) -> Kernel:
-  """An NTK evaluator for `architecture`.
+def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'float32', threads: int | None = None, kind: str = 'ntk',
+                parameterization: str = 'ntk', width: int = 1024) -> Kernel:
+  """An evaluator of `architecture`'s kernel.
 
   Args:
     architecture: a name, a dict of stages or an `architectures.Architecture`; see `architectures.get`.
     implementation: 'reference' is Neural Tangents, 'jax' runs wherever JAX does, 'native' is C++ for CPUs
       (`python -m kernels.native.build`);
-      'auto' is the fastest one this machine can run.
+      'auto' is the fastest one this machine can run that can do what is asked.
     dtype: 'float32' or 'float64'.
     threads: how many CPU threads to use; by default as many as this process may. No result depends on it.
+    kind: 'ntk', or 'nngp': 'reference' alone.
+    parameterization: 'ntk', or 'standard' (https://arxiv.org/abs/2001.07301): 'reference' alone.
+    width: of every hidden layer, which the NTK in standard parameterisation depends on.
 
   Raises:
     ValueError: for an unknown architecture, implementation or dtype, and by the returned object for images that are not
@@ -93,9 +99,32 @@ def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'flo
     raise ValueError(f'implementation: expected one of {", ".join(IMPLEMENTATIONS)}, got {implementation!r}.')
   if dtype not in DTYPES:
     raise ValueError(f'dtype: expected one of {", ".join(DTYPES)}, got {dtype!r}.')
+  variant = check_variant(implementation, kind, parameterization)
   threads = threads or len(os.sched_getaffinity(0))
+  if variant:
+    implementation = 'reference'
   module, name = _CLASSES[_fastest() if implementation == 'auto' else implementation]
-  return _Checked(getattr(importlib.import_module(module), name)(architecture, dtype, threads))
+  extra = (kind, parameterization, width) if variant else ()
+  return _Checked(getattr(importlib.import_module(module), name)(architecture, dtype, threads, *extra))
+
+
+def for_run(run: Mapping[str, Any], threads: int) -> Kernel:
+  """The kernel that a run's configuration asks for."""
+  return make_kernel(run['architecture'], implementation=run['implementation'], dtype=run['kernel_dtype'], threads=threads,
+                     kind=run['kernel'], parameterization=run['parameterization'], width=run['standard_width'])
+
+
+def check_variant(implementation: str, kind: str, parameterization: str) -> bool:
+  """Whether something else than the NTK in NTK parameterisation is asked for. Raises ValueError where `implementation` cannot do it."""
+  if kind not in KINDS:
+    raise ValueError(f'kernel: expected one of {", ".join(KINDS)}, got {kind!r}.')
+  if parameterization not in PARAMETERIZATIONS:
+    raise ValueError(f'parameterization: expected one of {", ".join(PARAMETERIZATIONS)}, got {parameterization!r}.')
+  variant = (kind, parameterization) != ('ntk', 'ntk')
+  if variant and implementation not in ('auto', 'reference'):
+    raise ValueError(f'implementation: {implementation!r} knows the NTK in NTK parameterisation alone; kernel={kind!r} with '
+                     f'parameterization={parameterization!r} needs reference (or auto).')
+  return variant
 
 
 def available() -> list[str]:

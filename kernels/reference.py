@@ -28,7 +28,7 @@ def network(architecture: architectures.Architecture, *, width: int = 1, outputs
 
   Args:
     architecture: the description.
-    width: channels of every convolution and hidden layer; the kernel does not depend on it.
+    width: channels of every convolution and hidden layer; of kernels, only the NTK in standard parameterisation depends on it.
     outputs: number of outputs `C`.
     parameterization: 'ntk' or 'standard'.
 
@@ -50,18 +50,19 @@ def network(architecture: architectures.Architecture, *, width: int = 1, outputs
 
 
 class ReferenceKernel:
-  """NTK blocks by Neural Tangents: O(A·B·(H·W)²) time, tile by tile in bounded memory.
+  """NTK or NNGP blocks by Neural Tangents: O(A·B·(H·W)²) time, tile by tile in bounded memory.
 
   Tiles run on `threads` Python threads and are put together in a fixed order, so that the result does not depend on their number
   (given NPROC=1, which keeps XLA itself to one thread: the bits of its long dot products follow its thread count).
   """
   implementation = 'reference'
 
-  def __init__(self, architecture: architectures.Architecture, dtype: str, threads: int):
+  def __init__(self, architecture: architectures.Architecture, dtype: str, threads: int, kind: str = 'ntk', parameterization: str = 'ntk',
+               width: int = 1):
     self.architecture = architecture
     self.dtype = np.dtype(dtype)
     self._pool = concurrent.futures.ThreadPoolExecutor(threads)
-    self._block, self._block_vjp = _functions(architecture, self.dtype)
+    self._block, self._block_vjp = _functions(architecture, self.dtype, kind, parameterization, width)
 
   def prepare(self, x: np.ndarray) -> ntk.Prepared:
     """See `ntk.Kernel.prepare`: nothing is computed ahead."""
@@ -106,12 +107,12 @@ class ReferenceKernel:
 
 
 @functools.lru_cache(maxsize=None)  # kernels of the same network compile once a process
-def _functions(architecture, dtype):
-  kernel_fn = network(architecture)[2]
+def _functions(architecture, dtype, kind, parameterization, width):
+  kernel_fn = network(architecture, width=width, parameterization=parameterization)[2]
 
   def block(x1, x2):
     with jax.default_matmul_precision('highest'):
-      return kernel_fn(x1, x2, get='ntk').astype(dtype)
+      return kernel_fn(x1, x2, get=kind).astype(dtype)
 
   def block_vjp(x1, x2, cotangent):
     value, pull_back = jax.vjp(lambda x: block(x, x2), x1)

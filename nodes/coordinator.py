@@ -1,4 +1,5 @@
-"""Owns the support set and Adam's state, cuts every step into tasks, sums the pieces in plan order, checkpoints, and ends the run."""
+"""Owns the support set and the optimiser's state, cuts every update (KIP's or Label Solve) into tasks, sums the pieces in plan order,
+checkpoints, and ends the run."""
 
 import datetime
 import json
@@ -15,10 +16,12 @@ import numpy as np
 import optax
 
 from configs import base
-from data import sampling
 from data import store
 from kernels import krr
+from kernels import label_solve
+from kernels import optimizers
 from nodes import export
+from nodes import initial_support
 from nodes import run_directory
 from nodes import tasks
 from nodes.checkpoints import Checkpoints
@@ -45,9 +48,12 @@ class _Stopped(Exception):
 
 
 class Metrics(NamedTuple):
-  """What a step tells of the state it started from: mean over the step's targets; pairs of the whole step a second."""
+  """What a step tells of the state it started from: mean over the step's targets; pairs of the whole step a second.
+
+  Label Solve's targets are the whole training set, and it does not come to know its accuracy.
+  """
   train_loss: float
-  train_accuracy: float
+  train_accuracy: float | None
   wall_seconds: float
   kernel_pairs_per_second: float
 
@@ -58,19 +64,22 @@ class Gradient(NamedTuple):
   labels: np.ndarray
 
 
-def initial_state(run: dict[str, Any], prepared: store.Prepared, optimizer: optax.GradientTransformation) -> SupportState:
-  """Real images, class-balanced, and their centred one-hot labels."""
-  chosen = sampling.class_balanced(run['seed'], sampling.INITIAL_SUPPORT, 0, prepared.train_labels,
-                                   run['images_per_class'] * prepared.num_classes)
-  images = prepared.train_images[chosen].astype(np.float64)
-  labels = sampling.centred_one_hot(prepared.train_labels[chosen], prepared.num_classes)
+def initial_state(run: dict[str, Any], prepared: store.Prepared, optimizer: optax.GradientTransformation, cache: str = '') -> SupportState:
+  """Step 0; `cache` is the folder that keeps released sets. Raises DataError."""
+  images, labels = initial_support.make(run, prepared, cache)
   return SupportState(0, images, labels, jax.device_get(optimizer.init(_parameters(run, images, labels))))
 
 
 def pairs_per_step(run: dict[str, Any], num_support: int) -> int:
-  """Kernel entries of one step: a target's forward and vjp count once, K_ss's forward and vjp tiles each."""
+  """Kernel entries of one step of KIP: a target's forward and vjp count once, K_ss's forward and vjp tiles each."""
   return sum((t[1] - t[0]) * (s[1] - s[0]) for phase in (tasks.SUPPORT_BLOCKS, tasks.TARGETS, tasks.SUPPORT_VJP)
              for t, s in _plan(run, phase, num_support))
+
+
+def pairs_to_go(run: dict[str, Any], num_support: int, num_targets: int, step: int) -> int:
+  """Kernel entries of the updates from `step` on, with `num_targets` training images; Label Solve's are forward alone."""
+  solves = base.label_solve_step(run) >= step
+  return (run['num_steps'] - step - solves) * pairs_per_step(run, num_support) + solves * num_support * num_targets
 
 
 class Coordinator:
@@ -92,7 +101,8 @@ class Coordinator:
       raise RunFailed(f'the prepared data {self._config["data_key"]} are not in {cache}; start the run by launch.py.')
     self._board = TaskBoard(self._system['lease_seconds'])
     self._checkpoints = Checkpoints(self._directory.checkpoints)
-    self._optimizer = optax.adam(self._run['learning_rate'])
+    self._rounds: SupportState | None = None  # of Label Solve, see _target_factor
+    self._optimizer = optimizers.make(self._run['optimizer'], self._run['learning_rate'])
     self._update = jax.jit(self._optimizer.update)
     self._dtype = np.dtype(self._run['kernel_dtype'])
     self._run_id = self._config['data_key'][:8] + format(abs(self._run['seed']), 'x')
@@ -231,7 +241,7 @@ class Coordinator:
       self._release()
 
   def _restore(self) -> SupportState:
-    template = initial_state(self._run, self._prepared, self._optimizer)
+    template = initial_state(self._run, self._prepared, self._optimizer, self._cache)
     restored = self._checkpoints.restore(template)
     self._directory.write_status(run_directory.RUNNING, **self._status(0))
     if restored is None:
@@ -246,11 +256,15 @@ class Coordinator:
     num_steps = self._run['num_steps']
     if state.step > num_steps:
       raise RunFailed(f'the checkpoint is at step {state.step}, past run.num_steps={num_steps}.')
-    logging.info('%d support images, %d targets a step, %d kernel pairs a step, steps %d to %d.', len(state.images),
-                 self._run['targets_per_step'], pairs_per_step(self._run, len(state.images)), state.step, num_steps)
+    logging.info('%s: %d support images, %d targets a step, steps %d to %d.', self._run['method'], len(state.images),
+                 self._run['targets_per_step'], state.step, num_steps)
+    solve_step = base.label_solve_step(self._run)
     while True:
       try:
-        metrics, gradient = self._loss_and_gradient(state, with_gradient=state.step < num_steps)
+        if state.step == solve_step or state.step == num_steps == solve_step + 1:
+          metrics, solved = self._label_solve(state, with_labels=state.step < num_steps)
+        else:
+          metrics, gradient = self._loss_and_gradient(state, with_gradient=state.step < num_steps)
       except (_Stopped, _NoWorkers):
         self._save(state)
         raise
@@ -260,7 +274,7 @@ class Coordinator:
       self._log(state, metrics)
       if state.step == num_steps:
         break
-      state = self._move(state, gradient)
+      state = self._move(state, gradient) if state.step != solve_step else state._replace(step=state.step + 1, labels=solved)
       if time.monotonic() >= self._next_checkpoint:
         self._save(state)
     self._await_evaluation()
@@ -270,16 +284,7 @@ class Coordinator:
     """One pass of DESIGN 1.1's split: K_ss, solve, all targets (loss and cotangents), the vjp of K_ss."""
     started, wall, pairs = time.monotonic(), self._wall_seconds(), self._pairs
     num_support = len(state.images)
-    with self._lock:
-      self._step, self._inputs, self._parts = state.step, {'images': state.images.astype(self._dtype)}, {}
-    k_ss = np.empty((num_support, num_support))
-    for ((c0, c1), (r0, r1)), piece in self._phase(tasks.SUPPORT_BLOCKS, num_support):
-      k_ss[r0:r1, c0:c1] = piece['block']
-      k_ss[c0:c1, r0:r1] = piece['block'].T
-    try:
-      solution = krr.solve(k_ss, state.labels, self._run['ridge'])
-    except krr.NotPositiveDefiniteError as error:
-      raise RunFailed(f'step {state.step}: {error}') from error
+    _, solution = self._solution(state)
     self._publish('alpha', solution.alpha)
     loss, correct, alpha_bar = 0.0, 0, np.zeros_like(solution.alpha)
     gradient = np.zeros_like(state.images)
@@ -300,9 +305,56 @@ class Coordinator:
     metrics = Metrics(loss, correct / self._run['targets_per_step'], wall, rate)
     return metrics, Gradient(gradient, label_gradient) if with_gradient else None
 
-  def _phase(self, phase: str, num_support: int):
+  def _solution(self, state: SupportState) -> tuple[np.ndarray, krr.Solution]:
+    """Starts the step: K_ss and its solve."""
+    num_support = len(state.images)
+    with self._lock:
+      self._step, self._inputs, self._parts = state.step, {'images': state.images.astype(self._dtype)}, {}
+    k_ss = np.empty((num_support, num_support))
+    for ((c0, c1), (r0, r1)), piece in self._phase(tasks.SUPPORT_BLOCKS, num_support):
+      k_ss[r0:r1, c0:c1] = piece['block']
+      k_ss[c0:c1, r0:r1] = piece['block'].T
+    try:
+      return k_ss, krr.solve(k_ss, state.labels, self._run['ridge'])
+    except krr.NotPositiveDefiniteError as error:
+      raise RunFailed(f'step {state.step}: {error}') from error
+
+  def _label_solve(self, state: SupportState, with_labels: bool = True) -> tuple[Metrics, np.ndarray | None]:
+    """DESIGN 1.2: the loss of the state over the whole training set, and the labels [S, C] that make it least."""
+    started, wall, pairs = time.monotonic(), self._wall_seconds(), self._pairs
+    k_ss, solution = self._solution(state)
+    factor = self._target_factor(state)
+    rate = (self._pairs - pairs) / (time.monotonic() - started)
+    metrics = Metrics(label_solve.loss(factor, solution.alpha, len(self._prepared.train_images)), None, wall, rate)
+    return metrics, label_solve.solve(k_ss, factor, self._run['ridge']) if with_labels else None
+
+  def _target_factor(self, state: SupportState) -> np.ndarray:
+    """R of [K_ts, y_t], [S + C, S + C], in rounds of `targets_per_step` images, each ending with a checkpoint: its step counts rounds."""
+    num_targets, size = len(self._prepared.train_images), self._run['targets_per_step']
+    os.makedirs(self._directory.label_solve, exist_ok=True)
+    checkpoints = Checkpoints(self._directory.label_solve)
+    if self._rounds is None:
+      width = sum(state.labels.shape)
+      start = SupportState(0, state.images, state.labels, {'factor': np.zeros((width, width))})
+      self._rounds, meta = checkpoints.restore(start) or (start, {'wall_seconds': 0.0})
+      if self._rounds.images.tobytes() != state.images.tobytes():
+        self._rounds = start
+      self._earlier_seconds = max(self._earlier_seconds, meta['wall_seconds'])
+    while (first := self._rounds.step * size) < num_targets:
+      last = min(first + size, num_targets)
+      started = time.monotonic()
+      pieces = [piece['factor'] for _, piece in self._phase(tasks.LABEL_SOLVE, len(state.images), (first, last))]
+      factor = label_solve.combine([self._rounds.optimizer['factor'], *pieces])
+      self._rounds = self._rounds._replace(step=self._rounds.step + 1, optimizer={'factor': factor})
+      checkpoints.save(self._rounds, {'wall_seconds': self._wall_seconds()})
+      seconds = (time.monotonic() - started) / (last - first)
+      logging.info('label solve: %d of %d training images, %.3g pairs/s, %s to go', last, num_targets, len(state.images) / seconds,
+                   _duration(seconds * (num_targets - last)))
+    return self._rounds.optimizer['factor']
+
+  def _phase(self, phase: str, num_support: int, targets: tasks.Range | None = None):
     """Runs a phase: yields (ranges, piece) in plan order. Raises _Stopped, TaskFailed or RunFailed."""
-    plan = _plan(self._run, phase, num_support)
+    plan = _plan(self._run, phase, num_support, targets)
     self._board.post([tasks.Task(self._run_id, self._generation, self._step, phase, i, t, s) for i, (t, s) in enumerate(plan)])
     waiting_since = time.monotonic()
     while (pieces := self._board.collect(_POLL)) is None:
@@ -322,7 +374,8 @@ class Coordinator:
     parameters = _parameters(self._run, state.images, state.labels)
     gradients = _parameters(self._run, gradient.images, gradient.labels)
     updates, optimizer = jax.device_get(self._update(gradients, state.optimizer, parameters))
-    moved = {name: value + updates[name] for name, value in parameters.items()}
+    factors = {'images': 1.0, 'labels': self._run['label_learning_rate_factor']}
+    moved = {name: value + factors[name] * updates[name] for name, value in parameters.items()}
     return SupportState(state.step + 1, moved['images'], moved.get('labels', state.labels), optimizer)
 
   def _publish(self, name: str, value: np.ndarray) -> None:
@@ -350,17 +403,19 @@ class Coordinator:
     """What the run will take, once a worker has measured its speed."""
     rate = self._rates[worker] * self._system['num_workers']
     num_support = self._run['images_per_class'] * self._prepared.num_classes
-    pairs = pairs_per_step(self._run, num_support)
-    logging.info('%s joined: %.4g kernel pairs/s (%s). With %d such workers: %d pairs a step, about %.2g s a step, %s for %d steps.',
-                 worker, self._rates[worker], self._fingerprint['implementation'], self._system['num_workers'], pairs, pairs / rate,
-                 _duration(pairs / rate * self._run['num_steps']), self._run['num_steps'])
+    pairs = pairs_to_go(self._run, num_support, len(self._prepared.train_images), 0)
+    steps = self._run['num_steps']
+    logging.info('%s joined: %.4g kernel pairs/s (%s). With %d such workers: %.3g pairs a step, about %.2g s a step, %s for %d steps.',
+                 worker, self._rates[worker], self._fingerprint['implementation'], self._system['num_workers'], pairs / steps,
+                 pairs / steps / rate, _duration(pairs / rate), steps)
 
   def _write_snapshot(self, state: SupportState, metrics: Metrics) -> None:
     images, labels = state.images.astype(np.float32), state.labels.astype(np.float32)
     if state.step == self._run['num_steps']:
       export.save(self._directory.distilled, images, labels, state.step, self._config, self._prepared)
     run_directory.write_atomically(self._directory.snapshot(state.step), lambda file: np.savez(
-        file, images=images, labels=labels, metrics=json.dumps(metrics._asdict())))
+        file, images=images, labels=labels,
+        metrics=json.dumps({name: value for name, value in metrics._asdict().items() if value is not None})))
 
   def _save(self, state: SupportState) -> None:
     if state.step != self._saved_step:
@@ -400,11 +455,12 @@ class Coordinator:
     if time.monotonic() < self._next_log and state.step < self._run['num_steps']:
       return
     self._next_log = time.monotonic() + self._system['log_seconds']
-    seconds_a_step = pairs_per_step(self._run, len(state.images)) / metrics.kernel_pairs_per_second
     row = f', test {100 * self._last_row["krr_test_accuracy"]:.2f} % at step {self._last_row["step"]}' if self._last_row else ''
-    logging.info('step %d/%d: loss %.5f, train %.2f %%%s, %.3g pairs/s, %.2g s a step, %s to go', state.step, self._run['num_steps'],
-                 metrics.train_loss, 100 * metrics.train_accuracy, row, metrics.kernel_pairs_per_second, seconds_a_step,
-                 _duration(seconds_a_step * (self._run['num_steps'] - state.step)))
+    accuracy = '' if metrics.train_accuracy is None else f', train {100 * metrics.train_accuracy:.2f} %'
+    solved = state.step == base.label_solve_step(self._run)  # all of this update's work is done by now
+    pairs = pairs_to_go(self._run, len(state.images), len(self._prepared.train_images), state.step + solved)
+    logging.info('step %d/%d: loss %.5f%s%s, %.3g pairs/s, %s to go', state.step, self._run['num_steps'], metrics.train_loss, accuracy, row,
+                 metrics.kernel_pairs_per_second, _duration(pairs / metrics.kernel_pairs_per_second))
     self._directory.write_status(run_directory.RUNNING, **self._status(state.step))
 
   def _status(self, step: int) -> dict[str, Any]:
@@ -416,9 +472,10 @@ class Coordinator:
     return self._earlier_seconds + time.monotonic() - self._start
 
 
-def _plan(run: dict[str, Any], phase: str, num_support: int):
+def _plan(run: dict[str, Any], phase: str, num_support: int, targets: tasks.Range | None = None):
   cut = run['plan']
-  return tasks.plan(phase, num_support, run['targets_per_step'], cut['support_tile'], cut['target_tile'] * cut['target_tiles_per_task'])
+  return tasks.plan(phase, num_support, targets or (0, run['targets_per_step']), cut['support_tile'],
+                    cut['target_tile'] * cut['target_tiles_per_task'])
 
 
 def _parameters(run: dict[str, Any], images: Any, labels: Any) -> dict[str, Any]:

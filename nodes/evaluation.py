@@ -9,13 +9,12 @@ from data import sampling
 from data import store
 from kernels import architectures
 from kernels import krr
+from kernels import label_solve
 from kernels import ntk
 from nodes import tasks
 
 HARD, SOLVED = 'real images, hard labels', 'real images, solved labels'
 _HELD_OUT = 5000  # the last training images, or a tenth of them if that is less: they set the finite network's hyper-parameters
-
-Solve = Callable[[np.ndarray], np.ndarray]
 
 
 def krr_test(kernel: ntk.Kernel, images: np.ndarray, labels: np.ndarray, ridge: float, test: ntk.Library, classes: np.ndarray, tile: int,
@@ -59,7 +58,7 @@ class Evaluation:
       check: called every second or so; what it raises ends the evaluation.
     """
     self._run, self._settings, self._prepared, self._check = run, settings, prepared, check
-    self._kernel = ntk.make_kernel(run['architecture'], implementation=run['implementation'], dtype=run['kernel_dtype'], threads=threads)
+    self._kernel = ntk.for_run(run, threads)
     self._test = ntk.Library(self._kernel, prepared.test_images)
 
   def krr(self, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -105,20 +104,26 @@ class Evaluation:
     return (np.asarray(self._prepared.train_images[chosen], np.float32),
             sampling.centred_one_hot(self._prepared.train_labels[chosen], self._prepared.num_classes))
 
-  def baselines(self, size: int, solve: Solve | None = None) -> list[dict[str, Any]]:
-    """Rows, told apart by `kind`, of `real_images(size)`.
-
-    Args:
-      size: `S`.
-      solve: images [S, H, W, D] -> labels [S, C] by Label Solve; None: no row with solved labels.
-    """
+  def baselines(self, size: int) -> list[dict[str, Any]]:
+    """Rows, told apart by `kind`, of `real_images(size)`: with hard labels, and with those that Label Solve gives them."""
     images, hard = self.real_images(size)
     rows = []
-    for kind in (HARD, SOLVED) if solve else (HARD,):
+    for kind in (HARD, SOLVED):
       logging.info('Evaluating %d %s.', size, kind)
-      labels = hard if kind == HARD else solve(images)
+      labels = hard if kind == HARD else self._solved_labels(images)
       rows.append({'kind': kind, **self.krr(images, labels), **self.finite_network(images, labels)})
     return rows
+
+  def _solved_labels(self, images: np.ndarray) -> np.ndarray:
+    """Labels [S, C] of images [S, H, W, D] by Label Solve over the whole training set."""
+    train, classes, num_classes = self._prepared.train_images, self._prepared.train_labels, self._prepared.num_classes
+    support = self._kernel.prepare(images)
+    factor = np.empty((0, len(images) + num_classes))
+    for start, end in tasks.ranges(len(train), self._settings['krr_tile']):
+      self._check()
+      y = sampling.centred_one_hot(classes[start:end], num_classes)
+      factor = label_solve.combine([factor, label_solve.factor(self._kernel.block(support, train[start:end]), y)])
+    return label_solve.solve(self._kernel.block(support, support), factor, self._run['ridge'])
 
 
 def in_words(row: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ import numpy as np
 
 from configs import base
 from data import DataError
+from data import sources
 from data import store
 from kernels import krr
 from nodes import command_line

@@ -13,6 +13,7 @@ from data import augment
 from data import sampling
 from data import store
 from kernels import krr
+from kernels import label_solve
 from kernels import ntk
 from nodes import tasks
 from nodes.remote import CoordinatorLost
@@ -63,8 +64,7 @@ class KernelWorker:
     self._run = description['run']
     self._augment = self._run['augmentation']['fraction'] > 0
     self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data, raw=self._augment)
-    self._kernel = ntk.make_kernel(self._run['architecture'], implementation=self._run['implementation'],
-                                   dtype=self._run['kernel_dtype'], threads=self._threads)
+    self._kernel = ntk.for_run(self._run, self._threads)
     self._train = ntk.Library(self._kernel, self._prepared.train_images)
     return json.dumps({'fingerprint': self._fingerprint(), 'pairs_per_second': self._calibrate()})
 
@@ -84,7 +84,7 @@ class KernelWorker:
       self._coordinator.complete(self._name, list(task), lease, i, len(parts), part, digest)
 
   def _compute(self, task: tasks.Task) -> dict[str, np.ndarray]:
-    """The piece of a task: `block`, `gradient`, or all a group of targets contributes."""
+    """The piece of a task: `block`, `gradient`, `factor`, or all a group of targets contributes."""
     (t0, t1), (s0, s1) = task.target_range, task.support_range
     images = self._images(task)
     if task.phase == tasks.SUPPORT_BLOCKS:
@@ -92,6 +92,8 @@ class KernelWorker:
       return {'block': self._kernel.block(x1, x1 if (t0, t1) == (s0, s1) else images[t0:t1])}
     if task.phase == tasks.SUPPORT_VJP:
       return {'gradient': self._kernel.block_vjp(images[s0:s1], images[t0:t1], self._input(task, 'cotangent')[s0:s1, t0:t1])[1]}
+    if task.phase == tasks.LABEL_SOLVE:
+      return {'factor': self._factor(task.target_range, images)}
     return self._targets(task, images, self._input(task, 'alpha'))
 
   def _images(self, task: tasks.Task) -> ntk.Prepared:
@@ -124,9 +126,17 @@ class KernelWorker:
       alpha_bar += residual.alpha_bar
     return {'loss': np.float64(loss), 'correct': np.int64(correct), 'alpha_bar': alpha_bar, 'gradient': gradient.astype(self._kernel.dtype)}
 
+  def _factor(self, target_range: tasks.Range, images: ntk.Prepared) -> np.ndarray:
+    """R of the rows of [K_ts, y_t] of training images, never augmented."""
+    first, last = target_range
+    blocks = [self._kernel.block(images, self._prepared.train_images[first + start:first + stop])
+              for start, stop in tasks.ranges(last - first, self._run['plan']['target_tile'])]
+    y_t = sampling.centred_one_hot(self._prepared.train_labels[first:last], self._prepared.num_classes)
+    return label_solve.factor(np.concatenate(blocks, axis=1), y_t)
+
   def _batch(self, step: int) -> np.ndarray:
-    return self._cached(('batch', step), lambda: sampling.class_balanced(
-        self._run['seed'], sampling.TARGETS, step, self._prepared.train_labels, self._run['targets_per_step']))
+    return self._cached(('batch', step), lambda: sampling.targets(
+        self._run['seed'], step, self._prepared.train_labels, self._run['targets_per_step']))
 
   def _input(self, task: tasks.Task, name: str) -> np.ndarray:
     """What the coordinator publishes for a step, fetched once. Raises Stale where the step is over."""
@@ -155,8 +165,12 @@ class KernelWorker:
             'device': _cpu_model() if device.platform == 'cpu' else device.device_kind, 'data': self._prepared.content, **versions}
 
   def _calibrate(self) -> float:
-    """Pairs a second, forward and vjp, of a single pair, of a few, of a full tile: as far as they are cheap. Compiles on the way."""
+    """Pairs a second, of a single pair, of a few, of a full tile: as far as they are cheap. Compiles on the way."""
     images = self._prepared.train_images
+    if self._run['method'] == 'label_solve':
+      compute = self._kernel.block
+    else:
+      compute = lambda x1, x2: self._kernel.block_vjp(x1, x2, lambda block: block)
     rows = self._run['images_per_class'] * self._prepared.num_classes
     columns = min(self._run['plan']['target_tile'], len(images))
     rate = 0.0
@@ -164,9 +178,9 @@ class KernelWorker:
       if rate and a * b > rate * _CALIBRATION_SECONDS:
         break
       x1, x2 = images[:a], images[len(images) - b:]
-      self._kernel.block_vjp(x1, x2, lambda block: block)
+      compute(x1, x2)
       start = time.perf_counter()
-      self._kernel.block_vjp(x1, x2, lambda block: block)
+      compute(x1, x2)
       rate = a * b / (time.perf_counter() - start)
     return rate
 

@@ -36,7 +36,7 @@ def before_and_after(path: str, before: np.ndarray, after: np.ndarray, transform
         axis = axes[half, c] if transposed else axes[c, half * (columns + 1) + i]
         image = images[c, i]
         axis.imshow(image if image.shape[-1] == 3 else image.mean(axis=-1), cmap='gray', vmin=0, vmax=1, interpolation='nearest')
-  for half, title in enumerate(('before: real images', 'after: distilled')):
+  for half, title in enumerate(('before', 'after: distilled')):
     axis = axes[half, 0] if transposed else axes[0, half * (columns + 1)]
     axis.set_title(title, fontsize=9, loc='left')
   run_directory.write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=150, bbox_inches='tight'))

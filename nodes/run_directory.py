@@ -23,6 +23,7 @@ class RunDirectory:
   def __init__(self, path: str):
     self.path = os.path.abspath(path)
     self.checkpoints = os.path.join(self.path, 'checkpoints')
+    self.label_solve = os.path.join(self.path, 'label_solve')
     self.snapshots = os.path.join(self.path, 'snapshots')
     self.config = os.path.join(self.path, 'config.json')
     self.status = os.path.join(self.path, 'status.json')

@@ -12,10 +12,12 @@ import numpy as np
 
 PART_BYTES = 2 ** 22
 
-# The phases of a step, in order.
+# The phases of a step of KIP, in order.
 SUPPORT_BLOCKS = 'support_blocks'  # tiles of K_ss on and above the diagonal
 TARGETS = 'targets'  # K_ts, its residual and its cotangent, in one pass
 SUPPORT_VJP = 'support_vjp'  # all tiles of K_ss, pulled back through their first argument
+# Label Solve has SUPPORT_BLOCKS and this one, which is posted again and again until the whole training set is done.
+LABEL_SOLVE = 'label_solve'  # the R factor of [K_ts, y_t]
 
 Range = tuple[int, int]
 
@@ -27,9 +29,10 @@ class Task(NamedTuple):
     run_id: names the run.
     generation: counts the coordinator's lives.
     step: of the support set it is about.
-    phase: SUPPORT_BLOCKS, TARGETS or SUPPORT_VJP.
+    phase: SUPPORT_BLOCKS, TARGETS, SUPPORT_VJP or LABEL_SOLVE.
     index: place in the phase's plan.
-    target_range: the second argument's images, [start, stop): of the step's target batch, or of the support set in the K_ss phases.
+    target_range: the second argument's images, [start, stop): of the step's target batch, of the support set in the K_ss phases, of the
+      training set in LABEL_SOLVE.
     support_range: the first argument's images, [start, stop) of the support set.
   """
   run_id: str
@@ -55,14 +58,15 @@ def ranges(total: int, size: int) -> list[Range]:
   return [(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def plan(phase: str, num_support: int, num_targets: int, support_tile: int, targets_per_task: int) -> list[tuple[Range, Range]]:
+def plan(phase: str, num_support: int, targets: Range, support_tile: int, targets_per_task: int) -> list[tuple[Range, Range]]:
   """The (target_range, support_range) of every task of a phase, in the order in which their pieces are summed."""
   tiles = ranges(num_support, support_tile)
   if phase == SUPPORT_BLOCKS:
     return [(columns, rows) for i, rows in enumerate(tiles) for columns in tiles[i:]]
   if phase == SUPPORT_VJP:
     return [(columns, rows) for rows in tiles for columns in tiles]
-  return [(targets, (0, num_support)) for targets in ranges(num_targets, targets_per_task)]
+  first, last = targets
+  return [((first + start, first + stop), (0, num_support)) for start, stop in ranges(last - first, targets_per_task)]
 
 
 def encode(piece: dict[str, np.ndarray]) -> tuple[list[bytes], str]:

@@ -11,6 +11,7 @@ from configs import base
 from data import DataError
 from data import store
 from nodes import command_line
+from nodes import initial_support
 from nodes import run_directory
 from nodes.command_line import BadInput
 from nodes.command_line import log_plainly
@@ -52,6 +53,7 @@ def ready(argv: Sequence[str]) -> Run:
     prepared = store.prepare(config['run']['data'], cache, raw=config['run']['augmentation']['fraction'] > 0)
     base.validate_with_data(config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:])
     memory = _check_memory(config, prepared)
+    initial_support.make(config['run'], prepared, cache)
     directory = run_directory.RunDirectory(_WORKDIR.value)
     directory.open(config, prepared.key)
   except (base.ConfigError, DataError, run_directory.RunDirectoryError) as error:
@@ -85,6 +87,11 @@ def _check_memory(config: dict[str, Any], prepared: store.Prepared) -> str:
   block = 8 * support * plan['target_tile']
   coordinator = 10 * images + tasks_a_step * images // 2 + 6 * 8 * support ** 2
   worker = 4 * images + 4 * block + 2 ** 29  # and half a GiB for the kernel's own tiles
+  if run['method'] != 'kip':
+    width = support + prepared.num_classes
+    rows = min(run['targets_per_step'], plan['target_tile'] * plan['target_tiles_per_task'])
+    coordinator += 8 * width * (3 * tasks_a_step * min(rows, width) + 6 * width)
+    worker += 3 * 8 * rows * width
   needed = coordinator + config['system']['num_workers'] * worker + 2 ** 30
   available = psutil.virtual_memory().available
   if needed > available:
@@ -96,11 +103,12 @@ def _check_memory(config: dict[str, Any], prepared: store.Prepared) -> str:
 def _summary(directory: run_directory.RunDirectory, status: dict[str, Any]) -> str:
   rows = {row['step']: row for row in directory.read_metrics()}
   first, last = rows.get(0), rows.get(status['num_steps'])
+  began = {'real': 'real images', 'noise': 'noise'}.get(directory.read_config()['run']['initial_images'], 'images')
   lines = [f'Finished {status["num_steps"]} steps after {status["wall_seconds"]:.0f} s.']
   if last:
     for key, name in (('krr_test_accuracy', 'KRR'), ('nn_test_accuracy', 'finite network')):
       if key in last:
-        start = f' ({100 * first[key]:.2f} % with the real images it started from)' if first and key in first else ''
+        start = f' ({100 * first[key]:.2f} % with the {began} it started from)' if first and key in first else ''
         lines.append(f'  test accuracy, {name}: {100 * last[key]:.2f} %{start}')
   else:
     lines.append('  the last evaluation is missing: the evaluator did not finish in time')

@@ -46,6 +46,8 @@ def test_shipped_configs_are_valid(name):
     ('run.augmentation.channel_shift', float('nan'), 'run.augmentation.channel_shift must lie between 0'),
     ('run.num_steps', 0, 'run.num_steps must be a whole number from 1 to 1000000000, got 0'),
     ('run.num_steps', None, 'run.num_steps is missing'),
+    ('run.method', 'ls', "run.method must be one of kip, label_solve, .*; got 'ls'"),
+    ('run.method', 'label_solve', 'run.num_steps must be 1 where run.method is label_solve; got 1000'),
     ('run.learning_rate', 'fast', "run.learning_rate must be a number, got 'fast'"),
     ('run.learning_rate', float('nan'), 'run.learning_rate must be above 0 .* got nan'),
     ('run.ridge', 0.0, 'run.ridge must be above 0'),
@@ -56,6 +58,13 @@ def test_shipped_configs_are_valid(name):
     ('run.architecture', {'stages': [{'convs': 1}]}, r'run.architecture: a stage must be \{"convs"'),
     ('run.architecture', {'layers': 3}, "run.architecture: unknown key 'layers'; known: stages"),
     ('run.architecture', 7, 'run.architecture: expected a name or a dict of stages, got int'),
+    ('run.optimizer', 'adm', "run.optimizer: no 'adm' in optax; known: adabelief, .*adam, "),
+    ('run.optimizer', {'name': 'sgd', 'momentm': 0.9}, "run.optimizer: sgd: got an unexpected keyword argument 'momentm'; its arguments: momentum"),
+    ('run.learning_rate', {'name': 'cosine_decay_schedule', 'init_value': 1.0}, "run.learning_rate: .* missing a required argument: 'decay_steps'"),
+    ('run.learning_rate', -1.0, 'run.learning_rate must be above 0'),
+    ('run.label_learning_rate_factor', 0.0, 'run.label_learning_rate_factor must be above 0'),
+    ('run.kernel', 'ntks', "run.kernel must be one of ntk, nngp; got 'ntks'"),
+    ('run.parameterization', 'mup', "run.parameterization must be one of ntk, standard; got 'mup'"),
     ('run.plan.target_tile', -5, 'run.plan.target_tile must be a whole number from 1'),
     ('system.port', 70000, 'system.port must lie between 0 and 65535, got 70000'),
     ('system.snapshot_steps', (1, -2), r'system.snapshot_steps must be steps.* got \(1, -2\)'),
@@ -77,19 +86,40 @@ def test_mistakes(path, value, message):
   assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize('path, value', [('run.kernel', 'nngp'), ('run.parameterization', 'standard')])
+@pytest.mark.parametrize('implementation', ['native', 'jax'])
+def test_the_fast_kernels_know_the_ntk_alone(path, value, implementation):
+  config = _with(path, value)
+  for accepted in ('auto', 'reference'):
+    config['run']['implementation'] = accepted
+    base.validate(config)
+  config['run']['implementation'] = implementation
+  with pytest.raises(base.ConfigError, match=f"run.implementation: '{implementation}' knows the NTK .*={value!r}.* needs reference"):
+    base.validate(config)
+
+
 @pytest.mark.parametrize('path, value, message', [
     ('run.images_per_class', 5, 'run.images_per_class must be at most 4, the images of the smallest class; got 5'),
-    ('run.targets_per_step', 10, r'multiple of 3 \(the classes\) and at most 12 \(the smallest class has 4 images\); got 10'),
+    ('run.targets_per_step', 10, r'multiple of 3 \(the classes\) and at most 12 \(the smallest class has 4 images\), or 13 \(the whole training set\); got 10'),
     ('run.targets_per_step', 15, 'at most 12'),
     ('run.architecture', 'convnet', 'run.architecture: 3 2x2 poolings leave nothing of a 7x9 image; at least 8x8'),
 ])
 def test_mistakes_that_only_the_data_show(path, value, message):
-  config = _with('run.targets_per_step', 12)
-  config['run']['architecture'] = 'fc1'
-  base.validate_with_data(config, np.array([0, 1, 2] * 4 + [0]), 3, (7, 9, 1))
+  config = _with('run.architecture', 'fc1')
+  for accepted in (13, 12):
+    config['run']['targets_per_step'] = accepted
+    base.validate_with_data(config, np.array([0, 1, 2] * 4 + [0]), 3, (7, 9, 1))
   config['run'][path.removeprefix('run.')] = value
   with pytest.raises(base.ConfigError, match=message):
     base.validate_with_data(config, np.array([0, 1, 2] * 4 + [0]), 3, (7, 9, 1))
+
+
+def test_specs_by_dict():
+  base.validate(_with('run.optimizer', {'name': 'sgd', 'momentum': 0.9}))
+  base.validate(_with('run.learning_rate', {'name': 'cosine_decay_schedule', 'init_value': 1.0, 'decay_steps': 10}))
+  base.check_path('run.learning_rate.init_value')
+  with pytest.raises(base.ConfigError, match='run.optimizr is no field'):
+    base.check_path('run.optimizr')
 
 
 def test_whole_numbers_are_numbers_and_a_dict_is_an_architecture():
@@ -106,9 +136,24 @@ def test_what_keeps_a_run_from_resuming():
   wanted['run']['data']['dir'] = 'elsewhere'
   wanted['system']['num_workers'] = 7
   assert not base.differences(saved, wanted)
+  for config, boundaries in ((saved, {'100': 0.5}), (wanted, {100: 0.5})):  # JSON's keys are text
+    config['run']['learning_rate'] = {'name': 'piecewise_constant_schedule', 'init_value': 0.1, 'boundaries_and_scales': boundaries}
+  assert not base.differences(saved, wanted)
   wanted['run']['plan']['target_tile'] = 10
   wanted['run']['num_steps'] = 5
   assert base.differences(saved, wanted) == ['run.num_steps (1000 there, 5 here)', 'run.plan.target_tile (250 there, 10 here)']
+
+
+def test_a_run_that_ends_with_label_solve_does_not_grow():
+  saved = _with('run.method', 'kip+label_solve')
+  wanted = copy.deepcopy(saved)
+  wanted['run']['num_steps'] = 2000
+  assert base.differences(saved, wanted) == ['run.num_steps (1000 there, 2000 here)']
+
+
+@pytest.mark.parametrize('method, step', [('kip', -1), ('label_solve', 0), ('label_solve+kip', 0), ('kip+label_solve', 999)])
+def test_which_update_solves_for_labels(method, step):
+  assert base.label_solve_step(_with('run.method', method)['run']) == step
 
 
 def test_snapshots():

@@ -47,3 +47,14 @@ def test_sizes_that_do_not_fit_are_refused(size):
 
 def test_centred_one_hot():
   np.testing.assert_allclose(sampling.centred_one_hot(np.array([2, 0]), 4), [[-.25, -.25, .75, -.25], [.75, -.25, -.25, -.25]])
+
+
+def test_all_targets_are_the_training_set_in_its_order():
+  assert sampling.targets(3, 5, LABELS, len(LABELS)).tolist() == list(range(13))
+  assert sampling.targets(0, 3, LABELS, 6).tolist() == sampling.class_balanced(0, sampling.TARGETS, 3, LABELS, 6).tolist()
+
+
+def test_noise_is_normal_for_all_that_moments_tell():
+  x = sampling.normal(0, sampling.INITIAL_NOISE, 0, 100_000)
+  np.testing.assert_allclose([x.mean(), x.var(), (x ** 3).mean(), (x ** 4).mean()], [0, 1, 0, 3 - 0.1], atol=0.03)
+  assert np.array_equal(sampling.normal(0, sampling.INITIAL_NOISE, 0, 10), x[:10])

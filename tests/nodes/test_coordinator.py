@@ -123,6 +123,13 @@ def test_pairs_per_step():
   assert coordinator_node.pairs_per_step(run, 6) == (16 + 8 + 4) + 33 * 6 + 36
 
 
+@pytest.mark.parametrize('method, step, pairs', [('kip', 0, 5 * 262), ('kip', 3, 2 * 262), ('label_solve+kip', 0, 4 * 262 + 600),
+                                                 ('label_solve+kip', 1, 4 * 262), ('kip+label_solve', 4, 600), ('kip+label_solve', 5, 0)])
+def test_pairs_to_go(method, step, pairs):
+  run = {'method': method, 'num_steps': 5, 'targets_per_step': 33, 'plan': {'support_tile': 4, 'target_tile': 5, 'target_tiles_per_task': 2}}
+  assert coordinator_node.pairs_to_go(run, 6, 100, step) == pairs
+
+
 @pytest.mark.parametrize('labels', ['learned', 'fixed'])
 def test_the_export_says_what_was_made(make_run, tmp_path, labels):
   from nodes import export

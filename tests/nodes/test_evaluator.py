@@ -13,6 +13,7 @@ from data import sampling
 from data import store
 from kernels import architectures
 from kernels import finite_network
+from kernels import ntk
 from nodes import evaluation
 from nodes import evaluator
 from programs import local
@@ -69,13 +70,18 @@ def test_one_network_with_one_setting_has_no_deviation_and_no_selection(make_run
   assert row['nn_selected_on'] is None and row['nn_seeds'] == 1
 
 
-def test_baselines_are_the_images_a_run_starts_from(make_run, tmp_path):
-  worth, prepared = _evaluation(make_run(tmp_path, {**FC1, **NETWORK}))
+def test_baselines_are_the_images_a_run_starts_from_with_hard_and_solved_labels(make_run, tmp_path):
+  worth, prepared = _evaluation(make_run(tmp_path, {**FC1, **NETWORK, 'run.ridge': 1e-3, 'system.evaluation.krr_tile': 13}))
   images, labels = _support(prepared)
-  rows = worth.baselines(6, solve=lambda x: 0.5 - labels if np.array_equal(x, images) else None)
-  assert rows == [{'kind': 'real images, hard labels', **worth.krr(images, labels), **worth.finite_network(images, labels)},
-                  {'kind': 'real images, solved labels', **worth.krr(images, 0.5 - labels), **worth.finite_network(images, 0.5 - labels)}]
-  assert [row['kind'] for row in worth.baselines(6)] == ['real images, hard labels']
+  kernel = ntk.make_kernel('fc1', dtype='float64')
+  k_ss, k_ts = kernel.block(images, images), kernel.block(prepared.train_images, images)
+  y_t = sampling.centred_one_hot(prepared.train_labels, prepared.num_classes)
+  solved = np.linalg.pinv(k_ts @ np.linalg.inv(k_ss + 1e-3 * np.trace(k_ss) / 6 * np.eye(6))) @ y_t
+  rows = worth.baselines(6)
+  assert rows[0] == {'kind': 'real images, hard labels', **worth.krr(images, labels), **worth.finite_network(images, labels)}
+  assert rows[1]['kind'] == 'real images, solved labels'
+  assert rows[1]['krr_test_mse'] == pytest.approx(worth.krr(images, solved)['krr_test_mse'], rel=1e-3)  # float32 kernel
+  assert rows[1]['krr_test_accuracy'] == worth.krr(images, solved)['krr_test_accuracy']
   with pytest.raises(ValueError, match='size must be a multiple of 3'):
     worth.baselines(7)
 

@@ -1,0 +1,12 @@
+"""KIP, ConvNet kernel, CIFAR-100, ZCA, 10 images a class (K2, Table 1). Published test accuracy: KRR 49.5 %, finite network 28.3 %.
+
+    python launch.py --config=configs/cifar100_ipc10.py --workdir=runs/cifar100_ipc10 --lp_launch_type=local_mp
+
+Time and accuracy: not measured, neither on 2 cores nor on a GPU.
+"""
+
+from configs import kip_convnet
+
+
+def get_config():
+  return kip_convnet.get_config('cifar100', 10)

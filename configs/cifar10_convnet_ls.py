@@ -1,0 +1,18 @@
+"""Label Solve, ConvNet kernel, CIFAR-10, ZCA, 1 image a class, and with --config.run.images_per_class=10 or 50 the others that K2 reports.
+
+    python launch.py --config=configs/cifar10_convnet_ls.py --workdir=runs/cifar10_convnet_ls --lp_launch_type=local_mp
+
+Published test accuracy for 1, 10, 50 images a class: 26.09, 53.59, 65.89 % (MSE .042288, .034978, .029552).
+Time and accuracy: not measured, neither on 2 cores nor on a GPU.
+"""
+
+from configs import base
+
+
+def get_config():
+  config = base.get_config()
+  config.run.method = 'label_solve'
+  config.run.num_steps = 1
+  config.run.data.name = 'cifar10'
+  config.run.data.zca = True
+  return config

@@ -1,0 +1,12 @@
+"""KIP, ConvNet kernel, MNIST, 10 images a class (K2, Table 1). Published test accuracy: KRR 99.1 %, finite network 97.5 %.
+
+    python launch.py --config=configs/mnist_ipc10.py --workdir=runs/mnist_ipc10 --lp_launch_type=local_mp
+
+Time and accuracy: not measured, neither on 2 cores nor on a GPU.
+"""
+
+from configs import kip_convnet
+
+
+def get_config():
+  return kip_convnet.get_config('mnist', 10)
