@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data import DataError
+from data import NPZ_ERRORS
 
 # Hub repository, its configuration, and the revision all caches are keyed by.
 HUB = {
@@ -109,15 +110,9 @@ def _load_npz(path: str) -> Dataset:
       arrays = [file[key] for key in NPZ_KEYS]
   except DataError:
     raise
-  except (OSError, ValueError, EOFError, KeyError, *_zip_errors()) as error:
+  except NPZ_ERRORS as error:
     raise DataError(f'{path!r} is not a readable .npz file without pickled objects: {_line(error)}') from error
   return _checked(os.path.basename(path)[:-4], *arrays)
-
-
-def _zip_errors() -> tuple[type[Exception], ...]:
-  import zipfile
-  import zlib
-  return zipfile.BadZipFile, zlib.error
 
 
 def _load_parquet(name: str, train: str, test: str) -> Dataset:

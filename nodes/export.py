@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data import DataError
+from data import NPZ_ERRORS
 from data import preprocess
 from data import store
 from nodes import run_directory
@@ -42,5 +43,5 @@ def load(path: str) -> Distilled:
   try:
     with np.load(path, allow_pickle=False) as file:
       return Distilled(file['images'], file['labels'], preprocess.Transform(file['mean'], file['std']), json.loads(str(file[_SETTINGS])))
-  except (OSError, ValueError, KeyError, EOFError) as error:
+  except NPZ_ERRORS as error:
     raise DataError(f'{path!r} is not a distilled set: {error}') from error
