@@ -1,8 +1,8 @@
 """Follows the coordinator's snapshots: KRR and finite-network accuracy on the whole test set, to the log and to metrics.jsonl."""
 
 import json
-import os
 import threading
+import time
 from typing import Any
 
 from absl import logging
@@ -18,6 +18,8 @@ from nodes import tasks
 from nodes.remote import CoordinatorLost
 from nodes.remote import Stopping
 
+_TRIES, _PAUSE = 3, 2.0  # of evaluating, before the coordinator hears that it is no use; seconds between them
+_BEAT = 5.0  # seconds between signs of life
 _HELD_OUT = 5000  # the last training images, or a tenth of them if that is less: the finite network's learning rate is set on them
 
 
@@ -63,18 +65,31 @@ class Evaluator:
     """
     self._coordinator, self._threads, self._cache, self._stop_event = coordinator, threads, cache, stop
     self._directory = run_directory.RunDirectory(workdir)
+    self._next_beat = 0.0
 
   def run(self) -> None:
-    """Evaluates until told to stop. Raises CoordinatorLost when there is no coordinator any more."""
-    try:
-      self._follow()
-    except Stopping:
-      return
-    except CoordinatorLost:
-      raise
-    except Exception as error:  # whatever it is: the coordinator must not wait for rows that will not come
-      self._coordinator.broken('evaluator', f'{type(error).__name__}: {error}')
-      raise
+    """Evaluates until told to stop. Raises CoordinatorLost where the run's coordinator is not there any more."""
+    for attempt in range(_TRIES):
+      try:
+        self._follow()
+        return
+      except Stopping:
+        return
+      except CoordinatorLost:
+        raise
+      except Exception as error:  # whatever it is: the coordinator must not wait for rows that will not come
+        logging.exception('the evaluator failed')
+        if attempt + 1 == _TRIES:
+          self._coordinator.broken('evaluator', f'{type(error).__name__}: {error}')
+          raise
+      time.sleep(_PAUSE)
+
+  def _stopping(self) -> bool:
+    """What evaluations ask now and then: so the coordinator hears that there is somebody to wait for."""
+    if time.monotonic() > self._next_beat:
+      self._coordinator.heartbeat('evaluator')
+      self._next_beat = time.monotonic() + _BEAT
+    return self._stop_event.is_set()
 
   def _follow(self) -> None:
     description = json.loads(self._coordinator.describe())
@@ -83,18 +98,18 @@ class Evaluator:
     self._kernel = ntk.make_kernel(self._run['architecture'], implementation=self._run['implementation'],
                                    dtype=self._run['kernel_dtype'], threads=self._threads)
     self._test = ntk.Library(self._kernel, self._prepared.test_images)
-    rows = self._directory.read_metrics()
-    run_directory.write_atomically(self._directory.metrics, ''.join(run_directory.json_line(row) for row in rows))
-    done = [row['step'] for row in rows]
+    done = [row['step'] for row in self._directory.read_metrics()]
     while not self._stop_event.is_set():
       answer = self._coordinator.next_snapshot(done)
       if answer and 'stop' in answer:
         return
       if answer:
+        if answer['run_id'] != description['run_id']:
+          raise CoordinatorLost('another run answers in its place.', was_there=True)
         row = self._evaluate(answer)
         if row is None:
           return
-        self._append(row)
+        self._directory.append_metrics(row)
         done.append(row['step'])
         self._coordinator.evaluated(json.dumps(row))
 
@@ -104,7 +119,7 @@ class Evaluator:
       distilled = export.load(self._directory.distilled)  # what the user gets is what is reported
       images, labels = distilled.images, distilled.labels
     result = krr_test(self._kernel, images, labels, self._run['ridge'], self._test, self._prepared.test_labels,
-                      self._settings['krr_tile'], self._stop_event.is_set)
+                      self._settings['krr_tile'], self._stopping)
     if result is None:
       return None
     row = {'step': step, 'krr_test_accuracy': result[0], 'krr_test_mse': result[1], **json.loads(snapshot['metrics'])}
@@ -125,13 +140,7 @@ class Evaluator:
         self._kernel.architecture, images, labels, train[len(train) - min(_HELD_OUT, len(train) // 10):],
         self._prepared.test_images, self._prepared.test_labels, width=self._settings['nn_width'], steps=self._settings['nn_steps'],
         batch=self._settings['nn_batch'], learning_rate_factor=self._settings['nn_learning_rate_factor'],
-        l2=self._settings['nn_l2'], seed=self._run['seed'], stop=self._stop_event.is_set)
-
-  def _append(self, row: dict[str, Any]) -> None:
-    with open(self._directory.metrics, 'a', encoding='utf-8') as file:
-      file.write(run_directory.json_line(row))
-      file.flush()
-      os.fsync(file.fileno())
+        l2=self._settings['nn_l2'], seed=self._run['seed'], stop=self._stopping)
 
   def _draw(self, images: np.ndarray) -> None:
     from nodes import pictures  # here, because matplotlib takes seconds to import
