@@ -2,7 +2,7 @@
 PYTHON = .venv/bin/python
 DEMO_DIR ?= runs/demo
 
-.PHONY: demo test bench native setup cuda lock clean
+.PHONY: demo test chaos bench native setup cuda lock clean
 
 demo: native
 	@rm -rf $(DEMO_DIR)
@@ -10,6 +10,10 @@ demo: native
 
 test: native
 	$(PYTHON) -m pytest
+
+# Kills, pauses and cuts a real run for some minutes and compares it with one left in peace, bit by bit.
+chaos: native
+	PYTHONPATH=. $(PYTHON) tests/chaos --workdir=runs/chaos
 
 bench: native
 	$(PYTHON) -m benchmarks.kernels

@@ -36,10 +36,10 @@ def main(argv: list[str]) -> int:
   program = distill.make_program(run)
   with terminal.line_by_line():
     manager = lp.launch(program, local_resources=distill.local_resources(run), terminal='current_terminal')
-    if not isolation.is_isolated():
+    if not isolation.is_isolated() and not run.config['system']['accept_open_port']:
       logging.warning('%s is open to every host that can reach this one, and whoever connects can run code as you: no private network '
-                      'could be made (see BUILD.md).', distill.coordinator_address(program))
-    manager.wait(raise_error=False)
+                      'could be made (see BUILD.md; system.accept_open_port=True ends this warning).', distill.coordinator_address(program))
+    distill.wait(manager)
   return start.outcome(run.directory)
 
 

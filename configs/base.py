@@ -76,6 +76,7 @@ def get_config() -> ml_collections.ConfigDict:
   system.num_workers = 2  # kernel-worker processes
   system.worker_threads = 0  # CPU threads of each; 0: an equal share of the machine
   system.port = 0  # of the coordinator; 0: any free one
+  system.accept_open_port = False  # no warning where the port cannot be hidden from other hosts (BUILD.md tells the risk)
   system.cache_dir = ''  # for preprocessed data; empty: kip in the user's cache folder
   system.allow_mixed = False  # accept workers that differ in implementation, hardware or versions: other bits
   system.snapshot_steps = ()  # steps to evaluate besides the first and the last; empty: the papers' schedule
@@ -83,7 +84,7 @@ def get_config() -> ml_collections.ConfigDict:
   system.log_seconds = 2.0  # at most so often a progress line
   system.lease_seconds = 300.0  # a task is given to another worker after this, or 5 times the usual time if that is longer
   system.worker_timeout = 600.0  # seconds without any worker after which the run stops with a checkpoint
-  system.coordinator_timeout = 120.0  # seconds without the coordinator after which workers and evaluator give up
+  system.coordinator_timeout = 120.0  # seconds to reach the coordinator; half of it where it was there before: then start afresh
   system.final_evaluation_timeout = 3600.0  # seconds the finished run waits for its last evaluation
 
   system.evaluation = ml_collections.ConfigDict()
@@ -214,7 +215,7 @@ def check_path(path: str) -> None:
     return
   prefix = path.rpartition('.')[0] + '.'
   near = difflib.get_close_matches(path, known, n=3) or [field for field in known if field.startswith(prefix)] or list(known)
-  raise ConfigError(f'{path} is no field of the configuration; did you mean {", ".join(near)}?')
+  raise ConfigError(f'{" ".join(path.split())} is no field of the configuration; did you mean {", ".join(near)}?')
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

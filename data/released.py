@@ -13,7 +13,7 @@ from absl import logging
 import numpy as np
 
 from data import DataError
-from data import sources
+from data import NPZ_ERRORS
 
 BUCKET = 'https://storage.googleapis.com/kip-datasets'
 _NAME = re.compile(r'(?P<method>kip|ls)/(?P<data>mnist|fashion_mnist|svhn_cropped|cifar10|cifar100)/(?P<architecture>ConvNet3?)'
@@ -63,7 +63,7 @@ def load(name: str, cache: str) -> Released:
   try:
     with np.load(path, allow_pickle=False) as file:
       images, labels = np.asarray(file['images'], np.float32), np.asarray(file['labels'], np.float32)
-  except sources.UNREADABLE_NPZ as error:
+  except NPZ_ERRORS as error:
     raise DataError(f'{path!r} is not a readable distilled set ({error}); remove it to fetch it again.') from error
   size, num_classes = int(found['size']), 100 if found['data'] == 'cifar100' else 10
   shape = (28, 28, 1) if found['data'].endswith('mnist') else (32, 32, 3)

@@ -5,12 +5,11 @@ import glob
 import hashlib
 import os
 from typing import Any, NamedTuple
-import zipfile
-import zlib
 
 import numpy as np
 
 from data import DataError
+from data import NPZ_ERRORS
 
 # Hub repository, its configuration, and its revision.
 HUB = {
@@ -23,7 +22,6 @@ HUB = {
 NAMES = ('digits', *HUB)
 IMAGE_COLUMNS = ('image', 'img')
 LABEL_COLUMNS = ('label', 'fine_label')
-UNREADABLE_NPZ = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)  # what numpy.load and its entries raise
 _FOLDER = 'train.parquet and test.parquet in the Hugging Face schema, or images as train/CLASS/FILE and test/CLASS/FILE'
 NPZ_KEYS = ('x_train', 'y_train', 'x_test', 'y_test')
 _DIGITS_TEST = 360
@@ -126,7 +124,7 @@ def _load_npz(path: str) -> Dataset:
       arrays = [file[key] for key in NPZ_KEYS]
   except DataError:
     raise
-  except UNREADABLE_NPZ as error:
+  except NPZ_ERRORS as error:
     raise DataError(f'{path!r} is not a readable .npz file without pickled objects: {_line(error)}') from error
   return _checked(os.path.basename(path)[:-4], *arrays)
 

@@ -22,6 +22,10 @@ _KEEP = 3
 _DIGESTS = 'digests.json'
 
 
+class NoGoodCheckpoint(ValueError):
+  """There are checkpoints, and all of them are damaged; the message is one line for the user."""
+
+
 class SupportState(NamedTuple):
   """All that a step changes.
 
@@ -51,27 +55,40 @@ class Checkpoints:
       return
     scratch = path + '.writing'
     shutil.rmtree(scratch, ignore_errors=True)
-    os.makedirs(scratch)
-    self._orbax.save(os.path.join(scratch, 'state'), args=ocp.args.StandardSave(_tree(state)))
-    run_directory.write_atomically(os.path.join(scratch, 'meta.json'), run_directory.json_line(meta))
-    run_directory.write_atomically(os.path.join(scratch, _DIGESTS), run_directory.json_line(_digests(scratch)))
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(scratch, path)
+    try:
+      os.makedirs(scratch)
+      self._orbax.save(os.path.join(scratch, 'state'), args=ocp.args.StandardSave(_tree(state)))
+      run_directory.write_atomically(os.path.join(scratch, 'meta.json'), run_directory.json_line(meta))
+      run_directory.write_atomically(os.path.join(scratch, _DIGESTS), run_directory.json_line(_digests(scratch)))
+      shutil.rmtree(path, ignore_errors=True)
+      os.rename(scratch, path)
+    except ValueError as error:  # as which orbax reports a disk that is full or gone
+      raise OSError(' '.join(str(error).split())[:200]) from error
+    finally:
+      shutil.rmtree(scratch, ignore_errors=True)
     for step in self._steps()[:-_KEEP]:
       shutil.rmtree(os.path.join(self._folder, f'{step:08d}'))
 
   def restore(self, template: SupportState) -> tuple[SupportState, dict[str, Any]] | None:
-    """The newest good checkpoint and its `meta`; None if there is none. Says which ones it passes over, and why."""
-    for step in reversed(self._steps()):
+    """The newest good checkpoint and its `meta`; None where there never was one. Says which ones it passes over, and why.
+
+    Raises:
+      NoGoodCheckpoint: there were, but no good one is left.
+    """
+    steps = self._steps()
+    for step in reversed(steps):
       path = os.path.join(self._folder, f'{step:08d}')
       damage = self._damage(path)
       if damage is not None:
-        logging.warning('The checkpoint of step %d is damaged (%s); the one before it is used.', step, damage)
+        logging.warning('The checkpoint of step %d is damaged (%s); an earlier one is used.', step, damage)
         continue
       tree = self._orbax.restore(os.path.join(path, 'state'), args=ocp.args.StandardRestore(_tree(template)))
       with open(os.path.join(path, 'meta.json'), encoding='utf-8') as file:
         meta = json.load(file)
       return SupportState(int(tree['step']), *(tree[name] for name in ('images', 'labels', 'optimizer'))), meta
+    if steps:
+      raise NoGoodCheckpoint(f'all checkpoints in {self._folder} are damaged (steps {", ".join(map(str, steps))}): restore one of them, '
+                             'or delete that folder to start from step 0.')
     return None
 
   def _steps(self) -> list[int]:

@@ -2,11 +2,12 @@
 checkpoints, and ends the run."""
 
 import datetime
+import hashlib
 import json
 import os
 import threading
 import time
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 from kernels import precision  # pylint: disable=unused-import
 
@@ -16,6 +17,7 @@ import numpy as np
 import optax
 
 from configs import base
+from data import NPZ_ERRORS
 from data import store
 from kernels import krr
 from kernels import label_solve
@@ -25,6 +27,7 @@ from nodes import initial_support
 from nodes import run_directory
 from nodes import tasks
 from nodes.checkpoints import Checkpoints
+from nodes.checkpoints import NoGoodCheckpoint
 from nodes.checkpoints import SupportState
 from nodes.task_board import TaskBoard
 from nodes.task_board import TaskFailed
@@ -33,6 +36,9 @@ _POLL = 0.5  # seconds between looks at the stop event while a phase runs
 _LONG_POLL = 2.0  # seconds a request for work may wait for some
 _EVALUATOR = 'evaluator'
 _LINGER = 10.0  # seconds the finished coordinator stays to tell the others to stop
+_STALL = 30.0  # seconds without a piece that are worth a word
+_DISK_PATIENCE, _DISK_PAUSE = 60.0, 5.0  # seconds a write that fails is tried again, and between two tries
+_DIVERGED = 1e6  # a training loss of predictions that have nothing to do with labels in [-1, 1]
 
 
 class RunFailed(RuntimeError):
@@ -85,15 +91,19 @@ def pairs_to_go(run: dict[str, Any], num_support: int, num_targets: int, step: i
 class Coordinator:
   """The program's only server. Its public methods are RPCs (thread safe); `run` is the program."""
 
-  def __init__(self, workdir: str, cache: str, stop: threading.Event):
+  def __init__(self, workdir: str, cache: str, stop: threading.Event, saved: Callable[[], None] = lambda: None):
     """
     Args:
       workdir: run directory with its config.json.
       cache: folder of prepared data that has this run's.
       stop: set when the process is to stop: the run is then checkpointed and ends as 'stopped'.
+      saved: called after each checkpoint.
     """
     self._directory = run_directory.RunDirectory(workdir)
+    self._saved = saved
     self._config = self._directory.read_config()
+    if self._config is None:
+      raise RunFailed(f'{self._directory.config} is missing; start the run by launch.py.')
     self._run, self._system = self._config['run'], self._config['system']
     self._cache, self._stop_event = cache, stop
     self._prepared = store.open_prepared(self._config['data_key'], cache)
@@ -105,23 +115,26 @@ class Coordinator:
     self._optimizer = optimizers.make(self._run['optimizer'], self._run['learning_rate'])
     self._update = jax.jit(self._optimizer.update)
     self._dtype = np.dtype(self._run['kernel_dtype'])
-    self._run_id = self._config['data_key'][:8] + format(abs(self._run['seed']), 'x')
+    self._run_id = _run_id(self._config)
     self._generation = self._directory.next_generation()
     self._lock = threading.Lock()
     self._inputs: dict[str, np.ndarray] = {}  # of the current step, what workers fetch
     self._step = -1
-    self._parts: dict[tuple[int, int], bytes] = {}  # (lease, part) of pieces that are still arriving
+    self._parts: dict[int, dict[int, bytes]] = {}  # lease -> part -> content, of pieces that are still arriving
+    self._arrived: set[int] = set()  # leases of the current step whose piece is complete
     self._fingerprint: dict[str, str] | None = None
     self._clients: dict[str, float] = {}  # when each was last heard
     self._released: set[str] = set()  # who has been told to stop
     self._rates: dict[str, float] = {}
     self._broken: dict[str, str] = {}  # who could not start or go on, and why
+    self._damaged: set[int] = set()  # snapshots that cannot be read
     self._over = False
     self._evaluated = threading.Event()
     self._last_row: dict[str, Any] | None = None
     self._start = time.monotonic()
     self._earlier_seconds = 0.0
     self._next_log = self._next_checkpoint = 0.0
+    self._next_stall = _STALL
     self._saved_step = -1
     self._pairs = 0
 
@@ -151,7 +164,7 @@ class Coordinator:
     if self._over:
       self._released.add(worker)
       return {'stop': 'the run is over.'}
-    lease = self._board.lease(worker, _LONG_POLL)
+    lease = self._board.lease(worker, _LONG_POLL, self._rates[worker])
     return lease and {'task': tuple(lease.task), 'lease': lease.id}
 
   def fetch(self, generation: int, step: int, name: str) -> np.ndarray | None:
@@ -167,13 +180,15 @@ class Coordinator:
     task = _task(task)
     self._clients[worker] = time.monotonic()
     with self._lock:
-      if (task.run_id, task.generation, task.step) != (self._run_id, self._generation, self._step):
+      if (task.run_id, task.generation, task.step) != (self._run_id, self._generation, self._step) or lease in self._arrived:
         return
-      self._parts[lease, part] = data
-      if part + 1 < parts:
+      received = self._parts.setdefault(lease, {})
+      received[part] = data
+      if len(received) < parts:
         return
-      received = [self._parts.pop((lease, i), b'') for i in range(parts)]
-    piece = tasks.decode(received, digest)
+      del self._parts[lease]
+      self._arrived.add(lease)
+    piece = tasks.decode([received[i] for i in range(parts)], digest)
     for name, array in piece.items():
       if not np.isfinite(array).all():
         self._board.fail(task, lease, f'{name} contains NaN or infinity')
@@ -191,20 +206,27 @@ class Coordinator:
     with self._lock:
       self._broken[name] = message
 
+  def heartbeat(self, name: str) -> None:
+    """A client is alive, whatever it is busy with."""
+    self._clients[name] = time.monotonic()
+
   # RPCs of the evaluator.
 
   def next_snapshot(self, done: list[int]) -> dict[str, Any] | None:
     """The first snapshot whose step is not in `done`.
 
     Returns:
-      None (ask again), `{'stop': reason}`, or `step`, `images` [S, H, W, D] and `labels` [S, C] (float32), `metrics` (JSON), `final`.
+      None (ask again), `{'stop': reason}`, or `run_id`, `step`, `images` [S, H, W, D] and `labels` [S, C] (float32), `metrics` (JSON),
+      `final`.
     """
     self._clients[_EVALUATOR] = time.monotonic()
+    with self._lock:
+      self._broken.pop(_EVALUATOR, None)
     for step in self._directory.snapshot_steps():
-      if step not in done and step <= self._run['num_steps']:
-        with np.load(self._directory.snapshot(step), allow_pickle=False) as file:
-          return {'step': step, 'images': file['images'], 'labels': file['labels'], 'metrics': str(file['metrics']),
-                  'final': step == self._run['num_steps']}
+      if step not in done and step not in self._damaged and step <= self._run['num_steps']:
+        snapshot = self._read_snapshot(step)
+        if snapshot is not None:
+          return snapshot
     if self._run['num_steps'] in done:
       self._evaluated.set()
     if self._over:
@@ -219,20 +241,34 @@ class Coordinator:
     if self._last_row['step'] == self._run['num_steps']:
       self._evaluated.set()
 
+  def _read_snapshot(self, step: int) -> dict[str, Any] | None:
+    final = step == self._run['num_steps']
+    try:
+      with np.load(self._directory.snapshot(step), allow_pickle=False) as file:
+        return {'run_id': self._run_id, 'step': step, 'images': file['images'], 'labels': file['labels'],
+                'metrics': str(file['metrics']), 'final': final}
+    except NPZ_ERRORS as error:
+      message = f'the snapshot of step {step} is damaged ({error}); it is not evaluated.'
+      logging.warning(message)
+      self._damaged.add(step)
+      if final:
+        with self._lock:
+          self._broken[_EVALUATOR] = message
+      return None
+
   # The program.
 
   def run(self) -> None:
     """Distils to the end, or until stopped; whatever happens, status.json tells."""
-    state = None
     try:
-      state = self._restore()
-      state = self._distil(state)
-      self._directory.write_status(run_directory.FINISHED, **self._status(state.step))
+      with self._directory.claimed():
+        state = self._distil(self._restore())
+        self._directory.write_status(run_directory.FINISHED, **self._status(state.step))
     except _Stopped:
       self._directory.write_status(run_directory.STOPPED, message='stopped; the same command goes on from the checkpoint',
                                    **self._status(self._saved_step))
       logging.info('Stopped at step %d, checkpointed.', self._saved_step)
-    except (RunFailed, TaskFailed, krr.NotPositiveDefiniteError, OSError) as error:
+    except (RunFailed, TaskFailed, NoGoodCheckpoint, run_directory.RunDirectoryError, krr.NotPositiveDefiniteError, OSError) as error:
       self._fail(str(error))
     except Exception as error:
       self._fail(f'{type(error).__name__}: {error}')
@@ -247,7 +283,7 @@ class Coordinator:
     if restored is None:
       return template
     state, meta = restored
-    self._earlier_seconds = meta['wall_seconds']
+    self._earlier_seconds, self._fingerprint = meta['wall_seconds'], meta['fingerprint']
     self._saved_step = state.step
     logging.info('Resuming at step %d.', state.step)
     return state
@@ -293,8 +329,8 @@ class Coordinator:
       correct += int(piece['correct'])
       alpha_bar += piece['alpha_bar']
       gradient += piece['gradient']
-    if not np.isfinite(loss):
-      raise RunFailed(f'step {state.step}: the training loss is {loss}; lower run.learning_rate or raise run.ridge.')
+    if not loss <= _DIVERGED:
+      raise RunFailed(f'step {state.step}: the training diverges, its loss is {loss:.3g}; lower run.learning_rate or raise run.ridge.')
     label_gradient = None
     if with_gradient:
       cotangent, label_gradient = krr.pull_back(solution, alpha_bar)
@@ -309,7 +345,8 @@ class Coordinator:
     """Starts the step: K_ss and its solve."""
     num_support = len(state.images)
     with self._lock:
-      self._step, self._inputs, self._parts = state.step, {'images': state.images.astype(self._dtype)}, {}
+      self._step, self._inputs = state.step, {'images': state.images.astype(self._dtype)}
+      self._parts, self._arrived = {}, set()
     k_ss = np.empty((num_support, num_support))
     for ((c0, c1), (r0, r1)), piece in self._phase(tasks.SUPPORT_BLOCKS, num_support):
       k_ss[r0:r1, c0:c1] = piece['block']
@@ -346,7 +383,9 @@ class Coordinator:
       pieces = [piece['factor'] for _, piece in self._phase(tasks.LABEL_SOLVE, len(state.images), (first, last))]
       factor = label_solve.combine([self._rounds.optimizer['factor'], *pieces])
       self._rounds = self._rounds._replace(step=self._rounds.step + 1, optimizer={'factor': factor})
-      checkpoints.save(self._rounds, {'wall_seconds': self._wall_seconds()})
+      self._persist(f'the checkpoint of {last} training images',
+                    lambda: checkpoints.save(self._rounds, {'wall_seconds': self._wall_seconds()}))
+      self._saved()
       seconds = (time.monotonic() - started) / (last - first)
       logging.info('label solve: %d of %d training images, %.3g pairs/s, %s to go', last, num_targets, len(state.images) / seconds,
                    _duration(seconds * (num_targets - last)))
@@ -356,19 +395,30 @@ class Coordinator:
     """Runs a phase: yields (ranges, piece) in plan order. Raises _Stopped, TaskFailed or RunFailed."""
     plan = _plan(self._run, phase, num_support, targets)
     self._board.post([tasks.Task(self._run_id, self._generation, self._step, phase, i, t, s) for i, (t, s) in enumerate(plan)])
-    waiting_since = time.monotonic()
     while (pieces := self._board.collect(_POLL)) is None:
       if self._stop_event.is_set():
         raise _Stopped()
-      broken = [message for name, message in list(self._broken.items()) if name != _EVALUATOR]
-      if len(broken) >= self._system['num_workers'] and not self._rates:
-        raise RunFailed(f'no worker can start; the last one said: {broken[-1]}')
-      silent = time.monotonic() - max([waiting_since, *(t for name, t in list(self._clients.items()) if name != _EVALUATOR)])
-      if silent > self._system['worker_timeout']:
-        raise _NoWorkers(f'step {self._step}: no worker has been heard of for {silent:.0f} s (system.worker_timeout); '
-                        'the run is checkpointed and goes on when started again.')
+      self._check_progress()
     self._pairs += sum((t1 - t0) * (s1 - s0) for (t0, t1), (s0, s1) in plan)
     return zip(plan, pieces)
+
+  def _check_progress(self) -> None:
+    """Says what a phase that does not get on is waiting for. Raises RunFailed where waiting is no use, _NoWorkers after worker_timeout."""
+    broken = [message for name, message in list(self._broken.items()) if name != _EVALUATOR]
+    if len(broken) >= self._system['num_workers'] and not self._rates:
+      raise RunFailed(f'no worker can start; the last one said: {broken[-1]}')
+    silent, timeout = self._board.silence(), self._system['worker_timeout']
+    if silent > timeout:
+      raise _NoWorkers(f'step {self._step}: no worker has been heard of for {silent:.0f} s (system.worker_timeout); '
+                       'the run is checkpointed and goes on when started again.')
+    stalled, waits_for = self._board.stall()
+    if stalled < _STALL:
+      self._next_stall = _STALL
+    elif stalled >= self._next_stall:
+      self._next_stall = 2 * stalled
+      remedy = (f'; no worker has been heard of for {silent:.0f} s: see their output, or start some; after {timeout:.0f} s the run stops '
+                'with a checkpoint') if silent > _STALL / 2 else ''
+      logging.warning('step %d: no progress for %.0f s: %s%s.', self._step, stalled, waits_for, remedy)
 
   def _move(self, state: SupportState, gradient: Gradient) -> SupportState:
     parameters = _parameters(self._run, state.images, state.labels)
@@ -376,6 +426,9 @@ class Coordinator:
     updates, optimizer = jax.device_get(self._update(gradients, state.optimizer, parameters))
     factors = {'images': 1.0, 'labels': self._run['label_learning_rate_factor']}
     moved = {name: value + factors[name] * updates[name] for name, value in parameters.items()}
+    for name, value in moved.items():
+      if not np.isfinite(value).all():
+        raise RunFailed(f'step {state.step}: the update makes the {name} NaN or infinite; lower run.learning_rate.')
     return SupportState(state.step + 1, moved['images'], moved.get('labels', state.labels), optimizer)
 
   def _publish(self, name: str, value: np.ndarray) -> None:
@@ -391,10 +444,11 @@ class Coordinator:
         self._fingerprint = hello['fingerprint']
       differing = [f'{key}: {hello["fingerprint"].get(key)} instead of {value}' for key, value in self._fingerprint.items()
                    if hello['fingerprint'].get(key) != value]
+      if differing and not self._system['allow_mixed']:
+        self._broken[worker] = (f'this worker would compute other bits than those before it ({"; ".join(differing)}). '
+                                'Make them alike, or set system.allow_mixed=True.')
+        return self._broken[worker]
       self._rates[worker] = hello['pairs_per_second']
-    if differing and not self._system['allow_mixed']:
-      return (f'this worker would compute other bits than those before it ({"; ".join(differing)}). '
-              'Make them alike, or set system.allow_mixed=True.')
     if new:
       self._say_cost(worker)
     return None
@@ -412,16 +466,36 @@ class Coordinator:
   def _write_snapshot(self, state: SupportState, metrics: Metrics) -> None:
     images, labels = state.images.astype(np.float32), state.labels.astype(np.float32)
     if state.step == self._run['num_steps']:
-      export.save(self._directory.distilled, images, labels, state.step, self._config, self._prepared)
-    run_directory.write_atomically(self._directory.snapshot(state.step), lambda file: np.savez(
-        file, images=images, labels=labels,
-        metrics=json.dumps({name: value for name, value in metrics._asdict().items() if value is not None})))
+      self._persist(self._directory.distilled, lambda: export.save(
+          self._directory.distilled, images, labels, state.step, self._config, self._prepared))
+    path = self._directory.snapshot(state.step)
+    row = json.dumps({name: value for name, value in metrics._asdict().items() if value is not None})
+    self._persist(path, lambda: run_directory.write_atomically(path, lambda file: np.savez(file, images=images, labels=labels, metrics=row)))
 
   def _save(self, state: SupportState) -> None:
     if state.step != self._saved_step:
-      self._checkpoints.save(state, {'wall_seconds': self._wall_seconds(), 'fingerprint': self._fingerprint})
+      meta = {'wall_seconds': self._wall_seconds(), 'fingerprint': self._fingerprint}
+      self._persist(f'the checkpoint of step {state.step}', lambda: self._checkpoints.save(state, meta))
       self._saved_step = state.step
+      self._saved()
     self._next_checkpoint = time.monotonic() + self._system['checkpoint_seconds']
+
+  def _persist(self, what: str, write: Callable[[], None]) -> None:
+    """Writes; where that fails, again for a while: a full disk may be emptied. Raises RunFailed."""
+    end = time.monotonic() + _DISK_PATIENCE
+    while True:
+      try:
+        write()
+        return
+      except OSError as error:
+        reason = error.strerror or error
+        if time.monotonic() > end or self._stop_event.is_set():
+          raise RunFailed(f'{what} cannot be written ({reason}); mend that, and the same command goes on from the last checkpoint, '
+                          f'of step {self._saved_step}.') from error
+        logging.warning('%s cannot be written (%s); trying again for %.0f s.', what, reason, end - time.monotonic())
+      pause = time.monotonic() + _DISK_PAUSE
+      while time.monotonic() < pause and not self._stop_event.is_set():
+        time.sleep(0.05)
 
   def _await_evaluation(self) -> None:
     """Leaves when the last row is written, the time for it is over, or the process is asked to stop: the data are exported already."""
@@ -432,6 +506,16 @@ class Coordinator:
         raise _Stopped()
       if _EVALUATOR in self._broken:
         raise RunFailed(f'the set is distilled ({self._directory.distilled}), but its evaluation failed: {self._broken[_EVALUATOR]}')
+      silent = time.monotonic() - max(self._start, self._clients.get(_EVALUATOR, 0.0))
+      if silent < _STALL:
+        self._next_stall = _STALL
+      elif silent >= self._next_stall:
+        self._next_stall = 2 * silent
+        logging.warning('Waiting for the last evaluation; the evaluator has not been heard of for %.0f s.', silent)
+      if silent > self._system['worker_timeout']:
+        logging.warning('The evaluator has not been heard of for %.0f s (system.worker_timeout): ending without the last evaluation.',
+                        silent)
+        return
       if time.monotonic() > end:
         logging.warning('The last evaluation is not done after %.0f s (system.final_evaluation_timeout): ending without it.',
                         self._system['final_evaluation_timeout'])
@@ -485,6 +569,12 @@ def _parameters(run: dict[str, Any], images: Any, labels: Any) -> dict[str, Any]
 def _task(fields: list[Any]) -> tasks.Task:
   task = tasks.Task(*fields)
   return task._replace(target_range=tuple(task.target_range), support_range=tuple(task.support_range))
+
+
+def _run_id(config: dict[str, Any]) -> str:
+  """Names what a run computes."""
+  fields = {path: value for path, value in base.flatten({'run': config['run']}).items() if path not in ('run.num_steps', 'run.data.dir')}
+  return hashlib.sha256(json.dumps([config['data_key'], fields], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _duration(seconds: float) -> str:

@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import threading
+import time
 from typing import Any, Sequence
 
 from absl import flags
@@ -24,7 +25,7 @@ import numpy as np
 
 from configs import base
 from data import DataError
-from data import sources
+from data import NPZ_ERRORS
 from data import store
 from kernels import krr
 from nodes import command_line
@@ -34,6 +35,8 @@ from nodes import run_directory
 from nodes.remote import CoordinatorLost
 from nodes.remote import Stopping
 
+_TRIES, _PAUSE = 3, 2.0  # of evaluating, before the coordinator hears that it is no use; seconds between them
+_BEAT = 5.0  # seconds between signs of life
 
 class Evaluator:
   """Writes one row a snapshot. What it missed while it was away it evaluates when it is back; it never holds the others up."""
@@ -49,34 +52,48 @@ class Evaluator:
     """
     self._coordinator, self._threads, self._cache, self._stop_event = coordinator, threads, cache, stop
     self._directory = run_directory.RunDirectory(workdir)
+    self._next_beat = 0.0
 
   def run(self) -> None:
-    """Evaluates until told to stop. Raises CoordinatorLost when there is no coordinator any more."""
-    try:
-      self._follow()
-    except Stopping:
-      return
-    except CoordinatorLost:
-      raise
-    except Exception as error:  # whatever it is: the coordinator must not wait for rows that will not come
-      self._coordinator.broken('evaluator', f'{type(error).__name__}: {error}')
-      raise
+    """Evaluates until told to stop. Raises CoordinatorLost where the run's coordinator is not there any more."""
+    for attempt in range(_TRIES):
+      try:
+        self._follow()
+        return
+      except Stopping:
+        return
+      except CoordinatorLost:
+        raise
+      except Exception as error:  # whatever it is: the coordinator must not wait for rows that will not come
+        logging.exception('the evaluator failed')
+        if attempt + 1 == _TRIES:
+          self._coordinator.broken('evaluator', f'{type(error).__name__}: {error}')
+          raise
+      time.sleep(_PAUSE)
+
+  def _check(self) -> None:
+    """What evaluations call now and then: so the coordinator hears that there is somebody to wait for. Raises Stopping."""
+    if time.monotonic() > self._next_beat:
+      self._coordinator.heartbeat('evaluator')
+      self._next_beat = time.monotonic() + _BEAT
+    if self._stop_event.is_set():
+      raise Stopping()
 
   def _follow(self) -> None:
     description = json.loads(self._coordinator.describe())
     self._run, self._settings = description['run'], description['system']['evaluation']
     self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data)
     self._evaluation = evaluation.Evaluation(self._run, self._settings, self._prepared, self._threads, self._check)
-    rows = self._directory.read_metrics()
-    run_directory.write_atomically(self._directory.metrics, ''.join(run_directory.json_line(row) for row in rows))
-    done = [row['step'] for row in rows]
+    done = [row['step'] for row in self._directory.read_metrics()]
     while not self._stop_event.is_set():
       answer = self._coordinator.next_snapshot(done)
       if answer and 'stop' in answer:
         return
       if answer:
+        if answer['run_id'] != description['run_id']:
+          raise CoordinatorLost('another run answers in its place.', was_there=True)
         row = self._evaluate(answer)
-        self._append(row)
+        self._directory.append_metrics(row)
         done.append(row['step'])
         self._coordinator.evaluated(json.dumps(row))
 
@@ -96,16 +113,6 @@ class Evaluator:
         run_directory.write_atomically(self._directory.baselines, run_directory.json_line(rows, indent=2))
     return row
 
-  def _check(self) -> None:
-    """What evaluations call now and then."""
-    if self._stop_event.is_set():
-      raise Stopping()
-
-  def _append(self, row: dict[str, Any]) -> None:
-    with open(self._directory.metrics, 'a', encoding='utf-8') as file:
-      file.write(run_directory.json_line(row))
-      file.flush()
-      os.fsync(file.fileno())
 
   def _draw(self, images: np.ndarray) -> None:
     from nodes import pictures  # here, because matplotlib takes seconds to import
@@ -172,7 +179,7 @@ def _load(path: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any] | None]:
         return file['images'], file['labels'], None
   except KeyError as error:
     raise DataError(f'{path!r} holds no array {error.args[0].split()[0]!r}; expected images [S, H, W, D] and labels [S, C].') from error
-  except sources.UNREADABLE_NPZ as error:
+  except NPZ_ERRORS as error:
     raise DataError(f'{path!r} is not a readable .npz file without pickled objects: {error}') from error
   distilled = export.load(path)
   return distilled.images, distilled.labels, distilled.settings

@@ -11,9 +11,9 @@ import numpy as np
 
 from configs import base
 from data import DataError
+from data import NPZ_ERRORS
 from data import preprocess
 from data import released
-from data import sources
 from data import store
 from nodes import run_directory
 
@@ -55,7 +55,7 @@ def load(path: str) -> Distilled:
       transform = preprocess.Transform(file['mean'], file['std'], norm=float(file['norm']))
       digest = str(file['zca_sha256'])
       distilled = Distilled(file['images'], file['labels'], transform, json.loads(str(file[_SETTINGS])))
-  except sources.UNREADABLE_NPZ as error:
+  except NPZ_ERRORS as error:
     raise DataError(f'{path!r} is not a distilled set: {error}') from error
   return distilled._replace(transform=transform._replace(zca=_load_zca(path, digest))) if digest else distilled
 
@@ -95,7 +95,7 @@ def _load_zca(path: str, digest: str) -> np.ndarray:
   try:
     with np.load(_beside(path), allow_pickle=False) as file:
       zca = file['zca']
-  except sources.UNREADABLE_NPZ as error:
+  except NPZ_ERRORS as error:
     raise DataError(f'{path!r} was whitened by the matrix in {_beside(path)!r}, which cannot be read: {error}') from error
   if preprocess.digest(preprocess.Transform(None, None, zca)) != digest:
     raise DataError(f'{_beside(path)!r} is not the matrix that {path!r} was whitened by: their hashes differ.')

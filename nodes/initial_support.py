@@ -7,9 +7,9 @@ from typing import Any, Mapping
 import numpy as np
 
 from data import DataError
+from data import NPZ_ERRORS
 from data import released
 from data import sampling
-from data import sources
 from data import store
 
 REAL, NOISE = 'real', 'noise'
@@ -70,7 +70,7 @@ def _from_file(path: str, prepared: store.Prepared) -> tuple[np.ndarray, np.ndar
       settings = json.loads(str(file['settings'])) if 'settings' in file else {'data': {'key': prepared.key}}  # ours know their data
   except DataError:
     raise
-  except sources.UNREADABLE_NPZ as error:
+  except NPZ_ERRORS as error:
     raise DataError(f'{field} must be {REAL}, {NOISE}, or an .npz file of a distilled set: {error}') from error
   if settings['data']['key'] != prepared.key:
     raise DataError(f'{field} was distilled from other data, or data preprocessed otherwise, than {prepared.name} here (run.data).')

@@ -39,7 +39,7 @@ class KernelWorker:
     self._inputs_of = None  # (generation, step)
 
   def run(self) -> None:
-    """Works until told to stop. Raises CoordinatorLost when there is no coordinator any more."""
+    """Works until told to stop. Raises CoordinatorLost where the run's coordinator is not there any more."""
     try:
       try:
         hello = self._prepare()
@@ -61,7 +61,7 @@ class KernelWorker:
   def _prepare(self) -> str:
     """Data and kernel; gives what `Coordinator.lease` wants to know."""
     description = json.loads(self._coordinator.describe())
-    self._run = description['run']
+    self._run, self._run_id = description['run'], description['run_id']
     self._augment = self._run['augmentation']['fraction'] > 0
     self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data, raw=self._augment)
     self._kernel = ntk.for_run(self._run, self._threads)
@@ -69,8 +69,12 @@ class KernelWorker:
     return json.dumps({'fingerprint': self._fingerprint(), 'pairs_per_second': self._calibrate()})
 
   def _work(self, task: tasks.Task, lease: int) -> None:
+    if task.run_id != self._run_id:
+      raise CoordinatorLost('another run answers in its place.', was_there=True)
     try:
-      piece = self._compute(task)
+      parts, digest = tasks.encode(self._compute(task))
+      for i, part in enumerate(parts):
+        self._coordinator.complete(self._name, list(task), lease, i, len(parts), part, digest)
     except tasks.Stale:
       return
     except (CoordinatorLost, Stopping):
@@ -78,10 +82,6 @@ class KernelWorker:
     except Exception as error:  # whatever it is: the coordinator tries the task elsewhere, then stops the run with this message
       logging.exception('%s failed at %s', self._name, task)
       self._coordinator.fail(self._name, list(task), lease, f'{type(error).__name__}: {error}')
-      return
-    parts, digest = tasks.encode(piece)
-    for i, part in enumerate(parts):
-      self._coordinator.complete(self._name, list(task), lease, i, len(parts), part, digest)
 
   def _compute(self, task: tasks.Task) -> dict[str, np.ndarray]:
     """The piece of a task: `block`, `gradient`, `factor`, or all a group of targets contributes."""

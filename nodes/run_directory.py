@@ -1,16 +1,22 @@
 """A run's folder: its files, written atomically, and the rules for coming back to it."""
 
+import contextlib
 import fcntl
 import json
 import os
 import tempfile
+import time
 from typing import Any, Callable, Mapping
+
+from absl import logging
 
 from configs import base
 
 FINISHED, FAILED, STOPPED, RUNNING = 'finished', 'failed', 'stopped', 'running'
 EXIT_STATUS = {FINISHED: 0, FAILED: 1, STOPPED: 75}
 BAD_INPUT_STATUS = 2
+_SCRATCH = '.writing-'
+_HANDOVER = 20.0  # seconds that a coordinator's predecessor may take to go
 
 
 class RunDirectoryError(ValueError):
@@ -50,6 +56,7 @@ class RunDirectory:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       raise RunDirectoryError(f'--workdir={self.path} is in use by a run that is still going; stop it or choose another.') from error
+    _sweep(self.path)
     saved = self.read_config()
     if saved is not None:
       found = base.differences(saved, config)
@@ -72,14 +79,37 @@ class RunDirectory:
     except (OSError, ValueError) as error:
       raise RunDirectoryError(f'{self.config} cannot be read ({error}); restore it, or choose another --workdir.') from error
 
+  @contextlib.contextmanager
+  def claimed(self):
+    """Inside, no other coordinator writes here; waits for one that is about to end. Raises RunDirectoryError."""
+    with open(os.path.join(self.path, '.coordinator'), 'w', encoding='utf-8') as file:
+      end = time.monotonic() + _HANDOVER
+      while True:
+        try:
+          fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+          break
+        except BlockingIOError as error:
+          if time.monotonic() > end:
+            raise RunDirectoryError(f'{self.path} has another coordinator that is still going; stop it first.') from error
+        time.sleep(0.1)
+      _sweep(self.snapshots)
+      yield
+
   def next_generation(self) -> int:
-    """Counts the coordinator's lives: 1 for the first."""
+    """Counts the coordinator's lives: 1 for the first. Raises RunDirectoryError."""
     try:
       with open(self._generation, encoding='utf-8') as file:
         generation = int(file.read()) + 1
     except FileNotFoundError:
       generation = 1
-    write_atomically(self._generation, str(generation))
+    except ValueError:
+      generation = int(time.time())  # what matters is that no earlier life had it
+    except OSError as error:
+      raise RunDirectoryError(f'{self._generation} cannot be read ({error.strerror}).') from error
+    try:
+      write_atomically(self._generation, str(generation))
+    except OSError as error:
+      raise RunDirectoryError(f'{self.path} cannot be written ({error.strerror}).') from error
     return generation
 
   def snapshot(self, step: int) -> str:
@@ -89,31 +119,73 @@ class RunDirectory:
     return sorted(int(name[:-4]) for name in os.listdir(self.snapshots) if name.endswith('.npz') and name[:-4].isdigit())
 
   def write_status(self, state: str, **fields: Any) -> None:
-    write_atomically(self.status, json_line({'state': state, **fields}, indent=2))
+    """Says how the run is. What it is about must not fail for want of saying so: an error is only logged."""
+    try:
+      write_atomically(self.status, json_line({'state': state, **fields}, indent=2))
+    except OSError as error:
+      logging.warning('%s cannot be written: %s.', self.status, error.strerror)
 
   def read_status(self) -> dict[str, Any] | None:
+    """What `write_status` wrote last; None where it cannot be read."""
     try:
       with open(self.status, encoding='utf-8') as file:
-        return json.load(file)
+        status = json.load(file)
     except (OSError, ValueError):
       return None
+    return status if isinstance(status, dict) else None
 
   def read_metrics(self) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line that a crash left unfinished is not one."""
+    """The rows of metrics.jsonl; a line that a crash left unfinished, or that is damaged, is none."""
     try:
-      with open(self.metrics, encoding='utf-8') as file:
-        return [json.loads(line) for line in file if line.endswith('\n')]
+      with open(self.metrics, 'rb') as file:
+        return _rows(file.read())
     except FileNotFoundError:
       return []
+
+  def append_metrics(self, row: dict[str, Any]) -> None:
+    """Adds a row to metrics.jsonl unless one of its step is there, and removes what is no row. Raises OSError."""
+    with open(self.metrics, 'a+b') as file:
+      fcntl.flock(file, fcntl.LOCK_EX)
+      file.seek(0)
+      content = file.read()
+      rows = _rows(content)
+      if row['step'] not in [other['step'] for other in rows]:
+        rows.append(row)
+      wanted = ''.join(map(json_line, rows)).encode()
+      if wanted.startswith(content):
+        file.write(wanted[len(content):])
+        file.flush()
+        os.fsync(file.fileno())
+      else:  # what is no row makes way
+        write_atomically(self.metrics, wanted.decode())
 
 
 def json_line(value: Any, indent: int | None = None) -> str:
   return json.dumps(value, indent=indent) + '\n'
 
 
+def _rows(content: bytes) -> list[dict[str, Any]]:
+  rows = {}
+  for line in content.splitlines(keepends=True):
+    try:
+      row = json.loads(line) if line.endswith(b'\n') else None
+    except ValueError:
+      row = None
+    if isinstance(row, dict) and isinstance(row.get('step'), int):
+      rows.setdefault(row['step'], row)
+  return list(rows.values())
+
+
+def _sweep(folder: str) -> None:
+  """Removes what writers left behind that were killed."""
+  for name in os.listdir(folder):
+    if name.startswith(_SCRATCH):
+      os.unlink(os.path.join(folder, name))
+
+
 def write_atomically(path: str, content: 'str | Callable[[Any], None]') -> None:
   """Replaces a file by `content`, text or a function that writes to a binary file: readers see the old one or the new one."""
-  handle, scratch = tempfile.mkstemp(dir=os.path.dirname(path), prefix='.writing-')
+  handle, scratch = tempfile.mkstemp(dir=os.path.dirname(path), prefix=_SCRATCH)
   try:
     with os.fdopen(handle, 'wb') as file:
       if callable(content):
@@ -123,6 +195,6 @@ def write_atomically(path: str, content: 'str | Callable[[Any], None]') -> None:
       file.flush()
       os.fsync(file.fileno())
     os.replace(scratch, path)
-  except OSError:
+  except BaseException:
     os.unlink(scratch)
     raise

@@ -11,14 +11,16 @@ import numpy as np
 from nodes.tasks import Task
 
 MAX_ERRORS = 3
-_DEADLINE_FACTOR = 5  # of the median time of that kind of task
+MAX_LOST = 20  # leases of one task that came to nothing
+_DEADLINE_FACTOR = 5  # of the usual time of that kind of task
+_SLOW_FACTOR, _SLOW_SECONDS = 2, 1.0  # a task that takes longer than both is given to an idle worker too
 _HISTORY = 64
 
 Piece = dict[str, np.ndarray]
 
 
 class TaskFailed(RuntimeError):
-  """A task raised in a worker MAX_ERRORS times; the message is the worker's."""
+  """A task raised in a worker MAX_ERRORS times, or was lost MAX_LOST times; the message tells the cause."""
 
 
 class Lease(NamedTuple):
@@ -31,7 +33,7 @@ class Lease(NamedTuple):
 
 
 class WorkerCounts(NamedTuple):
-  """What one worker has done: tasks and kernel pairs accepted, seconds from lease to answer (of leases that had not expired)."""
+  """What one worker has done: tasks and kernel pairs accepted, seconds from lease to answer."""
   tasks: int = 0
   pairs: int = 0
   seconds: float = 0.0
@@ -40,8 +42,9 @@ class WorkerCounts(NamedTuple):
 class TaskBoard:
   """One phase at a time: `post` it, let workers `lease` and `complete`, `collect` the pieces in plan order.
 
-  A lease that passes its deadline is given out again; the first answer counts and later ones change nothing. A task whose computation
-  raises is tried MAX_ERRORS times in all; expired leases do not count as errors.
+  A worker has one task at a time: who asks for another holds none any more. A lease that is lost so, or passes its deadline, is given out
+  again; when nothing else is left, so is a task that takes unusually long. The first answer counts and later ones change nothing. A task
+  whose computation raises is tried MAX_ERRORS times in all; lost leases are counted apart.
   """
 
   def __init__(self, lease_seconds: float, clock: Callable[[], float] = time.monotonic):
@@ -51,56 +54,61 @@ class TaskBoard:
     self._missing = 0
     self._pending: collections.deque[Task] = collections.deque()
     self._leases: dict[int, Lease] = {}
+    self._late: dict[int, Lease] = {}  # lost, but an answer may come yet
     self._errors: collections.Counter[Task] = collections.Counter()
+    self._lost: collections.Counter[Task] = collections.Counter()
     self._failure: str | None = None
     self._next_lease = 0
     self._durations: dict[str, collections.deque[float]] = collections.defaultdict(lambda: collections.deque(maxlen=_HISTORY))
     self._workers: dict[str, WorkerCounts] = {}
-    self._expired = 0
-    self._duplicates = 0
+    self._last_progress = self._last_sign = clock()
+    self._totals = collections.Counter()
 
   def post(self, tasks: list[Task]) -> None:
     """Starts a phase; what was left of the one before is forgotten."""
     with self._changed:
       self._tasks, self._missing = dict.fromkeys(tasks), len(tasks)
       self._pending = collections.deque(tasks)
-      self._leases.clear()
-      self._errors.clear()
+      for of_this_phase in (self._leases, self._late, self._errors, self._lost):
+        of_this_phase.clear()
       self._failure = None
+      self._last_progress = self._last_sign = self._clock()
       self._changed.notify_all()
 
-  def lease(self, worker: str, wait: float) -> Lease | None:
-    """A task for `worker`, or None if there is none within `wait` seconds."""
+  def lease(self, worker: str, wait: float, pairs_per_second: float = 0.0) -> Lease | None:
+    """A task for `worker`, or None if there is none within `wait` seconds. `pairs_per_second` is its speed, where known."""
     end = self._clock() + wait
     with self._changed:
+      self._workers.setdefault(worker, WorkerCounts())
+      self._take_back([lease for lease in self._leases.values() if lease.worker == worker], 'lost_leases')
       while True:
-        now = self._clock()
-        self._reclaim(now)
-        while self._pending:
-          task = self._pending.popleft()
-          if self._tasks[task] is None:
-            lease = Lease(self._next_lease, task, worker, now, now + self._seconds(task.phase))
-            self._next_lease += 1
-            self._leases[lease.id] = lease
-            self._workers.setdefault(worker, WorkerCounts())
-            return lease
+        now = self._last_sign = self._clock()
+        self._take_back([lease for lease in self._leases.values() if lease.deadline <= now], 'expired_leases')
+        task = self._next(now)
+        if task is not None:
+          usual = self._usual_seconds(task.phase) or (task.pairs / pairs_per_second if pairs_per_second else 0.0)
+          lease = Lease(self._next_lease, task, worker, now, now + max(self._lease_seconds, _DEADLINE_FACTOR * usual))
+          self._next_lease += 1
+          self._leases[lease.id] = lease
+          return lease
         if now >= end:
           return None
-        expiry = min((lease.deadline for lease in self._leases.values()), default=end)
-        self._changed.wait(max(0.001, min(end, expiry) - now))
+        self._changed.wait(max(0.001, min(end, self._next_change(end)) - now))
 
   def complete(self, task: Task, lease_id: int, worker: str, piece: Piece) -> bool:
     """Takes a piece. False where it was of no use: another answer came first, or the phase is over."""
     with self._changed:
-      lease = self._leases.pop(lease_id, None)
+      self._last_sign = now = self._clock()
+      lease = self._leases.pop(lease_id, None) or self._late.pop(lease_id, None)
       if task not in self._tasks or self._tasks[task] is not None:
-        self._duplicates += 1
+        self._totals['duplicate_answers'] += 1
         return False
       self._tasks[task] = piece
       self._missing -= 1
+      self._last_progress = now
       seconds = 0.0
       if lease is not None:
-        seconds = self._clock() - lease.start
+        seconds = now - lease.start
         self._durations[task.phase].append(seconds)
       counts = self._workers.get(worker, WorkerCounts())
       self._workers[worker] = WorkerCounts(counts.tasks + 1, counts.pairs + task.pairs, counts.seconds + seconds)
@@ -110,13 +118,13 @@ class TaskBoard:
   def fail(self, task: Task, lease_id: int, message: str) -> None:
     """Takes note that computing `task` raised in a worker."""
     with self._changed:
+      self._last_sign = self._clock()
       lease = self._leases.pop(lease_id, None)
       if lease is None or task not in self._tasks or self._tasks[task] is not None:
         return
       self._errors[task] += 1
       if self._errors[task] >= MAX_ERRORS:
-        self._failure = (f'step {task.step}: the {task.phase} task {task.index} failed {MAX_ERRORS} times, '
-                         f'last in worker {lease.worker}: {message}')
+        self._failure = f'{_name(task)} failed {MAX_ERRORS} times, last in worker {lease.worker}: {message}'
       else:
         self._pending.append(task)
       self._changed.notify_all()
@@ -133,18 +141,70 @@ class TaskBoard:
         raise TaskFailed(self._failure)
       return None if self._missing else list(self._tasks.values())
 
+  def silence(self) -> float:
+    """Seconds for which no worker has asked or answered, and none was computing within its deadline."""
+    with self._changed:
+      return max(0.0, self._clock() - max([self._last_sign, *(lease.deadline for lease in self._leases.values())]))
+
+  def stall(self) -> tuple[float, str]:
+    """Seconds since the phase last got on, and what it waits for."""
+    with self._changed:
+      now, missing = self._clock(), [task for task, piece in self._tasks.items() if piece is None]
+      held = [f'{lease.task.index} with {lease.worker} for {now - lease.start:.0f} s' for lease in self._leases.values()
+              if self._tasks[lease.task] is None]
+      what = f'{len(missing)} of {len(self._tasks)} {missing[0].phase} tasks missing' if missing else 'nothing missing'
+      return now - self._last_progress, f'{what}; in work: {", ".join(held[:4]) or "none"}{" ..." if len(held) > 4 else ""}'
+
   def counters(self) -> dict[str, object]:
-    """Totals since the board was made: `workers` {name: {tasks, pairs, seconds}}, `expired_leases`, `duplicate_answers`."""
+    """Totals since the board was made: `workers` {name: {tasks, pairs, seconds}}, and what became of leases and answers."""
     with self._changed:
       return {'workers': {name: counts._asdict() for name, counts in sorted(self._workers.items())},
-              'expired_leases': self._expired, 'duplicate_answers': self._duplicates}
+              **{name: self._totals[name] for name in ('lost_leases', 'expired_leases', 'second_leases', 'duplicate_answers')}}
 
-  def _seconds(self, phase: str) -> float:
-    history = self._durations[phase]
-    return max(self._lease_seconds, _DEADLINE_FACTOR * statistics.median(history)) if history else self._lease_seconds
+  def _next(self, now: float) -> Task | None:
+    """What to give out: a task nobody has; else the one that has been in work unusually long, if nobody else tries it too."""
+    while self._pending:
+      task = self._pending.popleft()
+      if self._tasks[task] is None:
+        return task
+    slow = [lease for lease in self._open() if now >= self._slow_at(lease)]
+    if not slow:
+      return None
+    self._totals['second_leases'] += 1
+    return min(slow, key=lambda lease: lease.start).task
 
-  def _reclaim(self, now: float) -> None:
-    for lease in [lease for lease in self._leases.values() if lease.deadline <= now]:
-      del self._leases[lease.id]
-      self._expired += 1
-      self._pending.append(lease.task)
+  def _open(self) -> list[Lease]:
+    """Leases of tasks that are not done and in one worker's hands only."""
+    holders = collections.Counter(lease.task for lease in self._leases.values())
+    return [lease for lease in self._leases.values() if self._tasks[lease.task] is None and holders[lease.task] == 1]
+
+  def _next_change(self, end: float) -> float:
+    """When time alone may bring up a task."""
+    return min([end, *(lease.deadline for lease in self._leases.values()), *map(self._slow_at, self._open())])
+
+  def _slow_at(self, lease: Lease) -> float:
+    usual = self._usual_seconds(lease.task.phase)
+    return lease.start + max(_SLOW_SECONDS, _SLOW_FACTOR * usual) if usual else lease.deadline
+
+  def _usual_seconds(self, phase: str) -> float:
+    """Of a task, from lease to answer; 0 where there was none yet."""
+    return statistics.median(self._durations[phase]) if self._durations[phase] else 0.0
+
+  def _take_back(self, leases: list[Lease], why: str) -> None:
+    for lease in leases:
+      self._late[lease.id] = self._leases.pop(lease.id)
+      task = lease.task
+      if self._tasks[task] is not None:
+        continue
+      self._totals[why] += 1
+      self._lost[task] += 1
+      if self._lost[task] >= MAX_LOST:
+        self._failure = (f'{_name(task)} was given to workers {MAX_LOST} times, last to {lease.worker}, and never came back: computing it '
+                         'kills them (see their output) or takes longer than system.lease_seconds.')
+      elif not any(other.task == task for other in self._leases.values()):
+        self._pending.appendleft(task)
+      self._changed.notify_all()
+
+
+def _name(task: Task) -> str:
+  return f'step {task.step}: the {task.phase} task {task.index}'

@@ -25,8 +25,13 @@ def main(argv: list[str]) -> int:
     return run_directory.BAD_INPUT_STATUS
   logging.info(run.memory)
   stop = threading.Event()
-  for sig in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(sig, lambda *_: stop.set())
+
+  def ask_to_stop(number, _):
+    if stop.is_set():
+      os._exit(128 + number)  # asked twice: at once, and what is on disk is whole at any moment
+    stop.set()
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, ask_to_stop)
   distil(run, stop)
   return start.outcome(run.directory)
 

@@ -67,7 +67,7 @@ def outcome(directory: run_directory.RunDirectory) -> int:
   state = status.get('state')
   if state == run_directory.RUNNING:
     state = run_directory.FAILED
-    status['message'] = 'the coordinator ended without a word; the same command resumes from the last checkpoint.'
+    status['message'] = 'the coordinator is gone (its output may say why); the same command resumes from the last checkpoint.'
     directory.write_status(**{**status, 'state': state})
   if state == run_directory.FINISHED:
     print(_summary(directory, status))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 
 import numpy as np
@@ -11,6 +12,7 @@ from nodes import coordinator as coordinator_node
 from nodes import evaluation
 from nodes import kernel_worker
 from nodes import tasks
+from nodes.remote import CoordinatorLost
 from programs import local
 
 FC1 = {'run.architecture': 'fc1', 'run.num_steps': 2}
@@ -58,6 +60,117 @@ def test_answers_from_another_life_or_step_are_dropped(make_run, tmp_path, monke
   assert coordinator.fetch(coordinator._generation, 4, 'alpha').tolist() == [1, 1]
   coordinator.complete('w', list(task), lease['lease'], 0, 1, parts[0], digest)
   assert coordinator._board.collect(0)[0]['x'].tolist() == [1, 1, 1]
+
+
+def test_parts_may_arrive_twice_and_in_any_order(make_run, tmp_path, monkeypatch):
+  monkeypatch.setattr(coordinator_node, '_LONG_POLL', 0.0)
+  monkeypatch.setattr(tasks, 'PART_BYTES', 100)
+  coordinator = _coordinator(make_run(tmp_path, FC1))
+  coordinator._step = 0
+  task = tasks.Task(coordinator._run_id, coordinator._generation, 0, tasks.TARGETS, 0, (0, 5), (0, 6))
+  coordinator._board.post([task])
+  lease = coordinator.lease('w', _hello())['lease']
+  parts, digest = tasks.encode({'x': np.arange(30)})
+  assert len(parts) > 2
+  order = [1, 1, *range(2, len(parts)), 1, 0, 0, len(parts) - 1]
+  for i in order:
+    coordinator.complete('w', list(task), lease, i, len(parts), parts[i], digest)
+  assert coordinator._board.collect(0)[0]['x'].tolist() == list(range(30))
+  assert not coordinator._parts
+
+
+def test_a_resumed_run_wants_the_hardware_it_began_on(make_run, tmp_path):
+  run = make_run(tmp_path, FC1)
+  local.distil(run, threading.Event())
+  coordinator = _coordinator(run)
+  coordinator._restore()
+  assert 'device: B instead of' in coordinator.lease('w', _hello(device='B'))['stop']
+  coordinator._system['num_workers'] = 1
+  with pytest.raises(coordinator_node.RunFailed, match='no worker can start; the last one said: this worker would compute other bits'):
+    coordinator._check_progress()
+
+
+def test_a_full_disk_is_waited_for_and_then_named(make_run, tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(coordinator_node, '_DISK_PAUSE', 0.01)
+  run = make_run(tmp_path, FC1)
+  coordinator = _coordinator(run)
+  template = coordinator_node.initial_state(run.config['run'], coordinator._prepared, coordinator._optimizer)
+  errors = [OSError(28, 'No space left on device')] * 2
+  save = coordinator._checkpoints.save
+
+  def full(*args):
+    if errors:
+      raise errors.pop()
+    save(*args)
+  monkeypatch.setattr(coordinator._checkpoints, 'save', full)
+  coordinator._save(template)
+  assert caplog.text.count('the checkpoint of step 0 cannot be written (No space left on device); trying again for') == 2
+  assert os.listdir(run.directory.checkpoints) == ['00000000']
+  errors[:] = [OSError(30, 'Read-only file system')] * 10 ** 6
+  monkeypatch.setattr(coordinator_node, '_DISK_PATIENCE', 0.1)
+  with pytest.raises(coordinator_node.RunFailed, match=r'step 1 cannot be written \(Read-only file system\); mend that, .* of step 0'):
+    coordinator._save(template._replace(step=1))
+
+
+def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(make_run, tmp_path, monkeypatch):
+  compute = kernel_worker.KernelWorker._compute
+
+  def spoil(self, task):
+    piece = compute(self, task)
+    return {**piece, 'loss': np.float64(1e7)} if task.step == 1 and task.phase == tasks.TARGETS else piece
+  monkeypatch.setattr(kernel_worker.KernelWorker, '_compute', spoil)
+  run = make_run(tmp_path, FC1)
+  local.distil(run, threading.Event())
+  status = run.directory.read_status()
+  assert (status['state'], status['step']) == ('failed', 0)
+  assert status['message'] == 'step 1: the training diverges, its loss is 4e+07; lower run.learning_rate or raise run.ridge.'
+  coordinator = _coordinator(run)
+  state = coordinator._restore()
+  assert state.step == 0 and np.isfinite(state.images).all()
+  gradient = coordinator_node.Gradient(np.full_like(state.images, np.inf), np.zeros_like(state.labels))
+  with pytest.raises(coordinator_node.RunFailed, match='step 0: the update makes the images NaN or infinite'):
+    coordinator._move(state, gradient)
+
+
+def test_a_damaged_snapshot_is_skipped_and_a_damaged_last_one_reported(make_run, tmp_path, monkeypatch):
+  run = make_run(tmp_path, FC1)
+  local.distil(run, threading.Event())
+  coordinator = _coordinator(run)
+  for step in (0, 2):
+    with open(run.directory.snapshot(step), 'r+b') as file:
+      file.truncate(100)
+  assert coordinator.next_snapshot([])['step'] == 1
+  coordinator._over = True
+  assert 'stop' in coordinator.next_snapshot([1])
+  with pytest.raises(coordinator_node.RunFailed, match='its evaluation failed: the snapshot of step 2 is damaged'):
+    coordinator._await_evaluation()
+
+
+def test_an_evaluator_that_is_gone_is_not_waited_for_long(make_run, tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(coordinator_node, '_STALL', 0.1)
+  monkeypatch.setattr(coordinator_node, '_POLL', 0.05)
+  coordinator = _coordinator(make_run(tmp_path, {**FC1, 'system.worker_timeout': 0.5}))
+  coordinator._await_evaluation()
+  assert 'Waiting for the last evaluation' in caplog.text and 'ending without the last evaluation' in caplog.text
+
+
+def test_a_stall_is_reported_with_what_is_missing(make_run, tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(coordinator_node, '_STALL', 0.1)
+  monkeypatch.setattr(coordinator_node, '_POLL', 0.05)
+  run = make_run(tmp_path, {**FC1, 'system.worker_timeout': 1.0})
+  coordinator = _coordinator(run)
+  coordinator._next_stall = 0.1
+  coordinator.run()
+  assert re.search(r'step 0: no progress for \d s: 3 of 3 support_blocks tasks missing; in work: none; no worker has been heard',
+                   caplog.text)
+
+
+def test_a_run_that_is_another_is_not_worked_for(make_run, tmp_path):
+  run = make_run(tmp_path, FC1)
+  worker = kernel_worker.KernelWorker(None, 'w', 1, run.cache, threading.Event())
+  worker._run_id = 'this'
+  with pytest.raises(CoordinatorLost, match='another run answers'):
+    worker._work(tasks.Task('that', 1, 0, tasks.TARGETS, 0, (0, 5), (0, 6)), 0)
 
 
 def test_a_piece_with_nan_stops_the_run_naming_the_task(make_run, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -120,13 +121,14 @@ def test_a_run_evaluates_networks_at_its_ends_and_baselines_once(distilled):
   assert baselines[0]['nn_test_accuracy'] == rows[0]['nn_test_accuracy']
 
 
-def test_the_evaluator_stops_where_it_is(make_run, tmp_path):
+def test_the_evaluator_stops_where_it_is_and_gives_signs_of_life(make_run, tmp_path):
   run = make_run(tmp_path, FC1)
-  stop = threading.Event()
-  node = evaluator.Evaluator(None, run.directory.path, 1, run.cache, stop)
+  stop, coordinator = threading.Event(), mock.Mock()
+  node = evaluator.Evaluator(coordinator, run.directory.path, 1, run.cache, stop)
   worth, prepared = _evaluation(run)
   worth._check = node._check
   worth.krr(*_support(prepared))
+  coordinator.heartbeat.assert_called_once_with('evaluator')
   stop.set()
   with pytest.raises(evaluator.Stopping):
     worth.krr(*_support(prepared))

@@ -45,6 +45,27 @@ def test_it_gives_up_after_the_timeout():
   assert time.monotonic() - start < 5
 
 
+def test_no_try_is_wasted_while_nobody_listens():
+  target, looks = _Flaky(1), []
+
+  def listening():
+    looks.append(target.calls)
+    return len(looks) > 3
+  assert remote.Retrying(target, 5, threading.Event(), _is_connection, listening).add(2, 3) == 5
+  assert target.calls == 2 and looks == [1, 1, 1, 1]
+
+
+def test_one_that_was_there_is_given_up_sooner():
+  target, methods = _Flaky(0), []
+  retrying = remote.Retrying(target, 1.0, threading.Event(), _is_connection, answered=methods.append)
+  retrying.add(1, 1)
+  target.failures = 10 ** 9
+  start = time.monotonic()
+  with pytest.raises(remote.CoordinatorLost) as error:
+    retrying.add(1, 1)
+  assert 0.5 <= time.monotonic() - start < 1.0 and error.value.was_there and methods == ['add']
+
+
 def test_other_errors_are_passed_on():
   with pytest.raises(ValueError, match='bad argument'):
     remote.Retrying(_Flaky(0), 5, threading.Event(), _is_connection).broken()

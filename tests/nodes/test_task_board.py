@@ -39,9 +39,9 @@ def board(clock):
 
 def test_pieces_come_back_in_plan_order(board):
   board.post(_tasks(4))
-  leases = [board.lease('a', 0) for _ in range(4)]
+  leases = [board.lease(f'w{i}', 0) for i in range(4)]
   assert [lease.task.index for lease in leases] == [0, 1, 2, 3]
-  assert board.lease('a', 0) is None
+  assert board.lease('idle', 0) is None
   for i in (2, 0, 3):
     assert board.complete(leases[i].task, leases[i].id, 'a', _piece(i))
   assert board.collect(0) is None
@@ -62,7 +62,7 @@ def test_an_expired_lease_is_given_out_again_and_the_first_answer_counts(board, 
   assert int(board.collect(0)[0]['x']) == 1
   counters = board.counters()
   assert counters['expired_leases'] == 1 and counters['duplicate_answers'] == 1
-  assert counters['workers']['slow'] == {'tasks': 1, 'pairs': 40, 'seconds': 0.0}
+  assert counters['workers']['slow'] == {'tasks': 1, 'pairs': 40, 'seconds': pytest.approx(30.1)}
   assert counters['workers']['fast']['tasks'] == 0
 
 
@@ -108,8 +108,8 @@ def test_three_errors_stop_the_run_with_the_message(board):
 
 def test_an_expired_lease_is_no_error(board, clock):
   board.post(_tasks(1))
-  for _ in range(10):
-    assert board.lease('a', 0) is not None
+  for i in range(10):
+    assert board.lease(f'w{i}', 0) is not None
     clock.now += 31
   assert board.collect(0) is None
   assert board.counters()['expired_leases'] == 9
@@ -123,6 +123,102 @@ def test_an_error_of_a_task_that_is_done_is_forgotten(board, clock):
   board.complete(fast.task, fast.id, 'fast', _piece(1))
   board.fail(slow.task, slow.id, 'too late')
   assert len(board.collect(0)) == 1
+
+
+def test_a_worker_that_asks_again_holds_nothing_any_more(board):
+  """It died and was started again, or never got the answer."""
+  board.post(_tasks(3))
+  lost = board.lease('a', 0)
+  again = board.lease('a', 0)
+  assert again.task == lost.task and again.id != lost.id
+  assert board.complete(lost.task, lost.id, 'a', _piece(1))  # a duplicated request: the first lease's answer is as good
+  assert board.lease('b', 0).task.index == 1
+  assert board.counters()['lost_leases'] == 1 and board.counters()['expired_leases'] == 0
+
+
+def test_an_idle_worker_takes_over_from_a_slow_one(board, clock):
+  board.post(_tasks(4))
+  for _ in range(3):
+    lease = board.lease('fast', 0)
+    clock.now += 4
+    board.complete(lease.task, lease.id, 'fast', _piece(lease.task.index))
+  slow = board.lease('slow', 0)
+  clock.now += 7.9
+  assert board.lease('fast', 0) is None
+  clock.now += 0.2
+  second = board.lease('fast', 0)
+  assert second.task == slow.task
+  assert board.lease('third', 0) is None  # two at a task are enough
+  assert board.complete(second.task, second.id, 'fast', _piece(3))
+  assert not board.complete(slow.task, slow.id, 'slow', _piece(9))
+  assert [int(piece['x']) for piece in board.collect(0)] == [0, 1, 2, 3]
+  assert board.counters()['second_leases'] == 1 and board.counters()['duplicate_answers'] == 1
+
+
+def test_short_tasks_are_not_taken_over_for_a_hiccup(board, clock):
+  board.post(_tasks(2))
+  lease = board.lease('a', 0)
+  clock.now += 0.01
+  board.complete(lease.task, lease.id, 'a', _piece(0))
+  board.lease('a', 0)
+  clock.now += 0.9
+  assert board.lease('b', 0) is None
+  clock.now += 0.2
+  assert board.lease('b', 0).task.index == 1
+
+
+def test_without_history_nobody_is_slow(board, clock):
+  board.post(_tasks(1))
+  board.lease('a', 0)
+  clock.now += 29
+  assert board.lease('b', 0) is None
+
+
+def test_the_deadline_follows_the_measured_speed_before_there_is_history(board, clock):
+  board.post(_tasks(1))  # 40 pairs
+  assert board.lease('a', 0, pairs_per_second=0.5).deadline == clock.now + 5 * 80
+
+
+def test_a_task_that_kills_every_worker_stops_the_run(board):
+  board.post(_tasks(2))
+  for _ in range(task_board.MAX_LOST):
+    assert board.collect(0) is None
+    assert board.lease('a', 0).task.index == 0
+  board.lease('a', 0)
+  with pytest.raises(task_board.TaskFailed, match='step 0: the targets task 0 was given to workers 20 times, last to a, and never'):
+    board.collect(0)
+
+
+def test_silence_counts_from_the_last_word_or_the_last_deadline(board, clock):
+  board.post(_tasks(2))
+  clock.now += 5
+  assert board.silence() == 5
+  lease = board.lease('a', 0)
+  clock.now += 29
+  assert board.silence() == 0
+  clock.now += 11
+  assert board.silence() == 10
+  board.complete(lease.task, lease.id, 'a', _piece(0))
+  assert board.silence() == 0
+
+
+def test_a_stall_names_what_is_missing(board, clock):
+  board.post(_tasks(3))
+  lease = board.lease('a', 0)
+  board.complete(lease.task, lease.id, 'a', _piece(0))
+  board.lease('b', 0)
+  clock.now += 12
+  assert board.stall() == (12, '2 of 3 targets tasks missing; in work: 1 with b for 12 s')
+
+
+def test_a_waiting_worker_takes_over_as_soon_as_a_task_is_slow(monkeypatch):
+  monkeypatch.setattr(task_board, '_SLOW_SECONDS', 0.05)
+  board = task_board.TaskBoard(lease_seconds=30)
+  board.post(_tasks(2))
+  first = board.lease('a', 0)
+  board.complete(first.task, first.id, 'a', _piece(0))
+  board.lease('a', 0)
+  assert board.lease('b', 20).task.index == 1
 
 
 def test_a_waiting_worker_wakes_when_work_arrives():

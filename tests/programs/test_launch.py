@@ -133,6 +133,85 @@ def test_ctrl_c_checkpoints_and_the_same_command_goes_on_to_the_same_bits(tmp_pa
   assert [row['step'] for row in rows] == [0, 1, num_steps]
 
 
+def _child(launcher, node):
+  """The process that does a node's work."""
+  for process in psutil.Process(launcher).children(recursive=True):
+    try:
+      parent = process.parent()
+      if process.environ().get('KIP_SUPERVISOR') == str(parent.pid) and f'{node}/0' in parent.parent().cmdline():
+        return process
+    except (psutil.Error, AttributeError):  # it has just ended
+      continue
+  return None
+
+
+def _wait(condition, seconds=120):
+  end = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.05)
+
+
+def _step(workdir, generation=1):
+  try:
+    status = _json(workdir, 'status.json')
+  except FileNotFoundError:
+    return -1
+  return status['step'] if status['state'] == 'running' and status['generation'] == generation else -1
+
+
+def test_killed_nodes_come_back_and_the_launcher_takes_all_with_it(tmp_path, npz, make_run, cache):
+  """Worker, coordinator and evaluator killed; then the launcher; then Ctrl-C twice. The run goes on each time, to the same bits."""
+  workdir = tmp_path / 'mp'
+  command = _command(workdir, *SMALL, f'--config.run.data.name={npz}', '--config.system.log_seconds=0.1',
+                     '--config.system.snapshot_steps=0,1', '--config.system.checkpoint_seconds=0.5', cache=cache)
+  launchers = []
+
+  def start(*flags):
+    launchers.append(subprocess.Popen([*command, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                      start_new_session=True))
+    return launchers[-1]
+  try:
+    process = start('--config.run.num_steps=100000')
+    _wait(lambda: _step(workdir) >= 3)
+    for generation, node in ((1, 'kernel_worker_0'), (2, 'coordinator'), (2, 'evaluator')):
+      child, step = _child(process.pid, node), _step(workdir, generation)
+      child.kill()
+      _wait(lambda: (_child(process.pid, node) or child).pid != child.pid and _step(workdir, generation) > max(step, 3))
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    assert not psutil.wait_procs(everyone, timeout=30)[1]
+    assert _json(workdir, 'status.json')['state'] == 'stopped'
+    assert 'kernel_worker_0 was killed by SIGKILL; it is started again' in process.stdout.read()
+
+    process = start('--config.run.num_steps=100000')
+    _wait(lambda: _step(workdir, 3) >= 3)
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(20)
+    assert not psutil.wait_procs(everyone, timeout=20)[1]
+  finally:
+    for process in launchers:
+      if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+  num_steps = _json(workdir, 'status.json')['step'] + 60
+  config = _json(workdir, 'config.json')
+  config['run']['num_steps'] = num_steps  # as if it had been told so from the start
+  (workdir / 'config.json').write_text(json.dumps(config))
+  done = _run(command + [f'--config.run.num_steps={num_steps}'])
+  assert done.returncode == 0, done.stdout + done.stderr
+  run = make_run(tmp_path / 'local', {'run.architecture': 'fc1', 'run.num_steps': num_steps, 'system.snapshot_steps': (0, 1)})
+  local.distil(run, threading.Event())
+  with np.load(workdir / 'distilled.npz') as there, np.load(tmp_path / 'local' / 'distilled.npz') as here:
+    for name in ('images', 'labels'):
+      assert there[name].tobytes() == here[name].tobytes()
+  rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  assert [row['step'] for row in rows] == [0, 1, num_steps]
+
+
 def test_a_worker_that_raises_stops_the_run_with_its_message(tmp_path, npz, cache):
   (tmp_path / 'sitecustomize.py').write_text('''
 try:

@@ -1,0 +1,119 @@
+"""What one node's process does: the node's work, or, in the process that a launcher starts, watching over a child that does it."""
+
+import functools
+import os
+import socket
+import sys
+from typing import Any
+
+from absl import logging
+import launchpad as lp
+from launchpad import address as lp_address
+from launchpad import context
+
+from nodes import run_directory
+from nodes.remote import CoordinatorLost
+from nodes.remote import Retrying
+from programs import start
+from programs import supervisor
+
+_EVALUATOR_NICENESS = 10  # where cores are few, evaluation must not hold distillation up
+_CONNECT_SECONDS = 5.0
+_UNREACHABLE = ('UNAVAILABLE', 'DEADLINE_EXCEEDED', 'CANCELLED')
+_SIGNS_OF_USE = ('complete', 'evaluated')  # calls by which a client shows that its life is of use
+
+
+class _Supervised:
+  """Of a Launchpad node: `run` in a process of its own, respawned."""
+
+  def run(self) -> None:
+    if self.launch_context.launch_type is context.LaunchType.LOCAL_MULTI_THREADING or supervisor.is_child():
+      super().run()
+      return
+    start.log_plainly()
+    sys.exit(supervisor.supervise(self.name, lp.stop_event()))
+
+
+class CoordinatorNode(_Supervised, lp.CourierNode):
+  """The coordinator: a server on `port`, or on any free one; every life of it has the same address."""
+
+  name = 'coordinator'
+
+  def __init__(self, workdir: str, cache: str, port: int):
+    super().__init__(_coordinator, workdir, cache)
+    self._port = port
+
+  def bind_addresses(self, **kwargs):
+    if self._port:
+      self.courier_address.bind(_FixedAddress(f'localhost:{self._port}'))
+    else:
+      super().bind_addresses(**kwargs)
+
+
+class ClientNode(_Supervised, lp.PyClassNode):
+  """A node that calls the coordinator: a kernel worker or the evaluator."""
+
+  def __init__(self, kind: str, coordinator: Any, timeout: float, **kwargs: Any):
+    super().__init__(_Client, kind, coordinator, timeout, **kwargs)
+    self.name = kwargs.get('name', kind)
+
+
+class _FixedAddress(lp_address.AbstractAddressBuilder):
+
+  def __init__(self, address: str):
+    self._address = address
+
+  def build(self) -> str:
+    return self._address
+
+
+def _coordinator(workdir: str, cache: str):
+  from nodes import coordinator  # here and below: each process imports what its own node needs
+  start.log_plainly()
+  try:
+    return coordinator.Coordinator(workdir, cache, lp.stop_event(), supervisor.useful)
+  except (coordinator.RunFailed, run_directory.RunDirectoryError) as error:
+    logging.error('The run failed: %s', error)
+    run_directory.RunDirectory(workdir).write_status(run_directory.FAILED, message=str(error))
+    sys.exit(1)
+
+
+class _Client:
+  """Runs a kernel worker or the evaluator."""
+
+  def __init__(self, kind: str, coordinator: Any, timeout: float, **kwargs: Any):
+    start.log_plainly()
+    stop = lp.stop_event()
+    coordinator = Retrying(coordinator, timeout, stop, _unreachable, functools.partial(_listens, coordinator.address), _note_use)
+    if kind == 'evaluator':
+      from nodes import evaluator
+      os.nice(_EVALUATOR_NICENESS)
+      self._node = evaluator.Evaluator(coordinator, stop=stop, **kwargs)
+    else:
+      from nodes import kernel_worker
+      self._node = kernel_worker.KernelWorker(coordinator, stop=stop, **kwargs)
+
+  def run(self) -> None:
+    try:
+      self._node.run()
+    except CoordinatorLost as error:
+      logging.error('%s: %s', 'Starting afresh' if error.was_there else 'Giving up', error)
+      sys.exit(supervisor.RESTART_STATUS if error.was_there else 1)
+
+
+def _listens(address: str) -> bool:
+  host, _, port = address.rpartition(':')
+  try:
+    socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    return True
+  except OSError:
+    return False
+
+
+def _note_use(method: str) -> None:
+  if method in _SIGNS_OF_USE:
+    supervisor.useful()
+
+
+def _unreachable(error: Exception) -> bool:
+  return type(error).__name__ == 'StatusNotOk' and any(name in str(getattr(error, 'code', '')) for name in _UNREACHABLE)

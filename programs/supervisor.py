@@ -1,0 +1,106 @@
+"""Keeps a node alive: a light parent runs this very command again as its child, and again whenever the child is killed.
+
+The parent imports neither JAX nor a node. It knows nothing of Launchpad either: whoever starts a node's process (the local launcher, a
+scheduler) calls `is_child()`, then does the node's work or `supervise()`s.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from absl import logging
+import psutil
+
+RESTART_STATUS = 76  # a node's wish to be started afresh
+LAUNCHER = 'KIP_LAUNCHER'  # environment: process id; when that process is gone, so are its nodes
+_PARENT, _SIGN = 'KIP_SUPERVISOR', 'KIP_SIGN_OF_USE'
+_MAX_USELESS = 10  # lives in a row that ended before `useful()`
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+NOTICE = 8.0  # seconds a child has to stop, less than Launchpad gives its parent
+_PR_SET_PDEATHSIG = 1
+
+
+def is_child() -> bool:
+  """Whether this process has the node's work to do. If so, it dies with its parent from here on."""
+  parent = os.environ.get(_PARENT)
+  if parent is None:
+    return False
+  ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+  if os.getppid() != int(parent):  # it was gone before
+    sys.exit(1)
+  return True
+
+
+def useful() -> None:
+  """Tells the parent that this life was not in vain: the count of useless ones starts again."""
+  sign = os.environ.pop(_SIGN, None)
+  if sign is not None:
+    os.write(int(sign), b'.')
+    os.close(int(sign))
+
+
+def supervise(name: str, stop: threading.Event) -> int:
+  """Runs the child until it ends by itself, or until this process is to stop; gives its exit status.
+
+  A child that is killed (by whatever signal) or asks for it is started again, with growing pauses while its lives are useless, and no more
+  after _MAX_USELESS of these. One that ends by itself, well or not, has said why.
+  """
+  launcher = _process(int(os.environ[LAUNCHER])) if LAUNCHER in os.environ else None
+  gone = lambda: stop.is_set() or (LAUNCHER in os.environ and not _is_alive(launcher))
+  useless = 0
+  while True:
+    reader, writer = os.pipe()
+    with subprocess.Popen([sys.executable, *sys.orig_argv[1:]], pass_fds=[writer],
+                          env={**os.environ, _PARENT: str(os.getpid()), _SIGN: str(writer)}) as child:
+      os.close(writer)
+      while child.poll() is None and not gone():  # Event.wait can deadlock with a signal handler that sets the event
+        time.sleep(0.05)
+      if gone():
+        return _end(child)
+    useless = 0 if os.read(reader, 1) else useless + 1
+    os.close(reader)
+    if child.returncode >= 0 and child.returncode != RESTART_STATUS:
+      return child.returncode
+    cause = 'asked to be started afresh' if child.returncode >= 0 else f'was killed by {_signal_name(-child.returncode)}'
+    if useless >= _MAX_USELESS:
+      logging.error('%s %s, time %d before it was of any use: it is not started again.', name, cause, useless)
+      return 1
+    pause = min(_FIRST_PAUSE * 2 ** max(useless - 1, 0), _LONGEST_PAUSE)
+    logging.warning('%s %s; it is started again in %.1f s.', name, cause, pause)
+    end = time.monotonic() + pause
+    while time.monotonic() < end:
+      if gone():
+        return 0
+      time.sleep(0.05)
+
+
+def _end(child: subprocess.Popen) -> int:
+  """Asks the child to stop, then makes it."""
+  end = time.monotonic() + NOTICE
+  while child.poll() is None and time.monotonic() < end:
+    child.terminate()  # again and again: while it still starts, it ignores it
+    time.sleep(0.5)
+  child.kill()
+  return max(child.wait(), 0)
+
+
+def _process(pid: int) -> psutil.Process | None:
+  try:
+    return psutil.Process(pid)
+  except psutil.NoSuchProcess:
+    return None
+
+
+def _is_alive(process: psutil.Process | None) -> bool:
+  try:
+    return process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+  except psutil.NoSuchProcess:
+    return False
+
+
+def _signal_name(number: int) -> str:
+  return signal.Signals(number).name if number in set(signal.Signals) else f'signal {number}'

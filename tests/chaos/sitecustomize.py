@@ -1,0 +1,137 @@
+"""In every node of a chaos run: says what the node is doing, makes tasks and disks slow enough to be hit, and repeats and loses calls.
+
+Python imports a module of this name when it starts, if it is on its path. Settings, in the environment: KIP_CHAOS, the folder for what is
+told; KIP_CHAOS_CALLS, the part of all calls that is repeated, and again of those whose answer is lost.
+"""
+
+import contextlib
+import functools
+import importlib.machinery
+import os
+import random
+import sys
+import threading
+import time
+
+_FOLDER, _CALLS = os.environ['KIP_CHAOS'], float(os.environ['KIP_CHAOS_CALLS'])
+_TASK_SECONDS, _EVALUATION_SECONDS, _FSYNC_SECONDS = 0.06, 0.3, 0.03
+_MAX_DELAY = 0.5  # of a repeated call
+_random = random.Random(os.getpid())
+_activity = None
+
+
+def _tell(file, line):
+  with open(os.path.join(_FOLDER, file), 'a', encoding='utf-8') as out:
+    out.write(line + '\n')
+
+
+@contextlib.contextmanager
+def _doing(role, what):
+  """Inside, the file `<role>.<pid>` says `what`: whoever kills this process finds there what it was doing."""
+  global _activity
+  if _activity is None:
+    _activity = os.open(os.path.join(_FOLDER, f'{role}.{os.getpid()}'), os.O_RDWR | os.O_CREAT)
+  before = os.pread(_activity, 32, 0) or b'idle'.ljust(32)
+  os.pwrite(_activity, what.encode().ljust(32), 0)
+  try:
+    yield
+  finally:
+    os.pwrite(_activity, before, 0)
+
+
+def _around(cls, name, role, what, seconds=0.0):
+  """Method `name` becomes an activity that takes `seconds` longer. `role` and `what` may be functions of its arguments."""
+  method = getattr(cls, name)
+
+  @functools.wraps(method)
+  def wrapped(*args):
+    with _doing(role(*args) if callable(role) else role, what(*args) if callable(what) else what):
+      time.sleep(seconds)
+      return method(*args)
+  setattr(cls, name, wrapped)
+
+
+class StatusNotOk(Exception):
+  """What a lost connection looks like to a client."""
+  code = 'UNAVAILABLE'
+
+
+class _Proxy:
+  """Between a client and the coordinator: some calls get through twice, the second time later; of others the answer is lost."""
+
+  def __init__(self, coordinator):
+    self._coordinator = coordinator
+
+  def __getattr__(self, method):
+    def call(*args):
+      chance = _random.random()
+      result = getattr(self._coordinator, method)(*args)
+      if chance < _CALLS:
+        _tell('calls', f'repeated {method}')
+        threading.Timer(_random.uniform(0, _MAX_DELAY), self._again, (method, args)).start()
+      elif chance < 2 * _CALLS:
+        _tell('calls', f'lost {method}')
+        raise StatusNotOk('the answer is lost')
+      return result
+    return call
+
+  def _again(self, method, args):
+    with contextlib.suppress(Exception):  # nobody is there to hear it
+      getattr(self._coordinator, method)(*args)
+
+
+def _kernel_worker(module):
+  _around(module.KernelWorker, '_work', lambda self, task, lease: self._name, lambda self, task, lease: task.phase, _TASK_SECONDS)
+
+
+def _evaluator(module):
+  _around(module.Evaluator, '_evaluate', 'evaluator', 'evaluate', _EVALUATION_SECONDS)
+
+
+def _coordinator(module):
+  _around(module.Coordinator, '_write_snapshot', 'coordinator', 'snapshot')
+  phase, move = module.Coordinator._phase, module.Coordinator._move
+
+  def _phase(self, name, *args):
+    with _doing('coordinator', name):
+      yield from phase(self, name, *args)
+
+  def _move(self, state, gradient):
+    _tell('steps', str(state.step))
+    return move(self, state, gradient)
+  module.Coordinator._phase, module.Coordinator._move = _phase, _move
+
+
+def _checkpoints(module):
+  _around(module.Checkpoints, 'save', 'coordinator', 'checkpoint')
+
+
+def _run_directory(module):
+  _around(module.RunDirectory, 'append_metrics', 'evaluator', 'append')
+  fsync = os.fsync
+  os.fsync = lambda handle: (time.sleep(_FSYNC_SECONDS), fsync(handle))
+
+
+def _remote(module):
+  begin = module.Retrying.__init__
+
+  def __init__(self, coordinator, *args):
+    begin(self, _Proxy(coordinator), *args)
+  module.Retrying.__init__ = __init__
+
+
+class _Hooks(importlib.machinery.PathFinder):
+  """Calls `_<module>` with each of the project's modules that has one here, once it is imported."""
+
+  @classmethod
+  def find_spec(cls, name, path=None, target=None):
+    hook = globals().get('_' + name.partition('.')[2]) if name.startswith('nodes.') else None
+    spec = super().find_spec(name, path, target) if hook else None
+    if spec is not None:
+      execute = spec.loader.exec_module
+      spec.loader.exec_module = lambda module: (execute(module), hook(module))
+    return spec
+
+
+if 'KIP_SUPERVISOR' in os.environ:
+  sys.meta_path.insert(0, _Hooks)
