@@ -86,7 +86,7 @@ def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'flo
       'auto' is the fastest one this machine can run that can do what is asked.
     dtype: 'float32' or 'float64'.
     threads: how many CPU threads to use; by default as many as this process may. No result depends on it.
-    kind: 'ntk', or 'nngp': 'reference' alone.
+    kind: 'ntk', or 'nngp'.
     parameterization: 'ntk', or 'standard' (https://arxiv.org/abs/2001.07301): 'reference' alone.
     width: of every hidden layer, which the NTK in standard parameterisation depends on.
 
@@ -99,13 +99,13 @@ def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'flo
     raise ValueError(f'implementation: expected one of {", ".join(IMPLEMENTATIONS)}, got {implementation!r}.')
   if dtype not in DTYPES:
     raise ValueError(f'dtype: expected one of {", ".join(DTYPES)}, got {dtype!r}.')
-  variant = check_variant(implementation, kind, parameterization)
+  check_variant(implementation, kind, parameterization)
   threads = threads or len(os.sched_getaffinity(0))
-  if variant:
-    implementation = 'reference'
-  module, name = _CLASSES[_fastest() if implementation == 'auto' else implementation]
-  extra = (kind, parameterization, width) if variant else ()
-  return _Checked(getattr(importlib.import_module(module), name)(architecture, dtype, threads, *extra))
+  if implementation == 'auto':
+    implementation = _fastest() if parameterization == 'ntk' else 'reference'
+  module, name = _CLASSES[implementation]
+  extra = (parameterization, width) if implementation == 'reference' else ()
+  return _Checked(getattr(importlib.import_module(module), name)(architecture, dtype, threads, kind, *extra))
 
 
 def for_run(run: Mapping[str, Any], threads: int) -> Kernel:
@@ -114,17 +114,15 @@ def for_run(run: Mapping[str, Any], threads: int) -> Kernel:
                      kind=run['kernel'], parameterization=run['parameterization'], width=run['standard_width'])
 
 
-def check_variant(implementation: str, kind: str, parameterization: str) -> bool:
-  """Whether something else than the NTK in NTK parameterisation is asked for. Raises ValueError where `implementation` cannot do it."""
+def check_variant(implementation: str, kind: str, parameterization: str) -> None:
+  """Raises ValueError where there is no such kernel, or `implementation` cannot do it."""
   if kind not in KINDS:
     raise ValueError(f'kernel: expected one of {", ".join(KINDS)}, got {kind!r}.')
   if parameterization not in PARAMETERIZATIONS:
     raise ValueError(f'parameterization: expected one of {", ".join(PARAMETERIZATIONS)}, got {parameterization!r}.')
-  variant = (kind, parameterization) != ('ntk', 'ntk')
-  if variant and implementation not in ('auto', 'reference'):
-    raise ValueError(f'implementation: {implementation!r} knows the NTK in NTK parameterisation alone; kernel={kind!r} with '
-                     f'parameterization={parameterization!r} needs reference (or auto).')
-  return variant
+  if parameterization != 'ntk' and implementation not in ('auto', 'reference'):
+    raise ValueError(f'implementation: {implementation!r} knows NTK parameterisation alone; parameterization={parameterization!r} needs '
+                     'reference (or auto).')
 
 
 def available() -> list[str]:

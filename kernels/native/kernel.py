@@ -43,13 +43,13 @@ def _load(instruction_set: str) -> ctypes.CDLL:
 
 
 class NativeKernel:
-  """NTK blocks in C++: O(A·B·H·W·offsets) time, `threads` threads; no result depends on their number.
+  """NTK (or NNGP) blocks in C++: O(A·B·H·W·offsets) time, `threads` threads; no result depends on their number.
 
   Best with B a multiple of 16: the images of x2 lie across the lanes of vectors.
   """
   implementation = 'native'
 
-  def __init__(self, architecture: architectures.Architecture, dtype: str, threads: int):
+  def __init__(self, architecture: architectures.Architecture, dtype: str, threads: int, kind: str = 'ntk'):
     self.architecture = architecture
     self.dtype = np.dtype(dtype)
     self.instruction_set = best_instruction_set()
@@ -61,8 +61,8 @@ class NativeKernel:
         convs.append(0)
     self._convs = tuple(convs)
     self._network = dict(convs=np.array(convs, np.int64), all_offsets=np.int64(architecture.readout == 'global_average_pool'),
-                         hidden=np.int64(architecture.hidden), w=np.float64(architecture.w_std ** 2), b=np.float64(architecture.b_std ** 2),
-                         threads=np.int64(threads))
+                         hidden=np.int64(architecture.hidden), nngp=np.int64(kind == 'nngp'), w=np.float64(architecture.w_std ** 2),
+                         b=np.float64(architecture.b_std ** 2), threads=np.int64(threads))
     self._cpu = jax.devices('cpu')[0]
 
   def prepare(self, x: np.ndarray) -> ntk.Prepared:

@@ -64,6 +64,18 @@ def test_block_and_gradient_equal_golden_values(implementation, name, dtype):
   assert error(gradient, GOLDEN[f'{name}/gradient']) <= tolerances[1]
 
 
+@pytest.mark.parametrize('name', ['fc2', 'convnet2_odd_flat', 'linear_pool'])
+@pytest.mark.parametrize('implementation', FAST)
+def test_nngp_equals_neural_tangents(implementation, name):
+  case = kernel_cases.CASES[name]
+  x, y, cotangent = kernel_cases.images(case._replace(images='random'))
+  expected = ntk.make_kernel(case.architecture, implementation='reference', dtype='float64', kind='nngp').block_vjp(x, y, cotangent)
+  for dtype in ntk.DTYPES:
+    block, gradient = ntk.make_kernel(case.architecture, implementation=implementation, dtype=dtype, kind='nngp').block_vjp(x, y, cotangent)
+    assert error(block, expected[0]) <= TOLERANCES[dtype][0]
+    assert error(gradient, expected[1]) <= TOLERANCES[dtype][1]
+
+
 @pytest.mark.parametrize('name', ['fc2_flat', 'convnet_flat', 'convnet2_odd_flat', 'myrtle5_flat', 'pool_first_global_hidden'])
 @pytest.mark.parametrize('implementation', FAST)
 def test_equals_the_dense_oracle_where_images_coincide(implementation, name):

@@ -1,4 +1,4 @@
-// The NTK of pairs of images, and the variances of single ones, with their gradients, for `kLanes` right images at a time.
+// The kernel of pairs of images, and the variances of single ones, with their gradients, for `kLanes` right images at a time.
 #pragma once
 
 #include <vector>
@@ -29,7 +29,7 @@ class Head {
 
   explicit Head(const Plan& plan) : plan_(plan), w_(T(plan.network.w)), b_(T(plan.network.b)), hidden_(plan.network.hidden) {}
 
-  // The NTK, given the readout's covariances.
+  // The kernel, given the readout's covariances.
   V forward(Image<T> left, Image<V> right, V n, V t) {
     for (std::size_t l = 0; l < hidden_.size(); ++l) {
       n = n * w_ + b_, t = t * w_ + n;
@@ -40,12 +40,12 @@ class Head {
       n = n * a.dot + hidden_[l].sine_slope, t = t * a.dot;
     }
     n = n * w_ + b_;
-    return t * w_ + n;
+    return plan_.network.nngp ? n : t * w_ + n;
   }
 
-  // After `forward`: the derivatives of the NTK by n and t; adds those by the deviations to sigma [variances].
+  // After `forward`: the derivatives of the kernel by n and t; adds those by the deviations to sigma [variances].
   void backward(V& n_bar, V& t_bar, V* sigma) const {
-    n_bar = t_bar = spread<V>(w_);
+    n_bar = spread<V>(w_), t_bar = plan_.network.nngp ? V{} : n_bar;
     for (std::size_t l = hidden_.size(); l-- > 0;) {
       const Hidden& h = hidden_[l];
       V nt_bar_in, t_bar_in;
@@ -80,7 +80,7 @@ class PairEngine {
         sigma_(plan.variances),
         spare_(plan.max_width) {}
 
-  // The NTK of the left image and each right image.
+  // The kernel of the left image and each right image.
   V forward(Image<T> left, Image<V> right) {
     lines_.set_images(left, right);
     readout_.clear();
@@ -107,7 +107,7 @@ class PairEngine {
     return head_.forward(left, right, n, t);
   }
 
-  // After `forward`: sets the derivatives of the NTK by the left image's pixels, and by its deviations (each times the deviation).
+  // After `forward`: sets the derivatives of the kernel by the left image's pixels, and by its deviations (each times the deviation).
   void backward(Image<T> left, Image<V> right) {
     pixel_bar_.clear();
     sigma_.clear();

@@ -30,6 +30,7 @@ struct Settings {
     network.convs.assign(convs.begin(), convs.end());
     network.all_offsets = attribute<std::int64_t>(attributes, "all_offsets") != 0;
     network.hidden = static_cast<int>(attribute<std::int64_t>(attributes, "hidden"));
+    network.nngp = attribute<std::int64_t>(attributes, "nngp") != 0;
     network.w = attribute<double>(attributes, "w");
     network.b = attribute<double>(attributes, "b");
     threads = static_cast<std::size_t>(attribute<std::int64_t>(attributes, "threads"));

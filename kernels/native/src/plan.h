@@ -15,6 +15,7 @@ struct Network {
   std::vector<std::int64_t> convs;  // 3x3 convolutions (with ReLU) at each resolution; a 2x2 pooling lies between two entries
   bool all_offsets;                 // global average pooling; else Flatten
   int hidden;                       // Dense + ReLU layers after the readout
+  bool nngp;                        // the kernel is the NNGP; else the NTK
   double w, b;                      // W_std^2 and b_std^2
 };
 
