@@ -37,6 +37,7 @@ class RunDirectory:
     self.baselines = os.path.join(self.path, 'baselines.json')
     self.distilled = os.path.join(self.path, 'distilled.npz')
     self.picture = os.path.join(self.path, 'images.png')
+    self.address = os.path.join(self.path, 'address')  # of the coordinator of a run on several hosts
     self._generation = os.path.join(self.path, 'generation')
     self._lock = None
 
@@ -158,6 +159,15 @@ class RunDirectory:
         os.fsync(file.fileno())
       else:  # what is no row makes way
         write_atomically(self.metrics, wanted.decode())
+
+
+def read_address(path: str) -> str | None:
+  """`host:port` in a file that `RunDirectory.address` names; None where there is none yet."""
+  try:
+    with open(path, encoding='utf-8') as file:
+      return file.read().strip()
+  except FileNotFoundError:
+    return None
 
 
 def json_line(value: Any, indent: int | None = None) -> str:
