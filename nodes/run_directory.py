@@ -67,6 +67,10 @@ class RunDirectory:
         raise RunDirectoryError(f'--workdir={self.path} holds another run: {"; ".join(found)}. Choose another --workdir.')
     write_atomically(self.config, json_line({**config, 'data_key': data_key}, indent=2))
 
+  def close(self) -> None:
+    """Lets another launch have it."""
+    self._lock.close()
+
   def read_config(self) -> dict[str, Any] | None:
     """`run`, `system` and `data_key` of the run that is here, if any."""
     try:

@@ -40,7 +40,8 @@ def play() -> int:
   """Plays --role until the run is over or the process is asked to stop; gives the exit status. Raises BadInput."""
   role = ROLE.value
   if role == distill.COORDINATOR and _ADDRESS.value:
-    raise start.BadInput('--coordinator=HOST:PORT is for workers and the evaluator; the coordinator takes --host=NAME and config.system.port.')
+    raise start.BadInput('--coordinator=HOST:PORT is for workers and the evaluator; the coordinator takes --host=NAME and '
+                         '--config.system.port=PORT.')
   if role == 'evaluator' and not start.WORKDIR.value:
     raise start.BadInput('--workdir=DIR is missing: the run directory, where the evaluator writes its rows.')
   if role == _WORKER and not (start.WORKDIR.value or _ADDRESS.value):
