@@ -8,7 +8,7 @@ source "$KIP_ROOT/programs/slurm/common.sh"
 
 play --role=coordinator "$@"
 [ "$out_of_time" ] && [ "$status" = 75 ] && exec scontrol requeue "$SLURM_JOB_ID"
-if [ "$status" != 75 ]; then  # finished or failed: nobody is needed any more, whether running, waiting or added later
+if [ "$status" != 75 ] && [ ! "$told" ]; then  # finished or failed: nobody is needed any more, whether running, waiting or added later
   squeue --noheader --me --name="$SLURM_JOB_NAME" --format=%i | grep -v "^$SLURM_JOB_ID\$" | xargs --no-run-if-empty scancel
 fi
 exit "$status"

@@ -50,7 +50,7 @@ StateSaveLocation=$folder/state
 PartitionName=all Nodes=node[1-$nodes] Default=YES MaxTime=INFINITE
 CONF
       for i in $(seq "$nodes"); do
-        echo "NodeName=node$i NodeHostname=$host NodeAddr=127.0.0.1 Port=${port[$i]} CPUs=2 RealMemory=4000"
+        echo "NodeName=node$i NodeHostname=$host NodeAddr=127.0.0.1 Port=${port[$i]} CPUs=4 RealMemory=4000"
       done
     } > "$folder/slurm.conf"
     SLURM_CONF=$folder/slurm.conf slurmctld -c

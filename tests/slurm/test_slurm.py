@@ -46,7 +46,7 @@ def _wait(condition, seconds):
 
 
 def test_the_run_survives_all_and_ends_in_the_same_bits(tmp_path, cluster, npz, cache, make_run):
-  workdir, num_steps = tmp_path / 'run', 800
+  workdir, num_steps = tmp_path / 'run', 120
   done = subprocess.run(
       [sys.executable, 'launch.py', '--cluster=slurm', '--config=configs/base.py', f'--workdir={workdir}', '--host=localhost',
        f'--config.run.data.name={npz}', f'--config.system.cache_dir={cache}', '--config.run.architecture=convnet2',
