@@ -2,7 +2,7 @@
 PYTHON = .venv/bin/python
 DEMO_DIR ?= runs/demo
 
-.PHONY: demo test chaos bench native setup cuda lock clean
+.PHONY: demo test test-slurm chaos bench native setup cuda lock clean
 
 demo: native
 	@rm -rf $(DEMO_DIR)
@@ -10,6 +10,10 @@ demo: native
 
 test: native
 	$(PYTHON) -m pytest
+
+# On a Slurm of its own on this machine (slurm-wlm, munge, root): some minutes, because Slurm waits two before it starts a job again.
+test-slurm: native
+	KIP_TEST_SLURM=1 $(PYTHON) -m pytest tests/slurm
 
 # Kills, pauses and cuts a real run for some minutes and compares it with one left in peace, bit by bit.
 chaos: native

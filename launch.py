@@ -2,6 +2,14 @@
 
     python launch.py --config=configs/digits.py --workdir=runs/digits --lp_launch_type=local_mp
 
+On several hosts, one node of the same program a process (BUILD.md, 'Clusters'):
+
+    python launch.py --role=coordinator --config=configs/digits.py --workdir=runs/digits
+    python launch.py --role=worker --coordinator=HOST:PORT
+    python launch.py --role=evaluator --workdir=runs/digits
+
+or all of them as Slurm's jobs, by --cluster=slurm.
+
 Exit status: 0 finished, 1 failed, 2 bad input, 75 stopped with a checkpoint (the same command resumes).
 """
 
@@ -20,13 +28,20 @@ import launchpad as lp
 
 from nodes import run_directory
 from programs import distill
+from programs import hosts
+from programs import slurm_cluster
 from programs import start
 from programs import terminal
 
 
 def main(argv: list[str]) -> int:
   try:
-    run = start.ready(argv)
+    start.parse(argv)
+    if hosts.ROLE.value:
+      return hosts.play()
+    if slurm_cluster.CLUSTER.value:
+      return slurm_cluster.submit(argv)
+    run = start.ready()
     distill.check_port(run.config['system']['port'])
   except start.BadInput as error:
     print(f'error: {error}', file=sys.stderr)

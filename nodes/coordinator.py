@@ -522,7 +522,9 @@ class Coordinator:
         return
 
   def _release(self) -> None:
-    """Tells everyone who is still there that the run is over."""
+    """Tells everyone who is still there that the run is over; one that is only stopped may come back to them."""
+    if self._stop_event.is_set():
+      return
     self._over = True
     end = time.monotonic() + _LINGER
     while time.monotonic() < end and not self._stop_event.is_set():

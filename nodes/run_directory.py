@@ -37,6 +37,7 @@ class RunDirectory:
     self.baselines = os.path.join(self.path, 'baselines.json')
     self.distilled = os.path.join(self.path, 'distilled.npz')
     self.picture = os.path.join(self.path, 'images.png')
+    self.address = os.path.join(self.path, 'address')  # of the coordinator of a run on several hosts
     self._generation = os.path.join(self.path, 'generation')
     self._lock = None
 
@@ -65,6 +66,10 @@ class RunDirectory:
       if found:
         raise RunDirectoryError(f'--workdir={self.path} holds another run: {"; ".join(found)}. Choose another --workdir.')
     write_atomically(self.config, json_line({**config, 'data_key': data_key}, indent=2))
+
+  def close(self) -> None:
+    """Lets another launch have it."""
+    self._lock.close()
 
   def read_config(self) -> dict[str, Any] | None:
     """`run`, `system` and `data_key` of the run that is here, if any."""
@@ -158,6 +163,15 @@ class RunDirectory:
         os.fsync(file.fileno())
       else:  # what is no row makes way
         write_atomically(self.metrics, wanted.decode())
+
+
+def read_address(path: str) -> str | None:
+  """`host:port` in a file that `RunDirectory.address` names; None where there is none yet."""
+  try:
+    with open(path, encoding='utf-8') as file:
+      return file.read().strip()
+  except FileNotFoundError:
+    return None
 
 
 def json_line(value: Any, indent: int | None = None) -> str:

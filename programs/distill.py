@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+from typing import Sequence
 
 from absl import logging
 import launchpad as lp
@@ -15,24 +16,30 @@ from programs import processes
 from programs import start
 from programs import supervisor
 
-_COORDINATOR = 'coordinator'
+COORDINATOR = 'coordinator'
 _CALL_TIMEOUT = 60  # seconds: no answer of the coordinator's takes longer
 _GRACE = 5.0  # seconds that the others have to end by themselves once the coordinator has
 
 
-def make_program(run: start.Run) -> lp.Program:
-  """The graph of a run that is ready: `coordinator`, `kernel_worker_<i>`, `evaluator`."""
-  system, workdir = run.config['system'], run.directory.path
-  threads = placement.worker_threads(system['worker_threads'], system['num_workers'])
+def make_program(run: start.Run, workers: Sequence[str] = (), published: str = '') -> lp.Program:
+  """The graph of a run that is ready: `coordinator`, the workers, `evaluator`.
+
+  Args:
+    run: as `start.ready` gives it.
+    workers: names of those that share this host; all of the run's, `kernel_worker_<i>`, where it is empty.
+    published: file with the coordinator's address, where that may change.
+  """
+  system, workdir = run.config['system'], run.directory.path if run.directory else ''
+  workers = workers or [f'kernel_worker_{i}' for i in range(system['num_workers'])]
+  threads = placement.worker_threads(system['worker_threads'], len(workers))
   program = lp.Program('kip')
-  coordinator = program.add_node(processes.CoordinatorNode(workdir, run.cache, system['port']), label=_COORDINATOR)
+  coordinator = program.add_node(processes.CoordinatorNode(workdir, run.cache, system['port']), label=COORDINATOR)
   coordinator.set_client_kwargs(call_timeout=_CALL_TIMEOUT, wait_for_ready=False)
-  for i in range(system['num_workers']):
-    name = f'kernel_worker_{i}'
-    program.add_node(processes.ClientNode('kernel_worker', coordinator, system['coordinator_timeout'], name=name, threads=threads,
-                                          cache=run.cache), label=name)
-  program.add_node(processes.ClientNode('evaluator', coordinator, system['coordinator_timeout'], workdir=workdir, threads=1,
-                                        cache=run.cache), label='evaluator')
+  for name in workers:
+    program.add_node(processes.ClientNode('kernel_worker', coordinator, system['coordinator_timeout'], published, name=name,
+                                          threads=threads, cache=run.cache), label=name)
+  program.add_node(processes.ClientNode('evaluator', coordinator, system['coordinator_timeout'], published, workdir=workdir,
+                                        threads=1, cache=run.cache), label='evaluator')
   return program
 
 
@@ -43,14 +50,14 @@ def local_resources(run: start.Run) -> dict[str, PythonProcess]:
   root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   path = os.pathsep.join([root, *filter(None, [os.environ.get('PYTHONPATH')])])
   environment = lambda threads: {**placement.environment(threads), 'PYTHONPATH': path, supervisor.LAUNCHER: str(os.getpid())}
-  return {_COORDINATOR: PythonProcess(env=environment(1)), 'evaluator': PythonProcess(env=environment(1)),
+  return {COORDINATOR: PythonProcess(env=environment(1)), 'evaluator': PythonProcess(env=environment(1)),
           **{f'kernel_worker_{i}': PythonProcess(env=environment(threads)) for i in range(system['num_workers'])}}
 
 
 def wait(manager: worker_manager.WorkerManager) -> None:
   """Returns when a launched program is over: without its coordinator the others have nothing left to do."""
   try:
-    manager.wait([_COORDINATOR, f'{_COORDINATOR}/0'], raise_error=False)  # local_mt's and local_mp's name for it
+    manager.wait([COORDINATOR, f'{COORDINATOR}/0'], raise_error=False)  # local_mt's and local_mp's name for it
   except psutil.NoSuchProcess:  # Launchpad, asked to stop, trips over processes that have just ended
     logging.info('Stopping.')
   nodes = psutil.Process().children()
@@ -65,7 +72,7 @@ def wait(manager: worker_manager.WorkerManager) -> None:
 
 def coordinator_address(program: lp.Program) -> str:
   """`host:port` of a launched program's coordinator."""
-  return program.groups[_COORDINATOR][0].courier_address.resolve()
+  return program.groups[COORDINATOR][0].courier_address.resolve()
 
 
 def check_port(port: int) -> None:

@@ -4,7 +4,6 @@
 """
 
 import os
-import signal
 import sys
 import threading
 
@@ -19,20 +18,13 @@ def main(argv: list[str]) -> int:
   from nodes import run_directory
   from programs import start
   try:
-    run = start.ready(argv)
+    start.parse(argv)
+    run = start.ready()
   except start.BadInput as error:
     print(f'error: {error}', file=sys.stderr)
     return run_directory.BAD_INPUT_STATUS
   logging.info(run.memory)
-  stop = threading.Event()
-
-  def ask_to_stop(number, _):
-    if stop.is_set():
-      os._exit(128 + number)  # asked twice: at once, and what is on disk is whole at any moment
-    stop.set()
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, ask_to_stop)
-  distil(run, stop)
+  distil(run, start.stop_event())
   return start.outcome(run.directory)
 
 

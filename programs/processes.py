@@ -45,7 +45,7 @@ class CoordinatorNode(_Supervised, lp.CourierNode):
 
   def bind_addresses(self, **kwargs):
     if self._port:
-      self.courier_address.bind(_FixedAddress(f'localhost:{self._port}'))
+      self.courier_address.bind(FixedAddress(f'localhost:{self._port}'))
     else:
       super().bind_addresses(**kwargs)
 
@@ -53,12 +53,13 @@ class CoordinatorNode(_Supervised, lp.CourierNode):
 class ClientNode(_Supervised, lp.PyClassNode):
   """A node that calls the coordinator: a kernel worker or the evaluator."""
 
-  def __init__(self, kind: str, coordinator: Any, timeout: float, **kwargs: Any):
-    super().__init__(_Client, kind, coordinator, timeout, **kwargs)
+  def __init__(self, kind: str, coordinator: Any, timeout: float, published: str, **kwargs: Any):
+    super().__init__(_Client, kind, coordinator, timeout, published, **kwargs)
     self.name = kwargs.get('name', kind)
 
 
-class _FixedAddress(lp_address.AbstractAddressBuilder):
+class FixedAddress(lp_address.AbstractAddressBuilder):
+  """An address that is known beforehand."""
 
   def __init__(self, address: str):
     self._address = address
@@ -81,10 +82,11 @@ def _coordinator(workdir: str, cache: str):
 class _Client:
   """Runs a kernel worker or the evaluator."""
 
-  def __init__(self, kind: str, coordinator: Any, timeout: float, **kwargs: Any):
+  def __init__(self, kind: str, coordinator: Any, timeout: float, published: str, **kwargs: Any):
     start.log_plainly()
     stop = lp.stop_event()
-    coordinator = Retrying(coordinator, timeout, stop, _unreachable, functools.partial(_listens, coordinator.address), _note_use)
+    coordinator = Retrying(coordinator, timeout, stop, _unreachable, functools.partial(_listens, coordinator.address, published),
+                           _note_use)
     if kind == 'evaluator':
       from nodes import evaluator
       os.nice(_EVALUATOR_NICENESS)
@@ -101,7 +103,11 @@ class _Client:
       sys.exit(supervisor.RESTART_STATUS if error.was_there else 1)
 
 
-def _listens(address: str) -> bool:
+def _listens(address: str, published: str) -> bool:
+  """Whether somebody listens at `address`. Raises CoordinatorLost where the file `published` names another."""
+  now = run_directory.read_address(published) if published else None
+  if now not in (None, address):
+    raise CoordinatorLost(f'the coordinator is at {now} now.', was_there=True)
   host, _, port = address.rpartition(':')
   try:
     socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()

@@ -1,7 +1,9 @@
 """From the command line to a run that is ready to start, and from its outcome to an exit status: the same for every launcher."""
 
 import os
+import signal
 import sys
+import threading
 from typing import Any, NamedTuple, Sequence
 
 from absl import flags
@@ -16,7 +18,7 @@ from nodes import run_directory
 from nodes.command_line import BadInput
 from nodes.command_line import log_plainly
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory: made if missing; one that holds a checkpoint resumes from it.')
+WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory: made if missing; one that holds a checkpoint resumes from it.')
 
 
 class Run(NamedTuple):
@@ -24,27 +26,34 @@ class Run(NamedTuple):
 
   Attributes:
     config: validated, plain values.
-    directory: open, and locked by this process.
+    directory: open, and locked by this process; of one that joins a run elsewhere neither, and None where it needs no more than an address.
     cache: folder that holds its prepared data.
     memory: a line that tells what it needs.
   """
   config: dict[str, Any]
-  directory: run_directory.RunDirectory
+  directory: run_directory.RunDirectory | None
   cache: str
   memory: str = ''
 
 
-def ready(argv: Sequence[str]) -> Run:
-  """Parses flags, validates the configuration, prepares the data and opens the run directory.
+def parse(argv: Sequence[str]) -> None:
+  """Parses all flags. Raises BadInput."""
+  log_plainly()
+  command_line.parse(argv, '--config=FILE --workdir=DIR')
+
+
+def ready(local_workers: bool = True) -> Run:
+  """Validates the configuration, prepares the data and opens the run directory; the flags are parsed.
+
+  Args:
+    local_workers: whether the workers share this host's memory.
 
   Raises:
     BadInput: anything the user can mend; nothing has been started.
   """
-  log_plainly()
-  command_line.parse(argv, '--config=FILE --workdir=DIR')
   if not command_line.CONFIG.value:
     raise BadInput('--config=FILE is missing, for instance --config=configs/digits.py.')
-  if not _WORKDIR.value:
+  if not WORKDIR.value:
     raise BadInput('--workdir=DIR is missing: the run directory, made if it is not there.')
   config = command_line.CONFIG.value.to_dict()
   try:
@@ -52,13 +61,26 @@ def ready(argv: Sequence[str]) -> Run:
     cache = store.cache_folder(config['system']['cache_dir'])
     prepared = store.prepare(config['run']['data'], cache, raw=config['run']['augmentation']['fraction'] > 0)
     base.validate_with_data(config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:])
-    memory = _check_memory(config, prepared)
+    memory = _check_memory(config, prepared, config['system']['num_workers'] if local_workers else 0)
     initial_support.make(config['run'], prepared, cache)
-    directory = run_directory.RunDirectory(_WORKDIR.value)
+    directory = run_directory.RunDirectory(WORKDIR.value)
     directory.open(config, prepared.key)
   except (base.ConfigError, DataError, run_directory.RunDirectoryError) as error:
     raise BadInput(str(error)) from error
   return Run(config, directory, cache, memory)
+
+
+def stop_event() -> threading.Event:
+  """Set when this process is asked to stop; asked twice, it ends at once: what is on disk is whole at any moment."""
+  stop = threading.Event()
+
+  def ask_to_stop(number, _):
+    if stop.is_set():
+      os._exit(128 + number)
+    stop.set()
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, ask_to_stop)
+  return stop
 
 
 def outcome(directory: run_directory.RunDirectory) -> int:
@@ -78,7 +100,7 @@ def outcome(directory: run_directory.RunDirectory) -> int:
   return run_directory.EXIT_STATUS.get(state, 1)
 
 
-def _check_memory(config: dict[str, Any], prepared: store.Prepared) -> str:
+def _check_memory(config: dict[str, Any], prepared: store.Prepared, num_workers: int) -> str:
   """Refuses what cannot fit: the coordinator's state and pieces, and every worker's inputs and sums. Gives the estimate in words."""
   run, plan = config['run'], config['run']['plan']
   support = run['images_per_class'] * prepared.num_classes
@@ -92,7 +114,7 @@ def _check_memory(config: dict[str, Any], prepared: store.Prepared) -> str:
     rows = min(run['targets_per_step'], plan['target_tile'] * plan['target_tiles_per_task'])
     coordinator += 8 * width * (3 * tasks_a_step * min(rows, width) + 6 * width)
     worker += 3 * 8 * rows * width
-  needed = coordinator + config['system']['num_workers'] * worker + 2 ** 30
+  needed = coordinator + num_workers * worker + 2 ** 30
   available = psutil.virtual_memory().available
   if needed > available:
     raise BadInput(f'this run needs about {needed / 2 ** 30:.1f} GiB of memory, {available / 2 ** 30:.1f} GiB are available: lower '
