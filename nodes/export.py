@@ -20,6 +20,12 @@ from nodes import run_directory
 _SETTINGS = 'settings'
 _TRANSFORM = 'transform.npz'
 
+LOADING = {  # the documented lines: images [S, H, W, D] and labels [S, C], float32
+    'NumPy': "images, labels = (numpy.load('distilled.npz')[name] for name in ('images', 'labels'))",
+    'JAX': "images, labels = (jax.numpy.asarray(numpy.load('distilled.npz')[name]) for name in ('images', 'labels'))",
+    'PyTorch': "images, labels = (torch.from_numpy(numpy.load('distilled.npz')[name]) for name in ('images', 'labels'))",
+}
+
 
 class Distilled(NamedTuple):
   """A distilled set.

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import tempfile
 import time
 from typing import Any, Callable, Mapping
@@ -37,6 +38,8 @@ class RunDirectory:
     self.baselines = os.path.join(self.path, 'baselines.json')
     self.distilled = os.path.join(self.path, 'distilled.npz')
     self.picture = os.path.join(self.path, 'images.png')
+    self.report = os.path.join(self.path, 'report.html')
+    self._command = os.path.join(self.path, 'command.txt')
     self._generation = os.path.join(self.path, 'generation')
     self._lock = None
 
@@ -133,6 +136,29 @@ class RunDirectory:
     except (OSError, ValueError):
       return None
     return status if isinstance(status, dict) else None
+
+  def write_command(self, argv: list[str]) -> None:
+    """Keeps the command that started this run, or went on with it, last. Raises RunDirectoryError."""
+    try:
+      write_atomically(self._command, shlex.join(argv) + '\n')
+    except OSError as error:
+      raise RunDirectoryError(f'{self.path} cannot be written ({error.strerror}).') from error
+
+  def read_command(self) -> str | None:
+    """What `write_command` wrote last, if anything."""
+    try:
+      with open(self._command, encoding='utf-8') as file:
+        return file.read().strip()
+    except OSError:
+      return None
+
+  def read_baselines(self) -> list[dict[str, Any]] | None:
+    """The rows of baselines.json, if it is there."""
+    try:
+      with open(self.baselines, encoding='utf-8') as file:
+        return json.load(file)
+    except (OSError, ValueError):
+      return None
 
   def read_metrics(self) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl; a line that a crash left unfinished, or that is damaged, is none."""
