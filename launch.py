@@ -1,6 +1,7 @@
 """Launches a distillation run: coordinator, kernel workers and evaluator, as processes (local_mp) or threads (local_mt) of this machine.
 
     python launch.py --config=configs/digits.py --workdir=runs/digits --lp_launch_type=local_mp
+    python launch.py --status --workdir=runs/digits [--json]
 
 Exit status: 0 finished, 1 failed, 2 bad input, 75 stopped with a checkpoint (the same command resumes).
 """
@@ -21,10 +22,13 @@ import launchpad as lp
 from nodes import run_directory
 from programs import distill
 from programs import start
+from programs import status
 from programs import terminal
 
 
 def main(argv: list[str]) -> int:
+  if '--status' in argv:
+    return status.main(argv)
   try:
     run = start.ready(argv)
     distill.check_port(run.config['system']['port'])

@@ -82,6 +82,17 @@ class RunDirectory:
     except (OSError, ValueError) as error:
       raise RunDirectoryError(f'{self.config} cannot be read ({error}); restore it, or choose another --workdir.') from error
 
+  def is_in_use(self) -> bool:
+    """Whether a launch has this directory open."""
+    try:
+      with open(os.path.join(self.path, '.lock'), encoding='utf-8') as file:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return True
+    except OSError:
+      pass
+    return False
+
   @contextlib.contextmanager
   def claimed(self):
     """Inside, no other coordinator writes here; waits for one that is about to end. Raises RunDirectoryError."""
