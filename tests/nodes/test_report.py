@@ -132,3 +132,11 @@ def test_published_rows():
   run.update(method='label_solve', architecture='fc1', images_per_class=50)
   assert published.find(run)['krr'] == '46.99'
   assert published.find({**run, 'initial_images': 'noise'}) is None
+
+
+def test_the_readme_has_the_lines_that_load_a_set():
+  root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+  with open(os.path.join(root, 'README.md'), encoding='utf-8') as file:
+    content = file.read()
+  for line in export.LOADING.values():
+    assert f'\n    {line}\n' in content
