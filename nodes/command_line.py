@@ -26,7 +26,7 @@ def parse(argv: Sequence[str], expected: str) -> None:
   """Parses all flags; --help prints the program's own and ends it. Raises BadInput, naming what is `expected` where something is no flag."""
   if '--help' in argv or '-h' in argv:
     modules = flags.FLAGS.flags_by_module_dict()
-    own = [flag for name in ('__main__', 'programs.start', 'programs.status', __name__) for flag in modules.get(name, [])]
+    own = [flag for name in (sys.argv[0], 'programs.start', 'programs.status', __name__) for flag in modules.get(name, [])]
     print(sys.modules['__main__'].__doc__)
     for flag in own:
       print(f'  --{flag.name}: {flag.help}')

@@ -73,7 +73,7 @@ def write(directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]],
          pictures.label_bars(first_labels, labels, num_classes))
     draw('label_covariance.png', 'Covariance of the labels, class by class; each has a scale of its own.',
          pictures.label_covariance(first_labels, labels))
-  draw('accuracy.png', 'Test accuracy; wall time is that of the distillation, evaluations aside.', pictures.accuracy(rows))
+  draw('accuracy.png', 'Test accuracy; wall time is the coordinator\'s, beside which evaluations run.', pictures.accuracy(rows))
   page = _page(directory, config, distilled, rows, drawn)
   run_directory.write_atomically(directory.report, page)
 
