@@ -23,7 +23,7 @@ class BadInput(ValueError):
 
 
 def parse(argv: Sequence[str], expected: str) -> None:
-  """Parses all flags; --help prints the program's own and ends it. Raises BadInput, naming what is `expected` where something is no flag."""
+  """Parses all flags; --help prints the program's own and ends it. Raises BadInput, which names what is `expected`."""
   if '--help' in argv or '-h' in argv:
     modules = flags.FLAGS.flags_by_module_dict()
     own = [flag for name in (sys.argv[0], 'programs.start', 'programs.status', __name__) for flag in modules.get(name, [])]

@@ -548,8 +548,8 @@ class Coordinator:
     alive = sorted(name for name, seen in list(self._clients.items()) if name != _EVALUATOR and time.monotonic() - seen < _STALL)
     logging.info('step %d/%d: loss %.5f%s%s, %.3g pairs/s by %d workers, %s to go', state.step, self._run['num_steps'], metrics.train_loss,
                  accuracy, row, metrics.kernel_pairs_per_second, len(alive), _duration(seconds))
-    self._progress = {'train_loss': metrics.train_loss, 'kernel_pairs_per_second': metrics.kernel_pairs_per_second, 'seconds_to_go': seconds,
-                      'workers_alive': alive}
+    self._progress = {'train_loss': metrics.train_loss, 'kernel_pairs_per_second': metrics.kernel_pairs_per_second,
+                      'seconds_to_go': seconds, 'workers_alive': alive}
     self._directory.write_status(run_directory.RUNNING, **self._status(state.step))
 
   def _status(self, step: int) -> dict[str, Any]:

@@ -128,7 +128,8 @@ def write_dataset(distilled: Distilled, folder: str) -> None:
   pictures, (num_images, num_classes) = _pictures(distilled), distilled.labels.shape
   features = datasets.Features({
       'image': datasets.Image(), 'label': datasets.ClassLabel(names=[str(c) for c in range(num_classes)]),
-      'pixels': datasets.Array3D(distilled.images.shape[1:], 'float32'), 'soft_label': datasets.List(datasets.Value('float32'), num_classes)})
+      'pixels': datasets.Array3D(distilled.images.shape[1:], 'float32'),
+      'soft_label': datasets.List(datasets.Value('float32'), num_classes)})
   os.makedirs(folder, exist_ok=True)
   datasets.Dataset.from_dict({
       'image': pictures, 'label': [i * num_classes // num_images for i in range(num_images)], 'pixels': list(distilled.images),

@@ -32,7 +32,8 @@ _PACKAGES = ('numpy', 'jax', 'jaxlib', 'neural-tangents', 'optax', 'dm-launchpad
 _STYLE = '''
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
-table { border-collapse: collapse; } th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
+table { border-collapse: collapse; }
+th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: #f4f4f4; padding: .7rem; overflow-x: auto; font-size: .85rem; } img { max-width: 100%; } figure { margin: 1rem 0; }
 figcaption { color: #444; font-size: .9rem; } tr.ours td { font-weight: 600; }
@@ -127,16 +128,16 @@ def _results(directory, run, rows) -> str:
   expected = published.find(run)
   if expected:
     cells.append(('', expected['kind'], f'{expected["krr"]} %', '', f'{expected["network"]} %' if 'network' in expected else ''))
-  body = ''.join(f'<tr class="{kind}"><td>{html.escape(name)}</td>' + ''.join(f'<td class="number">{html.escape(cell)}</td>' for cell in rest)
-                 + '</tr>' for kind, name, *rest in cells)
+  body = ''.join(f'<tr class="{kind}"><td>{html.escape(name)}</td>'
+                 + ''.join(f'<td class="number">{html.escape(cell)}</td>' for cell in rest) + '</tr>' for kind, name, *rest in cells)
   note = '' if expected else '<p>The papers publish no row of this setting.</p>'
   return ('<table><tr><th></th><th class="number">KRR</th><th class="number">KRR MSE</th><th class="number">finite network</th></tr>'
           f'{body}</table>{note}')
 
 
 def _metrics(rows) -> str:
-  columns = [key for key in ('step', 'krr_test_accuracy', 'krr_test_mse', 'nn_test_accuracy', 'train_loss', 'train_accuracy', 'wall_seconds',
-                             'kernel_pairs_per_second') if any(key in row for row in rows)]
+  columns = [key for key in ('step', 'krr_test_accuracy', 'krr_test_mse', 'nn_test_accuracy', 'train_loss', 'train_accuracy',
+                             'wall_seconds', 'kernel_pairs_per_second') if any(key in row for row in rows)]
   head = ''.join(f'<th class="number">{key.replace("_", " ")}</th>' for key in columns)
   body = ''.join('<tr>' + ''.join(f'<td class="number">{f"{row[key]:.5g}" if key in row else ""}</td>' for key in columns) + '</tr>'
                  for row in sorted(rows, key=lambda row: row['step']))
@@ -144,7 +145,8 @@ def _metrics(rows) -> str:
 
 
 def _table(pairs) -> str:
-  return '<table>' + ''.join(f'<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>' for name, value in pairs) + '</table>'
+  cells = ''.join(f'<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>' for name, value in pairs)
+  return f'<table>{cells}</table>'
 
 
 def _environment(directory) -> list[tuple[str, str]]:

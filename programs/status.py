@@ -56,12 +56,14 @@ def read(directory: run_directory.RunDirectory) -> dict[str, Any]:
   steps = [name for name in os.listdir(directory.checkpoints) if name.isdigit()] if os.path.isdir(directory.checkpoints) else []
   last = max(steps, key=int, default=None)
   age = time.time() - os.stat(os.path.join(directory.checkpoints, last)).st_mtime if last else None
-  return {**status, 'workdir': directory.path, 'checkpoint_step': last and int(last), 'checkpoint_age': age, 'rows': directory.read_metrics()}
+  return {**status, 'workdir': directory.path, 'checkpoint_step': last and int(last), 'checkpoint_age': age,
+          'rows': directory.read_metrics()}
 
 
 def _in_words(status: dict[str, Any]) -> str:
   message = f': {status["message"]}' if 'message' in status else ''
-  lines = [f'{status["state"]}{message}', f'  step {status["step"]} of {status["num_steps"]}, {_duration(status["wall_seconds"])} of computing; '
+  lines = [f'{status["state"]}{message}',
+           f'  step {status["step"]} of {status["num_steps"]}, {_duration(status["wall_seconds"])} of computing; '
            f'last heard of at {status["updated"]}']
   if 'train_loss' in status:
     to_go = f', {_duration(status["seconds_to_go"])} to go' if status['state'] == run_directory.RUNNING else ''

@@ -58,7 +58,7 @@ def test_one_line_of_json(tmp_path):
   directory = run_directory.RunDirectory(str(tmp_path))
   directory.open({'run': {}, 'system': {}}, 'key')
   directory.write_status(run_directory.STOPPED, **FIELDS)
-  done = subprocess.run([sys.executable, 'launch.py', '--status', f'--workdir={tmp_path}', '--json'], cwd=ROOT, capture_output=True, text=True,
-                        timeout=120, check=False)
+  done = subprocess.run([sys.executable, 'launch.py', '--status', f'--workdir={tmp_path}', '--json'], cwd=ROOT, capture_output=True,
+                        text=True, timeout=120, check=False)
   assert done.returncode == 0 and done.stdout.count('\n') == 1
   assert json.loads(done.stdout)['state'] == 'stopped' and json.loads(done.stdout)['checkpoint_step'] is None
