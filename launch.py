@@ -1,6 +1,7 @@
 """Launches a distillation run: coordinator, kernel workers and evaluator, as processes (local_mp) or threads (local_mt) of this machine.
 
     python launch.py --config=configs/digits.py --workdir=runs/digits --lp_launch_type=local_mp
+    python launch.py --status --workdir=runs/digits [--json]
 
 On several hosts, one node of the same program a process (BUILD.md, 'Clusters'):
 
@@ -31,10 +32,13 @@ from programs import distill
 from programs import hosts
 from programs import slurm_cluster
 from programs import start
+from programs import status
 from programs import terminal
 
 
 def main(argv: list[str]) -> int:
+  if '--status' in argv:
+    return status.main(argv)
   try:
     start.parse(argv)
     if hosts.ROLE.value:

@@ -3,6 +3,7 @@
 import logging as python_logging
 import os
 import re
+import sys
 from typing import Sequence
 
 from absl import flags
@@ -22,7 +23,14 @@ class BadInput(ValueError):
 
 
 def parse(argv: Sequence[str], expected: str) -> None:
-  """Parses all flags. Raises BadInput, naming the flags that are `expected` where something is none."""
+  """Parses all flags; --help prints the program's own and ends it. Raises BadInput, which names what is `expected`."""
+  if '--help' in argv or '-h' in argv:
+    modules = flags.FLAGS.flags_by_module_dict()
+    own = [flag for name in (sys.argv[0], 'programs.start', 'programs.status', __name__) for flag in modules.get(name, [])]
+    print(sys.modules['__main__'].__doc__)
+    for flag in own:
+      print(f'  --{flag.name}: {flag.help}')
+    sys.exit(0)
   for argument in argv[1:]:
     match = re.match(r'--(?:no)?config\.([\w.]+)', argument)
     if match:

@@ -131,6 +131,7 @@ class Coordinator:
     self._over = False
     self._evaluated = threading.Event()
     self._last_row: dict[str, Any] | None = None
+    self._progress: dict[str, Any] = {}  # of the last progress line
     self._start = time.monotonic()
     self._earlier_seconds = 0.0
     self._next_log = self._next_checkpoint = 0.0
@@ -545,14 +546,18 @@ class Coordinator:
     accuracy = '' if metrics.train_accuracy is None else f', train {100 * metrics.train_accuracy:.2f} %'
     solved = state.step == base.label_solve_step(self._run)  # all of this update's work is done by now
     pairs = pairs_to_go(self._run, len(state.images), len(self._prepared.train_images), state.step + solved)
-    logging.info('step %d/%d: loss %.5f%s%s, %.3g pairs/s, %s to go', state.step, self._run['num_steps'], metrics.train_loss, accuracy, row,
-                 metrics.kernel_pairs_per_second, _duration(pairs / metrics.kernel_pairs_per_second))
+    seconds = pairs / metrics.kernel_pairs_per_second
+    alive = sorted(name for name, seen in list(self._clients.items()) if name != _EVALUATOR and time.monotonic() - seen < _STALL)
+    logging.info('step %d/%d: loss %.5f%s%s, %.3g pairs/s by %d workers, %s to go', state.step, self._run['num_steps'], metrics.train_loss,
+                 accuracy, row, metrics.kernel_pairs_per_second, len(alive), _duration(seconds))
+    self._progress = {'train_loss': metrics.train_loss, 'kernel_pairs_per_second': metrics.kernel_pairs_per_second,
+                      'seconds_to_go': seconds, 'workers_alive': alive}
     self._directory.write_status(run_directory.RUNNING, **self._status(state.step))
 
   def _status(self, step: int) -> dict[str, Any]:
     return {'step': step, 'num_steps': self._run['num_steps'], 'generation': self._generation, 'wall_seconds': self._wall_seconds(),
             'updated': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'), 'pid': os.getpid(),
-            **self._board.counters(), 'pairs': self._pairs, 'last_row': self._last_row}
+            **self._board.counters(), **self._progress, 'pairs': self._pairs, 'last_row': self._last_row}
 
   def _wall_seconds(self) -> float:
     return self._earlier_seconds + time.monotonic() - self._start

@@ -107,18 +107,12 @@ class Evaluator:
       row.update(self._evaluation.finite_network(images, labels))
     logging.info('evaluated step %d: %s', step, evaluation.in_words(row))
     if snapshot['final']:
-      self._draw(images)
       if self._settings['baselines']:
         rows = self._evaluation.baselines(len(images))
         run_directory.write_atomically(self._directory.baselines, run_directory.json_line(rows, indent=2))
+      from nodes import report  # here, because matplotlib takes seconds to import
+      report.write(self._directory, [*self._directory.read_metrics(), row])
     return row
-
-
-  def _draw(self, images: np.ndarray) -> None:
-    from nodes import pictures  # here, because matplotlib takes seconds to import
-    with np.load(self._directory.snapshot(0), allow_pickle=False) as file:
-      before = file['images']
-    pictures.before_and_after(self._directory.picture, before, images, self._prepared.transform, self._prepared.num_classes)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,12 +1,19 @@
 """`distilled.npz`: the distilled set as the papers' authors released theirs (`images`, `labels`), plus all it takes to use it again.
 
-A whitening matrix is far larger than the set (75 MB for 32 x 32 x 3), so it lies beside: `transform.npz`, known by its hash.
+A whitening matrix is far larger than the set (75 MB for 32 x 32 x 3), so it lies beside: `transform.npz`, known by its hash. Written out:
+
+    python -m nodes.export DIR/distilled.npz --to=FOLDER --format=images
+
+makes FOLDER/CLASS/FILE.png (raw pixel values, rounded to 8 bits) and labels.csv; --format=dataset a Hugging Face dataset folder:
+`datasets.load_dataset(FOLDER)` gives `image` (the same PNG), `label` (the class), and exact `pixels` [H, W, D] and `soft_label` [C].
 """
 
 import json
 import os
-from typing import Any, NamedTuple
+import sys
+from typing import Any, NamedTuple, Sequence
 
+from absl import flags
 import numpy as np
 
 from configs import base
@@ -15,10 +22,17 @@ from data import NPZ_ERRORS
 from data import preprocess
 from data import released
 from data import store
+from nodes import command_line
 from nodes import run_directory
 
 _SETTINGS = 'settings'
 _TRANSFORM = 'transform.npz'
+
+LOADING = {  # the documented lines: images [S, H, W, D] and labels [S, C], float32
+    'NumPy': "images, labels = (numpy.load('distilled.npz')[name] for name in ('images', 'labels'))",
+    'JAX': "images, labels = (jax.numpy.asarray(numpy.load('distilled.npz')[name]) for name in ('images', 'labels'))",
+    'PyTorch': "images, labels = (torch.from_numpy(numpy.load('distilled.npz')[name]) for name in ('images', 'labels'))",
+}
 
 
 class Distilled(NamedTuple):
@@ -91,6 +105,45 @@ def load_released(name: str, cache: str, folder: str = '') -> Distilled:
   return Distilled(found.images, found.labels, prepared.transform, settings)
 
 
+def raw_images(distilled: Distilled) -> np.ndarray:
+  """uint8 [S, H, W, D]: preprocessing undone, in the raw data's own units (digits: 0 to 16), rounded and clipped to 0 to 255."""
+  return np.clip(np.round(preprocess.invert(distilled.transform, distilled.images)), 0, 255).astype(np.uint8)
+
+
+def write_images(distilled: Distilled, folder: str) -> None:
+  """FOLDER/CLASS/NUMBER.png and FOLDER/labels.csv (file, and the label of each class). Raises DataError, OSError."""
+  pictures, (num_images, num_classes) = _pictures(distilled), distilled.labels.shape
+  lines = ['file,' + ','.join(f'label_{c}' for c in range(num_classes))]
+  for i, (picture, label) in enumerate(zip(pictures, distilled.labels)):
+    name = f'{i * num_classes // num_images}/{i:05d}.png'
+    os.makedirs(os.path.join(folder, os.path.dirname(name)), exist_ok=True)
+    picture.save(os.path.join(folder, name))
+    lines.append(f'{name},' + ','.join(f'{value:.9g}' for value in label))
+  run_directory.write_atomically(os.path.join(folder, 'labels.csv'), '\n'.join(lines) + '\n')
+
+
+def write_dataset(distilled: Distilled, folder: str) -> None:
+  """FOLDER/train.parquet, which `datasets.load_dataset(FOLDER)` reads. Raises DataError, OSError."""
+  import datasets  # here, because workers import this module
+  pictures, (num_images, num_classes) = _pictures(distilled), distilled.labels.shape
+  features = datasets.Features({
+      'image': datasets.Image(), 'label': datasets.ClassLabel(names=[str(c) for c in range(num_classes)]),
+      'pixels': datasets.Array3D(distilled.images.shape[1:], 'float32'),
+      'soft_label': datasets.List(datasets.Value('float32'), num_classes)})
+  os.makedirs(folder, exist_ok=True)
+  datasets.Dataset.from_dict({
+      'image': pictures, 'label': [i * num_classes // num_images for i in range(num_images)], 'pixels': list(distilled.images),
+      'soft_label': distilled.labels.tolist()}, features=features).to_parquet(os.path.join(folder, 'train.parquet'))
+
+
+def _pictures(distilled: Distilled) -> list[Any]:
+  from PIL import Image
+  channels = distilled.images.shape[-1]
+  if channels not in (1, 3):
+    raise DataError(f'PNG files hold 1 or 3 channels; these images have {channels}.')
+  return [Image.fromarray(image[..., 0] if channels == 1 else image) for image in raw_images(distilled)]
+
+
 def _load_zca(path: str, digest: str) -> np.ndarray:
   try:
     with np.load(_beside(path), allow_pickle=False) as file:
@@ -104,3 +157,31 @@ def _load_zca(path: str, digest: str) -> np.ndarray:
 
 def _beside(path: str) -> str:
   return os.path.join(os.path.dirname(path), _TRANSFORM)
+
+
+def main(argv: Sequence[str]) -> int:
+  """Writes a distilled set out in another format; returns the exit status."""
+  flags.DEFINE_string('to', None, 'Folder to write to; it must be empty or not there.')
+  flags.DEFINE_string('format', 'images', 'images: FOLDER/CLASS/FILE.png and labels.csv; dataset: a Hugging Face dataset folder.')
+  writers = {'images': write_images, 'dataset': write_dataset}
+  try:
+    path, *rest = [argument for argument in argv[1:] if not argument.startswith('-')] or [None]
+    command_line.parse([argument for argument in argv if argument != path], 'DIR/distilled.npz --to=FOLDER --format=images|dataset')
+    folder, wanted = flags.FLAGS.to, flags.FLAGS.format
+    if path is None or rest or not folder:
+      raise command_line.BadInput('expected DIR/distilled.npz --to=FOLDER --format=images|dataset.')
+    if wanted not in writers:
+      raise command_line.BadInput(f'--format must be one of {", ".join(writers)}; got {wanted!r}.')
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+      raise command_line.BadInput(f'--to={folder} is there and not an empty folder; choose another.')
+    distilled = load(path)
+    writers[wanted](distilled, folder)
+  except (command_line.BadInput, DataError, OSError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return run_directory.BAD_INPUT_STATUS
+  print(f'{len(distilled.images)} images in {folder}')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import tempfile
 import time
 from typing import Any, Callable, Mapping
@@ -37,6 +38,8 @@ class RunDirectory:
     self.baselines = os.path.join(self.path, 'baselines.json')
     self.distilled = os.path.join(self.path, 'distilled.npz')
     self.picture = os.path.join(self.path, 'images.png')
+    self.report = os.path.join(self.path, 'report.html')
+    self._command = os.path.join(self.path, 'command.txt')
     self.address = os.path.join(self.path, 'address')  # of the coordinator of a run on several hosts
     self._generation = os.path.join(self.path, 'generation')
     self._lock = None
@@ -83,6 +86,17 @@ class RunDirectory:
       return None
     except (OSError, ValueError) as error:
       raise RunDirectoryError(f'{self.config} cannot be read ({error}); restore it, or choose another --workdir.') from error
+
+  def is_in_use(self) -> bool:
+    """Whether a launch has this directory open."""
+    try:
+      with open(os.path.join(self.path, '.lock'), encoding='utf-8') as file:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return True
+    except OSError:
+      pass
+    return False
 
   @contextlib.contextmanager
   def claimed(self):
@@ -138,6 +152,29 @@ class RunDirectory:
     except (OSError, ValueError):
       return None
     return status if isinstance(status, dict) else None
+
+  def write_command(self, argv: list[str]) -> None:
+    """Keeps the command that started this run, or went on with it, last. Raises RunDirectoryError."""
+    try:
+      write_atomically(self._command, shlex.join(argv) + '\n')
+    except OSError as error:
+      raise RunDirectoryError(f'{self.path} cannot be written ({error.strerror}).') from error
+
+  def read_command(self) -> str | None:
+    """What `write_command` wrote last, if anything."""
+    try:
+      with open(self._command, encoding='utf-8') as file:
+        return file.read().strip()
+    except OSError:
+      return None
+
+  def read_baselines(self) -> list[dict[str, Any]] | None:
+    """The rows of baselines.json, if it is there."""
+    try:
+      with open(self.baselines, encoding='utf-8') as file:
+        return json.load(file)
+    except (OSError, ValueError):
+      return None
 
   def read_metrics(self) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl; a line that a crash left unfinished, or that is damaged, is none."""

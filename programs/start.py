@@ -65,6 +65,7 @@ def ready(local_workers: bool = True) -> Run:
     initial_support.make(config['run'], prepared, cache)
     directory = run_directory.RunDirectory(WORKDIR.value)
     directory.open(config, prepared.key)
+    directory.write_command([os.path.basename(sys.executable), *sys.orig_argv[1:]])
   except (base.ConfigError, DataError, run_directory.RunDirectoryError) as error:
     raise BadInput(str(error)) from error
   return Run(config, directory, cache, memory)
@@ -136,5 +137,5 @@ def _summary(directory: run_directory.RunDirectory, status: dict[str, Any]) -> s
     lines.append('  the last evaluation is missing: the evaluator did not finish in time')
   pairs = ', '.join(f'{name} {counts["pairs"]}' for name, counts in status['workers'].items())
   lines.append(f'  kernel pairs: {status["pairs"]} needed; computed by {pairs}')
-  lines += [f'  {path}' for path in (directory.distilled, directory.metrics, directory.picture) if os.path.exists(path)]
+  lines += [f'  {path}' for path in (directory.distilled, directory.metrics, directory.picture, directory.report) if os.path.exists(path)]
   return '\n'.join(lines)

@@ -83,3 +83,43 @@ def test_a_released_set_is_used_like_our_own(tmp_path):
   config = {'run': run, 'system': {'evaluation': distilled.settings['evaluation']}}
   export.save(copy, distilled.images, distilled.labels, 0, config, prepared)
   np.testing.assert_array_equal(export.load(copy).images, distilled.images)
+
+
+@pytest.fixture(name='grey')
+def _grey(tmp_path):
+  """A distilled set of 4 images, 2 classes, 5x6 pixels of one channel: (path, distilled)."""
+  rng = np.random.default_rng(0)
+  transform = preprocess.Transform(np.array([100.0]), np.array([50.0]))
+  images, labels = rng.normal(size=(4, 5, 6, 1)).astype(np.float32), rng.normal(size=(4, 2)).astype(np.float32)
+  prepared = store.Prepared(*[None] * len(store.Prepared._fields))._replace(
+      key='key', name='grey', transform=transform, num_classes=2)
+  path = str(tmp_path / 'distilled.npz')
+  export.save(path, images, labels, 1, {'run': {}, 'system': {'evaluation': {}}}, prepared)
+  return path, export.load(path)
+
+
+def test_an_image_folder_holds_raw_pixels_and_labels(grey, tmp_path):
+  path, distilled = grey
+  assert export.main(['export', path, f'--to={tmp_path}/out']) == 0
+  for i, name in enumerate(['0/00000.png', '0/00001.png', '1/00002.png', '1/00003.png']):
+    expected = np.clip(np.round(100 + 50.0 * distilled.images[i, ..., 0].astype(np.float64)), 0, 255)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'out' / name)), expected)
+  header, *lines = (tmp_path / 'out' / 'labels.csv').read_text().splitlines()
+  assert header == 'file,label_0,label_1' and lines[2].startswith('1/00002.png,')
+  np.testing.assert_array_equal(np.array([line.split(',')[1:] for line in lines], np.float32), distilled.labels)
+
+
+def test_a_dataset_folder_loads_exactly(grey, tmp_path):
+  import datasets
+  export.write_dataset(grey[1], str(tmp_path / 'out'))
+  rows = datasets.load_dataset(str(tmp_path / 'out'), cache_dir=str(tmp_path / 'cache'))['train']
+  np.testing.assert_array_equal(np.array(rows['pixels'], np.float32), grey[1].images)
+  np.testing.assert_array_equal(np.array(rows['soft_label'], np.float32), grey[1].labels)
+  assert list(rows['label']) == [0, 0, 1, 1] and rows.features['label'].num_classes == 2
+  np.testing.assert_array_equal(np.asarray(rows[3]['image']), export.raw_images(grey[1])[3, ..., 0])
+
+
+def test_channels_that_png_cannot_hold(grey, tmp_path):
+  distilled = grey[1]._replace(images=np.zeros((4, 5, 6, 2), np.float32))
+  with pytest.raises(DataError, match='PNG files hold 1 or 3 channels; these images have 2'):
+    export.write_images(distilled._replace(transform=preprocess.Transform(np.zeros(2), np.ones(2))), str(tmp_path / 'out'))

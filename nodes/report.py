@@ -1,0 +1,199 @@
+"""`report.html`: one page, complete in itself, that tells what a run was and what came of it. Made at a run's end, and again by
+
+    python -m nodes.report --workdir=DIR [--step=N]
+
+whose pictures show the snapshot of step N instead of the distilled set.
+"""
+
+import base64
+import html
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from typing import Any, Sequence
+
+from absl import flags
+import numpy as np
+import psutil
+
+from configs import base
+from configs import published
+from data import DataError
+from data import NPZ_ERRORS
+from nodes import command_line
+from nodes import evaluation
+from nodes import export
+from nodes import pictures
+from nodes import run_directory
+
+_PACKAGES = ('numpy', 'jax', 'jaxlib', 'neural-tangents', 'optax', 'dm-launchpad')
+_STYLE = '''
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
+table { border-collapse: collapse; }
+th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+pre { background: #f4f4f4; padding: .7rem; overflow-x: auto; font-size: .85rem; } img { max-width: 100%; } figure { margin: 1rem 0; }
+figcaption { color: #444; font-size: .9rem; } tr.ours td { font-weight: 600; }
+'''
+
+
+def write(directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]], step: int | None = None) -> None:
+  """Draws the pictures and writes the report of a run whose set is distilled.
+
+  Args:
+    directory: of the run, with `distilled.npz` and the snapshot of step 0.
+    rows: of metrics.jsonl.
+    step: of the snapshot whose images and labels are shown; None: the distilled set.
+
+  Raises:
+    DataError: a file cannot be read.
+  """
+  config = directory.read_config()
+  distilled = export.load(directory.distilled)
+  first_images, first_labels = _snapshot(directory, 0)
+  images, labels = (distilled.images, distilled.labels) if step is None else _snapshot(directory, step)
+  num_classes = labels.shape[1]
+  shown_step = distilled.settings['step'] if step is None else step
+  titles = ('step 0', f'step {shown_step}')
+  drawn = []
+
+  def draw(name, caption, png):
+    run_directory.write_atomically(os.path.join(directory.path, name), lambda file: file.write(png))
+    drawn.append((name, caption, png))
+
+  draw(directory.picture, 'Support images; preprocessing undone, both on the range of the first.',
+       pictures.support_images(first_images, images, num_classes, titles, distilled.transform))
+  if distilled.transform.zca is not None:
+    draw('images_whitened.png', 'The same as the kernel sees them: whitened, each on a range of its own.',
+         pictures.support_images(first_images, images, num_classes, titles))
+  if not np.array_equal(first_labels, labels):
+    draw('labels.png', 'Labels of the first image of each class (at most 20 classes), beside those they began as.',
+         pictures.label_bars(first_labels, labels, num_classes))
+    draw('label_covariance.png', 'Covariance of the labels, class by class; each has a scale of its own.',
+         pictures.label_covariance(first_labels, labels))
+  draw('accuracy.png', 'Test accuracy; wall time is the coordinator\'s, beside which evaluations run.', pictures.accuracy(rows))
+  page = _page(directory, config, distilled, rows, drawn)
+  run_directory.write_atomically(directory.report, page)
+
+
+def _snapshot(directory: run_directory.RunDirectory, step: int) -> tuple[np.ndarray, np.ndarray]:
+  path = directory.snapshot(step)
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      return file['images'], file['labels']
+  except NPZ_ERRORS as error:
+    raise DataError(f'the snapshot of step {step} cannot be read ({error}); there are those of steps '
+                    f'{", ".join(map(str, directory.snapshot_steps()))}.') from error
+
+
+def _page(directory, config, distilled, rows, drawn) -> str:
+  run, settings = config['run'], distilled.settings
+  num_images, num_classes = distilled.labels.shape
+  architecture = run['architecture'] if isinstance(run['architecture'], str) else 'own architecture'
+  title = f'{run["method"]} on {settings["data"]["name"]}: {num_images} images, {architecture}'
+  last = max(rows, key=lambda row: row['step'])
+  figures = ''.join(
+      f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+      f'<figcaption>{html.escape(caption)} ({html.escape(os.path.basename(name))})</figcaption></figure>' for name, caption, png in drawn)
+  shape = ' × '.join(map(str, distilled.images.shape[1:]))
+  sections = [
+      ('Test accuracy', _results(directory, run, rows)),
+      ('Pictures', figures),
+      ('Use the result', f'<p><code>distilled.npz</code>: images [{num_images}, {shape}] in the preprocessed space, labels '
+       f'[{num_images}, {num_classes}] (one-hot − 1/{num_classes} where neither learned nor solved for).</p>'
+       + ''.join(f'<p>{name}</p><pre>{html.escape(code)}</pre>' for name, code in export.LOADING.items())),
+      ('How it was made', f'<pre>{html.escape(directory.read_command() or "not recorded")}</pre>'
+       + _table([('updates', settings['step']), ('wall time of the distillation', f'{last["wall_seconds"]:.0f} s'),
+                 ('data (name and key)', f'{settings["data"]["name"]}, {config["data_key"]}'), *_environment(directory)])),
+      ('Evaluations', _metrics(rows)),
+      ('Configuration', _table(sorted((path, json.dumps(value)) for path, value in base.flatten(
+          {name: config[name] for name in ('run', 'system')}).items()))),
+  ]
+  body = ''.join(f'<h2>{name}</h2>{content}' for name, content in sections)
+  return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+          f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title><style>{_STYLE}</style></head>'
+          f'<body><h1>{html.escape(title)}</h1>{body}</body></html>\n')
+
+
+def _results(directory, run, rows) -> str:
+  first, last = (choose(rows, key=lambda row: row['step']) for choose in (min, max))
+  lines = [('', f'the images it started from (step {first["step"]})', first)]
+  lines += [('', row['kind'], row) for row in directory.read_baselines() or []]
+  lines.append(('ours', f'distilled (step {last["step"]})', last))
+  cells = [(kind, name, f'{100 * row["krr_test_accuracy"]:.2f} %', f'{row["krr_test_mse"]:.5f}',
+            evaluation.network_in_words(row) if 'nn_test_accuracy' in row else 'not trained') for kind, name, row in lines]
+  expected = published.find(run)
+  if expected:
+    cells.append(('', expected['kind'], f'{expected["krr"]} %', '', f'{expected["network"]} %' if 'network' in expected else ''))
+  body = ''.join(f'<tr class="{kind}"><td>{html.escape(name)}</td>'
+                 + ''.join(f'<td class="number">{html.escape(cell)}</td>' for cell in rest) + '</tr>' for kind, name, *rest in cells)
+  note = '' if expected else '<p>The papers publish no row of this setting.</p>'
+  return ('<table><tr><th></th><th class="number">KRR</th><th class="number">KRR MSE</th><th class="number">finite network</th></tr>'
+          f'{body}</table>{note}')
+
+
+def _metrics(rows) -> str:
+  columns = [key for key in ('step', 'krr_test_accuracy', 'krr_test_mse', 'nn_test_accuracy', 'train_loss', 'train_accuracy',
+                             'wall_seconds', 'kernel_pairs_per_second') if any(key in row for row in rows)]
+  head = ''.join(f'<th class="number">{key.replace("_", " ")}</th>' for key in columns)
+  body = ''.join('<tr>' + ''.join(f'<td class="number">{f"{row[key]:.5g}" if key in row else ""}</td>' for key in columns) + '</tr>'
+                 for row in sorted(rows, key=lambda row: row['step']))
+  return f'<table><tr>{head}</tr>{body}</table>'
+
+
+def _table(pairs) -> str:
+  cells = ''.join(f'<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>' for name, value in pairs)
+  return f'<table>{cells}</table>'
+
+
+def _environment(directory) -> list[tuple[str, str]]:
+  """Of this process; workers on other machines are named with what they have done."""
+  versions = []
+  for package in _PACKAGES:
+    try:
+      versions.append(f'{package} {importlib.metadata.version(package)}')
+    except importlib.metadata.PackageNotFoundError:
+      pass
+  found = [('versions', f'Python {platform.python_version()}, {", ".join(versions)}'),
+           ('evaluated on', f'{_processor()}, {len(os.sched_getaffinity(0))} cores, {psutil.virtual_memory().total / 2 ** 30:.0f} GiB, '
+                            f'{platform.system()} {platform.release()}')]
+  for name, counts in (directory.read_status() or {}).get('workers', {}).items():
+    rate = f', {counts["pairs"] / counts["seconds"]:.4g} pairs/s' if counts['seconds'] else ''
+    found.append((name, f'{counts["tasks"]} tasks, {counts["pairs"]} kernel pairs{rate} (since the coordinator last started)'))
+  return found
+
+
+def _processor() -> str:
+  try:
+    with open('/proc/cpuinfo', encoding='utf-8') as file:
+      names = [line.partition(':')[2].strip() for line in file if line.startswith('model name')]
+  except OSError:
+    names = []
+  return names[0] if names else platform.machine()
+
+
+def main(argv: Sequence[str]) -> int:
+  """Writes the report of --workdir again; returns the exit status."""
+  flags.DEFINE_string('workdir', None, 'Directory of a run that has come to its end.')
+  flags.DEFINE_integer('step', None, 'Show the snapshot of this step instead of the distilled set.', lower_bound=0)
+  try:
+    command_line.parse(argv, '--workdir=DIR --step=N')
+    if not flags.FLAGS.workdir:
+      raise command_line.BadInput('--workdir=DIR is missing: the run directory.')
+    directory = run_directory.RunDirectory(flags.FLAGS.workdir)
+    rows = directory.read_metrics()
+    if directory.read_config() is None or not rows:
+      raise command_line.BadInput(f'--workdir={flags.FLAGS.workdir} holds no run that has been evaluated.')
+    write(directory, rows, flags.FLAGS.step)
+  except (command_line.BadInput, DataError, run_directory.RunDirectoryError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return run_directory.BAD_INPUT_STATUS
+  print(directory.report)
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))
