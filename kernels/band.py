@@ -5,6 +5,12 @@ fixed `d`, ReLU is pointwise, and only pooling mixes offsets. So each offset str
 offsets that the output depends on (`architectures.band_plan`) are computed at all. The vjp recomputes each offset and pulls
 back through it.
 
+Up to the last convolution n is held as the half squared distance `m = (q1 + q2) / 2 - n`, of the two pixels' variances q: where patches are
+nearly the same, 1 - cosine decides the gradient, and would be lost in the rounding of n. Input: m = |x1 - x2|² / 2D. A convolution sums m
+as it sums n, without the bias, a tap that only one image has (a ghost) counting q / 2 of that image. Pooling takes from the mean over the
+pairs of two windows half of the mean within each window (its spread). The derivatives are those by n and the deviations, at fixed q: a
+cotangent of m is that of n with the sign changed, and all else that m is made of counts as constant.
+
 Letters: rows and columns `y` [R, Q] of one resolution, pairs of images last (`[..., a, b]`: a of x1, b of x2; `[..., N]` for an image with
 itself); n the NNGP, t the NTK, s = √q the deviations, q being an image's own variances. Equations: NTK parameterisation of Neural Tangents.
 """
@@ -29,9 +35,10 @@ _TILE_BYTES = 2 ** 28  # of the stage inputs that a tile keeps for its vjp
 _KEPT_BYTES = 2 ** 29  # of stage inputs kept between a block and its vjp, all tiles together
 _VARIANCE_IMAGES = 16
 
-# Below this, 1 - |c| is rounding: dot has a cusp at c = 1, where its square root would turn an error of 1e-7 into one of 1e-4. Measured in
-# float32: at 1e-7 identical images err by 3e-5 in K, from 2e-7 on by 2e-7; x + 2e-3 noise errs by 2e-7 at 2e-7, 1e-5 at 3e-7, 6e-5 at 5e-7.
+# What is rounding: of 1 - |c| in hidden layers, which hold n; and of m after a pooling, relative to √(V (V + q)), V the spread. Identical
+# images must not see the cusp of dot at c = 1, where its square root would turn an error of 1e-7 into one of 1e-4.
 _CUSP = {np.dtype('float32'): 3e-7, np.dtype('float64'): 1e-14}
+_ROUNDING = {np.dtype('float32'): 2.5e-7, np.dtype('float64'): 2e-15}
 
 # From fit_polynomials.py.
 _ANGLE = (3.654233529e-04, -4.185382641e-04, 8.926287789e-04, 1.073579185e-03, 4.253426045e-03, 1.875435281e-02, 2.250791036e-01)
@@ -61,9 +68,17 @@ class Axis(NamedTuple):
     return np.where((y < self.size) & (partner >= 0) & (partner < self.size), partner, -1)
 
   def pieces(self) -> list[np.ndarray]:
-    """[count, rows] each: the rows of an offset in unbroken pieces, across whose ends no convolution may reach."""
-    partner, y = self.partner(), np.arange(self.rows)
-    return [(partner >= 0) & wrapped for wrapped in ((partner >= y, partner < y) if self.periodic else (True,))]
+    """[3, count, 1 + rows + 1] each: the rows of an offset in unbroken pieces, across whose ends no convolution may reach.
+
+    Whether, on the piece's line, there is row y, from -1 to `rows`, in both images, in x1 only, in x2 only.
+    """
+    y, d = np.arange(-1, self.rows + 1), self.first + np.arange(self.count)[:, None]
+    in1 = (y >= 0) & (y < self.size)
+    pieces = []
+    for partner in (y + d, y + d - self.rows)[:1 + self.periodic]:
+      in2 = (partner >= 0) & (partner < self.size)
+      pieces.append(np.stack([in1 & in2, in1 & ~in2, ~in1 & in2]))
+    return pieces
 
   def feeds(self, above: 'Axis') -> tuple[np.ndarray, np.ndarray]:
     """[count], [count, 2, 2]: slot s of a 2x2 pooling's output, and the share that rows of parity p have in the slots s, s + 1.
@@ -91,15 +106,15 @@ class Axis(NamedTuple):
     v = jnp.concatenate([v, v[:1]] if self.periodic else [jnp.zeros_like(v[:1]), v, jnp.zeros_like(v[:1])])
     return jnp.moveaxis(v, 0, axis)
 
-  def gather(self, x, axis: int, fill):
+  def gather(self, x, axis: int, fill, margin: int = 0):
     """Pixels along `axis` of x, as `first .. first + rows + count - 2`, `fill` where there are none: a slice at k shows offset k."""
-    pixel = self.first + np.arange(self.rows + self.count - 1)
+    pixel = self.first + np.arange(-margin, self.rows + self.count - 1 + margin)
     pixel = pixel % self.rows if self.periodic else pixel
     return _take(x, pixel, self.size, axis, fill)
 
-  def own(self, x, axis: int, fill):
-    """Pixels 0 .. rows - 1 along `axis` of x, `fill` beyond its size."""
-    return _take(x, np.arange(self.rows), self.size, axis, fill)
+  def own(self, x, axis: int, fill, margin: int = 0):
+    """Pixels 0 .. rows - 1 along `axis` of x, `fill` beyond its size; and, as in `gather`, `margin` more at both ends."""
+    return _take(x, np.arange(-margin, self.rows + margin), self.size, axis, fill)
 
 
 def _take(x, pixel, size, axis, fill):
@@ -108,10 +123,14 @@ def _take(x, pixel, size, axis, fill):
 
 
 class Level(NamedTuple):
-  """All convolutions at one resolution, on the band `axes`; then pooling to the band `above`, or, where that is None, the readout."""
+  """All convolutions at one resolution, on the band `axes`; then pooling to the band `above`, or, where that is None, the readout.
+
+  distances: whether m enters, and whether m leaves: where there are convolutions to come. Else n.
+  """
   convs: int
   axes: tuple[Axis, Axis]
   above: tuple[Axis, Axis] | None
+  distances: tuple[bool, bool]
 
   @property
   def offsets(self) -> int:
@@ -131,7 +150,9 @@ def plan(architecture: architectures.Architecture, height: int, width: int) -> l
   size = (height >> len(resolutions), width >> len(resolutions))
   resolutions.append((convs, size, tuple(n - 1 for n in size) if everything else (0, 0)))
   axes = list(zip(*(_axes([(size[i], radius[i]) for _, size, radius in resolutions]) for i in (0, 1))))
-  return [Level(convs, axes[i], axes[i + 1] if i + 1 < len(axes) else None) for i, (convs, _, _) in enumerate(resolutions)]
+  remaining = [sum(convs for convs, _, _ in resolutions[i:]) for i in range(len(resolutions) + 1)]
+  return [Level(convs, axes[i], axes[i + 1] if i + 1 < len(axes) else None, (remaining[i] > 0, remaining[i + 1] > 0))
+          for i, (convs, _, _) in enumerate(resolutions)]
 
 
 def _axes(sizes: list[tuple[int, int]]) -> list[Axis]:
@@ -147,12 +168,11 @@ def _axes(sizes: list[tuple[int, int]]) -> list[Axis]:
 # One offset through one level.
 
 
-def _angle_excess(c):
-  """With r = 1 - |c|, h = √(1 - c²): r, acos|c| / 2π and (h - |c| acos|c|) / 2π; zeros at the cusp."""
-  r = 1 - jnp.abs(c)
-  r = jnp.where(r < _CUSP[c.dtype], 0, r)
+def _angle_excess(r):
+  """With c = 1 - r, h = √(1 - c²): 1 - |c|, acos|c| / 2π and (h - |c| acos|c|) / 2π."""
+  r = jnp.maximum(jnp.minimum(r, 2 - r), 0)
   root = jnp.sqrt(r)
-  if c.dtype == jnp.float32:
+  if r.dtype == jnp.float32:
     return r, root * _polynomial(_ANGLE, r), r * root * _polynomial(_EXCESS, r)
   angle = jnp.arctan2(root, jnp.sqrt(2 - r)) / np.pi
   return r, angle, root * jnp.sqrt(2 - r) / (2 * np.pi) - (1 - r) * angle
@@ -165,41 +185,56 @@ def _polynomial(coefficients, r):
   return value
 
 
-def _correlation(n, s1, s2):
-  """c = n / (s1 s2); 0 where a deviation is 0, which gives Neural Tangents' dot = 1/4 there."""
-  s12 = s1 * s2
-  return n / jnp.where(s12 > 0, s12, 1), s12
+def _ratio(x, s12):
+  """x / s12, and 1 where a deviation is 0: of 1 - c that gives Neural Tangents' dot = 1/4 there."""
+  return jnp.where(s12 > 0, x / jnp.where(s12 > 0, s12, 1), 1)
 
 
 @jax.custom_vjp
-def _relu(n, t, s1, s2):
-  """(n, t) after a ReLU; t may be None. With dot = 1/2 - acos(c) / 2π: n' = s1 s2 (h / 2π + c dot), t' = t dot."""
-  c, s12 = _correlation(n, s1, s2)
-  _, angle, excess = _angle_excess(c)
-  return 0.5 * jnp.maximum(n, 0) + s12 * excess, None if t is None else t * jnp.where(c >= 0, 0.5 - angle, angle)
+def _from_distance(m, s1, s2):
+  """n, and r = 1 - c."""
+  s12 = s1 * s2
+  chord = jnp.maximum(m - 0.5 * (s1 - s2) ** 2, 0)
+  return s12 - chord, _ratio(chord, s12)
 
 
-def _relu_forward(n, t, s1, s2):
-  return _relu(n, t, s1, s2), (n, t, s1, s2)
+_from_distance.defvjp(lambda m, s1, s2: (_from_distance(m, s1, s2), (s1, s2)),
+                      lambda s, cotangents: (-cotangents[0], *map(jnp.zeros_like, s)))
+
+
+@jax.custom_vjp
+def _relu(n, r, t, s1, s2):
+  """(n' - n / 2, t') of a ReLU; r = 1 - c; t may be None. With dot = 1/2 - acos(c) / 2π: n' = s1 s2 (h / 2π + c dot), t' = t dot."""
+  _, angle, excess = _angle_excess(r)
+  return s1 * s2 * excess - 0.5 * jnp.minimum(n, 0), None if t is None else t * (0.5 - _rest(r, angle))
+
+
+def _rest(r, angle):
+  """1/2 - dot."""
+  return jnp.where(r <= 1, angle, 0.5 - angle)
+
+
+def _relu_forward(n, r, t, s1, s2):
+  return _relu(n, r, t, s1, s2), (n, r, t, s1, s2)
 
 
 def _relu_backward(saved, cotangents):
-  """Differentiates with respect to n, t and s1; s2 is held constant."""
-  n, t, s1, s2 = saved
+  """Differentiates with respect to n, t and s1; s2 is held constant, and r follows n."""
+  n, r, t, s1, s2 = saved
   n_bar, t_bar = cotangents
-  c, s12 = _correlation(n, s1, s2)
-  r, angle, _ = _angle_excess(c)
-  dot = jnp.where(c >= 0, 0.5 - angle, angle)
-  square = r * (2 - r)  # h²
+  s12 = s1 * s2
+  near, angle, _ = _angle_excess(r)
+  rest = _rest(r, angle)
+  square = near * (2 - near)  # h²
   inverse = jnp.where(square > 0, lax.rsqrt(jnp.where(square > 0, square, 1)), 0)  # 1/h, and 0 at the cusp
   s1_bar = n_bar * (s2 * (square * inverse) / (2 * np.pi))
-  n_bar = n_bar * dot
+  n_bar = -n_bar * rest
   if t is not None:
     slope = t_bar * t * inverse / (2 * np.pi)
     n_bar = n_bar + slope / jnp.where(s12 > 0, s12, 1)
-    s1_bar = s1_bar - slope * c / jnp.where(s1 > 0, s1, 1)
-    t_bar = t_bar * dot
-  return n_bar, t_bar, _sum_to(s1_bar, s1.shape), jnp.zeros_like(s2)
+    s1_bar = s1_bar - slope * (1 - r) / jnp.where(s1 > 0, s1, 1)
+    t_bar = t_bar * (0.5 - rest)
+  return n_bar, jnp.zeros_like(r), t_bar, _sum_to(s1_bar, s1.shape), jnp.zeros_like(s2)
 
 
 _relu.defvjp(_relu_forward, _relu_backward)
@@ -212,20 +247,37 @@ def _sum_to(x, shape):
   return jnp.dot(x, jnp.ones((x.shape[-1], 1), x.dtype), precision=lax.Precision.HIGHEST)
 
 
+def _sums(v, axis: int, padding: str = 'SAME'):
+  """Sums of three along `axis`."""
+  # A reduce_window, rather than sums of shifted arrays, keeps XLA from computing what produces v once for every tap.
+  window = tuple(3 if i == axis else 1 for i in range(v.ndim))
+  return lax.reduce_window(v, np.zeros((), v.dtype), lax.add, window, (1,) * v.ndim, padding)
+
+
 @jax.custom_vjp
-def _box(v, pieces):
-  """3x3 sums of v [R, Q, ...] within the pieces of its rows [.., R] and of its columns [.., Q]. Self-adjoint."""
+def _box(v, pieces, ghosts=None):
+  """3x3 sums of v [R, Q, ...] within the pieces of its rows and of its columns. Self-adjoint.
+
+  ghosts: for rows, and then for columns, what a tap that only x1, or only x2, has counts: [1 + R + 1, Q, ...] and [R, 1 + Q + 1, ...].
+  """
   for axis, masks in enumerate(pieces):
-    window = tuple(3 if i == axis else 1 for i in range(v.ndim))
     masks = [mask.reshape(mask.shape + (1,) * (v.ndim - 1 - axis)) for mask in masks]
-    # A reduce_window, rather than sums of shifted arrays, keeps XLA from computing what produces v once for every tap.
-    sums = [lax.reduce_window(v * m, np.zeros((), v.dtype), lax.add, window, (1,) * v.ndim, 'SAME') * m for m in masks]
+    if ghosts is None:
+      sums = [_sums(v * both[1:-1], axis) * both[1:-1] for both, _, _ in masks]
+    else:
+      # Taps of x1 only are rows of v. Those of x2 only may lie outside: adding them to the sums is faster than widening v.
+      ghost1, ghost2 = ghosts[axis]
+      row = lambda x, step: lax.slice_in_dim(x, 1 + step, x.shape[axis] - 1 + step, axis=axis)
+      sums = []
+      for both, only1, only2 in masks:
+        line = _sums(jnp.where(both[1:-1] > 0, v, only1[1:-1] * row(ghost1, 0)), axis)
+        sums.append((line + only2[:-2] * row(ghost2, -1) + only2[2:] * row(ghost2, 1)) * both[1:-1])
     v = functools.reduce(jnp.add, sums)
   return v
 
 
-_box.defvjp(lambda v, pieces: (_box(v, pieces), pieces),
-            lambda pieces, v: (_box(v, pieces), jax.tree_util.tree_map(jnp.zeros_like, pieces)))
+_box.defvjp(lambda v, pieces, ghosts=None: (_box(v, pieces, ghosts), (pieces, ghosts)),
+            lambda constants, v: (_box(v, constants[0]), *jax.tree_util.tree_map(jnp.zeros_like, constants)))
 
 
 class Network(NamedTuple):
@@ -235,14 +287,27 @@ class Network(NamedTuple):
   with_ntk: bool
 
 
-def _convolutions(network: Network, n, t, s1, s2, pieces):
-  """One offset through a level's (convolution, ReLU)s. n, t [R, Q, ...]; t is None where it is identically 0."""
-  for deviation1, deviation2 in zip(s1, s2):
-    n = network.weight / 9 * _box(n, pieces) + network.bias
+class Side(NamedTuple):
+  """What a level needs to know of one side's images on their own, laid out on its band (or, of x2, at one offset).
+
+  s: for each convolution, the deviations after it. ghosts: for each, q / 2 before it, in the two forms of `_box`.
+  spread: after a pooling to distances, half of the spread within each window, and half of what is rounding; else empty.
+  """
+  s: list
+  ghosts: list
+  spread: tuple
+
+
+def _convolutions(level: Level, network: Network, v, t, side1: Side, side2: Side, pieces):
+  """One offset through a level's (convolution, ReLU)s. v, m or n, and t [R, Q, ...]; t is None where it is identically 0."""
+  for i, (s1, s2) in enumerate(zip(side1.s, side2.s)):
+    m = network.weight / 9 * _box(v, pieces, list(zip(side1.ghosts[i], side2.ghosts[i])))
+    n, r = _from_distance(m, s1, s2)
     if network.with_ntk:
       t = n if t is None else network.weight / 9 * _box(t, pieces) + n
-    n, t = _relu(n, t, deviation1, deviation2)
-  return n, t
+    rise, t = _relu(n, r, t, s1, s2)
+    v = m / 2 - rise if level.distances[1] or i + 1 < level.convs else n / 2 + rise
+  return v, t
 
 
 # All offsets of one level. `source` is (x1 [R, Q, D, ...], x2 gathered) at the input, (n, t) [offsets, R, Q, ...] above it.
@@ -251,8 +316,9 @@ def _convolutions(network: Network, n, t, s1, s2, pieces):
 class _Scan:
   """The pieces of a level that depend on the offset k, for the bodies of `lax.scan`."""
 
-  def __init__(self, level: Level, source, s2, from_images: bool):
-    self.level, self.source, self.s2, self.from_images = level, source, s2, from_images
+  def __init__(self, level: Level, source, side1: Side, side2: Side, from_images: bool):
+    self.level, self.source, self.side1, self.from_images = level, source, side1, from_images
+    self._side2 = side2
     self.dtype = source[0].dtype
     if from_images:  # [R, Q, ...] of the band
       x1, x2 = source
@@ -277,23 +343,28 @@ class _Scan:
     return k // self.level.axes[1].count, k % self.level.axes[1].count
 
   def pieces(self, k):
-    return tuple([piece[i] for piece in pieces] for pieces, i in zip(self._pieces, self.split(k)))
+    return tuple([piece[:, i] for piece in pieces] for pieces, i in zip(self._pieces, self.split(k)))
 
   def shifted(self, gathered, k):
-    """[R, Q, ...] at offset k, of what `Axis.gather` laid out."""
-    rows, columns = self.level.axes[0].rows, self.level.axes[1].rows
-    return lax.dynamic_slice(gathered, self.split(k) + (0,) * (gathered.ndim - 2), (rows, columns) + gathered.shape[2:])
+    """[R, Q, ...], with its margins, at offset k, of what `Axis.gather` laid out."""
+    size = tuple(n - axis.count + 1 for n, axis in zip(gathered.shape, self.level.axes))
+    return lax.dynamic_slice(gathered, self.split(k) + (0,) * (gathered.ndim - 2), size + gathered.shape[2:])
 
-  def deviations2(self, k):
-    return [self.shifted(s, k) for s in self.s2]
+  def side2(self, k):
+    return jax.tree_util.tree_map(lambda gathered: self.shifted(gathered, k), self._side2)
 
   def entering(self, k):
-    """(n, t) at offset k."""
+    """(m or n, t) at offset k."""
     if not self.from_images:
-      return tuple(None if v is None else v[k] for v in self.source)
+      v, t = (None if v is None else v[k] for v in self.source)
+      if self.side1.spread:
+        (half1, rounding1), (half2, rounding2) = self.side1.spread, self.side2(k).spread
+        v = v - (half1 + half2)
+        v = jnp.where(v < rounding1 + rounding2, 0, v)
+      return v, t
     x1, x2 = self.source[0], self.shifted(self.source[1], k)
-    channels = x1.shape[2]
-    return functools.reduce(jnp.add, (x1[:, :, c] * x2[:, :, c] for c in range(channels))) / channels, None
+    term = (lambda c: 0.5 * (x1[:, :, c] - x2[:, :, c]) ** 2) if self.level.distances[0] else (lambda c: x1[:, :, c] * x2[:, :, c])
+    return functools.reduce(jnp.add, map(term, range(x1.shape[2]))) / x1.shape[2], None
 
   def block(self, slots, k):
     """[2, 2, R, Q, ...]: the slots that offset k feeds, of [.., .., R, Q, ...]."""
@@ -331,13 +402,13 @@ class _Scan:
     return weight.reshape(weight.shape + (1,) * (len(self.shape) - 2))
 
 
-def _sweep(level: Level, network: Network, from_images: bool, source, s1, s2):
-  """(n, t) after the level: [offsets above, R, Q, ...] where it ends in a pooling, [...] at the readout."""
-  scan = _Scan(level, source, s2, from_images)
+def _sweep(level: Level, network: Network, from_images: bool, source, side1: Side, side2: Side):
+  """(m or n, t) after the level: [offsets above, R, Q, ...] where it ends in a pooling (spreads included), [...] at the readout."""
+  scan = _Scan(level, source, side1, side2, from_images)
   has_t = network.with_ntk and (level.convs > 0 or (not from_images and source[1] is not None))
 
   def through(k):
-    return _convolutions(network, *scan.entering(k), s1, scan.deviations2(k), scan.pieces(k))
+    return _convolutions(level, network, *scan.entering(k), side1, scan.side2(k), scan.pieces(k))
 
   if level.above is None:
     def read(total, k):
@@ -373,9 +444,9 @@ def _slots(axes, band):
   return axes[1].to_slots(axes[0].to_slots(band.reshape((axes[0].count, axes[1].count) + band.shape[1:]), 0), 1)
 
 
-def _sweep_vjp(level: Level, network: Network, from_images: bool, source, s1, s2, cotangents):
+def _sweep_vjp(level: Level, network: Network, from_images: bool, source, side1: Side, side2: Side, cotangents):
   """Pulls cotangents of `_sweep` back to (source, s1). Of images, x1's cotangent alone, in place of the source's."""
-  scan = _Scan(level, source, s2, from_images)
+  scan = _Scan(level, source, side1, side2, from_images)
   if level.above:
     cotangents = tuple(None if v is None else _slots(level.above, v) for v in cotangents)
 
@@ -387,16 +458,19 @@ def _sweep_vjp(level: Level, network: Network, from_images: bool, source, s1, s2
   def body(carry, k):
     x1_bar, s1_total, scratch = carry
     scratch, n_t_bar = _settle(scratch, leaving(k), k)
-    s2_k, pieces = scan.deviations2(k), scan.pieces(k)
-    _, pull_back = jax.vjp(lambda n, t, s: _convolutions(network, n, t, s, s2_k, pieces), *scan.entering(k), s1)
+    side2_k, pieces = scan.side2(k), scan.pieces(k)
+    _, pull_back = jax.vjp(lambda v, t, s: _convolutions(level, network, v, t, side1._replace(s=s), side2_k, pieces),
+                           *scan.entering(k), side1.s)
     n_bar, t_bar, s1_bar = pull_back(n_t_bar)
     if from_images:
       x1, x2 = source[0], scan.shifted(source[1], k)
-      x1_bar = x1_bar + _sum_to(n_bar[:, :, None] * x2, x1.shape) / x1.shape[2]
+      sign = -1 if level.distances[0] else 1
+      x1_bar = x1_bar + _sum_to(n_bar[:, :, None] * x2, x1.shape) * (sign / x1.shape[2])
     carry = x1_bar, [total + s for total, s in zip(s1_total, s1_bar)], scratch
     return carry, None if from_images else (n_bar, t_bar)
 
-  start = (jnp.zeros_like(source[0]) if from_images else None, [jnp.zeros_like(s) for s in s1], scan.scratch(cotangents[1] is not None))
+  zeros = jnp.zeros_like(source[0]) if from_images else None, jax.tree_util.tree_map(jnp.zeros_like, side1.s)
+  start = (*zeros, scan.scratch(cotangents[1] is not None))
   (x1_bar, s1_bar, _), source_bar = lax.scan(body, start, jnp.arange(level.offsets))
   return (x1_bar if from_images else source_bar), s1_bar
 
@@ -415,10 +489,9 @@ def _variance_levels(architecture: architectures.Architecture, height: int, widt
 
 def _deviations(network: Network, convs: int, q):
   """√q before each ReLU of a level, [convs] times [H, W, N], from the variances q [H, W, N] that enter it."""
-  whole = tuple([jnp.ones(n, q.dtype)] for n in q.shape[:2])
   deviations = []
   for _ in range(convs):
-    q = network.weight / 9 * _box(q, whole) + network.bias
+    q = network.weight / 9 * _sums(_sums(q, 0), 1) + network.bias
     deviations.append(_sqrt(q))
     q = q / 2
   return deviations
@@ -429,59 +502,78 @@ def _sqrt(q):
   return jnp.where(q > 0, jnp.sqrt(jnp.where(q > 0, q, 1)), 0)
 
 
-def _lay_out(x, axes, shift: bool, fill):
+def _lay_out(x, axes, shift: bool, fill, margins=(0, 0)):
   """x [H, W, ...] on the rows and columns of a band: x1's way, or, to be sliced at an offset, x2's."""
-  for i, axis in enumerate(axes):
-    x = (axis.gather if shift else axis.own)(x, i, fill)
+  for i, (axis, margin) in enumerate(zip(axes, margins)):
+    x = (axis.gather if shift else axis.own)(x, i, fill, margin)
   return x
 
 
+def _side(level: Level, shift: bool, s, q, spread) -> Side:
+  """From deviations s [convs] times [H, W, ...], q [H, W, ...] entering the level, and its spread (or None)."""
+  lay_out = functools.partial(_lay_out, axes=level.axes, shift=shift)
+  halves = [q / 2, *(deviation ** 2 / 4 for deviation in s)][:level.convs]
+  ghosts = [(lay_out(half, fill=0, margins=(1, 0)), lay_out(_sums(half, 0), fill=0, margins=(0, 1))) for half in halves]
+  spread = () if spread is None else (spread / 2, _ROUNDING[q.dtype] / 2 * jnp.sqrt(spread * (spread + q)))
+  return Side([lay_out(deviation, fill=1) for deviation in s], ghosts, tuple(lay_out(v, fill=0) for v in spread))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _self_sweep(level: Level, network: Network, from_images: bool, source, s):
-  """n after the level of images with themselves: source is x [H, W, D, N] or n [offsets, R, Q, N], s [convs] times [H, W, N]."""
-  return _sweep(level, network, from_images, *_self_arguments(level, from_images, source, s))[0]
+def _self_sweep(level: Level, network: Network, from_images: bool, source, s, constants):
+  """m or n after the level of images with themselves.
+
+  source is x [H, W, D, N], or m or n [offsets, R, Q, N], s [convs] times [H, W, N], and the constants are q [H, W, N] and the spread.
+  """
+  return _sweep(level, network, from_images, *_self_arguments(level, from_images, source, s, constants))[0]
 
 
-def _self_arguments(level, from_images, source, s):
+def _self_arguments(level, from_images, source, s, constants):
   source = tuple(_lay_out(source, level.axes, shift, 0) for shift in (False, True)) if from_images else (source, None)
-  return source, *([_lay_out(deviation, level.axes, shift, 1) for deviation in s] for shift in (False, True))
+  return source, *(_side(level, shift, s, *constants) for shift in (False, True))
 
 
 def _self_sweep_backward(level, network, from_images, saved, n_bar):
   # The band of (x, x) and its cotangent are symmetric, so the part of x2 equals the part of x1.
-  arguments = _self_arguments(level, from_images, *saved)
-  source_bar, s_bar = _sweep_vjp(level, network, from_images, *arguments, (n_bar, None))
+  source, s, constants = saved
+  source_bar, s_bar = _sweep_vjp(level, network, from_images, *_self_arguments(level, from_images, *saved), (n_bar, None))
   height, width = (axis.size for axis in level.axes)
-  return 2 * source_bar[:height, :width] if from_images else source_bar[0], [2 * s[:height, :width] for s in s_bar]
+  return (2 * source_bar[:height, :width] if from_images else source_bar[0], [2 * s[:height, :width] for s in s_bar],
+          jax.tree_util.tree_map(jnp.zeros_like, constants))
 
 
-_self_sweep.defvjp(lambda level, network, from_images, source, s: (_self_sweep(level, network, from_images, source, s), (source, s)),
+_self_sweep.defvjp(lambda level, network, from_images, *arguments: (_self_sweep(level, network, from_images, *arguments), arguments),
                    _self_sweep_backward)
 
 
 def _variances(architecture: architectures.Architecture, x) -> list:
-  """What the kernel needs of images x [N, H, W, D] on their own: q entering each level with convolutions, and the dense layers.
+  """What the kernel needs of images x [N, H, W, D] on their own.
 
   Returns:
-    [N, H, W] for every level up to the last that has a ReLU, at its resolution, and, if there are hidden layers, [N] after the readout.
+    q [N, H, W] entering every level up to the last that has a ReLU, at its resolution; the spreads of all these levels but the first; and,
+    if there are hidden layers, q [N] after the readout.
   """
   if _is_fully_connected(architecture):
     flat = x.reshape(len(x), -1).astype(jnp.float64)
     return [jnp.mean(flat * flat, 1)] if architecture.hidden else []
   network = Network(architecture.w_std ** 2, architecture.b_std ** 2, with_ntk=False)
-  levels = _variance_levels(architecture, *x.shape[1:3])
-  source, variances = jnp.moveaxis(x, 0, -1), []
-  for i, level in enumerate(levels):
-    height, width = (axis.size for axis in level.axes)
-    if i:
-      here = -level.axes[0].first * level.axes[1].count - level.axes[1].first  # offset (0, 0), in a plain axis or a periodic one
-      q = source[here, :height, :width]
-    else:
-      q = jnp.mean(source * source, 2)
-    variances.append(jnp.moveaxis(q, -1, 0))
+  source, variances, spreads = jnp.moveaxis(x, 0, -1), [], []
+  q, spread = jnp.mean(source * source, 2), None
+  for i, level in enumerate(_variance_levels(architecture, *x.shape[1:3])):
+    if i and level.distances[0]:
+      # The variance of a mean is the mean variance less the spread, which is the m of offset (0, 0), in a plain axis or a periodic one.
+      (height, width), offset = (axis.size for axis in level.axes), -level.axes[0].first * level.axes[1].count - level.axes[1].first
+      spread = source[offset, :height, :width]
+      q = q[:2 * height, :2 * width].reshape((height, 2, width, 2, -1)).mean((1, 3))
+      q = lax.stop_gradient(q) - spread
+      spread = lax.stop_gradient(spread)
+      spreads.append(spread)
+    if level.distances[0]:
+      variances.append(q)
+    s = _deviations(network, level.convs, q)
     if level.above or architecture.hidden:
-      source = _self_sweep(level, network, i == 0, source, _deviations(network, level.convs, q))
-  return variances + ([source] if architecture.hidden else [])
+      source = _self_sweep(level, network, i == 0, source, s, (q, spread if level.distances[0] else None))
+    q = s[-1] ** 2 / 2 if s else q
+  return [jnp.moveaxis(v, -1, 0) for v in variances + spreads] + ([source] if architecture.hidden else [])
 
 
 def _is_fully_connected(architecture: architectures.Architecture) -> bool:
@@ -498,55 +590,57 @@ def _dense(architecture, n, t, q1, q2):
     n = weight * n + bias
     t = n if t is None else n + weight * t
     q1, q2 = weight * q1 + bias, weight * q2 + bias
-    n, t = _relu(n, t, _sqrt(q1)[:, None], _sqrt(q2)[None, :])
+    s1, s2 = _sqrt(q1)[:, None], _sqrt(q2)[None, :]
+    r = lax.stop_gradient(_ratio(s1 * s2 - n, s1 * s2))
+    r = jnp.where(jnp.abs(1 - r) > 1 - _CUSP[r.dtype], jnp.where(r < 1, 0, 2), r)
+    rise, t = _relu(n, r, t, s1, s2)
+    n = n / 2 + rise
     q1, q2 = q1 / 2, q2 / 2
   n = weight * n + bias
   return n if t is None else n + weight * t
 
 
 class _Tile:
-  """The arguments of one tile's sweeps, laid out: `levels` and, for each, s1 [R, Q, a, 1] and s2 (gathered) [.., .., 1, b]."""
+  """The arguments of one tile's sweeps, laid out; q1 and q2 as `_variances` gives them."""
 
   def __init__(self, architecture, x1, q1, x2, q2):
-    self.architecture = architecture
     self.network = Network(architecture.w_std ** 2, architecture.b_std ** 2, with_ntk=True)
     self.levels = plan(architecture, *x1.shape[1:3])
-    dense = architecture.hidden > 0
-    self.q1, self.q2 = (q[:len(q) - dense] + [None] * len(self.levels) for q in (q1, q2))
     self.images = (_lay_out(jnp.moveaxis(x1, 0, -1)[..., None], self.levels[0].axes, False, 0),
                    _lay_out(jnp.moveaxis(x2, 0, -1)[..., None, :], self.levels[0].axes, True, 0))
+    self._distances = sum(level.distances[0] for level in self.levels)
+    self._q1, self._q2 = (q[:max(0, 2 * self._distances - 1)] for q in (q1, q2))
 
-  def deviations1(self, i, q):
-    level = self.levels[i]
-    return [_lay_out(s[..., None], level.axes, False, 1) for s in _deviations(self.network, level.convs, jnp.moveaxis(q, 0, -1))]
+  def side1(self, i, q1):
+    return self._side(i, False, [jnp.moveaxis(q, 0, -1)[..., None] for q in q1])
 
-  def deviations2(self, i):
+  def side2(self, i):
+    return self._side(i, True, [jnp.moveaxis(q, 0, -1)[..., None, :] for q in self._q2])
+
+  def _side(self, i, shift, q):
     level = self.levels[i]
-    if not level.convs:
-      return []
-    q = jnp.moveaxis(self.q2[i], 0, -1)
-    return [_lay_out(s[..., None, :], level.axes, True, 1) for s in _deviations(self.network, level.convs, q)]
+    if not level.distances[0]:
+      return Side([], [], ())
+    return _side(level, shift, _deviations(self.network, level.convs, q[i]), q[i], q[self._distances + i - 1] if i else None)
 
   def forward(self):
-    """(n, t) entering each level above the first, and the readout's [a, b]."""
+    """What enters each level above the first, and the readout's (n, t) [a, b]."""
     sources, source = [], self.images
     for i, level in enumerate(self.levels):
-      s1 = self.deviations1(i, self.q1[i]) if level.convs else []
-      source = _sweep(level, self.network, i == 0, source, s1, self.deviations2(i))
+      source = _sweep(level, self.network, i == 0, source, self.side1(i, self._q1), self.side2(i))
       sources.append(source)
     return sources
 
   def backward(self, sources, cotangents):
-    """Cotangents of x1 [a, H, W, D] and of q1, from the readout's."""
-    q1_bar = [None] * len(self.levels)
+    """Cotangents of x1 [a, H, W, D] and of q1 (but for hidden layers), from the readout's."""
+    q1_bar = [jnp.zeros_like(q) for q in self._q1]
     for i in reversed(range(len(self.levels))):
       level, source = self.levels[i], sources[i - 1] if i else self.images
-      s1, pull_back = jax.vjp(lambda q: self.deviations1(i, q), self.q1[i]) if level.convs else ([], None)
-      cotangents, s1_bar = _sweep_vjp(level, self.network, i == 0, source, s1, self.deviations2(i), cotangents)
-      if self.q1[i] is not None:
-        q1_bar[i] = pull_back(s1_bar)[0] if level.convs else jnp.zeros_like(self.q1[i])
+      cotangents, s1_bar = _sweep_vjp(level, self.network, i == 0, source, self.side1(i, self._q1), self.side2(i), cotangents)
+      _, pull_back = jax.vjp(lambda q1: self.side1(i, q1).s, self._q1)
+      q1_bar = jax.tree_util.tree_map(jnp.add, q1_bar, pull_back(s1_bar)[0])
     height, width = (axis.size for axis in self.levels[0].axes)
-    return jnp.moveaxis(cotangents[:height, :width, :, :, 0], -1, 0), [q for q in q1_bar if q is not None]
+    return jnp.moveaxis(cotangents[:height, :width, :, :, 0], -1, 0), q1_bar
 
 
 def _inner_products(x1, x2):
@@ -593,7 +687,7 @@ class JaxKernel:
   def __init__(self, architecture: architectures.Architecture, dtype: str, threads: int):
     self.architecture = architecture
     self.dtype = np.dtype(dtype)
-    self._pool = concurrent.futures.ThreadPoolExecutor(threads)
+    self._pool = concurrent.futures.ThreadPoolExecutor(threads if jax.default_backend() == 'cpu' else 1)  # a GPU runs tiles one by one
     self._variances = _compiled(functools.partial(_variances, architecture))
     self._variances_vjp = _compiled(lambda x, q_bar: jax.vjp(functools.partial(_variances, architecture), x)[1](q_bar)[0])
     self._forward = _compiled(functools.partial(_tile_forward, architecture))

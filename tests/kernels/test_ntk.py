@@ -24,9 +24,9 @@ GOLDEN = np.load(pathlib.Path(__file__).with_name('golden.npz'))
 TOLERANCES = {'float32': (1e-6, 5e-6), 'float64': (1e-10, 1e-8)}
 CUSP_TOLERANCES = {'float32': (1e-6, 5e-6), 'float64': (5e-8, 5e-8)}
 
-# Pixels whose surroundings are nearly, but not quite, the same: float32 cannot tell 1 - c from rounding, and near the cusp the gradient
-# does not fade with the difference. Digits have such pixels where a faint one lies in the background; half squared distances keep them.
-NEAR_TOLERANCES = {('near', 'float32'): (5e-5, 1e-1), ('digits', 'float32', 'jax'): (1e-6, 1e-3)}
+# Pixels whose surroundings are nearly, but not quite, the same: after a pooling, float32 cannot tell 1 - c from rounding, and near the cusp
+# the gradient does not fade with the difference.
+NEAR_TOLERANCES = {('near', 'float32'): (5e-5, 1e-1)}
 
 
 @functools.cache
@@ -57,8 +57,7 @@ def test_block_and_gradient_equal_golden_values(implementation, name, dtype):
   case = kernel_cases.CASES[name]
   block, gradient = case_kernel(implementation, name, dtype).block_vjp(*kernel_cases.images(case))
   tolerances = (CUSP_TOLERANCES if case.images == 'flat' else TOLERANCES)[dtype]
-  for key in ((case.images, dtype), (case.images, dtype, implementation)):
-    tolerances = NEAR_TOLERANCES.get(key, tolerances)
+  tolerances = NEAR_TOLERANCES.get((case.images, dtype), tolerances)
   assert block.dtype == gradient.dtype == dtype
   assert error(block, GOLDEN[f'{name}/block']) <= tolerances[0]
   assert error(gradient, GOLDEN[f'{name}/gradient']) <= tolerances[1]
