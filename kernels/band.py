@@ -583,8 +583,8 @@ def _is_fully_connected(architecture: architectures.Architecture) -> bool:
 # A tile: some images x1 against some x2.
 
 
-def _dense(architecture, n, t, q1, q2):
-  """The layers after the readout: n, t [a, b] (t None if 0); q1 [a], q2 [b] after the readout, None without hidden layers. NTK [a, b]."""
+def _dense(architecture, kind, n, t, q1, q2):
+  """The layers after the readout: n, t [a, b] (t None if 0); q1 [a], q2 [b] after the readout, None without hidden layers. Kernel [a, b]."""
   weight, bias = architecture.w_std ** 2, architecture.b_std ** 2
   for _ in range(architecture.hidden):
     n = weight * n + bias
@@ -597,7 +597,7 @@ def _dense(architecture, n, t, q1, q2):
     n = n / 2 + rise
     q1, q2 = q1 / 2, q2 / 2
   n = weight * n + bias
-  return n if t is None else n + weight * t
+  return n if t is None or kind == 'nngp' else n + weight * t
 
 
 class _Tile:
@@ -649,19 +649,20 @@ def _inner_products(x1, x2):
   return jnp.dot(flat1, flat2.T, precision=lax.Precision.HIGHEST) / flat1.shape[1]
 
 
-def _tile_forward(architecture, x1, q1, x2, q2):
+def _tile_forward(architecture, kind, x1, q1, x2, q2):
   """NTK [a, b] of x1 [a, H, W, D] and x2 [b, H, W, D], whose variances are q1, q2; and what `_tile_backward` wants of the way."""
   if _is_fully_connected(architecture):
     sources = [(_inner_products(x1, x2), None)]
   else:
     sources = _Tile(architecture, x1, q1, x2, q2).forward()
-  return _head(architecture, x1.dtype, sources[-1], q1, q2).astype(x1.dtype), sources
+  return _head(architecture, kind, x1.dtype, sources[-1], q1, q2).astype(x1.dtype), sources
 
 
-def _tile_backward(architecture, x1, q1, x2, q2, sources, cotangent):
+def _tile_backward(architecture, kind, x1, q1, x2, q2, sources, cotangent):
   """Cotangents of x1 and q1."""
-  _, pull_back = jax.vjp(lambda readout, q: _head(architecture, x1.dtype, readout, q, q2), sources[-1], q1)
-  readout_bar, q1_bar = pull_back(cotangent.astype(jax.eval_shape(lambda: _head(architecture, x1.dtype, sources[-1], q1, q2)).dtype))
+  _, pull_back = jax.vjp(lambda readout, q: _head(architecture, kind, x1.dtype, readout, q, q2), sources[-1], q1)
+  dtype = jax.eval_shape(lambda: _head(architecture, kind, x1.dtype, sources[-1], q1, q2)).dtype
+  readout_bar, q1_bar = pull_back(cotangent.astype(dtype))
   if _is_fully_connected(architecture):
     flat2 = x2.reshape(len(x2), -1).astype(jnp.float64)
     x1_bar = jnp.dot(readout_bar[0], flat2, precision=lax.Precision.HIGHEST) / flat2.shape[1]
@@ -670,12 +671,12 @@ def _tile_backward(architecture, x1, q1, x2, q2, sources, cotangent):
   return x1_bar, levels_bar + q1_bar[len(levels_bar):]
 
 
-def _head(architecture, dtype, readout, q1, q2):
+def _head(architecture, kind, dtype, readout, q1, q2):
   """`_dense`; in float64 where the readout is exact, else in the images' dtype, whose rounding the cusp must allow for."""
   dtype = jnp.float64 if _is_fully_connected(architecture) else dtype
   n, t = (None if v is None else v.astype(dtype) for v in readout)
   q1, q2 = (q[-1].astype(dtype) if architecture.hidden else None for q in (q1, q2))
-  return _dense(architecture, n, t, q1, q2)
+  return _dense(architecture, kind, n, t, q1, q2)
 
 
 class JaxKernel:
@@ -684,15 +685,15 @@ class JaxKernel:
   """
   implementation = 'jax'
 
-  def __init__(self, architecture: architectures.Architecture, dtype: str, threads: int):
+  def __init__(self, architecture: architectures.Architecture, dtype: str, threads: int, kind: str = 'ntk'):
     self.architecture = architecture
     self.dtype = np.dtype(dtype)
     self._pool = concurrent.futures.ThreadPoolExecutor(threads if jax.default_backend() == 'cpu' else 1)  # a GPU runs tiles one by one
     self._variances = _compiled(functools.partial(_variances, architecture))
     self._variances_vjp = _compiled(lambda x, q_bar: jax.vjp(functools.partial(_variances, architecture), x)[1](q_bar)[0])
-    self._forward = _compiled(functools.partial(_tile_forward, architecture))
-    self._block = _compiled(lambda *tile: _tile_forward(architecture, *tile)[0])
-    self._backward = _compiled(functools.partial(_tile_backward, architecture))
+    self._forward = _compiled(functools.partial(_tile_forward, architecture, kind))
+    self._block = _compiled(lambda *tile: _tile_forward(architecture, kind, *tile)[0])
+    self._backward = _compiled(functools.partial(_tile_backward, architecture, kind))
 
   def prepare(self, x: np.ndarray) -> ntk.Prepared:
     """See `ntk.Kernel.prepare`: the variances of every image."""
