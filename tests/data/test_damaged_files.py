@@ -86,7 +86,8 @@ def test_any_name_is_found_or_refused(name, folder):
 
 def test_the_cache_is_whole_or_made_again(tmp_path, npz):
   """Cut or overwritten descriptions and array headers; the arrays' own bits are the file system's business."""
-  prepared = store.prepare(npz, '', str(tmp_path))
+  of = {'name': npz, 'dir': '', 'zca': True, 'zca_regularisation': 0.1}
+  prepared = store.prepare(of, str(tmp_path))
   folder = tmp_path / prepared.key
   expected = {name: np.array(getattr(prepared, name)) for name in ('train_images', 'train_labels', 'test_images', 'test_labels')}
   whole = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
@@ -101,7 +102,7 @@ def test_the_cache_is_whole_or_made_again(tmp_path, npz):
     else:
       content = data.draw(st.one_of(st.integers(0, len(whole[name]) - 1).map(lambda n: whole[name][:n]), st.binary(max_size=64)))
     (folder / name).write_bytes(content)
-    again = store.prepare(npz, '', str(tmp_path))
+    again = store.prepare(of, str(tmp_path))
     for array, value in expected.items():
       np.testing.assert_array_equal(getattr(again, array), value)
   check()
