@@ -3,7 +3,8 @@
     python launch.py --config=configs/cifar10_convnet_ls.py --workdir=runs/cifar10_convnet_ls --lp_launch_type=local_mp
 
 Published test accuracy for 1, 10, 50 images a class: 26.09, 53.59, 65.89 % (MSE .042288, .034978, .029552).
-Time and accuracy: not measured, neither on 2 cores nor on a GPU.
+Measured for 10 images, seed 0, CIFAR-10 (JPEG copy), 2 busy cores of an AMD EPYC: 12.96 -> 26.77 % (MSE .04241) in 363 s; see
+RESULTS.md. The others, and on a GPU: not measured.
 """
 
 from configs import base
