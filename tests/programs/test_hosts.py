@@ -36,7 +36,7 @@ def _started(log, *flags, env=None):
     process.wait()
 
 
-def _wait(condition, seconds=120):
+def _wait(condition, seconds=300):
   end = time.monotonic() + seconds
   while not condition():
     assert time.monotonic() < end
@@ -71,7 +71,7 @@ def test_coordinator_workers_and_evaluator_by_role(tmp_path, npz, make_run, cach
     address = run_directory.read_address(str(workdir / 'address'))
     assert address.startswith('localhost:')
     first.terminate()
-    assert first.wait(30) == 75, output('first')
+    assert first.wait(60) == 75, output('first')
     stopped = _status(workdir)['step']
 
     num_steps = stopped + 3
@@ -85,8 +85,8 @@ def test_coordinator_workers_and_evaluator_by_role(tmp_path, npz, make_run, cach
       _wait(lambda: run_directory.read_address(str(workdir / 'address')) != address)
       late = start('late', '--role=worker', f'--coordinator={run_directory.read_address(str(workdir / "address"))}', '--name=late',
                    '--threads=1', env={'XDG_CACHE_HOME': str(tmp_path / 'elsewhere')})
-      assert second.wait(120) == 0, output('second') + output('early')
-      assert [process.wait(60) for process in (early, late, evaluator)] == [0, 0, 0], output('early') + output('late') + output('evaluator')
+      assert second.wait(300) == 0, output('second') + output('early')
+      assert [process.wait(120) for process in (early, late, evaluator)] == [0, 0, 0], output('early') + output('late') + output('evaluator')
   assert f'the coordinator is at {run_directory.read_address(str(workdir / "address"))} now' in output('early')
   assert 'early joined' in output('first')
   assert set(_status(workdir)['workers']) <= {'early', 'late'}
