@@ -11,7 +11,7 @@ import numpy as np
 from kernels import architectures
 
 # Module and class of each; imported when asked for, because Neural Tangents takes seconds to import and only one of them needs it.
-_CLASSES = {'native': ('kernels.native.kernel', 'NativeKernel'), 'jax': ('kernels.band', 'JaxKernel'),
+_CLASSES = {'cuda': ('kernels.cuda.kernel', 'CudaKernel'), 'native': ('kernels.native.kernel', 'NativeKernel'), 'jax': ('kernels.band', 'JaxKernel'),
             'reference': ('kernels.reference', 'ReferenceKernel')}
 IMPLEMENTATIONS = ('auto', *_CLASSES)
 DTYPES = ('float32', 'float64')
