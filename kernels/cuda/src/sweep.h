@@ -46,11 +46,23 @@ class Sweep {
   static constexpr int kUnroll = kOwn <= 16 && kConvs <= 4 ? kLayers : 1;
   static constexpr bool kWhole = kHeight % kRows == 0 && kWidth % 2 == 0;  // patches cover the plane exactly
   static constexpr int kStride = kLevel.stride, kExchange = (kPatchRows * kRows + 2) * 2 * kStride;
-  static constexpr int kRing = 2 * (kHeight + kWidth) + 4;
+  static constexpr int kRing = 2 * (kHeight + kWidth) + 4, kRingTimes = (kRing + kThreads - 1) / kThreads;
+  static constexpr bool kPositive = kBias > 1e-30;  // whether no variance can vanish
 
   // left, right: the images' tables. exchange: 6 planes. bands: the workspace.
   Sweep(const Real* left, const Real* right, Real* exchange, Real* bands)
       : left_(left), right_(right), exchange_(exchange), band_(bands + kLevel.band), next_band_(bands + kNext.band) {
+    for (int k = 0; k < kTimes; ++k) {
+      const int patch = thread() + k * kThreads;
+      const bool exists = kPatches % kThreads == 0 || patch < kPatches;
+      y_[k] = exists ? patch / kHalf * kRows : kNowhere, x_[k] = patch % kHalf * 2;
+      own_[k] = exists ? at(kWidth, y_[k], x_[k]) : 0, place_[k] = exists ? position(y_[k], x_[k]) : 0;
+    }
+    for (int k = 0; k < kRingTimes; ++k) {
+      const int e = thread() + k * kThreads, side = e - 2 * (kWidth + 2);
+      ring_y_[k] = e >= kRing ? kNowhere : side >= 0 ? side / 2 : e < kWidth + 2 ? -1 : kHeight;
+      ring_x_[k] = side >= 0 ? (side % 2 ? kWidth : -1) : e % (kWidth + 2) - 1;
+    }
     sync();
     for (int e = thread(); e < 6 * kExchange; e += kThreads) exchange_[e] = 0;
   }
@@ -128,7 +140,7 @@ class Sweep {
       diagonals[p % 2 * kDiagonal + at(kWidth, y, x)] = q[i];
       if (kLast) n_sum += q[i];
     });
-    if (!kLast && !kDistancesOut) pool({0, 0}, q, q);
+    if (!kLast && !kDistancesOut) pool(view({0, 0}), q, q);
     sync();
     load_own();
     for_each_offset([&](Offset d) {
@@ -149,7 +161,7 @@ class Sweep {
     });
     // Offset 0 comes last: it takes what all the others give to the deviations.
     Real q_bar[kOwn], unused[kOwn];
-    leaving({0, 0}, q_bar, unused);
+    leaving(view({0, 0}), q_bar, unused);
     for (int l = kConvs - 1; l >= 0; --l) {
       for_each_pixel([&](int i, int y, int x) {
         const Real q = 2 * s1_[l][i] * s1_[l][i];
@@ -175,60 +187,82 @@ class Sweep {
       for (int dx = -kLevel.radius_x; dx <= kLevel.radius_x; ++dx) f(Offset{dy, dx});
   }
 
-  // Calls f(first index, y, x) for each patch of this thread; (y, x) is its first pixel.
+  // Calls f(k) for each patch of this thread.
   template <class F>
   static void for_each_patch(F f) {
 #pragma unroll(kOwn <= 16 ? kTimes : 1)
-    for (int k = 0; k < kTimes; ++k) {
-      const int patch = thread() + k * kThreads;
-      if (kPatches % kThreads == 0 || patch < kPatches) f(k * kRows * 2, patch / kHalf * kRows, patch % kHalf * 2);
-    }
-  }
-
-  // The patches that have a pixel y for which y + d exists.
-  template <class F>
-  static void for_each_patch(Offset d, F f) {
-    for_each_patch([&](int first, int y, int x) {
-      if (y < kHeight - d.dy && y + kRows > -d.dy && x < kWidth - d.dx && x + 2 > -d.dx) f(first, y, x);
-    });
+    for (int k = 0; k < kTimes; ++k) f(k);
   }
 
   // Calls f(index, row, column) for the pixels of a patch.
   template <class F>
-  static void for_each_in_patch(int first, F f) {
+  static void for_each_in_patch(int k, F f) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
-      for (int c = 0; c < 2; ++c) f(first + 2 * r + c, r, c);
+      for (int c = 0; c < 2; ++c) f((k * kRows + r) * 2 + c, r, c);
   }
 
+  // Calls f(index, y, x) for each pixel of this thread.
   template <class F>
-  static void for_each_pixel(F f) {
-    for_each_patch([&](int first, int y, int x) {
-      for_each_in_patch(first, [&](int i, int r, int c) {
-        if (contains(y + r, x + c)) f(i, y + r, x + c);
+  void for_each_pixel(F f) const {
+    for_each_patch([&](int k) {
+      for_each_in_patch(k, [&](int i, int r, int c) {
+        if (contains(y_[k] + r, x_[k] + c)) f(i, y_[k] + r, x_[k] + c);
       });
     });
   }
 
   static bool contains(int y, int x) { return unsigned(y) < unsigned(kHeight) && unsigned(x) < unsigned(kWidth); }
-  static bool contains(int y, int x, Offset d) { return (kWhole || contains(y, x)) && contains(y + d.dy, x + d.dx); }
 
-  // Of pixel (y, x) + (r, c) + d, x being even: the same for all threads but for its first term.
-  static int shifted(int y, int x, int r, int c, Offset d) {
-    return at(kWidth, y, x) + 2 * kHalf * (r + d.dy) + ((c + d.dx) & 1) * kHalf + ((c + d.dx) >> 1);
-  }
+  // In a plane, from a patch's first pixel to the one at (r, c).
+  static constexpr int step(int r, int c) { return 2 * kHalf * r + kHalf * c; }
 
   static int offset_index(Offset d) { return (d.dy + kLevel.radius_y) * (2 * kLevel.radius_x + 1) + d.dx + kLevel.radius_x; }
   static constexpr int offsets(Level level) { return (2 * level.radius_y + 1) * (2 * level.radius_x + 1); }
 
+  // An offset, as this thread's pixels see it.
+  struct View {
+    Offset d;
+    bool live[kTimes];             // whether a patch has a pixel y for which y + d exists
+    bool valid[kOwn];              // whether a pixel is one
+    const Real* right[kTimes][2];  // where the second table has y + d, for the first pixel of each column of a patch (or has something else)
+    int ring[kRingTimes];          // where it has y + d for the places around the plane, -1 where it has none
+  };
+
+  View view(Offset d) const {
+    View v;
+    v.d = d;
+    for_each_patch([&](int k) {
+      const int y = y_[k] + d.dy, x = x_[k] + d.dx;
+      v.live[k] = y > -kRows && y < kHeight && x > -2 && x < kWidth;
+      for_each_in_patch(k, [&](int i, int r, int c) {
+        v.valid[i] = contains(y + r, x + c) && (kWhole || contains(y_[k] + r, x_[k] + c));
+      });
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+        v.right[k][c] = right_ + own_[k] + (v.live[k] ? 2 * kHalf * d.dy + ((c + d.dx) & 1) * kHalf + ((c + d.dx) >> 1) : 0);
+    });
+    for (int k = 0; k < kRingTimes; ++k) {
+      const int y = ring_y_[k] + d.dy, x = ring_x_[k] + d.dx;
+      v.ring[k] = contains(y, x) ? at(kWidth, y, x) : -1;
+    }
+    return v;
+  }
+
   // The first image's own.
 
   void load_own() {
+    for (int i = 0; i < kOwn; ++i) {
+      for (int l = 0; l < kLayers; ++l) s1_[l][i] = 1;
+      for (int c = 0; c < kPixelChannels; ++c) x1_[c][i] = 0;
+      halves_[i] = 0;
+    }
     for_each_pixel([&](int i, int y, int x) {
       if (p == 0)
         for (int c = 0; c < kChannels; ++c) x1_[c][i] = left_[c * kPlane + at(kWidth, y, x)];
       for (int l = 0; l < kConvs; ++l) s1_[l][i] = left_[kLevel.deviations + l * kPlane + at(kWidth, y, x)];
+      if (kLevel.distances) halves_[i] = left_[kLevel.halves + at(kWidth, y, x)];
     });
   }
 
@@ -252,9 +286,9 @@ class Sweep {
 
   static int position(int y, int x) { return (2 * (y + 1) + (x & 1)) * kStride + ((x + 1) >> 1); }
 
-  // 3x3 box sums of the plane around a patch, in place of its values.
-  static void box(const Real* plane, int y, int x, Real* own) {
-    const Real* corner = plane + position(y, x) - 2 * kStride;
+  // 3x3 box sums of the plane around the patch at `place`, in place of its values.
+  static void box(const Real* plane, int place, Real* own) {
+    const Real* corner = plane + place - 2 * kStride;
     Real sums[4][kRows];
 #pragma unroll
     for (int column = 0; column < 4; ++column) {
@@ -278,66 +312,73 @@ class Sweep {
     }
   }
 
-  void write(Real* to, const Real* values) const {
-    for_each_pixel([&](int i, int y, int x) { to[position(y, x)] = values[i]; });
+  // Calls f(i, where in an exchanged plane) for each pixel of this thread.
+  template <class F>
+  void for_each_place(F f) const {
+    for_each_patch([&](int k) {
+      if (kPatches % kThreads && y_[k] == kNowhere) return;
+      for_each_in_patch(k, [&](int i, int r, int c) {
+        if (kWhole || contains(y_[k] + r, x_[k] + c)) f(i, place_[k] + (2 * r + c) * kStride + c);
+      });
+    });
   }
 
   // A convolution of variances, or of their cotangents.
   void convolve_plain(Real (&q)[kOwn]) {
-    write(plane(1), q);
+    Real* to = plane(1);
+    for_each_place([&](int i, int place) { to[place] = q[i]; });
     sync();
-    for_each_patch([&](int first, int y, int x) {
-      box(plane(1), y, x, q + first);
-      for_each_in_patch(first, [&](int i, int, int) { q[i] *= kScale; });
+    for_each_patch([&](int k) {
+      box(to, place_[k], q + k * kRows * 2);
+      for_each_in_patch(k, [&](int i, int, int) { q[i] *= kScale; });
     });
     set_ ^= 1;
   }
 
-  // q / 2 of layer l's input.
-  static Real ghost(const Real* table, int l, int e) {
-    if (l == 0) return table[kLevel.halves + e];
-    const Real s = table[kLevel.deviations + (l - 1) * kPlane + e];
-    return s * s / 2;
-  }
-
-  // Hands layer l's input round; v and t become its box sums.
-  void exchange(int l, Offset d, Real (&v)[kOwn], Real (&t)[kOwn]) {
+  // Hands layer l's input round; v and t become its box sums. A tap that only one image has counts q / 2 of it: a variance that enters the
+  // level is halved in the table, a later one is twice the deviation's square, halved by the ReLU.
+  void exchange(int l, const View& view, Real (&v)[kOwn], Real (&t)[kOwn]) {
     const bool with_t = kNtk && (l || kLevel.has_ntk);
     Real *v_plane = plane(0), *t_plane = plane(1);
-    for_each_pixel([&](int i, int y, int x) {
-      if (!contains(y + d.dy, x + d.dx)) v[i] = ghost(left_, l, at(kWidth, y, x)), t[i] = 0;
-      v_plane[position(y, x)] = v[i];
-      if (with_t) t_plane[position(y, x)] = t[i];
+    for_each_place([&](int i, int place) {
+      const Real s = l ? s1_[l ? l - 1 : 0][i] : Real(0);
+      if (!view.valid[i]) v[i] = l ? s * s / 2 : halves_[i], t[i] = 0;
+      v_plane[place] = v[i];
+      if (with_t) t_plane[place] = t[i];
     });
-    for (int e = thread(); e < kRing; e += kThreads) {
-      int y, x;
-      if (e < 2 * (kWidth + 2)) {
-        y = e < kWidth + 2 ? -1 : kHeight, x = e % (kWidth + 2) - 1;
-      } else {
-        y = (e - 2 * (kWidth + 2)) / 2, x = e % 2 ? kWidth : -1;
+    for (int k = 0; k < kRingTimes; ++k) {
+      if (ring_y_[k] == kNowhere) continue;
+      Real ghost = 0;
+      if (view.ring[k] >= 0) {
+        ghost = right_[(l ? kLevel.deviations + (l - 1) * kPlane : kLevel.halves) + view.ring[k]];
+        if (l) ghost *= ghost / 2;
       }
-      v_plane[position(y, x)] = contains(y + d.dy, x + d.dx) ? ghost(right_, l, at(kWidth, y + d.dy, x + d.dx)) : Real(0);
+      v_plane[position(ring_y_[k], ring_x_[k])] = ghost;
     }
     sync();
-    for_each_patch(d, [&](int first, int y, int x) {
-      box(v_plane, y, x, v + first);
-      if (with_t) box(t_plane, y, x, t + first);
+    for_each_patch([&](int k) {
+      if (!view.live[k]) return;
+      box(v_plane, place_[k], v + k * kRows * 2);
+      if (with_t) box(t_plane, place_[k], t + k * kRows * 2);
     });
     set_ ^= 1;
   }
 
-  // The adjoint of the convolution before which n_bar (n_bar + t_bar of its output) and t_bar stand.
-  void exchange_back(bool with_t, Offset d, Real (&n_bar)[kOwn], Real (&t_bar)[kOwn]) {
+  // The adjoint of the convolution before which n_bar (n_bar + t_bar of its output) and t_bar stand, times `scale`.
+  void exchange_back(bool with_t, Real scale, const View& view, Real (&n_bar)[kOwn], Real (&t_bar)[kOwn]) {
     Real *n_plane = plane(1), *t_plane = plane(2);
-    write(n_plane, n_bar);
-    if (with_t) write(t_plane, t_bar);
+    for_each_place([&](int i, int place) {
+      n_plane[place] = n_bar[i];
+      if (with_t) t_plane[place] = t_bar[i];
+    });
     sync();
-    for_each_patch(d, [&](int first, int y, int x) {
-      box(n_plane, y, x, n_bar + first);
-      if (with_t) box(t_plane, y, x, t_bar + first);
-      for_each_in_patch(first, [&](int i, int r, int c) {
-        const Real scale = contains(y + r, x + c, d) ? kScale : Real(0);
-        n_bar[i] *= scale, t_bar[i] *= scale;
+    for_each_patch([&](int k) {
+      if (!view.live[k]) return;
+      box(n_plane, place_[k], n_bar + k * kRows * 2);
+      if (with_t) box(t_plane, place_[k], t_bar + k * kRows * 2);
+      for_each_in_patch(k, [&](int i, int, int) {
+        n_bar[i] = view.valid[i] ? n_bar[i] * scale : Real(0);
+        t_bar[i] = view.valid[i] ? t_bar[i] * scale : Real(0);
       });
     });
     set_ ^= 1;
@@ -345,122 +386,108 @@ class Sweep {
 
   // Pooling.
 
-  // Where a 2x2 window's parts lie in the next band, -1 where it needs none: for an axis with an odd offset, the even pixel's and the odd
-  // pixel's; else both pixels' together, first.
-  struct Cells {
-    int index[2][2];
-
-    Cells(int y, int x, Offset d) {
-      const int top = y >> 1, left = x >> 1;
-#pragma unroll
-      for (int b = 0; b < 2; ++b)
-#pragma unroll
-        for (int a = 0; a < 2; ++a) {
-          const int dy = (d.dy >> 1) + b, dx = (d.dx >> 1) + a;
-          const bool wanted = (!b || (d.dy & 1)) && (!a || (d.dx & 1)) && dy >= -kNext.radius_y && dy <= kNext.radius_y &&
-                              dx >= -kNext.radius_x && dx <= kNext.radius_x && top < kNext.height && left < kNext.width &&
-                              top + dy < kNext.height && left + dx < kNext.width;
-          index[b][a] = !wanted ? -1 : ((dy + kNext.radius_y) * (2 * kNext.radius_x + 1) + dx + kNext.radius_x) *
-                                           plane_size(kNext.height, kNext.width) + at(kNext.width, top, left);
-        }
-    }
-  };
-
   Real* next_t() const { return next_band_ + offsets(kNext) * plane_size(kNext.height, kNext.width); }
 
-  // Adds n and t of a patch's rows r, r + 1, pixel by pixel 0 where y + d is none, to the cells.
-  static void add(const Cells& cells, Offset d, const Real* v, Real* band) {
-    Real old[2][2], row[2][2];
+  // Calls f(b, a, cell) for the parts of a 2x2 window at (y, x) that the next level wants: along an axis with an odd offset, part 0 is the
+  // even pixel's, part 1 the odd one's; else part 0 is both together. cell: where in the next band they are.
+  template <class F>
+  static void for_each_cell(int y, int x, Offset d, F f) {
+    const int top = y >> 1, left = x >> 1, own = at(kNext.width, top, left);
 #pragma unroll
-    for (int b = 0; b < 2; ++b)
+    for (int b = 0; b < 2; ++b) {
+      const int dy = (d.dy >> 1) + b;
+      if ((b && !(d.dy & 1)) || dy < -kNext.radius_y || dy > kNext.radius_y) continue;
 #pragma unroll
-      for (int a = 0; a < 2; ++a) old[b][a] = cells.index[b][a] >= 0 ? band[cells.index[b][a]] : Real(0);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) row[r][0] = d.dx & 1 ? v[2 * r] : v[2 * r] + v[2 * r + 1], row[r][1] = v[2 * r + 1];
-#pragma unroll
-    for (int a = 0; a < 2; ++a) {
-      const Real both = d.dy & 1 ? row[0][a] : row[0][a] + row[1][a];
-      if (cells.index[0][a] >= 0) band[cells.index[0][a]] = old[0][a] + both * Real(1.0 / 16);
-      if (cells.index[1][a] >= 0) band[cells.index[1][a]] = old[1][a] + row[1][a] * Real(1.0 / 16);
+      for (int a = 0; a < 2; ++a) {
+        const int dx = (d.dx >> 1) + a;
+        if ((a && !(d.dx & 1)) || dx < -kNext.radius_x || dx > kNext.radius_x) continue;
+        // An odd last row or column, of either image, is dropped.
+        if (kHeight % 2 && (top >= kNext.height || top + dy >= kNext.height)) continue;
+        if (kWidth % 2 && (left >= kNext.width || left + dx >= kNext.width)) continue;
+        f(b, a, ((dy + kNext.radius_y) * (2 * kNext.radius_x + 1) + dx + kNext.radius_x) * plane_size(kNext.height, kNext.width) + own);
+      }
     }
   }
 
-  // Pools a plane at offset d into the next band. Overwrites what lies outside it by 0.
-  void pool(Offset d, Real (&v)[kOwn], Real (&t)[kOwn]) const {
-    for_each_patch(d, [&](int first, int y, int x) {
-      for_each_in_patch(first, [&](int i, int r, int c) {
-        if (!contains(y + r, x + c, d)) v[i] = 0, t[i] = 0;
+  // Part (b, a) of a 2x2 window of values.
+  static Real part(const Real* v, int b, int a, Offset d) {
+    const Real* row = v + 2 * b;
+    const Real here = d.dx & 1 ? row[a] : row[0] + row[1];
+    return d.dy & 1 ? here : here + (d.dx & 1 ? v[2 + a] : v[2] + v[3]);
+  }
+
+  // Pools a plane into the next band; v and t become 0 where they are not valid.
+  void pool(const View& view, Real (&v)[kOwn], Real (&t)[kOwn]) const {
+    for_each_patch([&](int k) {
+      if (!view.live[k]) return;
+      for_each_in_patch(k, [&](int i, int, int) {
+        if (!view.valid[i]) v[i] = t[i] = 0;
       });
 #pragma unroll
       for (int r = 0; r < kRows; r += 2) {
-        const Cells cells(y + r, x, d);
-        add(cells, d, v + first + 2 * r, next_band_);
-        if (kNtk && kNext.has_ntk) add(cells, d, t + first + 2 * r, next_t());
+        const Real *n = v + (k * kRows + r) * 2, *ntk = t + (k * kRows + r) * 2;
+        for_each_cell(y_[k] + r, x_[k], view.d, [&](int b, int a, int cell) {
+          next_band_[cell] += part(n, b, a, view.d) * Real(1.0 / 16);
+          if (kNtk && kNext.has_ntk) next_t()[cell] += part(ntk, b, a, view.d) * Real(1.0 / 16);
+        });
       }
     });
   }
 
-  static void take(const Cells& cells, Offset d, const Real* band, Real* out) {
-    Real value[2][2];
-#pragma unroll
-    for (int b = 0; b < 2; ++b)
-#pragma unroll
-      for (int a = 0; a < 2; ++a) value[b][a] = cells.index[b][a] >= 0 ? band[cells.index[b][a]] : Real(0);
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const Real above = d.dx & 1 ? value[0][c] : value[0][0], below = d.dx & 1 ? value[1][c] : value[1][0];
-        out[2 * r + c] = r && (d.dy & 1) ? below : above;
-      }
-  }
-
-  // The cotangents of the level's output at offset d; 0 where y + d is none.
-  void leaving(Offset d, Real (&n_bar)[kOwn], Real (&t_bar)[kOwn]) const {
+  // The cotangents of the level's output; 0 where they are not valid.
+  void leaving(const View& view, Real (&n_bar)[kOwn], Real (&t_bar)[kOwn]) const {
     for (int i = 0; i < kOwn; ++i) n_bar[i] = t_bar[i] = 0;
-    for_each_patch(d, [&](int first, int y, int x) {
+    for_each_patch([&](int k) {
+      if (!view.live[k]) return;
       if constexpr (kLast) {
-        for_each_in_patch(first, [&](int i, int, int) { n_bar[i] = n_bar_, t_bar[i] = t_bar_; });
+        for_each_in_patch(k, [&](int i, int, int) { n_bar[i] = n_bar_, t_bar[i] = t_bar_; });
       } else {
 #pragma unroll
         for (int r = 0; r < kRows; r += 2) {
-          const Cells cells(y + r, x, d);
-          take(cells, d, next_band_, n_bar + first + 2 * r);
-          if (kNtk && kNext.has_ntk) take(cells, d, next_t(), t_bar + first + 2 * r);
+          for_each_cell(y_[k] + r, x_[k], view.d, [&](int b, int a, int cell) {
+            const Real n = next_band_[cell], ntk = kNtk && kNext.has_ntk ? next_t()[cell] : Real(0);
+#pragma unroll
+            for (int row = 0; row < 2; ++row)
+#pragma unroll
+              for (int column = 0; column < 2; ++column) {
+                const int i = (k * kRows + r + row) * 2 + column;
+                if ((!(view.d.dy & 1) || row == b) && (!(view.d.dx & 1) || column == a)) n_bar[i] = n, t_bar[i] = ntk;
+              }
+          });
         }
       }
-      for_each_in_patch(first, [&](int i, int r, int c) {
-        if (!contains(y + r, x + c, d)) n_bar[i] = t_bar[i] = 0;
+      for_each_in_patch(k, [&](int i, int, int) {
+        if (!view.valid[i]) n_bar[i] = t_bar[i] = 0;
       });
     });
   }
 
   // One offset.
 
-  // What enters the level: m or n, and t; finite everywhere.
-  void entering(Offset d, Real (&v)[kOwn], Real (&t)[kOwn]) const {
+  // What enters the level: m or n, and t.
+  void entering(const View& view, Real (&v)[kOwn], Real (&t)[kOwn]) const {
     for (int i = 0; i < kOwn; ++i) v[i] = t[i] = 0;
-    for_each_patch(d, [&](int first, int y, int x) {
-      for_each_in_patch(first, [&](int i, int r, int c) {
-        if (!contains(y + r, x + c, d)) return;
-        const int e2 = shifted(y, x, r, c, d);
+    for_each_patch([&](int k) {
+      if (!view.live[k]) return;
+      for_each_in_patch(k, [&](int i, int r, int c) {
+        const Real* right = view.right[k][c] + 2 * kHalf * r;
         if constexpr (p == 0) {
           for (int channel = 0; channel < kChannels; ++channel) {
-            const Real x2 = right_[channel * kPlane + e2], difference = x1_[channel][i] - x2;
+            const Real x2 = right[channel * kPlane], difference = x1_[channel][i] - x2;
             v[i] += kLevel.distances ? difference * difference : x1_[channel][i] * x2;
           }
           v[i] *= Real((kLevel.distances ? 0.5 : 1.0) / kChannels);
-        } else {
-          const int e = at(kWidth, y + r, x + c), from = offset_index(d) * kPlane + e;
-          v[i] = band_[from];
-          if (kHasNtk) t[i] = band_[offsets(kLevel) * kPlane + from];
+        } else if (kWhole || view.valid[i]) {
+          const Real* from = band_ + offset_index(view.d) * kPlane + own_[k] + step(r, c);
+          v[i] = from[0];
+          if (kHasNtk) t[i] = from[offsets(kLevel) * kPlane];
           if (kLevel.distances) {
-            const Real variances = left_[kLevel.halves + e] + right_[kLevel.halves + e2];
-            const Real spreads = left_[kLevel.halves + kPlane + e] + right_[kLevel.halves + kPlane + e2];
-            // The m below it are good to sqrt(m q) times an ulp.
-            const Real rounding = kRounding<Real> / 2 * square_root(spreads * (spreads + variances));
+            const Real spreads = left_[kLevel.halves + kPlane + own_[k] + step(r, c)] + right[kLevel.halves + kPlane];
+            const Real variances = halves_[i] + right[kLevel.halves];
             v[i] -= spreads;
-            if (v[i] < rounding) v[i] = 0;
+            // The m below it are good to sqrt(m q) times an ulp.
+            constexpr Real rounding2 = kRounding<Real> * kRounding<Real> / 4;
+            if (v[i] < 0 || v[i] * v[i] < rounding2 * spreads * (spreads + variances)) v[i] = 0;
           }
         }
       });
@@ -469,28 +496,33 @@ class Sweep {
 
   template <bool kBackward>
   void stream(Offset d) {
+    const View view = this->view(d);
     Real v[kOwn], t[kOwn], n_bar[kOwn], t_bar[kOwn];
     Real n_saved[kLayers][kOwn], dot_saved[kLayers][kOwn], dot_slope_saved[kLayers][kOwn], sine_slope_saved[kLayers][kOwn];
-    entering(d, v, t);
-    if (kBackward && !kConvs) leaving(d, n_bar, t_bar);
+    entering(view, v, t);
+    if (kBackward && !kConvs) leaving(view, n_bar, t_bar);
 #pragma unroll(kUnroll)
     for (int l = 0; l < kConvs; ++l) {
       const bool first_ntk = l == 0 && !kLevel.has_ntk, turn = kBackward && l + 1 == kConvs;
       Real s2[kOwn];
-      for_each_patch(d, [&](int first, int y, int x) {
-        for_each_in_patch(first, [&](int i, int r, int c) {
-          s2[i] = contains(y + r, x + c, d) ? right_[kLevel.deviations + l * kPlane + shifted(y, x, r, c, d)] : Real(0);
+      for_each_patch([&](int k) {
+        if (!view.live[k]) return;
+        for_each_in_patch(k, [&](int i, int r, int c) {
+          const Real s = view.right[k][c][kLevel.deviations + l * kPlane + 2 * kHalf * r];
+          s2[i] = view.valid[i] ? s : Real(1);
         });
       });
-      if (turn) leaving(d, n_bar, t_bar);
-      exchange(l, d, v, t);
-      for_each_patch(d, [&](int first, int y, int x) {
-        for_each_in_patch(first, [&](int i, int r, int c) {
-          const Real s1 = kWhole || contains(y + r, x + c) ? s1_[l][i] : Real(0), radial = s1 - s2[i], m = v[i] * kScale;
+      if (turn) leaving(view, n_bar, t_bar);
+      exchange(l, view, v, t);
+      for_each_patch([&](int k) {
+        if (!view.live[k]) return;
+        for_each_in_patch(k, [&](int i, int, int) {
+          const Real s1 = s1_[l][i], radial = s1 - s2[i], m = v[i] * kScale;
           const Real chord = larger(m - radial * radial, Real(0));  // sqrt(q1 q2) (1 - cosine): the distance without the difference in length
           const Real deviation = s1 * s2[i], n = 2 * deviation - chord, t_in = first_ntk || !kNtk ? n : t[i] * kScale + n;
-          const Real inverse = deviation > 0 ? reciprocal(deviation) * Real(0.5 / kPi) : Real(0);
-          const Angle<Real> a = angle<Real>(deviation > 0 ? chord * inverse : Real(1 / kPi), first_ntk);
+          const bool positive = kPositive || deviation > 0;
+          const Real inverse = positive ? reciprocal(deviation) * Real(0.5 / kPi) : Real(0);
+          const Angle<Real> a = angle<Real>(positive ? chord * inverse : Real(1 / kPi), first_ntk);
           const Real sine_slope = deviation * a.sine, dot_slope = t_in * (a.dot_slope * inverse);
           if (turn) {
             pull_back(n_bar[i], t_bar[i], n, a.dot, dot_slope, sine_slope, n_bar[i], t_bar[i], sigma_[l][i]);
@@ -505,53 +537,57 @@ class Sweep {
     if constexpr (kBackward) {
 #pragma unroll(kUnroll)
       for (int l = kConvs - 2; l >= 0; --l) {
-        exchange_back(kNtk, d, n_bar, t_bar);
-        for_each_patch(d, [&](int first, int y, int x) {
-          for_each_in_patch(first, [&](int i, int r, int c) {
+        exchange_back(kNtk, kScale, view, n_bar, t_bar);
+        for_each_patch([&](int k) {
+          if (!view.live[k]) return;
+          for_each_in_patch(k, [&](int i, int, int) {
             pull_back(n_bar[i], t_bar[i], n_saved[l][i], dot_saved[l][i], dot_slope_saved[l][i], sine_slope_saved[l][i], n_bar[i], t_bar[i],
                       sigma_[l][i]);
           });
         });
       }
-      if (kConvs) exchange_back(kHasNtk, d, n_bar, t_bar);
-      entered(d, n_bar, t_bar);
+      // The pooling below shares out sixteenths; the input is a mean over channels.
+      constexpr double share = p ? 1.0 / 16 : 1.0 / kChannels;
+      if (kConvs) exchange_back(kHasNtk, Real(kWeight / 9 * share), view, n_bar, t_bar);
+      entered(view, Real(kConvs ? 1 : share), n_bar, t_bar);
     } else if constexpr (kLast) {
       Real n_part = 0, t_part = 0;
-      for_each_patch(d, [&](int first, int y, int x) {
-        for_each_in_patch(first, [&](int i, int r, int c) {
-          if (contains(y + r, x + c, d)) n_part += v[i], t_part += t[i];
-        });
-      });
+      for (int i = 0; i < kOwn; ++i)
+        if (view.valid[i]) n_part += v[i], t_part += t[i];
       n_sum += n_part, t_sum += t_part;
     } else {
-      pool(d, v, t);
+      pool(view, v, t);
     }
   }
 
-  // Cotangents of what entered the level: to the band, divided by 16 for the pooling below; at the first level to the pixels.
-  void entered(Offset d, const Real (&n_bar)[kOwn], const Real (&t_bar)[kOwn]) {
-    for_each_patch(d, [&](int first, int y, int x) {
-      for_each_in_patch(first, [&](int i, int r, int c) {
-        if (!contains(y + r, x + c, d)) return;
+  // Cotangents of what entered the level: to the band; at the first level to the pixels.
+  void entered(const View& view, Real share, const Real (&n_bar)[kOwn], const Real (&t_bar)[kOwn]) {
+    for_each_patch([&](int k) {
+      if (!view.live[k]) return;
+      for_each_in_patch(k, [&](int i, int r, int c) {
         if constexpr (p == 0) {
           for (int channel = 0; channel < kChannels; ++channel)
-            pixel_bar_[channel][i] += n_bar[i] * Real(1.0 / kChannels) * right_[channel * kPlane + shifted(y, x, r, c, d)];
-        } else {
-          const int to = offset_index(d) * kPlane + at(kWidth, y + r, x + c);
-          band_[to] = n_bar[i] / 16;
-          if (kHasNtk) band_[offsets(kLevel) * kPlane + to] = t_bar[i] / 16;
+            pixel_bar_[channel][i] += n_bar[i] * share * view.right[k][c][channel * kPlane + 2 * kHalf * r];
+        } else if (view.valid[i]) {
+          Real* to = band_ + offset_index(view.d) * kPlane + own_[k] + step(r, c);
+          to[0] = n_bar[i] * share;
+          if (kHasNtk) to[offsets(kLevel) * kPlane] = t_bar[i] * share;
         }
       });
     });
   }
 
   static constexpr int kPixelChannels = p == 0 ? kChannels : 1;
+  static constexpr int kNowhere = 1 << 20;
 
   const Real *const left_, *const right_;
   Real *const exchange_, *const band_, *const next_band_;
+  int y_[kTimes], x_[kTimes];                    // the first pixels of this thread's patches
+  int own_[kTimes], place_[kTimes];              // where they are in a plane of a table or band, and in an exchanged one
+  int ring_y_[kRingTimes], ring_x_[kRingTimes];  // this thread's places around the plane
   int set_ = 0;
   Real n_bar_ = 0, t_bar_ = 0;
-  Real x1_[kPixelChannels][kOwn], s1_[kLayers][kOwn], pixel_bar_[kPixelChannels][kOwn], sigma_[kLayers][kOwn];
+  Real x1_[kPixelChannels][kOwn], s1_[kLayers][kOwn], halves_[kOwn], pixel_bar_[kPixelChannels][kOwn], sigma_[kLayers][kOwn];
 };
 
 }  // namespace kip
