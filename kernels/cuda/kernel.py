@@ -19,7 +19,6 @@ from kernels.cuda import plan as planning
 _KEPT_BYTES = 2 ** 31  # of derivatives kept until the cotangent is known, or contracted with it at once
 _TABLE_BYTES = 2 ** 29  # of one part of the second images' tables
 _OPTIONS = ('--std=c++17', '-default-device', '--ftz=true')
-_HOW_TO_INSTALL = '`make cuda` installs it, and a CUDA driver must be there'
 
 
 class Gpu:
@@ -27,8 +26,8 @@ class Gpu:
 
   Attributes:
     name: the model's.
-    threads: of a block, at most.
-    kept_bytes: see `_KEPT_BYTES`; less where the device has little memory.
+    threads, shared_bytes: of a block, at most.
+    kept_bytes: `_KEPT_BYTES`, or less where the device has little memory.
   """
 
   def __init__(self):
@@ -37,37 +36,44 @@ class Gpu:
     self._cupy = cupy
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
     self.name, self.threads = properties['name'].decode(), planning.THREADS
-    self._processors = properties['multiProcessorCount']
-    self.kept_bytes = min(_KEPT_BYTES, properties['totalGlobalMem'] // 4)
+    self.shared_bytes = properties['sharedMemPerBlockOptin']
+    self._processors, self._memory = properties['multiProcessorCount'], properties['totalGlobalMem']
+    self.kept_bytes = min(_KEPT_BYTES, self._memory // 4)
 
   def load(self, plan: planning.Plan):
-    return self._cupy.RawModule(code=plan.source, options=_OPTIONS)
+    """Kernels by name: each with the number of blocks to launch at most, all that the device holds at once, their workspaces permitting."""
+    module = self._cupy.RawModule(code=plan.source, options=_OPTIONS)
+
+    @functools.cache
+    def function(name):
+      kernel = module.get_function(name)
+      kernel.max_dynamic_shared_size_bytes = plan.shared_bytes
+      resident = self._cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.kernel.ptr, plan.threads, plan.shared_bytes)
+      return kernel, max(1, min(resident * self._processors, self._memory // 8 // max(1, plan.workspace_bytes)))
+
+    return function
+
+  def blocks(self, program, name: str, work: int) -> int:
+    """How many blocks to launch for `work` pieces."""
+    return min(work, program(name)[1])
+
+  def launch(self, program, name: str, blocks: int, plan: planning.Plan, arguments) -> None:
+    arguments = tuple(np.int32(a) if isinstance(a, int) else a for a in arguments)
+    program(name)[0]((blocks,), (plan.threads,), arguments, shared_mem=plan.shared_bytes)
 
   def upload(self, value: np.ndarray):
     return self._cupy.asarray(np.ascontiguousarray(value))
+
+  def download(self, value) -> np.ndarray:
+    return self._cupy.asnumpy(value)
 
   def empty(self, shape, dtype):
     return self._cupy.empty(shape, dtype)
 
   def zeros(self, shape, dtype):
-    value = self._cupy.empty(shape, dtype)
+    value = self._cupy.empty(shape, dtype)  # cupy.zeros would compile a kernel, for which there may be no headers
     value.data.memset_async(0, value.nbytes)
     return value
-
-  def download(self, value) -> np.ndarray:
-    return self._cupy.asnumpy(value)
-
-  def blocks(self, program, name: str, plan: planning.Plan, work: int) -> int:
-    """How many blocks to launch: as many as the device holds at once, whose workspaces take an eighth of its memory at most."""
-    function = program.get_function(name)
-    function.max_dynamic_shared_size_bytes = max(plan.shared_bytes, 48 * 2 ** 10)
-    resident = self._cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(function.kernel.ptr, plan.threads, plan.shared_bytes)
-    room = self._cupy.cuda.runtime.memGetInfo()[1] // 8 // max(1, plan.workspace_bytes)
-    return max(1, min(work, room, resident * self._processors))
-
-  def launch(self, program, name: str, blocks: int, plan: planning.Plan, arguments) -> None:
-    arguments = tuple(np.int32(a) if isinstance(a, int) else a for a in arguments)
-    program.get_function(name)((blocks,), (plan.threads,), arguments, shared_mem=plan.shared_bytes)
 
 
 def is_available() -> bool:
@@ -94,7 +100,7 @@ def _load_nvrtc() -> None:
 @functools.cache
 def _gpu() -> Gpu:
   if not is_available():
-    raise ValueError(f'implementation: the CUDA kernel needs CuPy and a GPU; {_HOW_TO_INSTALL}.')
+    raise ValueError('implementation: the CUDA kernel needs CuPy and a GPU with its driver; `make cuda` installs CuPy.')
   return Gpu()
 
 
@@ -136,7 +142,9 @@ class CudaKernel:
     shape = x.shape[1:]
     if shape not in self._programs:
       make = _Dense if planning.is_dense(self.architecture) else _Convolutional
-      self._programs[shape] = make(self._gpu, planning.make_plan(self.architecture, shape, str(self.dtype), self._kind, self._gpu.threads), self.dtype)
+      gpu = self._gpu
+      plan = planning.make_plan(self.architecture, shape, str(self.dtype), self._kind, gpu.threads, gpu.shared_bytes)
+      self._programs[shape] = make(gpu, plan, self.dtype)
     return self._programs[shape]
 
 
@@ -153,7 +161,7 @@ class _Program:
     self._workspace = None
 
   def _blocks(self, name: str, work: int) -> int:
-    return self._gpu.blocks(self._module, name, self._plan, work)
+    return self._gpu.blocks(self._module, name, work)
 
   def _launch(self, name: str, blocks: int, *arguments) -> None:
     self._gpu.launch(self._module, name, blocks, self._plan, arguments)

@@ -9,9 +9,9 @@ from kernels import architectures
 _SOURCES = pathlib.Path(__file__).parent / 'src'
 _COEFFICIENTS = pathlib.Path(__file__).parent.parent / 'native' / 'src' / 'arc_cosine_coefficients.h'
 
-THREADS = 256  # a block, at most
-_SHARED_BYTES = 96 * 2 ** 10  # a block, at most; what is exchanged between threads lies in global memory beyond
+THREADS = 512  # a block, at most
 _WARP = 32
+_RESIDENT = {'kForwardBlocks': 768, 'kBackwardBlocks': 512}  # threads of a processor (in float32) that registers must be found for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +86,14 @@ def is_dense(architecture: architectures.Architecture) -> bool:
 
 
 @functools.cache
-def make_plan(architecture: architectures.Architecture, shape: tuple[int, int, int], dtype: str, kind: str, threads: int = THREADS) -> Plan:
-  """The plan for images of `shape` [H, W, D]. `threads` at most; fewer where there is less to do."""
+def make_plan(architecture: architectures.Architecture, shape: tuple[int, int, int], dtype: str, kind: str, threads: int,
+              shared_bytes: int) -> Plan:
+  """The plan for images of `shape` [H, W, D].
+
+  Args:
+    threads: of a block, at most; fewer where there is less to do.
+    shared_bytes: of shared memory that a block may have. What does not fit there lies in global memory.
+  """
   height, width, channels = shape
   real, itemsize = ('float', 4) if dtype == 'float32' else ('double', 8)
   constants = {
@@ -114,14 +120,12 @@ def make_plan(architecture: architectures.Architecture, shape: tuple[int, int, i
   diagonal = max((level.plane for level in own), default=0)
   bands = max(pair_bands, own_bands)
   exchange = max(level.exchange for level in pair + own)
-  shared_bytes = 8 * (2 * threads + 2)
-  exchange_shared = shared_bytes + exchange * itemsize <= _SHARED_BYTES
-  shared_bytes += exchange * itemsize * exchange_shared
+  sums_bytes = 8 * (2 * threads + 2)
+  exchange_shared = sums_bytes + exchange * itemsize <= shared_bytes
   workspace = bands + 2 * diagonal + exchange * (not exchange_shared)
   last_height, last_width = sizes[-1]
-  blocks = max(1, 2 * THREADS // threads * 4 // itemsize)
-  constants['int'] |= dict(
-      kThreads=threads, kPairCount=len(pair), kSelfCount=len(own), kForwardBlocks=min(blocks, 16), kBackwardBlocks=min(blocks, 16))
+  constants['int'] |= dict(kThreads=threads, kPairCount=len(pair), kSelfCount=len(own))
+  constants['int'] |= {name: min(16, max(1, resident * 4 // itemsize // threads)) for name, resident in _RESIDENT.items()}
   constants['long long'] = dict(
       kPixels=channels * plane_size(height, width), kTable=table + architecture.hidden, kDerivatives=derivatives + architecture.hidden,
       kDiagonal=diagonal, kDiagonals=bands, kWorkspace=workspace, kExchangeSize=exchange,
@@ -130,7 +134,7 @@ def make_plan(architecture: architectures.Architecture, shape: tuple[int, int, i
   levels = ''.join(f'inline constexpr Level {name}[] = {{{", ".join(map(_literal, levels))}}};\n'
                    for name, levels in (('kPairLevels', pair), ('kSelfLevels', own or pair[:1])))
   return Plan(_text(real, constants, 'sweep.h', 'pairs.cu', levels=levels), threads, table + architecture.hidden,
-              derivatives + architecture.hidden, channels * plane_size(height, width), workspace, workspace * itemsize, shared_bytes)
+              derivatives + architecture.hidden, channels * plane_size(height, width), workspace, workspace * itemsize, sums_bytes + exchange * itemsize * exchange_shared)
 
 
 def _levels(convs, sizes, channels, everything, last, ntk):

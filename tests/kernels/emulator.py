@@ -19,13 +19,13 @@ _FLAGS = ('-std=c++17', '-O1', '-fPIC', '-shared', '-pthread', '-w')
 class Emulator:
   """See `kernels.cuda.kernel.Gpu`. A block's threads are real ones; memory starts as NaN."""
 
-  def __init__(self, threads: int = 1, blocks: int = 1, flags: tuple[str, ...] = ()):
-    self.name, self.threads, self.kept_bytes = 'emulator', threads, 2 ** 28
-    self._blocks, self._flags = blocks, flags
+  def __init__(self, threads: int = 1, blocks: int = 1, shared_bytes: int = 2 ** 20, kept_bytes: int = 2 ** 28):
+    self.name, self.threads, self.shared_bytes, self.kept_bytes = 'emulator', threads, shared_bytes, kept_bytes
+    self._blocks = blocks
 
   def load(self, plan):
     source = _SHIM.read_text(encoding='utf-8') + plan.source
-    command = [*build.compiler(), *_FLAGS, *self._flags]
+    command = [*build.compiler(), *_FLAGS]
     path = _FOLDER / f'cuda-{hashlib.sha256((source + repr(command)).encode()).hexdigest()[:20]}.so'
     if not path.exists():
       _FOLDER.mkdir(exist_ok=True)
@@ -48,7 +48,7 @@ class Emulator:
   def download(self, value):
     return value.copy()
 
-  def blocks(self, program, name, plan, work):
+  def blocks(self, program, name, work):
     return min(self._blocks, work)
 
   def launch(self, program, name, blocks, plan, arguments):
