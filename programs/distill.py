@@ -46,8 +46,7 @@ def make_program(run: start.Run, workers: Sequence[str] = (), published: str = '
 def local_resources(run: start.Run) -> dict[str, PythonProcess]:
   """The environment of every process of a `local_mp` launch."""
   system = run.config['system']
-  workers = system['num_workers']
-  placed = placement.place(workers, placement.worker_threads(system['worker_threads'], workers), run.gpus.names)
+  placed = placement.place(system['num_workers'], run.gpus.names)
   root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   path = os.pathsep.join([root, *filter(None, [os.environ.get('PYTHONPATH')])])
   process = lambda environment: PythonProcess(env={**environment, 'PYTHONPATH': path, supervisor.LAUNCHER: str(os.getpid())})

@@ -60,8 +60,7 @@ def play() -> int:
   run, _ = _joined()
   gpus = placement.find_gpus(run.config['run']['implementation'], at_most=1)  # of several here each has to be given its own, as Slurm does
   logging.info(gpus.remark)
-  threads = placement.worker_threads(_THREADS.value, 1) if role == _WORKER else 1
-  os.environ.update(placement.environment(threads, *gpus.names))
+  os.environ.update(placement.environment(*gpus.names))
   return supervisor.supervise(_label(os.getpid()), stop)
 
 

@@ -15,7 +15,7 @@ from programs import placement
 def main(argv: list[str]) -> int:
   """Runs to the end; returns the exit status."""
   gpus = placement.find_gpus('auto', at_most=1)  # 'auto', because to read the configuration starts JAX
-  os.environ.update(placement.environment(len(os.sched_getaffinity(0)), *gpus.names))  # before JAX starts
+  os.environ.update(placement.environment(*gpus.names))  # before JAX starts
   from nodes import run_directory
   from programs import start
   try:

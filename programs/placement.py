@@ -81,34 +81,33 @@ def worker_threads(configured: int, workers: int) -> int:
   return configured or max(1, len(os.sched_getaffinity(0)) // max(1, workers))
 
 
-def place(workers: int, threads: int, gpus: Sequence[str]) -> Placement:
-  """Gives every worker, with `threads` CPU threads, a GPU in turn, if there are any; the evaluator one that is left, or the last."""
+def place(workers: int, gpus: Sequence[str]) -> Placement:
+  """Gives every worker a GPU in turn, if there are any, and the evaluator one that is left, or the last."""
   if not gpus:
-    return Placement(environment(1), [environment(threads)] * workers, environment(1))
+    return Placement(environment(), [environment()] * workers, environment())
   of_workers, of_evaluator = [i % len(gpus) for i in range(workers)], min(workers, len(gpus) - 1)
   sharers = [*of_workers, of_evaluator]
-  on = lambda gpu, threads: environment(threads, gpus[gpu], sharers.count(gpu))
-  return Placement(environment(1), [on(gpu, threads) for gpu in of_workers], on(of_evaluator, 1))
+  *of_workers, of_evaluator = [environment(gpus[gpu], sharers.count(gpu)) for gpu in sharers]
+  return Placement(environment(), of_workers, of_evaluator)
 
 
-def environment(threads: int, gpu: str = '', sharers: int = 1) -> dict[str, str]:
-  """For a process of `threads` CPU threads, on a GPU that `sharers` processes use, or, without a name of one, on CPU and with no GPU in sight.
+def environment(gpu: str = '', sharers: int = 1) -> dict[str, str]:
+  """For a process on a GPU that `sharers` processes use, or, without a name of one, on CPU and with no GPU in sight.
 
   On a GPU XLA takes memory when it needs it, up to the process's share.
   """
   if not gpu:
-    return {**launcher_environment(threads), **_HIDDEN}
-  return {**launcher_environment(threads), 'CUDA_VISIBLE_DEVICES': gpu, 'JAX_PLATFORMS': 'cuda,cpu' if _has_any(_JAX) else 'cpu',
+    return {**launcher_environment(), **_HIDDEN}
+  return {**launcher_environment(), 'CUDA_VISIBLE_DEVICES': gpu, 'JAX_PLATFORMS': 'cuda,cpu' if _has_any(_JAX) else 'cpu',
           'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', 'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{_MEMORY / sharers:.3f}'}
 
 
-def launcher_environment(threads: int = 1) -> dict[str, str]:
+def launcher_environment() -> dict[str, str]:
   """For a process whose JAX is to keep to the CPU, but which still has GPUs to find or to give to others.
 
-  XLA's CPU part itself gets one thread (NPROC): the bits of its long dot products follow its thread count. Kernels use their threads on
-  whole tiles.
+  Libraries get one thread (XLA's CPU part by NPROC): the bits of their long dot products follow its number. Kernels use theirs on whole tiles.
   """
-  return {'NPROC': '1', 'JAX_PLATFORMS': 'cpu', 'OMP_NUM_THREADS': str(threads), 'OPENBLAS_NUM_THREADS': str(threads)}
+  return {'NPROC': '1', 'JAX_PLATFORMS': 'cpu', 'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'}
 
 
 def _has_any(packages: Sequence[str]) -> bool:

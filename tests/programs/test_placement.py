@@ -16,6 +16,7 @@ from programs import start
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LISTING = 'GPU {0}: NVIDIA H100 80GB HBM3 (UUID: GPU-{0}aaa)\n'
+ON_CPU = {'NPROC': '1', 'JAX_PLATFORMS': 'cpu', 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'}
 SLICES = '  MIG 3g.40gb     Device  0: (UUID: MIG-b0)\n  MIG 3g.40gb     Device  1: (UUID: MIG-b1)\n'
 
 
@@ -77,39 +78,28 @@ def test_one_worker_a_gpu_unless_configured(configured, gpus, expected):
 ])
 def test_workers_and_evaluator_on_gpus(machine, workers, gpus, of_workers, of_evaluator, fractions):
   machine(None)
-  placed = placement.place(workers, 3, gpus)
+  placed = placement.place(workers, gpus)
   assert [worker['CUDA_VISIBLE_DEVICES'] for worker in placed.workers] == of_workers
   assert placed.evaluator['CUDA_VISIBLE_DEVICES'] == of_evaluator
   for process in (*placed.workers, placed.evaluator):
     assert process['XLA_PYTHON_CLIENT_MEM_FRACTION'] == fractions[process['CUDA_VISIBLE_DEVICES']]
     assert process['XLA_PYTHON_CLIENT_PREALLOCATE'] == 'false'
     assert (process['JAX_PLATFORMS'], process['NPROC']) == ('cuda,cpu', '1')
-  assert {worker['OMP_NUM_THREADS'] for worker in placed.workers} == {'3'} and placed.evaluator['OMP_NUM_THREADS'] == '1'
-  _assert_on_cpu(placed.coordinator, '1')
+  assert placed.coordinator == ON_CPU
 
 
 def test_without_gpus_everything_is_on_cpu():
-  placed = placement.place(2, 3, [])
-  assert len(placed.workers) == 2
-  for worker in placed.workers:
-    _assert_on_cpu(worker, '3')
-  _assert_on_cpu(placed.evaluator, '1')
-  _assert_on_cpu(placed.coordinator, '1')
-
-
-def _assert_on_cpu(environment, threads):
-  assert environment == {'NPROC': '1', 'JAX_PLATFORMS': 'cpu', 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': threads,
-                         'OPENBLAS_NUM_THREADS': threads}
+  assert placement.place(2, []) == placement.Placement(ON_CPU, [ON_CPU] * 2, ON_CPU)
 
 
 def test_jax_keeps_off_the_gpu_where_it_has_no_cuda(machine):
   machine(None, packages=('cupy',))
-  environment = placement.environment(1, '5')
+  environment = placement.environment('5')
   assert (environment['CUDA_VISIBLE_DEVICES'], environment['JAX_PLATFORMS']) == ('5', 'cpu')
 
 
 def test_the_launcher_may_still_look_for_gpus():
-  assert placement.launcher_environment() == {'NPROC': '1', 'JAX_PLATFORMS': 'cpu', 'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'}
+  assert placement.launcher_environment() == {name: value for name, value in ON_CPU.items() if name != 'CUDA_VISIBLE_DEVICES'}
 
 
 def test_cpu_threads_are_divided(monkeypatch):
