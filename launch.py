@@ -40,6 +40,7 @@ from programs import status
 from programs import terminal
 
 flags.FLAGS.set_default('lp_launch_type', lp.LaunchType.LOCAL_MULTI_PROCESSING.value)
+flags.FLAGS.set_default('lp_termination_notice_secs', supervisor.LAUNCHER_NOTICE)
 
 
 def main(argv: list[str]) -> int:
