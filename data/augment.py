@@ -53,7 +53,7 @@ def target_images(run: Mapping[str, Any], prepared: store.Prepared, step: int, b
   def change(block):
     some = places[block]
     changed = apply(prepared.raw_images[wanted[some]], Changes(*(values[block] for values in changes)))
-    images[some] = preprocess.apply(prepared.transform, changed)
+    images[some] = preprocess.apply_to_block(prepared.transform, changed)
   preprocess.in_blocks(change, len(places), threads)
   return images
 

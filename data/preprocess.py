@@ -60,12 +60,15 @@ def apply(transform: Transform, images: np.ndarray, threads: int = 1) -> np.ndar
   prepared = np.empty(images.shape, np.float32)
 
   def block(rows):
-    standard = (images[rows].astype(np.float64) - transform.mean) / transform.std
-    if transform.zca is not None:
-      standard = _whiten(transform.zca, _unit_rows(standard)[0]).reshape(standard.shape)
-    prepared[rows] = standard
+    prepared[rows] = apply_to_block(transform, images[rows])
   in_blocks(block, len(images), threads)
   return prepared
+
+
+def apply_to_block(transform: Transform, images: np.ndarray) -> np.ndarray:
+  """As `apply`, of the images of one of `in_blocks`' slices; float64."""
+  standard = (images.astype(np.float64) - transform.mean) / transform.std
+  return standard if transform.zca is None else _whiten(transform.zca, _unit_rows(standard)[0]).reshape(images.shape)
 
 
 def in_blocks(function: Callable[[slice], None], n: int, threads: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 import configs
 from configs import base
-from configs import published
+from nodes import published
 
 
 def _with(path, value):
