@@ -111,7 +111,7 @@ class KernelWorker:
     for start, stop in tasks.ranges(task.target_range[1] - first, tile):
       chosen = batch[first + start:first + stop]
       x_t = self._train[chosen] if not self._augment else augment.target_images(
-          self._run, self._prepared, task.step, batch, first + start, first + stop)
+          self._run, self._prepared, task.step, batch, first + start, first + stop, self._threads)
       y_t = sampling.centred_one_hot(self._prepared.train_labels[chosen], self._prepared.num_classes)
       residual = None
 
