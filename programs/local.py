@@ -17,6 +17,7 @@ def main(argv: list[str]) -> int:
   os.environ.update(placement.environment(len(os.sched_getaffinity(0))))  # before JAX starts
   from nodes import run_directory
   from programs import start
+  from programs import terminal
   try:
     start.parse(argv)
     run = start.ready()
@@ -24,7 +25,8 @@ def main(argv: list[str]) -> int:
     print(f'error: {error}', file=sys.stderr)
     return run_directory.BAD_INPUT_STATUS
   logging.info(run.memory)
-  distil(run, start.stop_event())
+  with terminal.shown(run.directory):
+    distil(run, start.stop_event())
   return start.outcome(run.directory)
 
 
