@@ -173,7 +173,7 @@ def accuracy(rows: Sequence[dict[str, Any]]) -> bytes:
   rows = sorted(rows, key=lambda row: row['step'])
   figure = matplotlib.figure.Figure(figsize=(6.5, 2.8), layout='constrained')
   axes = figure.subplots(1, 2, sharey=True)
-  for axis, x, name in ((axes[0], 'step', 'update'), (axes[1], 'wall_seconds', 'wall time (s)')):
+  for axis, x, name in ((axes[0], 'step', 'step'), (axes[1], 'wall_seconds', 'wall time (s)')):
     for key, label, colour, marker, line in _CURVES:
       found = [row for row in rows if key in row]
       if found:

@@ -41,7 +41,7 @@ def shown(directory: run_directory.RunDirectory):
   os.close(slave)
   if on_terminal:
     console = Console(file=os.fdopen(os.dup(real[0]), 'w', encoding='utf-8'))
-    bar = Live(console=console, get_renderable=lambda: _bar(directory.read_status() or {}), refresh_per_second=_REDRAWS, transient=True,
+    bar = Live(console=console, get_renderable=lambda: _bar(directory), refresh_per_second=_REDRAWS, transient=True,
                redirect_stdout=False, redirect_stderr=False)
     write = lambda lines: _print_above(console, lines)
   else:
@@ -92,18 +92,19 @@ def _print_above(console: Console, lines: bytes) -> None:
       console.print(Text.from_ansi(line.decode(errors='replace')), soft_wrap=True)
 
 
-def _bar(status: dict) -> Group:
-  """Two lines, of status.json."""
+def _bar(directory: run_directory.RunDirectory) -> Group:
+  """Two lines, of what the run has recorded."""
+  status, rows = directory.read_status() or {}, directory.read_metrics()
   line = Table.grid(expand=True, padding=(0, 1))
   if status.get('state') != run_directory.RUNNING or 'train_loss' not in status:
     line.add_row('starting')
     return Group(line)
-  row = status['last_row']
-  tested = f'test {100 * row["krr_test_accuracy"]:.2f} % at step {row["step"]}  ' if row else ''
+  step, num_steps = status['step'], status['num_steps']
+  to_go = f'{datetime.timedelta(seconds=round(status["seconds_to_go"]))} to go' if step < num_steps else 'last evaluation'
+  tested = f'test {100 * rows[-1]["krr_test_accuracy"]:.2f} % at step {rows[-1]["step"]}  ' if rows else ''
   line.add_column(no_wrap=True)
   line.add_column(ratio=1)
   line.add_column(no_wrap=True)
-  line.add_row(f'step {status["step"]}/{status["num_steps"]}', ProgressBar(status['num_steps'], status['step']),
-               f'{datetime.timedelta(seconds=round(status["seconds_to_go"]))} to go')
+  line.add_row(f'step {step}/{num_steps}', ProgressBar(num_steps, step), to_go)
   return Group(line, Text(f'loss {status["train_loss"]:.5f}  {tested}{status["kernel_pairs_per_second"]:.3g} pairs/s  '
-                          f'{len(status["workers_alive"])} workers', no_wrap=True))
+                          f'workers: {len(status["workers_alive"])}', no_wrap=True))
