@@ -1,4 +1,4 @@
-"""Follows the coordinator's snapshots: KRR and finite-network accuracy on the whole test set, to the log and to metrics.jsonl.
+"""Follows the coordinator's snapshots: KRR and finite-network accuracy on the whole test set, to log, metrics.jsonl and TensorBoard.
 
 Alone it evaluates a finished set, on all cores:
 
@@ -107,12 +107,14 @@ class Evaluator:
     row = {'step': step, **self._evaluation.krr(images, labels), **json.loads(snapshot['metrics'])}
     if step == 0 or snapshot['final'] or step in self._settings['nn_snapshots']:
       row.update(self._evaluation.finite_network(images, labels))
-    logging.info('evaluated step %d: %s', step, evaluation.in_words(row))
+    logging.info('evaluated %s', evaluation.in_words(row))
+    from nodes import report  # here and below, because matplotlib takes seconds to import
+    from nodes import tensorboard
+    tensorboard.write(self._directory, row, images, labels, self._prepared)  # before the row: what has one is done with
     if snapshot['final']:
       if self._settings['baselines']:
         rows = self._evaluation.baselines(len(images))
         run_directory.write_atomically(self._directory.baselines, run_directory.json_line(rows, indent=2))
-      from nodes import report  # here, because matplotlib takes seconds to import
       report.write(self._directory, [*self._directory.read_metrics(), row])
     return row
 
