@@ -357,7 +357,7 @@ class Coordinator:
   def _two_halves(self, state: SupportState, with_gradient: bool) -> tuple[Metrics, Gradient | None]:
     """Blocks of K_ss and K_ts come in, residuals go out and gradients of parts of the support come in. A group of targets goes on to its
     second half as soon as its rows are whole, so that nobody waits for everybody but at the end of a step."""
-    num_support, cut = len(state.images), self._run['plan']
+    num_support = len(state.images)
     self._begin(state)
     support, blocks, pull_backs = (self._tasks(phase, num_support) for phase in (
         tasks.SUPPORT_BLOCKS, tasks.TARGET_BLOCKS, tasks.TARGET_VJP))
@@ -372,13 +372,12 @@ class Coordinator:
     ranges = sum(task.target_range == blocks[0].target_range for task in blocks)
     for first in range(0, len(blocks), ranges):
       rows = np.concatenate([self._piece(task)['block'] for task in blocks[first:first + ranges]])
-      start = blocks[first].target_range[0]
-      for t0, t1 in tasks.ranges(rows.shape[1], cut['target_tile']):
-        part = krr.residual(rows[:, t0:t1], solution.alpha, y_t[start + t0:start + t1], len(batch))
-        residual[start + t0:start + t1] = part.scaled
-        loss += part.loss
-        correct += part.correct
-        alpha_bar += part.alpha_bar
+      group = slice(*blocks[first].target_range)
+      part = krr.residual(rows, solution.alpha, y_t[group], len(batch))
+      residual[group] = part.scaled
+      loss += part.loss
+      correct += part.correct
+      alpha_bar += part.alpha_bar
       if with_gradient:
         self._board.extend(pull_backs[first:first + ranges], first=True)
     metrics = self._metrics(loss, correct)

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
+from configs import cifar10_fc1
 from data import store
 from nodes import run_directory
 from programs import local
@@ -110,6 +111,8 @@ def test_jobs_survive_all_and_end_in_the_same_bits(tmp_path, cluster, cache):
 def test_steps_of_an_allocation_end_in_the_same_bits(tmp_path, cluster, cache):
   """FC1 on CIFAR-10, stopped in mid-run and gone on with; each time the command's status is the run's."""
   workdir, num_steps = tmp_path / 'run', 12
+  data = {**cifar10_fc1.get_config().run.data.to_dict(), 'dir': CIFAR}
+  store.prepare(data, cache)  # here, so that no time limit below has to allow for it
   command = ['salloc', '--ntasks=6', sys.executable, 'launch.py', '--cluster=slurm', '--config=configs/cifar10_fc1.py',
              f'--workdir={workdir}', '--host=localhost', f'--config.run.data.dir={CIFAR}', f'--config.system.cache_dir={cache}',
              f'--config.run.num_steps={num_steps}', '--config.system.num_workers=4', '--config.system.snapshot_steps=0,1',
