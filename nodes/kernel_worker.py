@@ -211,8 +211,8 @@ class KernelWorker:
     device = jax.devices()[0]
     versions = {'numpy': np.__version__, 'jax': jax.__version__, 'python': platform.python_version()}
     return {'implementation': self._kernel.implementation, 'dtype': str(self._kernel.dtype),
-            'instruction_set': getattr(self._kernel, 'instruction_set', ''),
-            'device': _cpu_model() if device.platform == 'cpu' else device.device_kind, 'data': self._prepared.content, **versions}
+            'instruction_set': self._kernel.instruction_set,
+            'device': self._kernel.device or (_cpu_model() if device.platform == 'cpu' else device.device_kind), 'data': self._prepared.content, **versions}
 
   def _calibrate(self) -> float:
     """Pairs a second, of a single pair, of a few, of a full tile: as far as they are cheap. Compiles on the way."""
