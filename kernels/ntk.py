@@ -1,9 +1,10 @@
 """Kernel blocks and their gradients: `make_kernel` picks an implementation; all obey the contract of `Kernel`."""
 
 import dataclasses
+import functools
 import importlib
 import os
-from typing import Any, Callable, Mapping, Protocol
+from typing import Any, Callable, Mapping, NamedTuple, Protocol
 
 from absl import logging
 import numpy as np
@@ -44,6 +45,19 @@ class Prepared:
 Images = np.ndarray | Prepared
 
 
+class Linearised(NamedTuple):
+  """A block, and what its gradient needs.
+
+  Attributes:
+    block: [A, B].
+    pull_back: from a cotangent [A, B] to the gradient of sum(block * cotangent) with respect to x1, [A, H, W, D].
+    nbytes: what it holds in memory.
+  """
+  block: np.ndarray
+  pull_back: Callable[[np.ndarray], np.ndarray]
+  nbytes: int
+
+
 class Kernel(Protocol):
   """What `make_kernel` returns. Arrays are NumPy's; `A`, `B` any positive numbers of images.
 
@@ -76,6 +90,9 @@ class Kernel(Protocol):
     Returns:
       block [A, B] and gradient [A, H, W, D].
     """
+
+  def linearise(self, x1: Images, x2: Images) -> Linearised:
+    """`block_vjp` in two halves, for a cotangent that is known much later. An implementation that has none of its own computes twice."""
 
 
 def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'float32', threads: int | None = None, kind: str = 'ntk',
@@ -192,15 +209,23 @@ class _Checked:
 
   def block_vjp(self, x1, x2, cotangent):
     x1, x2 = self._images(x1, x2)
-    shape = (len(x1), len(x2))
-
-    def checked(value):
-      value = np.asarray(value, self.dtype)
-      if value.shape != shape:
-        raise ValueError(f'cotangent: expected shape {shape}, got {value.shape}.')
-      return value
-
+    checked = functools.partial(self._cotangent, (len(x1), len(x2)))
     return self._kernel.block_vjp(x1, x2, (lambda block: checked(cotangent(block))) if callable(cotangent) else checked(cotangent))
+
+  def linearise(self, x1, x2):
+    x1, x2 = self._images(x1, x2)
+    if hasattr(self._kernel, 'linearise'):
+      block, pull_back, nbytes = self._kernel.linearise(x1, x2)
+    else:
+      block, pull_back = self._kernel.block(x1, x2), lambda cotangent: self._kernel.block_vjp(x1, x2, cotangent)[1]
+      nbytes = (x2.images if isinstance(x2, Prepared) else x2).nbytes
+    return Linearised(block, lambda cotangent: pull_back(self._cotangent(block.shape, cotangent)), nbytes)
+
+  def _cotangent(self, shape, value):
+    value = np.asarray(value, self.dtype)
+    if value.shape != shape:
+      raise ValueError(f'cotangent: expected shape {shape}, got {value.shape}.')
+    return value
 
   def _images(self, x1, x2):
     first = self._checked_images('x1', x1)
