@@ -16,7 +16,6 @@ from kernels import architectures
 from kernels import ntk
 from kernels.cuda import plan as planning
 
-_KEPT_BYTES = 2 ** 31  # of derivatives kept until the cotangent is known, or contracted with it at once
 _TABLE_BYTES = 2 ** 29  # of one part of the second images' tables
 _OPTIONS = ('--std=c++17', '-default-device', '--ftz=true')
 
@@ -27,7 +26,7 @@ class Gpu:
   Attributes:
     name: the model's.
     threads, shared_bytes: of a block, at most.
-    kept_bytes: `_KEPT_BYTES`, or less where the device has little memory.
+    kept_bytes: of pairs' derivatives, at most, until the cotangent is known, or contracted with it at once.
   """
 
   def __init__(self):
@@ -38,7 +37,7 @@ class Gpu:
     self.name, self.threads = properties['name'].decode(), planning.THREADS
     self.shared_bytes = properties['sharedMemPerBlockOptin']
     self._processors, self._memory = properties['multiProcessorCount'], properties['totalGlobalMem']
-    self.kept_bytes = min(_KEPT_BYTES, self._memory // 4)
+    self.kept_bytes = self._memory // 8
 
   def load(self, plan: planning.Plan):
     """Kernels by name: each with the number of blocks to launch at most, all that the device holds at once, their workspaces permitting."""
