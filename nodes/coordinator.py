@@ -396,10 +396,13 @@ class Coordinator:
     """Runs a phase: yields (ranges, piece) in plan order. Raises _Stopped, TaskFailed or RunFailed."""
     plan = _plan(self._run, phase, num_support, targets)
     self._board.post([tasks.Task(self._run_id, self._generation, self._step, phase, i, t, s) for i, (t, s) in enumerate(plan)])
-    while (pieces := self._board.collect(_POLL)) is None:
+    pieces = None
+    while pieces is None:
       if self._stop_event.is_set():
         raise _Stopped()
-      self._check_progress()
+      pieces = self._board.collect(_POLL)
+      if pieces is None:
+        self._check_progress()
     self._pairs += sum((t1 - t0) * (s1 - s0) for (t0, t1), (s0, s1) in plan)
     return zip(plan, pieces)
 

@@ -19,13 +19,13 @@ import numpy as np
 import psutil
 
 from configs import base
-from configs import published
 from data import DataError
 from data import NPZ_ERRORS
 from nodes import command_line
 from nodes import evaluation
 from nodes import export
 from nodes import pictures
+from nodes import published
 from nodes import run_directory
 
 _PACKAGES = ('numpy', 'jax', 'jaxlib', 'neural-tangents', 'optax', 'dm-launchpad')

@@ -46,12 +46,12 @@ def make_program(run: start.Run, workers: Sequence[str] = (), published: str = '
 def local_resources(run: start.Run) -> dict[str, PythonProcess]:
   """The environment of every process of a `local_mp` launch."""
   system = run.config['system']
-  threads = placement.worker_threads(system['worker_threads'], system['num_workers'])
+  placed = placement.place(system['num_workers'], run.gpus.names)
   root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   path = os.pathsep.join([root, *filter(None, [os.environ.get('PYTHONPATH')])])
-  environment = lambda threads: {**placement.environment(threads), 'PYTHONPATH': path, supervisor.LAUNCHER: str(os.getpid())}
-  return {COORDINATOR: PythonProcess(env=environment(1)), 'evaluator': PythonProcess(env=environment(1)),
-          **{f'kernel_worker_{i}': PythonProcess(env=environment(threads)) for i in range(system['num_workers'])}}
+  process = lambda environment: PythonProcess(env={**environment, 'PYTHONPATH': path, supervisor.LAUNCHER: str(os.getpid())})
+  return {COORDINATOR: process(placed.coordinator), 'evaluator': process(placed.evaluator),
+          **{f'kernel_worker_{i}': process(environment) for i, environment in enumerate(placed.workers)}}
 
 
 def wait(manager: worker_manager.WorkerManager) -> None:

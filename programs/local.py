@@ -14,17 +14,19 @@ from programs import placement
 
 def main(argv: list[str]) -> int:
   """Runs to the end; returns the exit status."""
-  os.environ.update(placement.environment(len(os.sched_getaffinity(0))))  # before JAX starts
+  gpus = placement.find_gpus('auto', at_most=1)  # 'auto', because to read the configuration starts JAX
+  os.environ.update(placement.environment(*gpus.names))  # before JAX starts
   from nodes import run_directory
   from programs import start
   from programs import terminal
   try:
     start.parse(argv)
-    run = start.ready()
+    run = start.ready(lambda implementation: gpus)
   except start.BadInput as error:
     print(f'error: {error}', file=sys.stderr)
     return run_directory.BAD_INPUT_STATUS
   logging.info(run.memory)
+  logging.info(run.gpus.remark)
   with terminal.shown(run.directory):
     distil(run, start.stop_event())
   return start.outcome(run.directory)

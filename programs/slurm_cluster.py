@@ -26,7 +26,7 @@ _PATIENT = '--config.system.worker_timeout=1000000'  # workers may wait in the q
 
 def submit(argv: Sequence[str]) -> int:
   """Submits the jobs, and prints their ids and how to follow, extend and stop the run. Raises BadInput."""
-  run = start.ready(local_workers=False)  # on this host: others may have no way to the data, and mistakes are told at once
+  run = start.ready(None)  # on this host: others may have no way to the data, and mistakes are told at once
   workdir = run.directory.path
   run.directory.close()
   logs = os.path.join(workdir, 'logs')

@@ -45,7 +45,7 @@ def make_run(npz, cache):
     config = base.get_config()
     small = {'run.architecture': 'convnet2', 'run.data.name': npz, 'run.num_steps': 3, 'run.images_per_class': 2,
              'run.targets_per_step': 33, 'run.plan.support_tile': 4, 'run.plan.target_tile': 5, 'run.plan.target_tiles_per_task': 2,
-             'system.evaluation.nn_steps': 0, 'system.final_evaluation_timeout': 120.0}
+             'system.num_workers': 2, 'system.evaluation.nn_steps': 0, 'system.final_evaluation_timeout': 120.0}
     for path, value in {**small, **(changes or {})}.items():
       node = config
       *parents, leaf = path.split('.')

@@ -11,6 +11,7 @@ import pytest
 from nodes import coordinator as coordinator_node
 from nodes import evaluation
 from nodes import kernel_worker
+from nodes import task_board
 from nodes import tasks
 from nodes.remote import CoordinatorLost
 from programs import local
@@ -32,6 +33,14 @@ def test_without_workers_the_run_fails_with_a_checkpoint(make_run, tmp_path):
   status = run.directory.read_status()
   assert status['state'] == 'failed' and 'no worker has been heard of' in status['message']
   assert os.listdir(run.directory.checkpoints) == ['00000000']
+
+
+def test_a_run_stops_however_fast_its_phases_are(make_run, tmp_path, monkeypatch):
+  monkeypatch.setattr(task_board.TaskBoard, 'collect', lambda self, wait: [{}] * len(self._tasks))
+  coordinator = _coordinator(make_run(tmp_path, FC1))
+  coordinator._stop_event.set()
+  with pytest.raises(coordinator_node._Stopped):
+    coordinator._phase(tasks.TARGETS, 4)
 
 
 def test_a_worker_that_would_compute_other_bits_is_refused(make_run, tmp_path, monkeypatch):

@@ -12,9 +12,9 @@ from PIL import Image
 import pytest
 
 from configs import base
-from configs import published
 from nodes import export
 from nodes import pictures
+from nodes import published
 from nodes import report
 from programs import local
 

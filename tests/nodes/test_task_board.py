@@ -235,7 +235,7 @@ def test_a_waiting_worker_wakes_when_work_arrives():
 def test_the_plan_covers_every_pair_once(num_support, num_targets, tile, group):
   def covered(phase, columns):
     count = np.zeros((num_support, columns), int)
-    for (t0, t1), (s0, s1) in tasks.plan(phase, num_support, num_targets, tile, group):
+    for (t0, t1), (s0, s1) in tasks.plan(phase, num_support, (0, num_targets), tile, group):
       count[s0:s1, t0:t1] += 1
     return count
   assert (covered(tasks.TARGETS, num_targets) == 1).all()
