@@ -31,7 +31,7 @@ def parse(argv: Sequence[str], expected: str) -> None:
   """Parses all flags; --help prints the program's own and ends it. Raises BadInput, which names what is `expected`."""
   if '--help' in argv or '-h' in argv:
     modules = flags.FLAGS.flags_by_module_dict()
-    own = [CONFIG] if '--config' in expected else []
+    own = [flags.FLAGS['config']] if '--config' in expected else []
     own += [flag for name in _FLAG_MODULES for flag in modules.get(name or sys.argv[0], [])]
     print(sys.modules['__main__'].__doc__)
     for flag in own:
