@@ -35,7 +35,8 @@ def parse(argv: Sequence[str], expected: str) -> None:
     own += [flag for name in _FLAG_MODULES for flag in modules.get(name or sys.argv[0], [])]
     print(sys.modules['__main__'].__doc__)
     for flag in own:
-      print(textwrap.fill(f'--{flag.name}: {flag.help}', _HELP_WIDTH, initial_indent='  ', subsequent_indent='      ', break_on_hyphens=False))
+      print(textwrap.fill(f'--{flag.name}: {flag.help}', _HELP_WIDTH, initial_indent='  ', subsequent_indent='      ',
+                          break_on_hyphens=False))
     sys.exit(0)
   for argument in argv[1:]:
     match = re.match(r'--(?:no)?config\.([\w.]+)', argument)

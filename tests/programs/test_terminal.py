@@ -15,12 +15,14 @@ from programs import terminal
 directory = run_directory.RunDirectory(sys.argv[1])
 with terminal.shown(directory):
   time.sleep(0.8)
-  directory.write_status('running', step=30, num_steps=120, train_loss=0.25, seconds_to_go=61.2, kernel_pairs_per_second=5000.0, workers_alive=['a', 'b'])
+  directory.write_status('running', step=30, num_steps=120, train_loss=0.25, seconds_to_go=61.2, kernel_pairs_per_second=5000.0,
+                         workers_alive=['a', 'b'])
   directory.append_metrics({'step': 10, 'krr_test_accuracy': 0.5})
   print("from here")
   sys.stdout.flush()
   os.system("echo '\\033[1;36mfrom a child\\033[0;0m'; echo '[coordinator/0] 10:00:00 step 30/120: loss 0.2'")
-  os.system("printf '[a/0] Waiting for workers to stop for 10s.\\r\\033[34mWaiting for workers to stop for 9s.\\033[0m\\n[b/0] Waiting for workers to stop for 10s.\\rend\\n\\n'")
+  waiting = 'Waiting for workers to stop for 9s.'
+  os.system(f"printf '[a/0] {waiting}\\r\\033[34m{waiting}\\033[0m\\n[b/0] {waiting}\\rend\\n\\n'")
   time.sleep(1.2)
   if sys.argv[2:]:
     os._exit(130)
