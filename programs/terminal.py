@@ -77,7 +77,10 @@ def _copy(master: int, write) -> None:
       data = b''
     *lines, held = (held + data).split(b'\n') if data else [*filter(None, [held]), b'']
     told = [(line, _COUNTDOWN.sub(b'', line)) for line in lines]
-    write(b''.join(rest + b'\n' for line, rest in told if rest == line or not _NOTHING.fullmatch(rest)))
+    try:
+      write(b''.join(rest + b'\n' for line, rest in told if rest == line or not _NOTHING.fullmatch(rest)))
+    except OSError:  # nobody reads any more: `| head`
+      write = lambda lines: None  # whoever writes must not wait for it
     if not data:
       return
 

@@ -64,6 +64,14 @@ def test_the_cursor_is_there_whoever_ends_it(tmp_path):
   assert output.rindex('\x1b[?25h') > output.rindex('\x1b[?25l')
 
 
+def test_nobody_waits_for_a_reader_that_is_gone(tmp_path):
+  program = PROGRAM.replace('time.sleep(1.2)', 'os.system("seq 100000"); os._exit(0)')
+  process = subprocess.Popen([sys.executable, '-c', program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+  assert process.stdout.readline() == b'from here\n'
+  process.stdout.close()
+  assert process.wait(60) == 0
+
+
 @pytest.mark.parametrize('stderr', [subprocess.STDOUT, subprocess.PIPE])
 def test_plain_lines_elsewhere(tmp_path, stderr):
   done = subprocess.run([sys.executable, '-c', PROGRAM, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True,
