@@ -21,6 +21,8 @@ _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 _FLAG_MODULES = ('programs.start', '', 'programs.status', 'programs.hosts', 'programs.slurm_cluster')  # '': of the program itself
 _HELP_WIDTH = 110
+_PLAINER = {'invalid literal for int() with base 10:': 'expected a whole number, got',
+            'could not convert string to float:': 'expected a number, got'}
 
 
 class BadInput(ValueError):
@@ -50,7 +52,10 @@ def parse(argv: Sequence[str], expected: str) -> None:
   try:
     rest = flags.FLAGS(list(argv))
   except flags.Error as error:
-    raise BadInput(' '.join(str(error).split())) from error
+    message = ' '.join(str(error).split())
+    for words, plainer in _PLAINER.items():
+      message = message.replace(words, plainer)
+    raise BadInput(message) from error
   except (AttributeError, ImportError, KeyError, NameError, OSError, SyntaxError, TypeError, ValueError) as error:
     raise BadInput(f'the configuration cannot be used: {type(error).__name__}: {" ".join(str(error).split())}') from error
   if len(rest) > 1:
