@@ -116,7 +116,8 @@ def test_every_process_of_the_program_has_its_environment(machine, npz, cache, t
                   run_directory.RunDirectory(str(tmp_path)), cache, gpus=placement.find_gpus('auto'))
   environments = {label: process.env for label, process in distill.local_resources(run).items()}
   assert {label: env['CUDA_VISIBLE_DEVICES'] for label, env in environments.items()} == {
-      'coordinator': '', 'evaluator': 'GPU-1aaa', 'kernel_worker_0': 'GPU-0aaa', 'kernel_worker_1': 'GPU-1aaa', 'kernel_worker_2': 'GPU-0aaa'}
+      'coordinator': '', 'evaluator': 'GPU-1aaa',
+      'kernel_worker_0': 'GPU-0aaa', 'kernel_worker_1': 'GPU-1aaa', 'kernel_worker_2': 'GPU-0aaa'}
   assert set(distill.make_program(run).groups) == set(environments)
 
 
