@@ -81,7 +81,7 @@ def coordinate(port: int, workdir: str, cache: str, answer) -> None:
   clock, solution = steps.Clock(), coordinator_node.Coordinator._solution
   coordinator = coordinator_node.Coordinator(workdir, cache, threading.Event())
   for watched in (('solve', krr, 'solve'), ('solve', krr, 'pull_back'), ('move', coordinator, '_move'), ('write', coordinator, '_log'),
-                  ('write', coordinator, '_save'), ('write', coordinator, '_write_snapshot'), ('wait', coordinator._board, 'collect')):
+                  ('write', coordinator, '_save'), ('write', coordinator, '_write_snapshot'), ('wait', coordinator._board, 'take')):
     clock.watch(*watched)
 
   def solved(state):
@@ -106,9 +106,9 @@ def work(port: int, cache: str, answer) -> None:
                   ('encode', tasks, 'encode')):
     clock.watch(*watched)
 
-  def computed(self, task):
+  def computed(self, task, inputs):
     clock.lap(task.step)
-    return compute(self, task)
+    return compute(self, task, inputs)
   kernel_worker.KernelWorker._compute = computed
   kernel_worker.KernelWorker._calibrate = lambda self: 1e6 / MICROSECONDS
   client = _TimedClient(courier.Client(f'localhost:{port}', call_timeout=_TIMEOUT, wait_for_ready=False), clock)

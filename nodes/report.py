@@ -64,14 +64,15 @@ def write(directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]],
     run_directory.write_atomically(os.path.join(directory.path, name), lambda file: file.write(png))
     drawn.append((name, caption, png))
 
-  draw(directory.picture, 'Support images; preprocessing undone, both on the range of the first.',
+  part = pictures.shown_part(len(images), num_classes)
+  draw(directory.picture, f'Support images{part and ": " + part}; preprocessing undone, both on the range of the first.',
        pictures.support_images(first_images, images, num_classes, titles, distilled.transform))
   if distilled.transform.zca is not None:
     draw('images_whitened.png', 'The same as the kernel sees them: whitened, each on a range of its own.',
          pictures.support_images(first_images, images, num_classes, titles))
   if not np.array_equal(first_labels, labels):
-    draw('labels.png', 'Labels of the first image of each class (at most 20 classes), beside those they began as.',
-         pictures.label_bars(first_labels, labels, num_classes))
+    draw('labels.png', 'Labels of the first image of each class (of ten classes where there are more than 20), beside those they began as.',
+         pictures.label_bars(first_labels, labels, num_classes, titles))
     draw('label_covariance.png', 'Covariance of the labels, class by class; each has a scale of its own.',
          pictures.label_covariance(first_labels, labels))
   draw('accuracy.png', 'Test accuracy; wall time is the coordinator\'s, beside which evaluations run.', pictures.accuracy(rows))

@@ -18,6 +18,7 @@ def main(argv: list[str]) -> int:
   os.environ.update(placement.environment(*gpus.names))  # before JAX starts
   from nodes import run_directory
   from programs import start
+  from programs import terminal
   try:
     start.parse(argv)
     run = start.ready(lambda implementation: gpus)
@@ -26,7 +27,8 @@ def main(argv: list[str]) -> int:
     return run_directory.BAD_INPUT_STATUS
   logging.info(run.memory)
   logging.info(run.gpus.remark)
-  distil(run, start.stop_event())
+  with terminal.shown(run.directory):
+    distil(run, start.stop_event())
   return start.outcome(run.directory)
 
 

@@ -15,6 +15,7 @@ from data import store
 from nodes import command_line
 from nodes import initial_support
 from nodes import run_directory
+from nodes import tasks
 from nodes.command_line import BadInput
 from nodes.command_line import log_plainly
 from programs import placement
@@ -115,6 +116,9 @@ def _check_memory(config: dict[str, Any], prepared: store.Prepared, num_workers:
   block = 8 * support * plan['target_tile']
   coordinator = 10 * images + tasks_a_step * images // 2 + 6 * 8 * support ** 2
   worker = 4 * images + 4 * block + 2 ** 29  # and half a GiB for the kernel's own tiles
+  if tasks.support_per_task(run, support):
+    coordinator += 2 * 8 * support * run['targets_per_step']
+    worker += tasks.KEPT_BYTES
   if run['method'] != 'kip':
     width = support + prepared.num_classes
     rows = min(run['targets_per_step'], plan['target_tile'] * plan['target_tiles_per_task'])

@@ -81,6 +81,10 @@ def test_the_report_is_complete_in_itself(finished):
     assert expected in page.text
 
 
+def test_tensorboard_has_a_file_a_row(finished):
+  assert [int(name.rpartition('.')[2]) for name in sorted(os.listdir(finished.tensorboard))] == [0, 1, 2]
+
+
 def test_the_report_of_another_step_shows_its_images(finished):
   before = open(finished.picture, 'rb').read()
   report.write(finished, finished.read_metrics(), step=1)

@@ -41,7 +41,7 @@ def test_a_finished_run(make_run, tmp_path):
   assert (found['state'], found['step'], found['checkpoint_step']) == ('finished', 2, 2)
   assert found['rows'] == run.directory.read_metrics() and [row['step'] for row in found['rows']] == [0, 1, 2]
   assert sum(counts['pairs'] for counts in found['workers'].values()) == found['pairs']
-  assert f'evaluated step 2: KRR test accuracy {100 * found["rows"][-1]["krr_test_accuracy"]:.2f} %' in status._in_words(found)
+  assert f'evaluated step      2  KRR  {100 * found["rows"][-1]["krr_test_accuracy"]:.2f} %' in status._in_words(found)
 
 
 @pytest.mark.parametrize('flags, code, expected', [
