@@ -34,7 +34,7 @@ from nodes import run_directory
 from nodes import tasks
 
 TARGETS = 5000
-CASES = ((1, 250, 1), (1, 1250, 2), (10, 250, 1), (10, 625, 4), (50, 250, 1), (50, 250, 10))  # images a class, target tile, tiles a task
+CASES = ((1, 250, 1), (1, 250, 5), (10, 250, 1), (10, 250, 5), (50, 250, 1), (50, 250, 5))  # images a class, target tile, tiles a task
 MICROSECONDS = 5.0  # a pair, of the kernel that the share is told of
 WARM_UP = 3  # steps
 PARTS = ('solve', 'move', 'write', 'wait', 'lease', 'fetch', 'sample', 'images', 'residual', 'encode', 'complete')
@@ -103,7 +103,7 @@ def work(port: int, cache: str, answer) -> None:
   clock, compute = steps.Clock(), kernel_worker.KernelWorker._compute
   ntk.for_run = lambda run, threads: NoKernel()
   for watched in (('sample', sampling, 'targets'), ('images', ntk.Library, '__getitem__'), ('residual', krr, 'residual'),
-                  ('encode', tasks, 'encode')):
+                  ('residual', krr, 'cotangent'), ('encode', tasks, 'encode')):
     clock.watch(*watched)
 
   def computed(self, task, inputs):
