@@ -36,11 +36,11 @@ def test_without_workers_the_run_fails_with_a_checkpoint(make_run, tmp_path):
 
 
 def test_a_run_stops_however_fast_its_phases_are(make_run, tmp_path, monkeypatch):
-  monkeypatch.setattr(task_board.TaskBoard, 'collect', lambda self, wait: [{}] * len(self._tasks))
+  monkeypatch.setattr(task_board.TaskBoard, 'take', lambda self, task, wait: {})
   coordinator = _coordinator(make_run(tmp_path, FC1))
   coordinator._stop_event.set()
   with pytest.raises(coordinator_node._Stopped):
-    coordinator._phase(tasks.TARGETS, 4)
+    next(coordinator._phase(tasks.TARGETS, 4))
 
 
 def test_a_worker_that_would_compute_other_bits_is_refused(make_run, tmp_path, monkeypatch):
