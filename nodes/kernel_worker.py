@@ -219,12 +219,11 @@ class KernelWorker:
 
   def _fingerprint(self) -> dict[str, str]:
     """All that can change the bits of a result, apart from the run's configuration."""
-    import jax
-    device = jax.devices()[0]
-    versions = {'numpy': np.__version__, 'jax': jax.__version__, 'python': platform.python_version()}
+    from jax import version  # alone: a worker with the CUDA kernel has no use for JAX's part of the GPU
+    versions = {'numpy': np.__version__, 'jax': version.__version__, 'python': platform.python_version()}
     return {'implementation': self._kernel.implementation, 'dtype': str(self._kernel.dtype),
             'instruction_set': self._kernel.instruction_set,
-            'device': self._kernel.device or (_cpu_model() if device.platform == 'cpu' else device.device_kind), 'data': self._prepared.content, **versions}
+            'device': self._kernel.device or _device(), 'data': self._prepared.content, **versions}
 
   def _calibrate(self) -> float:
     """Pairs a second, of a single pair, of a few, of a full tile: as far as they are cheap. Compiles on the way."""
@@ -245,6 +244,13 @@ class KernelWorker:
       compute(x1, x2)
       rate = a * b / (time.perf_counter() - start)
     return rate
+
+
+def _device() -> str:
+  """That JAX computes on."""
+  import jax
+  device = jax.devices()[0]
+  return _cpu_model() if device.platform == 'cpu' else device.device_kind
 
 
 def _cpu_model() -> str:
