@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from programs import placement
 
-os.environ.update(placement.environment(1))  # before JAX starts
+os.environ.update(placement.environment())  # before JAX starts
 
 # pylint: disable=wrong-import-position
 import numpy as np
