@@ -206,7 +206,7 @@ def main():
       milliseconds = measure(folder, data, images_per_class, tile, tiles, args.steps)
       support = images_per_class * CLASSES
       pairs = coordinator_node.pairs_per_step({'targets_per_step': TARGETS, 'plan': {
-          'support_tile': base.get_config().run.plan.support_tile, 'target_tile': tile, 'target_tiles_per_task': tiles}}, support)
+          'support_tile': base.get_config().run.plan.support_tile, 'support_per_task': 0, 'target_tile': tile, 'target_tiles_per_task': tiles}}, support)
       share = milliseconds['step'] / (1e-3 * MICROSECONDS * pairs)
       rows.append({'support': support, 'target_tile': tile, 'target_tiles_per_task': tiles, 'share': share, **milliseconds})
       print(f'{support:4}{tile:6}{tiles:6}{-(-TARGETS // (tile * tiles)):6}{milliseconds["step"]:9.1f}{share:13.1%}'
