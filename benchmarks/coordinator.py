@@ -6,11 +6,9 @@ steps: what the coordinator's main thread does, and what the worker does while t
 """
 
 import argparse
-import collections
 import json
 import multiprocessing
 import os
-import statistics
 import tempfile
 import threading
 import time
@@ -25,9 +23,8 @@ from launchpad.nodes.courier import courier_utils
 import numpy as np
 import portpicker
 
-from configs import base
+from benchmarks import steps
 from data import sampling
-from data import store
 from kernels import krr
 from kernels import ntk
 from nodes import coordinator as coordinator_node
@@ -36,9 +33,8 @@ from nodes import remote
 from nodes import run_directory
 from nodes import tasks
 
-IMAGE, CLASSES = (32, 32, 3), 10
 TARGETS = 5000
-CASES = ((1, 250, 1), (1, 1250, 2), (10, 250, 1), (10, 625, 4), (50, 250, 1), (50, 250, 10))  # images a class, target tile, tiles a task
+CASES = ((1, 250, 1), (1, 250, 5), (10, 250, 1), (10, 250, 5), (50, 250, 1), (50, 250, 5))  # images a class, target tile, tiles a task
 MICROSECONDS = 5.0  # a pair, of the kernel that the share is told of
 WARM_UP = 3  # steps
 PARTS = ('solve', 'move', 'write', 'wait', 'lease', 'fetch', 'sample', 'images', 'residual', 'encode', 'complete')
@@ -47,7 +43,7 @@ _TIMEOUT = 60.0
 
 class NoKernel:
   """In place of a kernel: K_ss the identity, K_ts and all gradients constant."""
-  implementation, dtype = 'none', np.dtype('float32')
+  implementation, instruction_set, device, dtype = 'none', '', '', np.dtype('float32')
 
   def __init__(self):
     self._made = {}
@@ -62,41 +58,12 @@ class NoKernel:
     block = self._constant((len(x1), len(x2)), 1e-3)
     if callable(cotangent):
       cotangent(block)
-    return block, self._constant((len(x1), *IMAGE), 1e-3)
+    return block, self._constant((len(x1), *steps.IMAGE), 1e-3)
 
   def _constant(self, shape, value):
     if (shape, value) not in self._made:
       self._made[shape, value] = np.full(shape, value, self.dtype)
     return self._made[shape, value]
-
-
-class Clock:
-  """Seconds spent in functions, by name, and how far they had come at the beginning of each step."""
-
-  def __init__(self):
-    self._seconds = collections.Counter()
-    self._laps = {}
-
-  def timed(self, name, function):
-    def run(*args, **kwargs):
-      start = time.perf_counter()
-      try:
-        return function(*args, **kwargs)
-      finally:
-        self._seconds[name] += time.perf_counter() - start
-    return run
-
-  def watch(self, name, owner, attribute):
-    """Times a function that a module or a class holds, from now on."""
-    setattr(owner, attribute, self.timed(name, getattr(owner, attribute)))
-
-  def lap(self, step):
-    self._laps.setdefault(step, collections.Counter(self._seconds, step=time.perf_counter()))
-
-  def medians(self):
-    """Seconds a step, by name; 'step' is all of it."""
-    laps = [self._laps[step] for step in sorted(self._laps) if step >= WARM_UP]
-    return {name: statistics.median(b[name] - a[name] for a, b in zip(laps, laps[1:])) for name in laps[-1]}
 
 
 class _TimedClient:
@@ -111,10 +78,10 @@ class _TimedClient:
 
 def coordinate(port: int, workdir: str, cache: str, answer) -> None:
   """The coordinator's process: a run to its end; sends its seconds a step."""
-  clock, solution = Clock(), coordinator_node.Coordinator._solution
+  clock, solution = steps.Clock(), coordinator_node.Coordinator._solution
   coordinator = coordinator_node.Coordinator(workdir, cache, threading.Event())
   for watched in (('solve', krr, 'solve'), ('solve', krr, 'pull_back'), ('move', coordinator, '_move'), ('write', coordinator, '_log'),
-                  ('write', coordinator, '_save'), ('write', coordinator, '_write_snapshot'), ('wait', coordinator._board, 'collect')):
+                  ('write', coordinator, '_save'), ('write', coordinator, '_write_snapshot'), ('wait', coordinator._board, 'take')):
     clock.watch(*watched)
 
   def solved(state):
@@ -128,43 +95,34 @@ def coordinate(port: int, workdir: str, cache: str, answer) -> None:
   status = run_directory.RunDirectory(workdir).read_status()
   if status['state'] != run_directory.FINISHED:
     raise RuntimeError(status['message'])
-  answer.send(clock.medians())
+  answer.send(clock.medians(WARM_UP))
 
 
 def work(port: int, cache: str, answer) -> None:
   """The worker's process: works until told to stop; sends its seconds a step."""
-  clock, compute = Clock(), kernel_worker.KernelWorker._compute
+  clock, compute = steps.Clock(), kernel_worker.KernelWorker._compute
   ntk.for_run = lambda run, threads: NoKernel()
   for watched in (('sample', sampling, 'targets'), ('images', ntk.Library, '__getitem__'), ('residual', krr, 'residual'),
-                  ('encode', tasks, 'encode')):
+                  ('residual', krr, 'cotangent'), ('encode', tasks, 'encode')):
     clock.watch(*watched)
 
-  def computed(self, task):
+  def computed(self, task, inputs):
     clock.lap(task.step)
-    return compute(self, task)
+    return compute(self, task, inputs)
   kernel_worker.KernelWorker._compute = computed
   kernel_worker.KernelWorker._calibrate = lambda self: 1e6 / MICROSECONDS
   client = _TimedClient(courier.Client(f'localhost:{port}', call_timeout=_TIMEOUT, wait_for_ready=False), clock)
   stop = threading.Event()
   client = remote.Retrying(client, _TIMEOUT, stop, lambda error: type(error).__name__ == 'StatusNotOk')
   kernel_worker.KernelWorker(client, 'worker', 1, cache, stop).run()
-  answer.send(clock.medians())
+  answer.send(clock.medians(WARM_UP))
 
 
-def measure(folder: str, data: str, images_per_class: int, tile: int, tiles: int, num_steps: int) -> dict[str, float]:
+def measure(directory: run_directory.RunDirectory, cache: str) -> dict[str, float]:
   """Milliseconds a step: 'step', and PARTS."""
-  config = base.get_config()
-  config.run.update({'images_per_class': images_per_class, 'targets_per_step': TARGETS, 'num_steps': num_steps})
-  config.run.data.name = data
-  config.run.plan.update({'target_tile': tile, 'target_tiles_per_task': tiles})
-  config.system.update({'num_workers': 1, 'snapshot_steps': (0,), 'final_evaluation_timeout': 0.01})
-  config = config.to_dict()
-  base.validate(config)
-  directory = run_directory.RunDirectory(os.path.join(folder, f'{images_per_class}_{tile}_{tiles}'))
-  directory.open(config, store.prepare(config['run']['data'], folder).key)
   processes, port, seconds = multiprocessing.get_context('spawn'), portpicker.pick_unused_port(), {}
   started = []
-  for node, *arguments in ((coordinate, port, directory.path, folder), (work, port, folder)):
+  for node, *arguments in ((coordinate, port, directory.path, cache), (work, port, cache)):
     receiver, sender = processes.Pipe(duplex=False)
     process = processes.Process(target=node, args=(*arguments, sender), daemon=True)
     process.start()
@@ -175,16 +133,6 @@ def measure(folder: str, data: str, images_per_class: int, tile: int, tiles: int
   for process, _ in started:
     process.join()
   return {name: 1e3 * seconds.get(name, 0.0) for name in ('step', *PARTS)}
-
-
-def write_data(path: str, num_images: int) -> None:
-  """Noise in the shape of CIFAR-10."""
-  rng = np.random.default_rng(0)
-  arrays = {}
-  for name, count in (('train', num_images), ('test', 100)):
-    arrays[f'x_{name}'] = rng.integers(0, 256, (count, *IMAGE), np.uint8)
-    arrays[f'y_{name}'] = np.arange(count) % CLASSES
-  np.savez(path, **arrays)
 
 
 def main():
@@ -199,15 +147,12 @@ def main():
   print(f"{'':24}ms a step")
   print(f'{"S":>4}{"tile":>6}{"tiles":>6}{"tasks":>6}{"step":>9}{"% of kernel":>13}' + ''.join(f'{part:>9}' for part in PARTS))
   with tempfile.TemporaryDirectory() as folder:
-    data = os.path.join(folder, 'noise.npz')
-    write_data(data, args.images)
     for case in args.cases.split():
       images_per_class, tile, tiles = map(int, case.split('x'))
-      milliseconds = measure(folder, data, images_per_class, tile, tiles, args.steps)
-      support = images_per_class * CLASSES
-      pairs = coordinator_node.pairs_per_step({'targets_per_step': TARGETS, 'plan': {
-          'support_tile': base.get_config().run.plan.support_tile, 'target_tile': tile, 'target_tiles_per_task': tiles}}, support)
-      share = milliseconds['step'] / (1e-3 * MICROSECONDS * pairs)
+      directory = steps.make_run(folder, args.images, args.steps, {'target_tile': tile, 'target_tiles_per_task': tiles},
+                                 images_per_class=images_per_class, targets_per_step=TARGETS)
+      milliseconds, support = measure(directory, folder), images_per_class * steps.CLASSES
+      share = milliseconds['step'] / (1e-3 * MICROSECONDS * steps.pairs(directory))
       rows.append({'support': support, 'target_tile': tile, 'target_tiles_per_task': tiles, 'share': share, **milliseconds})
       print(f'{support:4}{tile:6}{tiles:6}{-(-TARGETS // (tile * tiles)):6}{milliseconds["step"]:9.1f}{share:13.1%}'
             + ''.join(f'{milliseconds[part]:9.1f}' for part in PARTS), flush=True)

@@ -3,11 +3,13 @@
 For each architecture and image size: Neural Tangents jitted, warmed, on all cores, at the best of several block sizes; each
 implementation on raw images (variances and their gradient included), the runs of all interleaved; medians. `step` is a vjp at a cotangent
 that depends on the block: what distillation does. The error is that of the very block timed, on the entries that Neural Tangents
-evaluates in float64; the vjp's cotangent is zero elsewhere, so that its whole gradient is checked.
+evaluates in float64; the vjp's cotangent is zero elsewhere, so that its whole gradient is checked. Without Neural Tangents the JAX kernel
+in float64 takes its place there, and there are no ratios.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import statistics
@@ -22,7 +24,6 @@ import numpy as np
 
 from kernels import architectures
 from kernels import ntk
-from kernels import reference
 
 COTANGENT = np.array([[1, -0.5], [0.25, 2]])  # of the entries compared with float64, the first rows and columns of a block
 CHECKED = len(COTANGENT)
@@ -30,6 +31,7 @@ REFERENCE_BLOCKS = ((1, 1), (2, 2), (4, 4), (16, 16), (64, 64), (256, 256))
 BLOCKS = ((10, 16), (10, 64), (10, 256), (256, 1024))
 ENOUGH_SECONDS = 0.5  # of a call: larger blocks gain nothing
 QUANTITIES = ('forward', 'vjp', 'step')
+HAS_NEURAL_TANGENTS = importlib.util.find_spec('neural_tangents') is not None
 
 
 @dataclasses.dataclass
@@ -43,9 +45,9 @@ class Row:
   forward_ms: float
   vjp_ms: float
   step_ms: float
-  forward_ratio: float
-  vjp_ratio: float
-  step_ratio: float
+  forward_ratio: float | None
+  vjp_ratio: float | None
+  step_ratio: float | None
   block_error: float
   gradient_error: float
   peak_share: float | None
@@ -76,8 +78,12 @@ class NeuralTangents:
   name = 'neural tangents'
 
   def __init__(self, architecture, images: np.ndarray, more: np.ndarray):
+    from kernels import reference  # here, because it may not be there
     kernel_fn = reference.network(architecture)[2]
-    block = lambda x1, x2: kernel_fn(x1, x2, get='ntk')
+
+    def block(x1, x2):
+      with jax.default_matmul_precision('highest'):  # no TF32
+        return kernel_fn(x1, x2, get='ntk')
     self._block = jax.jit(block)
 
     @jax.jit
@@ -107,33 +113,36 @@ class NeuralTangents:
     return {'forward': forward, 'vjp': vjp}
 
 
-def measure(name: str, image: tuple[int, int, int], implementations: list[str], threads: int, runs: int, peak: float) -> list[Row]:
-  """One row per implementation, that of Neural Tangents first."""
+def measure(name: str, image: tuple[int, int, int], implementations: list[str], threads: int, runs: int, peak: float,
+            with_peer: bool = HAS_NEURAL_TANGENTS) -> list[Row]:
+  """One row per implementation, that of Neural Tangents first, if it is there."""
   architecture = architectures.get(name)
   rng = np.random.default_rng(0)
   x1, x2 = (rng.standard_normal((max(shape[i] for shape in BLOCKS), *image)).astype(np.float32) for i in (0, 1))
-  oracle = ntk.make_kernel(architecture, implementation='reference', dtype='float64', threads=1)
+  oracle = ntk.make_kernel(architecture, implementation='reference' if HAS_NEURAL_TANGENTS else 'jax', dtype='float64', threads=1)
   expected = oracle.block_vjp(x1[:CHECKED], x2[:CHECKED], COTANGENT)
-  peer = NeuralTangents(architecture, x1, x2)
+  peers = [NeuralTangents(architecture, x1, x2)] if with_peer else []
   candidates = [Candidate(label, kernel, x1, x2) for label, kernel in _kernels(architecture, implementations, threads)]
-  seconds = {(c.name, quantity): [] for c in (peer, *candidates) for quantity in QUANTITIES}
+  timed = [*peers, *candidates]
+  seconds = {(c.name, quantity): [] for c in timed for quantity in QUANTITIES}
   for _ in range(runs):
-    for c in (peer, *candidates):
+    for c in timed:
       for quantity, run in c.runs().items():
         seconds[c.name, quantity].append(_seconds(run))
-    seconds[peer.name, 'step'] = seconds[peer.name, 'vjp']  # its vjp yields the block for nothing
+    for peer in peers:
+      seconds[peer.name, 'step'] = seconds[peer.name, 'vjp']  # its vjp yields the block for nothing
   milliseconds = {(c.name, quantity): 1e3 * statistics.median(seconds[c.name, quantity]) / np.prod(c.shape)
-                  for c in (peer, *candidates) for quantity in QUANTITIES}
+                  for c in timed for quantity in QUANTITIES}
   rows, work = [], operations(architecture, image)
-  for c in (peer, *candidates):
+  for c in timed:
     block_error = gradient_error = float('nan')
-    if c is not peer:
+    if c in candidates:
       block_error = max(_error(result[:CHECKED, :CHECKED], expected[0])
                         for result in (c.results['forward'], c.results['vjp'][0], c.results['step'][0]))
       gradient_error = max(_error(c.results[quantity][1][:CHECKED], expected[1]) for quantity in ('vjp', 'step'))
     times = [milliseconds[c.name, quantity] for quantity in QUANTITIES]
-    ratios = [milliseconds[peer.name, quantity] / milliseconds[c.name, quantity] for quantity in QUANTITIES]
-    share = None if c is peer else work / (times[0] * 1e-3) / peak
+    ratios = [milliseconds[peers[0].name, quantity] / milliseconds[c.name, quantity] if peers else None for quantity in QUANTITIES]
+    share = None if c in peers else work / (times[0] * 1e-3) / peak
     rows.append(Row(name, '{}x{}x{}'.format(*image), c.name, threads, '{}x{}'.format(*c.shape), *times, *ratios,
                     block_error, gradient_error, share))
   return rows
@@ -154,12 +163,12 @@ def operations(architecture: architectures.Architecture, image: tuple[int, int, 
   return int(total) or 2 * int(np.prod(image))
 
 
-def peak_flops() -> float:
-  """Multiplications and additions a second of a float32 matrix product on all cores: the best of ten."""
-  a = jnp.ones((2048, 2048), jnp.float32)
-  product = jax.jit(jnp.dot)
+def peak_flops(size: int = 2048) -> float:
+  """Multiplications and additions a second of a float32 matrix product (no TF32) on all of JAX's device: the best of ten."""
+  a = jnp.ones((size, size), jnp.float32)
+  product = jax.jit(lambda a, b: jnp.dot(a, b, precision='highest'))
   jax.block_until_ready(product(a, a))
-  return 2 * 2048 ** 3 / min(_seconds(lambda: jax.block_until_ready(product(a, a))) for _ in range(10))
+  return 2 * size ** 3 / min(_seconds(lambda: jax.block_until_ready(product(a, a))) for _ in range(10))
 
 
 def _kernels(architecture, implementations, threads):
@@ -189,6 +198,20 @@ def _error(value, expected) -> float:
   return float(np.abs(value - expected).max() / np.abs(expected).max())
 
 
+def heading(unit: str = 'ms') -> str:
+  """Of `line`s."""
+  return (f'{"":36}{"block":>9}{unit + " a pair":>33}{"times faster than NT":>27}{"error":>19}{"of peak":>9}\n'
+          f'{"":36}{"":9}' + ''.join(f'{q:>11}' for q in QUANTITIES) + ''.join(f'{q:>9}' for q in QUANTITIES) + f'{"block":>10}{"grad":>9}')
+
+
+def line(row: Row, units_a_ms: float = 1.0) -> str:
+  """A row in print."""
+  times = ''.join(f'{ms * units_a_ms:11.4g}' for ms in (row.forward_ms, row.vjp_ms, row.step_ms))
+  ratios = ''.join(f'{"-":>9}' if ratio is None else f'{ratio:9.0f}' for ratio in (row.forward_ratio, row.vjp_ratio, row.step_ratio))
+  errors = '' if row.peak_share is None else f'{row.block_error:10.0e}{row.gradient_error:9.0e}{row.peak_share:9.0%}'
+  return f'{row.architecture:9}{row.image:9}{row.implementation:18}{row.block:>9}{times}{ratios}{errors}'
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--architectures', default='fc1,conv3,convnet,myrtle5,myrtle10')
@@ -201,17 +224,13 @@ def main():
   implementations = args.implementations.split(',') if args.implementations else [name for name in ntk.available() if name != 'reference']
   peak = peak_flops()
   print(f'{args.threads} threads; a float32 matrix product reaches {peak / 1e9:.0f} GFLOP/s; load {os.getloadavg()[0]:.1f}')
-  print(f'{"":36}{"block":>9}{"ms a pair":>33}{"times faster than NT":>27}{"error":>19}{"of peak":>9}')
-  print(f'{"":36}{"":9}' + ''.join(f'{q:>11}' for q in QUANTITIES) + ''.join(f'{q:>9}' for q in QUANTITIES) + f'{"block":>10}{"grad":>9}')
+  print(heading())
   rows = []
   for name in args.architectures.split(','):
     for image in args.images.split(','):
       for row in measure(name, tuple(map(int, image.split('x'))), implementations, args.threads, args.runs, peak):
         rows.append(dataclasses.asdict(row))
-        errors = '' if row.peak_share is None else f'{row.block_error:10.0e}{row.gradient_error:9.0e}{row.peak_share:9.0%}'
-        print(f'{row.architecture:9}{row.image:9}{row.implementation:18}{row.block:>9}'
-              f'{row.forward_ms:11.4g}{row.vjp_ms:11.4g}{row.step_ms:11.4g}'
-              f'{row.forward_ratio:9.0f}{row.vjp_ratio:9.0f}{row.step_ratio:9.0f}{errors}', flush=True)
+        print(line(row), flush=True)
       with open(args.json, 'w', encoding='utf-8') as file:
         json.dump({'threads': args.threads, 'peak_gflops': peak / 1e9, 'rows': rows}, file, indent=1)
 

@@ -68,9 +68,10 @@ def get_config() -> ml_collections.ConfigDict:
 
   # How a step is cut into tasks. It fixes the order of sums, so it belongs to the trajectory.
   run.plan = ml_collections.ConfigDict()
-  run.plan.support_tile = 50  # support images a side of a K_ss task
+  run.plan.support_tile = 50  # support images a side of a K_ss task; with support_per_task, its rows
   run.plan.target_tile = 250  # target images a kernel block
   run.plan.target_tiles_per_task = 1  # blocks summed by the worker before it answers
+  run.plan.support_per_task = 0  # support images of a target task; 0: all, in one pass. Fewer for many workers (BUILD.md, 'How many workers')
 
   system = config.system = ml_collections.ConfigDict()
   system.num_workers = 0  # kernel-worker processes; 0: one a GPU, or 2 where there is none
@@ -124,7 +125,8 @@ _POSITIVE_FLOATS = ('run.learning_rate', 'run.label_learning_rate_factor', 'run.
                     'system.coordinator_timeout', 'system.final_evaluation_timeout')
 _RANGES = {'run.seed': (0, 2 ** 63 - 1), 'run.augmentation.fraction': (0, 1), 'run.augmentation.rotation': (0, 180),
            'run.augmentation.channel_shift': (0, _LIMIT), 'system.num_workers': (0, _LIMIT), 'system.worker_threads': (0, 4096),
-           'system.port': (0, 65535), 'system.evaluation.nn_steps': (0, 10 ** 7)}
+           'system.port': (0, 65535), 'system.evaluation.nn_steps': (0, 10 ** 7),
+           'run.plan.support_per_task': (0, _LIMIT)}
 _ARCHITECTURES = ('run.architecture', 'system.evaluation.nn_architecture')
 _GRIDS = ('system.evaluation.nn_learning_rate_factors', 'system.evaluation.nn_l2s')
 _NN_LOSSES = ('mse', 'cross_entropy')
@@ -222,6 +224,7 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
   """What keeps a saved run from going on: ['run.seed (0 there, 1 here)']. `data.dir` is only a place; `num_steps` may grow, unless
   the last update is of its own kind."""
   saved, wanted = (flatten({'run': json.loads(json.dumps(config['run']))}) for config in (saved, wanted))
+  saved.setdefault('run.plan.support_per_task', 0)  # of runs from before it was a field
   found = []
   for path in sorted(set(saved) | set(wanted)):
     there, here = saved.get(path), wanted.get(path)

@@ -39,12 +39,12 @@ class Residual(NamedTuple):
     loss: its share of the loss.
     correct: how many of its images are predicted right (arg-max).
     alpha_bar: K_bs^T R, its share of the cotangent of alpha, [S, C].
-    cotangent: of the block K(support, tile), [S, b].
+    scaled: R, the cotangent of the predictions, [b, C].
   """
   loss: float
   correct: int
   alpha_bar: np.ndarray
-  cotangent: np.ndarray
+  scaled: np.ndarray
 
 
 def regularised(k_ss: np.ndarray, ridge: float) -> np.ndarray:
@@ -94,7 +94,13 @@ def residual(k_st: np.ndarray, alpha: np.ndarray, y_t: np.ndarray, num_targets: 
     scaled = errors / (num_targets * y_t.shape[1])
     return Residual(loss=0.5 * float(np.sum(errors * scaled)),
                     correct=int(np.sum(predictions.argmax(axis=1) == y_t.argmax(axis=1))),
-                    alpha_bar=k_st @ scaled, cotangent=alpha @ scaled.T)
+                    alpha_bar=k_st @ scaled, scaled=scaled)
+
+
+def cotangent(alpha: np.ndarray, scaled: np.ndarray) -> np.ndarray:
+  """Of the block K(support, tile), [S, b], from alpha [S, C] and the tile's `scaled` [b, C]."""
+  with _BLAS.limit(limits=1):
+    return alpha @ scaled.T
 
 
 def pull_back(solution: Solution, alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

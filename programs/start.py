@@ -15,6 +15,7 @@ from data import store
 from nodes import command_line
 from nodes import initial_support
 from nodes import run_directory
+from nodes import tasks
 from nodes.command_line import BadInput
 from nodes.command_line import log_plainly
 from programs import placement
@@ -49,7 +50,7 @@ def ready(find_gpus: Callable[[str], placement.Gpus] | None) -> Run:
   """Validates the configuration, prepares the data and opens the run directory; the flags are parsed.
 
   Args:
-    find_gpus: finds the workers' GPUs for `run.implementation`; None where the workers do not share this host.
+    find_gpus: finds the workers' GPUs for `run.implementation`, before JAX starts; None where the workers do not share this host.
 
   Raises:
     BadInput: anything the user can mend; nothing has been started.
@@ -58,13 +59,14 @@ def ready(find_gpus: Callable[[str], placement.Gpus] | None) -> Run:
     raise BadInput('--config=FILE is missing, for instance --config=configs/digits.py.')
   if not WORKDIR.value:
     raise BadInput('--workdir=DIR is missing: the run directory, made if it is not there.')
-  config = command_line.CONFIG.value.to_dict()
+  config, gpus = command_line.CONFIG.value.to_dict(), placement.Gpus((), '')
+  if find_gpus:  # before JAX starts, to check the configuration
+    gpus = find_gpus(str(base.flatten(config).get('run.implementation')))
   try:
     base.validate(config)
     cache = store.cache_folder(config['system']['cache_dir'])
     prepared = store.prepare(config['run']['data'], cache, raw=config['run']['augmentation']['fraction'] > 0)
     base.validate_with_data(config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:])
-    gpus = find_gpus(config['run']['implementation']) if find_gpus else placement.Gpus((), '')
     config['system']['num_workers'] = placement.num_workers(config['system']['num_workers'], gpus.names)
     memory = _check_memory(config, prepared, config['system']['num_workers'] if find_gpus else 0)
     initial_support.make(config['run'], prepared, cache)
@@ -115,6 +117,9 @@ def _check_memory(config: dict[str, Any], prepared: store.Prepared, num_workers:
   block = 8 * support * plan['target_tile']
   coordinator = 10 * images + tasks_a_step * images // 2 + 6 * 8 * support ** 2
   worker = 4 * images + 4 * block + 2 ** 29  # and half a GiB for the kernel's own tiles
+  if tasks.support_per_task(run, support):
+    coordinator += 2 * 8 * support * run['targets_per_step']
+    worker += tasks.KEPT_BYTES
   if run['method'] != 'kip':
     width = support + prepared.num_classes
     rows = min(run['targets_per_step'], plan['target_tile'] * plan['target_tiles_per_task'])
