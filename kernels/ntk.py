@@ -12,8 +12,8 @@ import numpy as np
 from kernels import architectures
 
 # Module and class of each; imported when asked for, because Neural Tangents takes seconds to import and only one of them needs it.
-_CLASSES = {'cuda': ('kernels.cuda.kernel', 'CudaKernel'), 'native': ('kernels.native.kernel', 'NativeKernel'), 'jax': ('kernels.band', 'JaxKernel'),
-            'reference': ('kernels.reference', 'ReferenceKernel')}
+_CLASSES = {'cuda': ('kernels.cuda.kernel', 'CudaKernel'), 'native': ('kernels.native.kernel', 'NativeKernel'),
+            'jax': ('kernels.band', 'JaxKernel'), 'reference': ('kernels.reference', 'ReferenceKernel')}
 IMPLEMENTATIONS = ('auto', *_CLASSES)
 DTYPES = ('float32', 'float64')
 KINDS = ('ntk', 'nngp')
@@ -160,7 +160,8 @@ def _fastest() -> str:
   import jax
   from kernels.native import build
   if jax.default_backend() != 'cpu':
-    logging.log_first_n(logging.WARNING, 'There is a GPU, but no CuPy for the CUDA kernel (`make cuda` installs it); using the JAX kernel.', 1)
+    logging.log_first_n(logging.WARNING, 'There is a GPU, but no CuPy for the CUDA kernel (`make cuda` installs it); using the JAX '
+                        'kernel.', 1)
     return 'jax'
   if build.is_built():
     return 'native'

@@ -412,14 +412,11 @@ class Coordinator:
     return k_ss, self._solve(state, k_ss)
 
   def _k_ss(self, support: list[tasks.Task], num_support: int) -> np.ndarray:
-    k_ss = np.empty((num_support, num_support))
+    """Float64 [S, S]: on and above the diagonal as computed, below it the mirror image."""
+    k_ss = np.zeros((num_support, num_support))
     for task in support:
-      rows, columns = slice(*task.support_range), slice(*task.target_range)
-      block = self._piece(task)['block']
-      if task.target_range[0] >= task.support_range[0]:  # the rest is their mirror image
-        k_ss[rows, columns] = block
-        k_ss[columns, rows] = block.T
-    return k_ss
+      k_ss[slice(*task.support_range), slice(*task.target_range)] = self._piece(task)['block']
+    return np.triu(k_ss) + np.triu(k_ss, 1).T
 
   def _solve(self, state: SupportState, k_ss: np.ndarray) -> krr.Solution:
     try:

@@ -140,7 +140,7 @@ def shown_part(num_images: int, num_classes: int) -> str:
 
 def label_heat_map(labels: np.ndarray) -> bytes:
   """A PNG of labels [S, C]: a row an image, a column a class."""
-  figure = matplotlib.figure.Figure(figsize=(4.5, 4.0), layout='constrained')
+  figure = matplotlib.figure.Figure(figsize=(3.2, 2.8), layout='constrained')
   axis = figure.subplots()
   _heat_map(figure, axis, labels, aspect='auto')
   axis.set_xlabel('class', fontsize=8)

@@ -1,6 +1,7 @@
 """Hands the tasks of a phase out to workers and collects their pieces. Thread safe; knows nothing of kernels."""
 
 import collections
+import math
 import statistics
 import threading
 import time
@@ -9,6 +10,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 
 from nodes.tasks import Range
+from nodes.tasks import SECOND_HALVES
 from nodes.tasks import SUPPORT_PHASES
 from nodes.tasks import Task
 
@@ -50,11 +52,12 @@ class TaskBoard:
   whose computation raises is tried MAX_ERRORS times in all; lost leases are counted apart.
 
   Where tasks are sticky, a worker gets the ranges it had before, of which it holds inputs and what a later task needs; others take them
-  when it is slow, gone, or has several to do.
+  when it is slow, gone, or has several to do, unless these are second halves, which cost others far more.
   """
 
   def __init__(self, lease_seconds: float, clock: Callable[[], float] = time.monotonic):
     self._lease_seconds, self._clock = lease_seconds, clock
+    self._patience = min(lease_seconds, _SLOW_SECONDS)
     lock = threading.RLock()
     self._work, self._piece = threading.Condition(lock), threading.Condition(lock)  # what workers wait for, and who takes the pieces
     self._tasks: dict[Task, Piece | None] = {}  # in plan order; {} once it is taken
@@ -71,6 +74,7 @@ class TaskBoard:
     self._failure: str | None = None
     self._next_lease = 0
     self._durations: dict[str, collections.deque[float]] = collections.defaultdict(lambda: collections.deque(maxlen=_HISTORY))
+    self._usual: dict[str, float] = {}  # their medians
     self._workers: dict[str, WorkerCounts] = {}
     self._heard: dict[str, float] = {}
     self._last_progress = self._last_sign = clock()
@@ -103,18 +107,19 @@ class TaskBoard:
         self._take_back(self._held[worker], 'lost_leases')
       while True:
         now = self._last_sign = self._heard[worker] = self._clock()
-        for lease in [lease for lease in self._leases.values() if lease.deadline <= now]:
-          self._take_back(lease, 'expired_leases')
+        if now >= self._oldest() + self._lease_seconds:
+          for lease in [lease for lease in self._leases.values() if lease.deadline <= now]:
+            self._take_back(lease, 'expired_leases')
         task = self._next(worker, now)
         if task is not None:
-          usual = self._usual_seconds(task.phase) or (task.pairs / pairs_per_second if pairs_per_second else 0.0)
+          usual = self._usual.get(task.phase) or (task.pairs / pairs_per_second if pairs_per_second else 0.0)
           lease = Lease(self._next_lease, task, worker, now, now + max(self._lease_seconds, _DEADLINE_FACTOR * usual))
           self._next_lease += 1
           self._leases[lease.id] = self._held[worker] = lease
           return lease
         if now >= end:
           return None
-        self._work.wait(max(0.001, min(end, self._next_change(end)) - now))
+        self._work.wait(max(0.001, min(end, self._next_change(now, end)) - now))
 
   def complete(self, task: Task, lease_id: int, worker: str, piece: Piece) -> bool:
     """Takes a piece. False where it was of no use: another answer came first, or the phase is over."""
@@ -132,7 +137,9 @@ class TaskBoard:
       seconds = 0.0
       if lease is not None:
         seconds = now - lease.start
-        self._durations[task.phase].append(seconds)
+        durations = self._durations[task.phase]
+        durations.append(seconds)
+        self._usual[task.phase] = statistics.median(durations)
       counts = self._workers.get(worker, WorkerCounts())
       self._workers[worker] = WorkerCounts(counts.tasks + 1, counts.pairs + task.pairs, counts.seconds + seconds)
       if task == self._awaited:
@@ -195,12 +202,13 @@ class TaskBoard:
     task = self._pop(worker, last=False) or self._pop(None, last=False)
     if task is not None:
       return task
-    others = [owner for owner, waiting in self._pending.items() if len(waiting) > 1 or waiting and now >= self._away_at(owner)]
+    others = [owner for owner, waiting in self._pending.items() if waiting and (
+        len(waiting) > 1 and next(reversed(waiting)).phase not in SECOND_HALVES or now >= self._away_at(owner))]
     for owner in sorted(others, key=lambda owner: -len(self._pending[owner])):
       task = self._pop(owner, last=True)
       if task is not None:
         return task
-    slow = [lease for lease in self._open() if now >= self._slow_at(lease)]
+    slow = [lease for lease in self._open() if now >= self._slow_at(lease)] if now >= self._oldest() + self._patience else []
     if not slow:
       return None
     self._totals['second_leases'] += 1
@@ -233,18 +241,20 @@ class TaskBoard:
     holders = collections.Counter(lease.task for lease in self._leases.values())
     return [lease for lease in self._leases.values() if self._tasks[lease.task] is None and holders[lease.task] == 1]
 
-  def _next_change(self, end: float) -> float:
+  def _oldest(self) -> float:
+    """The start of the oldest lease. Nothing happens to a lease before `_patience` has passed; looking at each of them takes time."""
+    return next(iter(self._leases.values())).start if self._leases else math.inf
+
+  def _next_change(self, now: float, end: float) -> float:
     """When time alone may bring up a task."""
     away = [self._away_at(owner) for owner, waiting in self._pending.items() if waiting]
+    if not away and now < self._oldest() + self._patience:
+      return min(end, self._oldest() + self._patience)
     return min([end, *away, *(lease.deadline for lease in self._leases.values()), *map(self._slow_at, self._open())])
 
   def _slow_at(self, lease: Lease) -> float:
-    usual = self._usual_seconds(lease.task.phase)
+    usual = self._usual.get(lease.task.phase)
     return lease.start + max(_SLOW_SECONDS, _SLOW_FACTOR * usual) if usual else lease.deadline
-
-  def _usual_seconds(self, phase: str) -> float:
-    """Of a task, from lease to answer; 0 where there was none yet."""
-    return statistics.median(self._durations[phase]) if self._durations[phase] else 0.0
 
   def _release(self, lease_id: int) -> Lease | None:
     lease = self._leases.pop(lease_id, None)

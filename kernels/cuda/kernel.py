@@ -1,8 +1,8 @@
 """NTK blocks by a fused CUDA kernel, compiled at run time for the architecture and image shape at hand.
 
-CuPy is what compiles (NVRTC), launches and holds memory. The contract is NumPy in and out, so that JAX has no part in it and its memory pool
-none of the GPU's; a handler of XLA's foreign function interface would need a C++ compiler or a binary a CUDA version, and cuda.core has no
-arrays: both would be more code here. A process that uses this kernel may keep JAX on the CPU (JAX_PLATFORMS=cpu).
+CuPy is what compiles (NVRTC), launches and holds memory. The contract is NumPy in and out, so that JAX has no part in it, and its memory
+pool none of the GPU's; a handler of XLA's foreign function interface would need a C++ compiler or a binary for each CUDA version, and
+cuda.core has no arrays: both would be more code here. A process that uses this kernel may keep JAX on the CPU (JAX_PLATFORMS=cpu).
 """
 
 import ctypes
@@ -130,13 +130,21 @@ class CudaKernel:
     return self._program(x1).block(x1, x2)
 
   def block_vjp(self, x1: ntk.Images, x2: ntk.Images, cotangent: ntk.Cotangent) -> tuple[np.ndarray, np.ndarray]:
-    """See `ntk.Kernel.block_vjp`.
-
-    The derivatives by x1 are formed pair by pair and contracted with the cotangent: all pairs' at once where they fit, so that a cotangent
-    that is a function costs nothing more (22 kB a pair for a ConvNet on 32x32x3); else part by part, such a function after a forward pass.
-    """
+    """See `ntk.Kernel.block_vjp`."""
     x1, x2 = map(_images, (x1, x2))
+    if callable(cotangent):
+      block, pull_back, _ = self.linearise(x1, x2)
+      return block, pull_back(cotangent(block))
     return self._program(x1).block_vjp(x1, x2, cotangent)
+
+  def linearise(self, x1: ntk.Images, x2: ntk.Images) -> ntk.Linearised:
+    """See `ntk.Kernel.linearise`: the derivatives by x1 are kept on the GPU pair by pair (22 kB a pair for a ConvNet on 32x32x3), unless
+    they are too many: then they are computed when the cotangent is known."""
+    x1, x2 = map(_images, (x1, x2))
+    program = self._program(x1)
+    if program.derivatives_bytes(len(x1), len(x2)) <= self._gpu.kept_bytes:
+      return program.linearise(x1, x2)
+    return ntk.Linearised(program.block(x1, x2), lambda cotangent: program.block_vjp(x1, x2, cotangent)[1], x2.nbytes)
 
   def _program(self, x):
     shape = x.shape[1:]
@@ -181,24 +189,45 @@ class _Convolutional(_Program):
     return np.triu(values) + np.triu(values, 1).T if symmetric else values
 
   def block_vjp(self, x1, x2, cotangent):
-    plan, left, values = self._plan, self._tables(x1), np.empty((len(x1), len(x2)), self._dtype)
-    columns = max(1, self._gpu.kept_bytes // (len(x1) * max(1, plan.derivatives) * self._dtype.itemsize))
-    if callable(cotangent) and columns < len(x2):
-      cotangent = cotangent(self.block(x1, x2))
-    sums = self._gpu.zeros((len(x1), plan.derivatives), np.float64)
-    parts = self._parts(len(x2), columns) if not callable(cotangent) else [(0, len(x2))]
-    for first, last in parts:
-      shape = len(x1), last - first
-      part, derivatives = self._gpu.empty(shape, self._dtype), self._gpu.empty((*shape, plan.derivatives), self._dtype)
-      self._run('kip_derivatives', part.size, left, self._tables(x2[first:last]), *shape, part, derivatives)
+    """Part by part, each contracted with its cotangent at once."""
+    left, values, sums = self._tables(x1), np.empty((len(x1), len(x2)), self._dtype), self._sums(x1)
+    for first, last in self._parts(len(x2), max(1, self._gpu.kept_bytes // self.derivatives_bytes(len(x1), 1))):
+      part, derivatives = self._derivatives(left, x2[first:last])
       values[:, first:last] = self._gpu.download(part)
-      if callable(cotangent):
-        cotangent = cotangent(values)
-      weights = self._gpu.upload(cotangent[:, first:last])
-      self._launch('kip_contract', self._blocks('kip_contract', -(-sums.size // plan.threads)), derivatives, weights, *shape, sums)
-    gradient = self._gpu.empty((len(x1), plan.pixels), np.float64)
+      self._contract(derivatives, cotangent[:, first:last], sums)
+    return values, self._gradient(x1, left, sums)
+
+  def linearise(self, x1, x2):
+    left = self._tables(x1)
+    values, derivatives = self._derivatives(left, x2)
+
+    def pull_back(cotangent):
+      sums = self._sums(x1)
+      self._contract(derivatives, cotangent, sums)
+      return self._gradient(x1, left, sums)
+
+    return ntk.Linearised(self._gpu.download(values), pull_back, left.nbytes + derivatives.nbytes)
+
+  def derivatives_bytes(self, rows, columns):
+    return rows * columns * max(1, self._plan.derivatives) * self._dtype.itemsize
+
+  def _derivatives(self, left, x2):
+    shape = len(left), len(x2)
+    values, derivatives = self._gpu.empty(shape, self._dtype), self._gpu.empty((*shape, self._plan.derivatives), self._dtype)
+    self._run('kip_derivatives', values.size, left, self._tables(x2), *shape, values, derivatives)
+    return values, derivatives
+
+  def _sums(self, x1):
+    return self._gpu.zeros((len(x1), self._plan.derivatives), np.float64)
+
+  def _contract(self, derivatives, cotangent, sums):
+    blocks = self._blocks('kip_contract', -(-sums.size // self._plan.threads))
+    self._launch('kip_contract', blocks, derivatives, self._gpu.upload(cotangent), *derivatives.shape[:2], sums)
+
+  def _gradient(self, x1, left, sums):
+    gradient = self._gpu.empty((len(x1), self._plan.pixels), np.float64)
     self._run('kip_tables_vjp', len(x1), left, sums, gradient, len(x1))
-    return values, _from_planes(self._gpu.download(gradient), x1.shape).astype(self._dtype)
+    return _from_planes(self._gpu.download(gradient), x1.shape).astype(self._dtype)
 
   def _parts(self, count, columns):
     """Ranges of the second images, of at most `columns`."""
@@ -229,13 +258,23 @@ class _Dense(_Program):
     return np.triu(values) + np.triu(values, 1).T if x1 is x2 else values
 
   def block_vjp(self, x1, x2, cotangent):
+    values, pull_back, _ = self.linearise(x1, x2)
+    return values, pull_back(cotangent)
+
+  def linearise(self, x1, x2):
     values, left, left_tables, right, derivatives = self._forward(x1, x2)
-    values = self._gpu.download(values)
-    weights = self._gpu.upload(cotangent(values) if callable(cotangent) else cotangent)
-    variances_bar, gradient = self._gpu.empty(len(x1), np.float64), self._gpu.empty(x1.shape, np.float64)
-    self._run('kip_dense_variances_vjp', len(x1), left_tables, derivatives, weights, len(x1), len(x2), variances_bar)
-    self._run('kip_dense_vjp', x1.size, left, right, derivatives, weights, variances_bar, len(x1), len(x2), gradient)
-    return values, self._gpu.download(gradient).astype(self._dtype)
+
+    def pull_back(cotangent):
+      weights, variances_bar = self._gpu.upload(cotangent), self._gpu.empty(len(x1), np.float64)
+      gradient = self._gpu.empty(x1.shape, np.float64)
+      self._run('kip_dense_variances_vjp', len(x1), left_tables, derivatives, weights, len(x1), len(x2), variances_bar)
+      self._run('kip_dense_vjp', x1.size, left, right, derivatives, weights, variances_bar, len(x1), len(x2), gradient)
+      return self._gpu.download(gradient).astype(self._dtype)
+
+    return ntk.Linearised(self._gpu.download(values), pull_back, left.nbytes + right.nbytes + derivatives.nbytes)
+
+  def derivatives_bytes(self, rows, columns):
+    return rows * columns * self._plan.derivatives * 8
 
   def _forward(self, x1, x2):
     left, left_tables = self._tables(x1)

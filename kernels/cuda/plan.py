@@ -134,7 +134,8 @@ def make_plan(architecture: architectures.Architecture, shape: tuple[int, int, i
   levels = ''.join(f'inline constexpr Level {name}[] = {{{", ".join(map(_literal, levels))}}};\n'
                    for name, levels in (('kPairLevels', pair), ('kSelfLevels', own or pair[:1])))
   return Plan(_text(real, constants, 'sweep.h', 'pairs.cu', levels=levels), threads, table + architecture.hidden,
-              derivatives + architecture.hidden, channels * plane_size(height, width), workspace, workspace * itemsize, sums_bytes + exchange * itemsize * exchange_shared)
+              derivatives + architecture.hidden, channels * plane_size(height, width), workspace, workspace * itemsize,
+              sums_bytes + exchange * itemsize * exchange_shared)
 
 
 def _levels(convs, sizes, channels, everything, last, ntk):
@@ -183,6 +184,6 @@ def _text(real, constants, *names, levels='') -> str:
                     for field in dataclasses.fields(Level))
   plan = f'namespace kip {{\nusing Real = {real};\nstruct Level {{ {fields} }};\n{levels}'
   for kind, values in constants.items():
-    plan += ''.join(f'inline constexpr {kind} {name} = {str(value).lower() if kind == "bool" else repr(value)};\n' for name, value in values.items())
+    plan += ''.join(f'inline constexpr {kind} {name} = {str(value).lower()};\n' for name, value in values.items())
   coefficients = _COEFFICIENTS.read_text(encoding='utf-8').replace('#pragma once\n', '')
   return plan + '}\n' + coefficients + ''.join((_SOURCES / name).read_text(encoding='utf-8') for name in ('arithmetic.h', *names))

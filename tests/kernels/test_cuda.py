@@ -88,17 +88,17 @@ def test_unusual_networks(monkeypatch, stages, shape):
   x1, x2, cotangent = rng.standard_normal((2, *shape)), rng.standard_normal((3, *shape)), rng.standard_normal((2, 3))
   monkeypatch.setattr(cuda, '_gpu', emulator.Emulator)
   block, gradient = ntk.make_kernel({'stages': stages}, implementation='cuda', dtype='float64').block_vjp(x1, x2, cotangent)
-  expected = ntk.make_kernel({'stages': stages}, implementation='jax', dtype='float64').block_vjp(x1, x2, cotangent)
+  peer = 'native' if build.is_built() else 'jax'
+  expected = ntk.make_kernel({'stages': stages}, implementation=peer, dtype='float64').block_vjp(x1, x2, cotangent)
   assert _error(block, expected[0]) <= 1e-12
   assert _error(gradient, expected[1]) <= 1e-10
 
 
-@pytest.mark.parametrize('width', [4, 14, 28, 32, 33])
-def test_threads_do_not_meet_in_shared_memory_s_banks(width):
-  columns, stride = (width + 1) // 2, planning._stride(width, 2)
-  assert stride > columns
+@pytest.mark.parametrize('width', [16, 32, 64])
+def test_threads_do_not_meet_in_a_bank_of_shared_memory(width):
+  columns, stride = width // 2, planning._stride(width, 2)
   banks = [(lane // columns * 4 * stride + lane % columns) % 32 for lane in range(32)]
-  assert max(map(banks.count, banks)) <= 1 + (32 % columns > 0)
+  assert stride > columns and len(set(banks)) == 32
 
 
 def test_without_a_gpu(monkeypatch):

@@ -20,6 +20,7 @@ with terminal.shown(directory):
   print("from here")
   sys.stdout.flush()
   os.system("echo '\\033[1;36mfrom a child\\033[0;0m'; echo '[coordinator/0] 10:00:00 step 30/120: loss 0.2'")
+  os.system("printf '[a/0] Waiting for workers to stop for 10s.\\r\\033[34mWaiting for workers to stop for 9s.\\033[0m\\n[b/0] Waiting for workers to stop for 10s.\\rend\\n\\n'")
   time.sleep(1.2)
   if sys.argv[2:]:
     os._exit(130)
@@ -65,5 +66,5 @@ def test_the_cursor_is_there_whoever_ends_it(tmp_path):
 def test_plain_lines_elsewhere(tmp_path, stderr):
   done = subprocess.run([sys.executable, '-c', PROGRAM, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True,
                         timeout=60, check=True)
-  assert done.stdout == 'from here\nfrom a child\n[coordinator/0] 10:00:00 step 30/120: loss 0.2\nafter\n'
+  assert done.stdout == 'from here\nfrom a child\n[coordinator/0] 10:00:00 step 30/120: loss 0.2\n[b/0] end\n\nafter\n'
   assert not done.stderr

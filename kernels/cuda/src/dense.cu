@@ -2,7 +2,8 @@
 // would be seen at the cusp of a hidden layer.
 namespace kip {
 
-// Of x and y [kPixels], the latter's entries `stride` apart, in order: the covariance of identical images must equal their variance to the bit.
+// Of x and y [kPixels], the latter's entries `stride` apart, in order: the covariance of identical images must equal their variance to the
+// bit.
 inline double dot_product(const Real* x, const Real* y, long long stride) {
   double sum = 0;
   for (int e = 0; e < kPixels; ++e) sum += double(x[e]) * double(y[e * stride]);

@@ -1,7 +1,7 @@
 // Kernels of pairs of images, and images' tables. A block of threads takes one pair (or image) at a time, and has a workspace of its own.
 //
-// A table has an image's pixels, a plane a channel; at each level the deviations (q / 2)^1/2 of each ReLU's input, and, where n is held as m,
-// q / 2 entering the level, and, after a pooling, half of the spread; then the variances q of hidden layers' inputs.
+// A table has an image's pixels, a plane a channel; at each level the deviations (q / 2)^1/2 of each ReLU's input, and, where n is held as
+// m, q / 2 entering the level, and, after a pooling, half of the spread; then the variances q of hidden layers' inputs.
 // A pair's derivatives are those by the first image's pixels, and by its deviations (and hidden variances), each times the deviation.
 namespace kip {
 
@@ -50,7 +50,8 @@ inline void pair_forward(const Real* left, const Real* right, const Shared& shar
 }
 
 template <int p>
-inline void pair_backward(const Real* left, const Real* right, const Shared& shared, Real* bands, Real n_bar, Real t_bar, Real* derivatives) {
+inline void pair_backward(const Real* left, const Real* right, const Shared& shared, Real* bands, Real n_bar, Real t_bar,
+                          Real* derivatives) {
   if constexpr (p >= 0) {
     {
       Sweep<false, p> sweep(left, right, shared.exchange, bands);
@@ -63,8 +64,8 @@ inline void pair_backward(const Real* left, const Real* right, const Shared& sha
 
 // Pairs i, j of left images [rows] and right ones [columns], but for those with j < i - diagonal: values[i, j].
 template <bool kBackward>
-inline void for_each_pair(const Real* left, const Real* right, int rows, int columns, int diagonal, Real* values, Real* derivatives, Real* workspace,
-                          double* memory) {
+inline void for_each_pair(const Real* left, const Real* right, int rows, int columns, int diagonal, Real* values, Real* derivatives,
+                          Real* workspace, double* memory) {
   Real* bands = workspace + block() * kWorkspace;
   const Shared shared(memory, bands);
   for (long long unit = block(); unit < (long long)rows * columns; unit += blocks()) {
@@ -132,8 +133,10 @@ KIP_KERNEL(1) kip_tables(const Real* images, Real* tables, int count, Real* work
   for (int image = block(); image < count; image += blocks()) {
     const Real* pixels = images + (long long)image * kHeight * kWidth * kChannels;
     Real* table = tables + (long long)image * kTable;
-    for (int e = thread(); e < kHeight * kWidth; e += kThreads)
-      for (int c = 0; c < kChannels; ++c) table[c * plane_size(kHeight, kWidth) + at(kWidth, e / kWidth, e % kWidth)] = pixels[e * kChannels + c];
+    for (int e = thread(); e < kHeight * kWidth; e += kThreads) {
+      Real* to = table + at(kWidth, e / kWidth, e % kWidth);
+      for (int c = 0; c < kChannels; ++c) to[c * plane_size(kHeight, kWidth)] = pixels[e * kChannels + c];
+    }
     sync();
     double n = 0;
     self_forward<0>(table, shared, bands, n);

@@ -1,10 +1,10 @@
 // One level (resolution) of one pair of images: its offsets, one after the other, through the level's convolutions, forward and back.
 //
-// At a fixed offset d, covariances n and t, indexed by the pixel y of the first image, form a plane. A thread owns patches of it, `rows` by 2
-// pixels: the same ones at every offset, so that what it gathers for the first image (its pixels' and deviations' cotangents) stays in
+// At a fixed offset d, covariances n and t, indexed by the pixel y of the first image, form a plane. A thread owns patches of it, `rows` by
+// 2 pixels: the same ones at every offset, so that what it gathers for the first image (its pixels' and deviations' cotangents) stays in
 // registers, in a fixed order, and 2x2 windows of a pooling lie within a thread. Neighbours' values come through planes in shared memory,
-// written by all, read by all: one barrier for each convolution or its adjoint. The mathematics is that of native/src/lines.h: n is held as
-// m = (q1 + q2) / 2 - n up to the last convolution, and taps that only one image has count q / 2 of it.
+// written by all, read by all: one barrier for each convolution or its adjoint. The mathematics is that of native/src/lines.h: n is held
+// as m = (q1 + q2) / 2 - n up to the last convolution, and taps that only one image has count q / 2 of it.
 //
 // Between levels, covariances at all offsets, and then their cotangents in their place, lie in the block's workspace, which a cache holds.
 namespace kip {
@@ -226,7 +226,7 @@ class Sweep {
     Offset d;
     bool live[kTimes];             // whether a patch has a pixel y for which y + d exists
     bool valid[kOwn];              // whether a pixel is one
-    const Real* right[kTimes][2];  // where the second table has y + d, for the first pixel of each column of a patch (or has something else)
+    const Real* right[kTimes][2];  // where the second table has y + d (or something else), for the first pixel of a patch's columns
     int ring[kRingTimes];          // where it has y + d for the places around the plane, -1 where it has none
   };
 
@@ -281,7 +281,7 @@ class Sweep {
 
   // Planes of neighbours.
 
-  // which: 0 has ghosts around it, 1 and 2 have zeros. Two sets take turns, so that writing one need not wait for all to have read the other.
+  // which: 0 has ghosts around it, 1 and 2 have zeros. Two sets take turns: to write one, none need wait for all to have read the other.
   Real* plane(int which) const { return exchange_ + (3 * set_ + which) * kExchange; }
 
   static int position(int y, int x) { return (2 * (y + 1) + (x & 1)) * kStride + ((x + 1) >> 1); }
@@ -518,7 +518,8 @@ class Sweep {
         if (!view.live[k]) return;
         for_each_in_patch(k, [&](int i, int, int) {
           const Real s1 = s1_[l][i], radial = s1 - s2[i], m = v[i] * kScale;
-          const Real chord = larger(m - radial * radial, Real(0));  // sqrt(q1 q2) (1 - cosine): the distance without the difference in length
+          // sqrt(q1 q2) (1 - cosine): the distance without the difference in length.
+          const Real chord = larger(m - radial * radial, Real(0));
           const Real deviation = s1 * s2[i], n = 2 * deviation - chord, t_in = first_ntk || !kNtk ? n : t[i] * kScale + n;
           const bool positive = kPositive || deviation > 0;
           const Real inverse = positive ? reciprocal(deviation) * Real(0.5 / kPi) : Real(0);
@@ -529,7 +530,10 @@ class Sweep {
           } else {
             v[i] = kDistancesOut || l + 1 < kConvs ? m / 2 + (n * a.rest - sine_slope) : n * a.dot + sine_slope;
             t[i] = t_in * a.dot;
-            if (kBackward) n_saved[l][i] = n, dot_saved[l][i] = a.dot, dot_slope_saved[l][i] = dot_slope, sine_slope_saved[l][i] = sine_slope;
+            if (kBackward) {
+              n_saved[l][i] = n, dot_saved[l][i] = a.dot;
+              dot_slope_saved[l][i] = dot_slope, sine_slope_saved[l][i] = sine_slope;
+            }
           }
         });
       });
