@@ -6,6 +6,8 @@ pairs times --microseconds, times a factor from the spread of the native kernel'
 of a step in one worker and one pass, over workers times the step's time by the coordinator's clock.
 
 A row says when the simulated workers' cores were busy: then it shows what this machine can simulate, not what the coordinator can do.
+
+With --real, one and then two real workers, of one thread each, on the real CIFAR-10 in place of simulated ones.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from typing import Any, NamedTuple
 
 from programs import placement
 
-os.environ.update(placement.environment(1))  # before JAX starts
+os.environ.update(placement.environment())  # before JAX starts
 
 # pylint: disable=wrong-import-position
 import numpy as np
@@ -35,7 +37,7 @@ from nodes import tasks
 from nodes.remote import Retrying
 
 IMAGE, CLASSES, IMAGES = (32, 32, 3), 10, 50_000  # CIFAR-10
-WARM_UP = 3  # steps that are not counted
+WARM_UP = 2  # steps that are not counted
 REPEATS = 30 # of a kernel's task, for its spread
 PAIRS = (10, 64)  # of such a task
 BUSY = 0.8  # of the simulated workers' cores, from which on they are the limit
@@ -72,13 +74,13 @@ class Row(NamedTuple):
   busy: float
 
 
-# S = 10: a piece's gradient is small, so targets alone are cut. S = 500: one pass in as many groups as workers where these are few, else parts of
-# the support.
+# S = 10: a piece's gradient is small, so targets alone are cut. S = 500: in one pass where workers are few, else by parts of the support too,
+# into slightly fewer tasks of a size than a whole number for each worker.
 CASES = [Case(10, 5000, 1, 10, 250, 1, 0), Case(10, 5000, 8, 10, 125, 1, 0), Case(10, 5000, 32, 10, 50, 1, 0),
          Case(10, 50_000, 32, 10, 250, 1, 0), Case(10, 50_000, 128, 10, 50, 1, 0), Case(10, 50_000, 256, 10, 25, 1, 0),
          Case(500, 5000, 1, 500, 250, 4, 0), Case(500, 5000, 8, 125, 125, 1, 0), Case(500, 5000, 32, 100, 50, 1, 0),
-         Case(500, 5000, 32, 100, 125, 10, 16), Case(500, 5000, 128, 100, 125, 5, 16),
-         Case(500, 50_000, 32, 167, 250, 10, 63), Case(500, 50_000, 128, 100, 250, 10, 32), Case(500, 50_000, 256, 100, 250, 10, 16)]
+         Case(500, 5000, 32, 100, 125, 10, 18), Case(500, 5000, 128, 25, 125, 10, 9),
+         Case(500, 50_000, 32, 100, 250, 20, 13), Case(500, 50_000, 128, 25, 250, 20, 14), Case(500, 50_000, 256, 25, 250, 10, 14)]
 
 
 def measured_costs(microseconds: float) -> Costs:
@@ -218,6 +220,52 @@ def _simulate(port: int, names: list[str], cores: set[int], costs: Costs, over: 
   os._exit(0)  # threads are still asking
 
 
+def _work(port: int, name: str, folder: str) -> None:
+  """The process of a real worker."""
+  import courier
+  client = Retrying(courier.Client(f'localhost:{port}', call_timeout=60, wait_for_ready=False), 60, threading.Event(),
+                    lambda error: type(error).__name__ == 'StatusNotOk')
+  kernel_worker.KernelWorker(client, name, 1, folder, threading.Event()).run()
+
+
+def measure_real(workers: int, steps: int, folder: str, data: str) -> float:
+  """Seconds a step of ConvNet, CIFAR-10, S = 10, T = 5000 with real workers of one thread each."""
+  config = base.get_config()
+  config.run.data.name, config.run.data.dir = 'cifar10', data
+  config.run.implementation = 'native'
+  port, server, served = _start(config, workers, folder, steps)
+  spawn = multiprocessing.get_context('spawn')
+  real = [spawn.Process(target=_work, args=(port, f'w{i}', folder), daemon=True) for i in range(workers)]
+  for process in real:
+    process.start()
+  a_step = served.get()[0]
+  for process in (server, *real):
+    process.kill()
+  return a_step
+
+
+def _start(config: Any, workers: int, folder: str, steps: int) -> tuple[int, Any, Any]:
+  """A coordinator's process: its port, itself, and where it tells what it has measured."""
+  config.run.num_steps = 10 ** 6
+  config.system.num_workers = workers
+  config.system.snapshot_steps = (0,)
+  config.system.checkpoint_seconds = 1e6
+  config = config.to_dict()
+  base.validate(config)
+  prepared = store.prepare(config['run']['data'], folder)
+  directory = run_directory.RunDirectory(tempfile.mkdtemp(dir=folder))
+  directory.open(config, prepared.key)
+  directory.close()
+  with socket.socket() as probe:
+    probe.bind(('', 0))
+    port = probe.getsockname()[1]
+  spawn = multiprocessing.get_context('spawn')
+  served = spawn.Queue()
+  server = spawn.Process(target=_serve, args=(directory.path, folder, port, steps, served), daemon=True)
+  server.start()
+  return port, server, served
+
+
 def measure(case: Case, costs: Costs, folder: str, seconds: float) -> Row:
   """Runs a case for about `seconds`."""
   config = base.get_config()
@@ -225,27 +273,11 @@ def measure(case: Case, costs: Costs, folder: str, seconds: float) -> Row:
   config.run.images_per_class, config.run.targets_per_step = case.support // CLASSES, case.targets
   for name in ('support_tile', 'target_tile', 'target_tiles_per_task', 'support_per_task'):
     config.run.plan[name] = getattr(case, name)
-  config.run.num_steps = 10 ** 6
-  config.system.num_workers = case.workers
-  config.system.snapshot_steps = (0,)
-  config.system.checkpoint_seconds = 1e6
-  config = config.to_dict()
-  base.validate(config)
-  prepared = store.prepare(config['run']['data'], folder)
-  workdir = tempfile.mkdtemp(dir=folder)
-  directory = run_directory.RunDirectory(workdir)
-  directory.open(config, prepared.key)
-  directory.close()
   kernel = _kernel_seconds(case, costs)
-  steps = max(4, round(seconds / (kernel / case.workers)))
-  with socket.socket() as probe:
-    probe.bind(('', 0))
-    port = probe.getsockname()[1]
+  port, server, served = _start(config, case.workers, folder, max(3, round(seconds / (kernel / case.workers))))
   cores = sorted(os.sched_getaffinity(0))
   spawn = multiprocessing.get_context('spawn')
-  served, told, over = spawn.Queue(), spawn.Queue(), spawn.Event()
-  server = spawn.Process(target=_serve, args=(workdir, folder, port, steps, served), daemon=True)
-  server.start()
+  told, over = spawn.Queue(), spawn.Event()
   names = [f'w{i}' for i in range(case.workers)]
   size = -(-len(names) // PROCESSES)
   simulated = [spawn.Process(target=_simulate, args=(port, names[i:i + size], set(cores[1:]) or {cores[0]}, costs, over, told), daemon=True)
@@ -286,10 +318,15 @@ def main():
   parser.add_argument('--seconds', type=float, default=10.0, help='of every case')
   parser.add_argument('--cases', default='', help='indices of those to run, such as 0,6,9; all by default')
   parser.add_argument('--folder', default='runs/scale', help='for data and run directories')
+  parser.add_argument('--real', default='', help="folder with CIFAR-10's parquet files: measure real workers on it")
   parser.add_argument('--output', default='', help='JSON file for the rows')
   args = parser.parse_args()
   folder = os.path.abspath(args.folder)
   os.makedirs(folder, exist_ok=True)
+  if args.real:
+    one, two = (measure_real(workers, steps=3, folder=folder, data=args.real) for workers in (1, 2))
+    print(f'real workers: one {one:.3f} s a step, two {two:.3f} s: efficiency {one / two / 2:.1%}')
+    return
   costs = measured_costs(args.microseconds)
   print(f'kernel: {args.microseconds:g} µs a pair; shares measured of the native kernel: forward {costs.forward * 1e6:.2f}, with derivatives '
         f'{costs.derivatives * 1e6:.2f}, pull back {costs.pull_back * 1e6:.2f} µs; a task\'s time over its mean: deviation '

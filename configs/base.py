@@ -68,7 +68,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   # How a step is cut into tasks. It fixes the order of sums, so it belongs to the trajectory.
   run.plan = ml_collections.ConfigDict()
-  run.plan.support_tile = 50  # support images a side of a K_ss task
+  run.plan.support_tile = 50  # support images a side of a K_ss task; with support_per_task, its rows
   run.plan.target_tile = 250  # target images a kernel block
   run.plan.target_tiles_per_task = 1  # blocks summed by the worker before it answers
   run.plan.support_per_task = 0  # support images of a target task; 0: all, in one pass. Fewer for many workers (BUILD.md, 'How many workers')

@@ -35,7 +35,8 @@ class _Budget(NamedTuple):
   """What a device takes on at once. Tiles belong to the bits of a result, so nothing here follows the memory that happens to be free.
 
   Attributes:
-    tile_bytes: of the stage inputs that a tile keeps for its vjp; at its worst it holds four times as much (read off a compiled ConvNet and Myrtle10).
+    tile_bytes: of the stage inputs that a tile keeps for its vjp; at its worst it holds four times as much (a compiled
+      ConvNet's and Myrtle10's memory).
     kept_bytes: of stage inputs kept between a block and its vjp, all tiles together.
     images: a tile, of images on their own.
   """

@@ -361,7 +361,7 @@ class Coordinator:
     self._begin(state)
     support, blocks, pull_backs = (self._tasks(phase, num_support) for phase in (
         tasks.SUPPORT_BLOCKS, tasks.TARGET_BLOCKS, tasks.TARGET_VJP))
-    self._board.post([*support, *blocks], sticky=True)
+    self._board.post([*support, *blocks])
     solution = self._solve(state, self._k_ss(support, num_support))
     batch = sampling.targets(self._run['seed'], state.step, self._prepared.train_labels, self._run['targets_per_step'])
     y_t = sampling.centred_one_hot(self._prepared.train_labels[batch], self._prepared.num_classes)
@@ -412,14 +412,11 @@ class Coordinator:
     return k_ss, self._solve(state, k_ss)
 
   def _k_ss(self, support: list[tasks.Task], num_support: int) -> np.ndarray:
-    k_ss = np.empty((num_support, num_support))
+    """Float64 [S, S]: on and above the diagonal as computed, below it the mirror image."""
+    k_ss = np.zeros((num_support, num_support))
     for task in support:
-      rows, columns = slice(*task.support_range), slice(*task.target_range)
-      block = self._piece(task)['block']
-      if task.target_range[0] >= task.support_range[0]:  # the rest is their mirror image
-        k_ss[rows, columns] = block
-        k_ss[columns, rows] = block.T
-    return k_ss
+      k_ss[slice(*task.support_range), slice(*task.target_range)] = self._piece(task)['block']
+    return np.triu(k_ss) + np.triu(k_ss, 1).T
 
   def _solve(self, state: SupportState, k_ss: np.ndarray) -> krr.Solution:
     try:
@@ -506,7 +503,8 @@ class Coordinator:
   def _move(self, state: SupportState, gradient: Gradient) -> SupportState:
     parameters = _parameters(self._run, state.images, state.labels)
     gradients = _parameters(self._run, gradient.images, gradient.labels)
-    updates, optimizer = jax.device_get(self._update(gradients, state.optimizer, parameters))
+    with jax.default_device(jax.local_devices(backend='cpu')[0]):  # also in a process whose kernels are on a GPU
+      updates, optimizer = jax.device_get(self._update(gradients, state.optimizer, parameters))
     factors = {'images': 1.0, 'labels': self._run['label_learning_rate_factor']}
     moved = {name: value + factors[name] * updates[name] for name, value in parameters.items()}
     for name, value in moved.items():

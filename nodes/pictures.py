@@ -62,8 +62,9 @@ def support_images(before: np.ndarray, after: np.ndarray, num_classes: int, titl
   images_per_class = len(before) // num_classes
   rows, columns = _shape(images_per_class, num_classes)
   strips = images_per_class == rows == 1
-  pictures = [grid(images, num_classes, transform, _chosen(before, num_classes), _WIDTH // (1 if strips else 2)) for images in (before, after)]
-  (height, width), step = pictures[0].shape[:2], (np.array(pictures[0].shape[:2]) + _GAP) / (rows, columns)
+  across = _WIDTH // (1 if strips else 2)
+  pictures = [grid(images, num_classes, transform, _chosen(before, num_classes), across) for images in (before, after)]
+  (height, width), pitch = pictures[0].shape[:2], (np.array(pictures[0].shape[:2]) + _GAP) / (rows, columns)
   left, top, apart = 130 if strips else 90, 50, 50  # pixels: for the text, and between the two
   size = (left + width, top + 2 * height + _GAP) if strips else (left + 2 * width + apart, top + height)
   figure = matplotlib.figure.Figure(figsize=(size[0] / _DPI, size[1] / _DPI))
@@ -72,9 +73,9 @@ def support_images(before: np.ndarray, after: np.ndarray, num_classes: int, titl
     axis = figure.add_axes((x / size[0], 1 - (top + y + height) / size[1], width / size[0], height / size[1]))
     axis.imshow(picture, extent=(0, width, height, 0), interpolation='nearest')
     axis.tick_params(length=0, labelsize=8, labelbottom=False, labeltop=strips and not half, labelleft=not strips and not half, pad=3)
-    axis.set_xticks((np.arange(columns) + 0.5) * step[1], map(str, range(columns)))
+    axis.set_xticks((np.arange(columns) + 0.5) * pitch[1], map(str, range(columns)))
     names = [f'{columns * r}–{min(columns * (r + 1), num_classes) - 1}' if images_per_class == 1 else str(r) for r in range(rows)]
-    axis.set_yticks((np.arange(rows) + 0.5) * step[0], names)
+    axis.set_yticks((np.arange(rows) + 0.5) * pitch[0], names)
     axis.spines[:].set_visible(False)
     if strips:
       axis.text(-12, height / 2, titles[half], ha='right', va='center', fontsize=9)
@@ -99,7 +100,7 @@ def _shape(images_per_class: int, num_classes: int) -> tuple[int, int]:
 
 
 def label_bars(before: np.ndarray, after: np.ndarray, num_classes: int, titles: Sequence[str]) -> bytes:
-  """A PNG of label vectors beside those they began as: of the first image of each class, of twenty classes at most (ten, if there are more).
+  """A PNG of label vectors beside those they began as: of the first image of each class (of ten, if there are more than twenty).
 
   Args:
     before, after: [S, C], class by class.
@@ -140,7 +141,7 @@ def shown_part(num_images: int, num_classes: int) -> str:
 
 def label_heat_map(labels: np.ndarray) -> bytes:
   """A PNG of labels [S, C]: a row an image, a column a class."""
-  figure = matplotlib.figure.Figure(figsize=(4.5, 4.0), layout='constrained')
+  figure = matplotlib.figure.Figure(figsize=(3.2, 2.8), layout='constrained')
   axis = figure.subplots()
   _heat_map(figure, axis, labels, aspect='auto')
   axis.set_xlabel('class', fontsize=8)

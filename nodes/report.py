@@ -35,7 +35,8 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bot
 table { border-collapse: collapse; }
 th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-pre { background: #f4f4f4; padding: .7rem; overflow-x: auto; font-size: .85rem; } img { max-width: 100%; } figure { margin: 1rem 0; }
+pre { background: #f4f4f4; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
+img { max-width: 100%; } figure { margin: 1rem 0; }
 figcaption { color: #444; font-size: .9rem; } tr.ours td { font-weight: 600; }
 '''
 

@@ -1,6 +1,7 @@
 """Hands the tasks of a phase out to workers and collects their pieces. Thread safe; knows nothing of kernels."""
 
 import collections
+import math
 import statistics
 import threading
 import time
@@ -49,20 +50,19 @@ class TaskBoard:
   again; when nothing else is left, so is a task that takes unusually long. The first answer counts and later ones change nothing. A task
   whose computation raises is tried MAX_ERRORS times in all; lost leases are counted apart.
 
-  Where tasks are sticky, a worker gets the ranges it had before, of which it holds inputs and what a later task needs; others take them
-  when it is slow, gone, or has several to do.
+  A step in two halves: the second half of a task goes to who did the first, and is cheap there; to others when that one is slow or gone.
   """
 
   def __init__(self, lease_seconds: float, clock: Callable[[], float] = time.monotonic):
     self._lease_seconds, self._clock = lease_seconds, clock
+    self._patience = min(lease_seconds, _SLOW_SECONDS)
     lock = threading.RLock()
     self._work, self._piece = threading.Condition(lock), threading.Condition(lock)  # what workers wait for, and who takes the pieces
     self._tasks: dict[Task, Piece | None] = {}  # in plan order; {} once it is taken
     self._missing = 0
     self._awaited: Task | None = None
     self._pending: dict[str | None, dict[Task, None]] = {}  # by owner, in plan order
-    self._sticky = False
-    self._owners: dict[tuple[bool, Range, Range], str] = {}  # who last did a sticky task on these ranges
+    self._owners: dict[tuple[bool, Range, Range], str] = {}  # who did the first half of a task on these ranges
     self._leases: dict[int, Lease] = {}
     self._held: dict[str, Lease] = {}  # by worker
     self._late: dict[int, Lease] = {}  # lost, but an answer may come yet
@@ -71,17 +71,18 @@ class TaskBoard:
     self._failure: str | None = None
     self._next_lease = 0
     self._durations: dict[str, collections.deque[float]] = collections.defaultdict(lambda: collections.deque(maxlen=_HISTORY))
+    self._usual: dict[str, float] = {}  # their medians
     self._workers: dict[str, WorkerCounts] = {}
     self._heard: dict[str, float] = {}
     self._last_progress = self._last_sign = clock()
     self._totals = collections.Counter()
 
-  def post(self, tasks: list[Task], sticky: bool = False) -> None:
+  def post(self, tasks: list[Task]) -> None:
     """Starts a phase; what was left of the one before is forgotten."""
     with self._work:
-      for of_this_phase in (self._tasks, self._pending, self._leases, self._held, self._late, self._errors, self._lost):
+      for of_this_phase in (self._tasks, self._pending, self._leases, self._held, self._late, self._errors, self._lost, self._owners):
         of_this_phase.clear()
-      self._missing, self._failure, self._sticky = 0, None, sticky
+      self._missing, self._failure = 0, None
       self._last_progress = self._last_sign = self._clock()
       self.extend(tasks)
 
@@ -103,18 +104,19 @@ class TaskBoard:
         self._take_back(self._held[worker], 'lost_leases')
       while True:
         now = self._last_sign = self._heard[worker] = self._clock()
-        for lease in [lease for lease in self._leases.values() if lease.deadline <= now]:
-          self._take_back(lease, 'expired_leases')
+        if now >= self._oldest() + self._lease_seconds:
+          for lease in [lease for lease in self._leases.values() if lease.deadline <= now]:
+            self._take_back(lease, 'expired_leases')
         task = self._next(worker, now)
         if task is not None:
-          usual = self._usual_seconds(task.phase) or (task.pairs / pairs_per_second if pairs_per_second else 0.0)
+          usual = self._usual.get(task.phase) or (task.pairs / pairs_per_second if pairs_per_second else 0.0)
           lease = Lease(self._next_lease, task, worker, now, now + max(self._lease_seconds, _DEADLINE_FACTOR * usual))
           self._next_lease += 1
           self._leases[lease.id] = self._held[worker] = lease
           return lease
         if now >= end:
           return None
-        self._work.wait(max(0.001, min(end, self._next_change(end)) - now))
+        self._work.wait(max(0.001, min(end, self._next_change(now, end)) - now))
 
   def complete(self, task: Task, lease_id: int, worker: str, piece: Piece) -> bool:
     """Takes a piece. False where it was of no use: another answer came first, or the phase is over."""
@@ -126,13 +128,14 @@ class TaskBoard:
         return False
       self._tasks[task] = piece
       self._missing -= 1
-      if self._sticky:
-        self._owners[_ranges(task)] = worker
+      self._owners[_ranges(task)] = worker
       self._last_progress = now
       seconds = 0.0
       if lease is not None:
         seconds = now - lease.start
-        self._durations[task.phase].append(seconds)
+        durations = self._durations[task.phase]
+        durations.append(seconds)
+        self._usual[task.phase] = statistics.median(durations)
       counts = self._workers.get(worker, WorkerCounts())
       self._workers[worker] = WorkerCounts(counts.tasks + 1, counts.pairs + task.pairs, counts.seconds + seconds)
       if task == self._awaited:
@@ -192,15 +195,14 @@ class TaskBoard:
   def _next(self, worker: str, now: float) -> Task | None:
     """What to give out: the worker's own; else what nobody has, or will have soon; else the task that has been in work unusually long, if
     nobody else tries it too."""
-    task = self._pop(worker, last=False) or self._pop(None, last=False)
+    task = self._pop(worker) or self._pop(None)
     if task is not None:
       return task
-    others = [owner for owner, waiting in self._pending.items() if len(waiting) > 1 or waiting and now >= self._away_at(owner)]
-    for owner in sorted(others, key=lambda owner: -len(self._pending[owner])):
-      task = self._pop(owner, last=True)
+    for owner in [owner for owner, waiting in self._pending.items() if waiting and now >= self._away_at(owner)]:
+      task = self._pop(owner)
       if task is not None:
         return task
-    slow = [lease for lease in self._open() if now >= self._slow_at(lease)]
+    slow = [lease for lease in self._open() if now >= self._slow_at(lease)] if now >= self._oldest() + self._patience else []
     if not slow:
       return None
     self._totals['second_leases'] += 1
@@ -208,17 +210,17 @@ class TaskBoard:
 
   def _put(self, task: Task, first: bool = False) -> None:
     """Makes a task pending."""
-    owner = self._owners.get(_ranges(task)) if self._sticky else None
+    owner = self._owners.get(_ranges(task))
     waiting = self._pending.setdefault(owner, {})
     if first:
       self._pending[owner] = {task: None, **waiting}
     else:
       waiting[task] = None
 
-  def _pop(self, owner: str | None, last: bool) -> Task | None:
+  def _pop(self, owner: str | None) -> Task | None:
     waiting = self._pending.get(owner, {})
     while waiting:
-      task = next(reversed(waiting)) if last else next(iter(waiting))
+      task = next(iter(waiting))
       del waiting[task]
       if self._tasks[task] is None:
         return task
@@ -233,18 +235,20 @@ class TaskBoard:
     holders = collections.Counter(lease.task for lease in self._leases.values())
     return [lease for lease in self._leases.values() if self._tasks[lease.task] is None and holders[lease.task] == 1]
 
-  def _next_change(self, end: float) -> float:
+  def _oldest(self) -> float:
+    """The start of the oldest lease. Nothing happens to a lease before `_patience` has passed; looking at each of them takes time."""
+    return next(iter(self._leases.values())).start if self._leases else math.inf
+
+  def _next_change(self, now: float, end: float) -> float:
     """When time alone may bring up a task."""
     away = [self._away_at(owner) for owner, waiting in self._pending.items() if waiting]
+    if not away and now < self._oldest() + self._patience:
+      return min(end, self._oldest() + self._patience)
     return min([end, *away, *(lease.deadline for lease in self._leases.values()), *map(self._slow_at, self._open())])
 
   def _slow_at(self, lease: Lease) -> float:
-    usual = self._usual_seconds(lease.task.phase)
+    usual = self._usual.get(lease.task.phase)
     return lease.start + max(_SLOW_SECONDS, _SLOW_FACTOR * usual) if usual else lease.deadline
-
-  def _usual_seconds(self, phase: str) -> float:
-    """Of a task, from lease to answer; 0 where there was none yet."""
-    return statistics.median(self._durations[phase]) if self._durations[phase] else 0.0
 
   def _release(self, lease_id: int) -> Lease | None:
     lease = self._leases.pop(lease_id, None)

@@ -19,7 +19,8 @@ KEPT_BYTES = 2 ** 31  # of a step's derivatives, by a worker, between the two ha
 SUPPORT_BLOCKS = 'support_blocks'  # tiles of K_ss on and above the diagonal
 TARGETS = 'targets'  # K_ts, its residual and its cotangent, in one pass
 SUPPORT_VJP = 'support_vjp'  # all tiles of K_ss, pulled back through their first argument
-# With several support ranges a step has two halves: SUPPORT_BLOCKS, of all tiles, with TARGET_BLOCKS, then SUPPORT_VJP with TARGET_VJP.
+# With several support ranges a step has two halves: SUPPORT_BLOCKS with TARGET_BLOCKS, then SUPPORT_VJP with TARGET_VJP; both of K_ss are
+# about `support_tile` whole rows, so that the gradient of a support image comes in one piece.
 TARGET_BLOCKS = 'target_blocks'  # K_ts
 TARGET_VJP = 'target_vjp'  # these blocks, pulled back through the support images
 # Label Solve has SUPPORT_BLOCKS and this one, which is posted again and again until the whole training set is done.
@@ -79,9 +80,11 @@ def plan(phase: str, num_support: int, targets: Range, support_tile: int, target
   `support_per_task` is 0 where target tasks are about all support images.
   """
   tiles = ranges(num_support, support_tile)
-  if phase == SUPPORT_BLOCKS and not support_per_task:
+  if phase in SUPPORT_PHASES and support_per_task:
+    return [((0, num_support), rows) for rows in tiles]
+  if phase == SUPPORT_BLOCKS:
     return [(columns, rows) for i, rows in enumerate(tiles) for columns in tiles[i:]]
-  if phase in SUPPORT_PHASES:
+  if phase == SUPPORT_VJP:
     return [(columns, rows) for rows in tiles for columns in tiles]
   first, last = targets
   support = ranges(num_support, support_per_task if phase in (TARGET_BLOCKS, TARGET_VJP) else num_support)

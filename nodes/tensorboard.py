@@ -16,7 +16,8 @@ from data import store
 from nodes import pictures
 from nodes import run_directory
 
-_GROUPS = {'krr': 'test', 'nn': 'test', 'train': 'train'}  # of scalars, by the first word of their names
+_SCALARS = {'krr_test_accuracy': 'test', 'krr_test_mse': 'test', 'nn_test_accuracy': 'test', 'train_loss': 'train',
+            'train_accuracy': 'train', 'kernel_pairs_per_second': 'run', 'wall_seconds': 'run'}  # name in a row: group
 _RANGE = 200  # training images: on their range of brightness the support images of all steps are shown
 
 
@@ -37,13 +38,14 @@ def write(directory: run_directory.RunDirectory, row: dict[str, Any], images: np
   step, num_classes = row['step'], labels.shape[1]
   with tempfile.TemporaryDirectory() as scratch:
     with tensorboardX.SummaryWriter(scratch) as writer:
-      for name, value in row.items():
-        if isinstance(value, (int, float)) and name != 'step':
-          writer.add_scalar(f'{_GROUPS.get(name.split("_")[0], "run")}/{name}', value, step)
+      for name, group in _SCALARS.items():
+        if name in row:
+          writer.add_scalar(f'{group}/{name}', row[name], step)
       writer.add_image('images', pictures.grid(images, num_classes, transform, prepared.train_images[:_RANGE]), step, dataformats='HWC')
       if transform.zca is not None:
         writer.add_image('images_whitened', pictures.grid(images, num_classes), step, dataformats='HWC')
-      writer.add_image('labels', np.asarray(Image.open(io.BytesIO(pictures.label_heat_map(labels))).convert('RGB')), step, dataformats='HWC')
+      heat_map = Image.open(io.BytesIO(pictures.label_heat_map(labels))).convert('RGB')
+      writer.add_image('labels', np.asarray(heat_map), step, dataformats='HWC')
     (name,) = os.listdir(scratch)
     with open(os.path.join(scratch, name), 'rb') as file:
       content = file.read()

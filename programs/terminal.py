@@ -20,6 +20,8 @@ from nodes import run_directory
 
 _COLOUR = re.compile(rb'\x1b\[[0-9;]*m')
 _PROGRESS = re.compile(rb'\d\d:\d\d:\d\d step \d+/\d+: loss ')  # the coordinator's lines, of which the bar tells
+_COUNTDOWN = re.compile(rb'(\x1b\[[0-9;]*m)*Waiting for workers to stop for \d+s\.(\x1b\[[0-9;]*m)*\r?')  # Launchpad's, over and over
+_NOTHING = re.compile(rb'(\x1b\[[0-9;]*m|\[[\w/]+\]|\s)*')  # but a node's name
 _REDRAWS = 2  # a second
 
 
@@ -73,9 +75,12 @@ def _copy(master: int, write) -> None:
       data = os.read(master, 2 ** 16)
     except OSError:  # what a terminal's master reads then
       data = b''
-    lines, newline, held = (held + data).rpartition(b'\n') if data else (held, b'', b'')
-    if lines or newline:
-      write(lines + newline)
+    *lines, held = (held + data).split(b'\n') if data else [*filter(None, [held]), b'']
+    told = [(line, _COUNTDOWN.sub(b'', line)) for line in lines]
+    try:
+      write(b''.join(rest + b'\n' for line, rest in told if rest == line or not _NOTHING.fullmatch(rest)))
+    except OSError:  # nobody reads any more: `| head`
+      write = lambda lines: None  # whoever writes must not wait for it
     if not data:
       return
 
@@ -87,7 +92,7 @@ def _write_plainly(real: int, lines: bytes) -> None:
 
 
 def _print_above(console: Console, lines: bytes) -> None:
-  for line in lines.splitlines():
+  for line in lines.split(b'\n')[:-1]:
     if not _PROGRESS.search(line):
       console.print(Text.from_ansi(line.decode(errors='replace')), soft_wrap=True)
 

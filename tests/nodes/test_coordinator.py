@@ -179,7 +179,7 @@ def test_a_run_that_is_another_is_not_worked_for(make_run, tmp_path):
   worker = kernel_worker.KernelWorker(None, 'w', 1, run.cache, threading.Event())
   worker._run_id = 'this'
   with pytest.raises(CoordinatorLost, match='another run answers'):
-    worker._work(tasks.Task('that', 1, 0, tasks.TARGETS, 0, (0, 5), (0, 6)), 0)
+    worker._work(tasks.Task('that', 1, 0, tasks.TARGETS, 0, (0, 5), (0, 6)), 0, {})
 
 
 def test_a_piece_with_nan_stops_the_run_naming_the_task(make_run, tmp_path, monkeypatch):

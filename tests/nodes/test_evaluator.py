@@ -97,7 +97,7 @@ def _distilled(tmp_path_factory, npz, cache):
   config.update_from_flattened_dict({
       'run.architecture': 'fc1', 'run.data.name': npz, 'run.num_steps': 2, 'run.images_per_class': 2, 'run.targets_per_step': 33,
       'system.cache_dir': cache, 'system.evaluation.nn_steps': 5, 'system.evaluation.nn_width': 8, 'system.evaluation.baselines': True,
-      'system.snapshot_steps': (1,)})
+      'system.snapshot_steps': (1,), 'system.num_workers': 2})
   from nodes import run_directory
   from programs import start
   config = config.to_dict()

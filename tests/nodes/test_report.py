@@ -29,7 +29,8 @@ def _make_small(npz, cache, tmp_path_factory):
   def make(changes):
     config = base.get_config()
     config.update_from_flattened_dict({'run.architecture': 'fc1', 'run.data.name': npz, 'run.num_steps': 2, 'run.images_per_class': 2,
-                                       'run.targets_per_step': 33, 'system.cache_dir': cache, 'system.evaluation.nn_steps': 0, **changes})
+                                       'run.targets_per_step': 33, 'system.cache_dir': cache, 'system.evaluation.nn_steps': 0,
+                                       'system.num_workers': 2, **changes})
     config = config.to_dict()
     prepared = store.prepare(config['run']['data'], cache)
     directory = run_directory.RunDirectory(str(tmp_path_factory.mktemp('run')))

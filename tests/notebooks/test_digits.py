@@ -17,7 +17,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 def test_from_a_demo_to_a_network_that_reads_real_digits(tmp_path, cache, monkeypatch):
   config = digits.get_config()
-  config.update_from_flattened_dict({'run.num_steps': 30, 'system.snapshot_steps': (0, 30), 'system.evaluation.nn_steps': 0})
+  config.update_from_flattened_dict({'run.num_steps': 30, 'system.snapshot_steps': (0, 30), 'system.evaluation.nn_steps': 0,
+                                     'system.num_workers': 2})
   config = config.to_dict()
   directory = run_directory.RunDirectory(str(tmp_path))
   directory.open(config, store.prepare(config['run']['data'], cache).key)

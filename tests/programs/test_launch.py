@@ -265,7 +265,7 @@ def _refused(command, message):
 @pytest.mark.parametrize('flags, message', [
     (('--config=configs/nothing.py',), '--config=configs/nothing.py: there is no such file.'),
     (('--config.run.sed=3',), 'run.sed is no field of the configuration; did you mean run.seed'),
-    (('--config.run.seed=three',), "--config.run.seed=three: invalid literal for int() with base 10: 'three'"),
+    (('--config.run.seed=three',), "--config.run.seed=three: expected a whole number, got 'three'"),
     (('--config.run.learning_rate=-1',), 'run.learning_rate must be above 0'),
     (('--config.run.architecture=resnet',), "run.architecture: unknown name 'resnet'; known: fc1"),
     (('--config.run.images_per_class=1000',), 'run.images_per_class must be at most'),

@@ -48,7 +48,8 @@ def test_a_finished_run(make_run, tmp_path):
     (('--status',), 2, 'error: --workdir=DIR is missing'),
     (('--status', '--workdir=/nowhere'), 2, 'error: --workdir=/nowhere holds no run'),
     (('--status', '--work=/nowhere'), 2, 'error: Unknown command line flag'),
-    (('--help',), 0, '--workdir: Run directory')])
+    (('--help',), 0, '--workdir: Run directory'),
+    (('--help',), 0, '--role: <coordinator|worker|evaluator>')])
 def test_from_the_command_line(flags, code, expected):
   done = subprocess.run([sys.executable, 'launch.py', *flags], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
   assert done.returncode == code and expected in done.stdout + done.stderr

@@ -15,11 +15,14 @@ from programs import terminal
 directory = run_directory.RunDirectory(sys.argv[1])
 with terminal.shown(directory):
   time.sleep(0.8)
-  directory.write_status('running', step=30, num_steps=120, train_loss=0.25, seconds_to_go=61.2, kernel_pairs_per_second=5000.0, workers_alive=['a', 'b'])
+  directory.write_status('running', step=30, num_steps=120, train_loss=0.25, seconds_to_go=61.2, kernel_pairs_per_second=5000.0,
+                         workers_alive=['a', 'b'])
   directory.append_metrics({'step': 10, 'krr_test_accuracy': 0.5})
   print("from here")
   sys.stdout.flush()
   os.system("echo '\\033[1;36mfrom a child\\033[0;0m'; echo '[coordinator/0] 10:00:00 step 30/120: loss 0.2'")
+  waiting = 'Waiting for workers to stop for 9s.'
+  os.system(f"printf '[a/0] {waiting}\\r\\033[34m{waiting}\\033[0m\\n[b/0] {waiting}\\rend\\n\\n'")
   time.sleep(1.2)
   if sys.argv[2:]:
     os._exit(130)
@@ -61,9 +64,17 @@ def test_the_cursor_is_there_whoever_ends_it(tmp_path):
   assert output.rindex('\x1b[?25h') > output.rindex('\x1b[?25l')
 
 
+def test_nobody_waits_for_a_reader_that_is_gone(tmp_path):
+  program = PROGRAM.replace('time.sleep(1.2)', 'os.system("seq 100000"); os._exit(0)')
+  process = subprocess.Popen([sys.executable, '-c', program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+  assert process.stdout.readline() == b'from here\n'
+  process.stdout.close()
+  assert process.wait(60) == 0
+
+
 @pytest.mark.parametrize('stderr', [subprocess.STDOUT, subprocess.PIPE])
 def test_plain_lines_elsewhere(tmp_path, stderr):
   done = subprocess.run([sys.executable, '-c', PROGRAM, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True,
                         timeout=60, check=True)
-  assert done.stdout == 'from here\nfrom a child\n[coordinator/0] 10:00:00 step 30/120: loss 0.2\nafter\n'
+  assert done.stdout == 'from here\nfrom a child\n[coordinator/0] 10:00:00 step 30/120: loss 0.2\n[b/0] end\n\nafter\n'
   assert not done.stderr
