@@ -166,8 +166,8 @@ def test_a_function_as_cotangent_sees_the_block_and_gives_the_same_gradient(impl
   k = case_kernel(implementation, name, 'float32')
   x, y, _ = kernel_cases.images(case)
   block, gradient = k.block_vjp(x, y, np.sin(k.block_vjp(x, y, np.zeros((3, 4)))[0]))
-  for kept in (band._KEPT_BYTES, 0):
-    monkeypatch.setattr(band, '_KEPT_BYTES', kept)
+  for kept in (band._CPU.kept_bytes, 0):
+    monkeypatch.setattr(k._kernel, '_budget', band._CPU._replace(kept_bytes=kept), raising=False)
     value, pulled = k.block_vjp(x, y, np.sin)
     assert np.array_equal(value, block)
     if implementation == 'native':  # it keeps derivatives for a function, and contracts them in another order
