@@ -160,7 +160,7 @@ def _load_parquet(name: str, train: list[str], test: list[str]) -> Dataset:
       arrays += _decode(rows, paths[0])
     except DataError:
       raise
-    except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, TypeError, KeyError, SyntaxError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
       raise DataError(f'{paths[0]!r} is not a readable parquet file of images: {_line(error)}') from error
   return _checked(name, *arrays)
 
