@@ -1,6 +1,7 @@
 """Data sets: loading, preprocessing, the shared cache, and sampling."""
 
 import struct
+import tokenize
 import zipfile
 import zlib
 
@@ -10,5 +11,5 @@ class DataError(ValueError):
 
 
 # What numpy.load and the reading of its arrays raise on files that are damaged, or were never .npz.
-NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, OverflowError, SyntaxError, struct.error, zlib.error,
-              zipfile.BadZipFile)
+NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, OverflowError, SyntaxError, tokenize.TokenError,
+              struct.error, zlib.error, zipfile.BadZipFile)

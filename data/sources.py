@@ -120,7 +120,8 @@ def _load_npz(path: str) -> Dataset:
     with np.load(path, allow_pickle=False) as file:
       missing = [key for key in NPZ_KEYS if key not in file]
       if missing:
-        raise DataError(f'{path!r}: array {missing[0]!r} is missing; expected {", ".join(NPZ_KEYS)}, got {", ".join(file) or "nothing"}.')
+        found = ', '.join(' '.join(key.split()) for key in file) or 'nothing'
+        raise DataError(f'{path!r}: array {missing[0]!r} is missing; expected {", ".join(NPZ_KEYS)}, got {found}.')
       arrays = [file[key] for key in NPZ_KEYS]
   except DataError:
     raise
@@ -159,7 +160,7 @@ def _load_parquet(name: str, train: list[str], test: list[str]) -> Dataset:
       arrays += _decode(rows, paths[0])
     except DataError:
       raise
-    except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, TypeError, KeyError, SyntaxError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
       raise DataError(f'{paths[0]!r} is not a readable parquet file of images: {_line(error)}') from error
   return _checked(name, *arrays)
 

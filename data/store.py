@@ -16,6 +16,7 @@ from absl import logging
 import numpy as np
 
 from data import DataError
+from data import NPZ_ERRORS
 from data import preprocess
 from data import sources
 
@@ -166,7 +167,7 @@ def _open(key: str, cache: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] 
     return meta, {name: np.load(os.path.join(path, f'{name}.npy'), mmap_mode='r', allow_pickle=False) for name in meta['sha256']}
   except FileNotFoundError:
     return None
-  except (OSError, ValueError, EOFError, AttributeError, TypeError) as error:  # the last two where the description is no dictionary
+  except (*NPZ_ERRORS, AttributeError, TypeError) as error:  # the last two where the description is no dictionary
     _discard(path, str(error))
     return None
 
