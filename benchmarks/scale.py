@@ -37,7 +37,7 @@ from nodes import tasks
 from nodes.remote import Retrying
 
 IMAGE, CLASSES, IMAGES = (32, 32, 3), 10, 50_000  # CIFAR-10
-WARM_UP = 2  # steps that are not counted
+WARM_UP, STEPS = 2, 3  # steps that are not counted, and that are at least
 REPEATS = 30 # of a kernel's task, for its spread
 PAIRS = (10, 64)  # of such a task
 BUSY = 0.8  # of the simulated workers' cores, from which on they are the limit
@@ -77,7 +77,7 @@ class Row(NamedTuple):
 # S = 10: a piece's gradient is small, so targets alone are cut. S = 500: in one pass where workers are few, else by parts of the support too,
 # into slightly fewer tasks of a size than a whole number for each worker.
 CASES = [Case(10, 5000, 1, 10, 250, 1, 0), Case(10, 5000, 8, 10, 125, 1, 0), Case(10, 5000, 32, 10, 50, 1, 0),
-         Case(10, 50_000, 32, 10, 250, 1, 0), Case(10, 50_000, 128, 10, 50, 1, 0), Case(10, 50_000, 256, 10, 25, 1, 0),
+         Case(10, 50_000, 32, 10, 250, 1, 0), Case(10, 50_000, 128, 10, 125, 1, 0),
          Case(500, 5000, 1, 500, 250, 4, 0), Case(500, 5000, 8, 125, 125, 1, 0), Case(500, 5000, 32, 100, 50, 1, 0),
          Case(500, 5000, 32, 100, 125, 10, 18), Case(500, 5000, 128, 25, 125, 10, 9),
          Case(500, 50_000, 32, 100, 250, 20, 13), Case(500, 50_000, 128, 25, 250, 20, 14), Case(500, 50_000, 256, 25, 250, 10, 14)]
@@ -178,7 +178,7 @@ def _piece(phase: str, support: tasks.Range, targets: tasks.Range, num_support: 
   return tasks.encode({'gradient': gradient})
 
 
-def _serve(workdir: str, cache: str, port: int, steps: int, out: Any) -> None:
+def _serve(workdir: str, cache: str, port: int, seconds: float, out: Any) -> None:
   """The coordinator's process: tells (seconds, CPU seconds) a step."""
   import courier
   from nodes import coordinator
@@ -189,7 +189,7 @@ def _serve(workdir: str, cache: str, port: int, steps: int, out: Any) -> None:
 
     def _log(self, state, metrics):
       seen.append((time.monotonic(), time.process_time()))
-      if len(seen) == WARM_UP + steps + 1:
+      if len(seen) > WARM_UP + STEPS and seen[-1][0] - seen[WARM_UP][0] > seconds:
         stop.set()
   node = Timed(workdir, cache, stop)
   server = courier.Server('coordinator', port=port)
@@ -197,7 +197,7 @@ def _serve(workdir: str, cache: str, port: int, steps: int, out: Any) -> None:
     server.Bind(method, getattr(node, method))
   server.Start()
   node.run()
-  (begin, cpu), (end, last) = seen[WARM_UP], seen[-1]
+  (begin, cpu), (end, last), steps = seen[WARM_UP], seen[-1], len(seen) - 1 - WARM_UP
   out.put(((end - begin) / steps, (last - cpu) / steps, len(seen)))
 
 
@@ -228,12 +228,12 @@ def _work(port: int, name: str, folder: str) -> None:
   kernel_worker.KernelWorker(client, name, 1, folder, threading.Event()).run()
 
 
-def measure_real(workers: int, steps: int, folder: str, data: str) -> float:
+def measure_real(workers: int, folder: str, data: str) -> float:
   """Seconds a step of ConvNet, CIFAR-10, S = 10, T = 5000 with real workers of one thread each."""
   config = base.get_config()
   config.run.data.name, config.run.data.dir = 'cifar10', data
   config.run.implementation = 'native'
-  port, server, served = _start(config, workers, folder, steps)
+  port, server, served = _start(config, workers, folder, 0.0)
   spawn = multiprocessing.get_context('spawn')
   real = [spawn.Process(target=_work, args=(port, f'w{i}', folder), daemon=True) for i in range(workers)]
   for process in real:
@@ -244,7 +244,7 @@ def measure_real(workers: int, steps: int, folder: str, data: str) -> float:
   return a_step
 
 
-def _start(config: Any, workers: int, folder: str, steps: int) -> tuple[int, Any, Any]:
+def _start(config: Any, workers: int, folder: str, seconds: float) -> tuple[int, Any, Any]:
   """A coordinator's process: its port, itself, and where it tells what it has measured."""
   config.run.num_steps = 10 ** 6
   config.system.num_workers = workers
@@ -261,7 +261,7 @@ def _start(config: Any, workers: int, folder: str, steps: int) -> tuple[int, Any
     port = probe.getsockname()[1]
   spawn = multiprocessing.get_context('spawn')
   served = spawn.Queue()
-  server = spawn.Process(target=_serve, args=(directory.path, folder, port, steps, served), daemon=True)
+  server = spawn.Process(target=_serve, args=(directory.path, folder, port, seconds, served), daemon=True)
   server.start()
   return port, server, served
 
@@ -274,7 +274,7 @@ def measure(case: Case, costs: Costs, folder: str, seconds: float) -> Row:
   for name in ('support_tile', 'target_tile', 'target_tiles_per_task', 'support_per_task'):
     config.run.plan[name] = getattr(case, name)
   kernel = _kernel_seconds(case, costs)
-  port, server, served = _start(config, case.workers, folder, max(3, round(seconds / (kernel / case.workers))))
+  port, server, served = _start(config, case.workers, folder, seconds)
   cores = sorted(os.sched_getaffinity(0))
   spawn = multiprocessing.get_context('spawn')
   told, over = spawn.Queue(), spawn.Event()
@@ -324,7 +324,7 @@ def main():
   folder = os.path.abspath(args.folder)
   os.makedirs(folder, exist_ok=True)
   if args.real:
-    one, two = (measure_real(workers, steps=3, folder=folder, data=args.real) for workers in (1, 2))
+    one, two = (measure_real(workers, folder, args.real) for workers in (1, 2))
     print(f'real workers: one {one:.3f} s a step, two {two:.3f} s: efficiency {one / two / 2:.1%}')
     return
   costs = measured_costs(args.microseconds)
