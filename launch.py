@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
   logging.info(run.memory)
   logging.info(run.gpus.remark)
   program = distill.make_program(run)
-  with terminal.line_by_line():
+  with terminal.shown(run.directory):
     manager = lp.launch(program, local_resources=distill.local_resources(run), terminal='current_terminal')
     if not isolation.is_isolated() and not run.config['system']['accept_open_port']:
       logging.warning('%s is open to every host that can reach this one, and whoever connects can run code as you: no private network '

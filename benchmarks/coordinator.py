@@ -2,15 +2,17 @@
 
 The real coordinator, and one real worker in a process of its own that talks to it through Courier; only its kernel is a stand-in that
 returns blocks and gradients of the right shape at once. So a step lasts as long as everything else takes. Its parts, medians over the
-steps: what the coordinator's main thread does, and what the worker does while that one waits, one after the other.
+steps: what the coordinator's main thread does, and what the worker does while that one waits, one after the other, or (images) ahead.
+
+Then the same with a stand-in that sleeps for as long as a kernel would take (where steps are short enough): what is left of a step
+without that sleep, and its share of it. Some work goes on meanwhile, as it does beside a GPU.
 """
 
 import argparse
-import collections
+import functools
 import json
 import multiprocessing
 import os
-import statistics
 import tempfile
 import threading
 import time
@@ -25,9 +27,8 @@ from launchpad.nodes.courier import courier_utils
 import numpy as np
 import portpicker
 
-from configs import base
+from benchmarks import steps
 from data import sampling
-from data import store
 from kernels import krr
 from kernels import ntk
 from nodes import coordinator as coordinator_node
@@ -36,67 +37,43 @@ from nodes import remote
 from nodes import run_directory
 from nodes import tasks
 
-IMAGE, CLASSES = (32, 32, 3), 10
 TARGETS = 5000
-CASES = ((1, 250, 1), (1, 1250, 2), (10, 250, 1), (10, 625, 4), (50, 250, 1), (50, 250, 10))  # images a class, target tile, tiles a task
-MICROSECONDS = 5.0  # a pair, of the kernel that the share is told of
+CASES = ((1, 250, 1), (1, 250, 5), (10, 250, 1), (10, 250, 5), (50, 250, 1), (50, 250, 5))  # images a class, target tile, tiles a task
+MICROSECONDS = 5.0  # a pair, of a kernel that takes its time
 WARM_UP = 3  # steps
+SECONDS = 15.0  # of steps with a kernel that takes its time
 PARTS = ('solve', 'move', 'write', 'wait', 'lease', 'fetch', 'sample', 'images', 'residual', 'encode', 'complete')
 _TIMEOUT = 60.0
 
 
 class NoKernel:
   """In place of a kernel: K_ss the identity, K_ts and all gradients constant."""
-  implementation, dtype = 'none', np.dtype('float32')
+  implementation, instruction_set, device, dtype = 'none', '', '', np.dtype('float32')
 
-  def __init__(self):
-    self._made = {}
+  def __init__(self, microseconds: float):
+    self._microseconds, self._made = microseconds, {}
 
   def prepare(self, x):
     return ntk.Prepared(x, [], self)
 
+  def work(self, x1, x2):
+    time.sleep(self._microseconds * 1e-6 * len(x1) * len(x2))
+
   def block(self, x1, x2):
+    self.work(x1, x2)
     return np.eye(len(x1), dtype=self.dtype) if x1 is x2 else self._constant((len(x1), len(x2)), 0.0)
 
   def block_vjp(self, x1, x2, cotangent):
+    self.work(x1, x2)
     block = self._constant((len(x1), len(x2)), 1e-3)
     if callable(cotangent):
       cotangent(block)
-    return block, self._constant((len(x1), *IMAGE), 1e-3)
+    return block, self._constant((len(x1), *steps.IMAGE), 1e-3)
 
   def _constant(self, shape, value):
     if (shape, value) not in self._made:
       self._made[shape, value] = np.full(shape, value, self.dtype)
     return self._made[shape, value]
-
-
-class Clock:
-  """Seconds spent in functions, by name, and how far they had come at the beginning of each step."""
-
-  def __init__(self):
-    self._seconds = collections.Counter()
-    self._laps = {}
-
-  def timed(self, name, function):
-    def run(*args, **kwargs):
-      start = time.perf_counter()
-      try:
-        return function(*args, **kwargs)
-      finally:
-        self._seconds[name] += time.perf_counter() - start
-    return run
-
-  def watch(self, name, owner, attribute):
-    """Times a function that a module or a class holds, from now on."""
-    setattr(owner, attribute, self.timed(name, getattr(owner, attribute)))
-
-  def lap(self, step):
-    self._laps.setdefault(step, collections.Counter(self._seconds, step=time.perf_counter()))
-
-  def medians(self):
-    """Seconds a step, by name; 'step' is all of it."""
-    laps = [self._laps[step] for step in sorted(self._laps) if step >= WARM_UP]
-    return {name: statistics.median(b[name] - a[name] for a, b in zip(laps, laps[1:])) for name in laps[-1]}
 
 
 class _TimedClient:
@@ -111,7 +88,7 @@ class _TimedClient:
 
 def coordinate(port: int, workdir: str, cache: str, answer) -> None:
   """The coordinator's process: a run to its end; sends its seconds a step."""
-  clock, solution = Clock(), coordinator_node.Coordinator._solution
+  clock, solution = steps.Clock(), coordinator_node.Coordinator._solution
   coordinator = coordinator_node.Coordinator(workdir, cache, threading.Event())
   for watched in (('solve', krr, 'solve'), ('solve', krr, 'pull_back'), ('move', coordinator, '_move'), ('write', coordinator, '_log'),
                   ('write', coordinator, '_save'), ('write', coordinator, '_write_snapshot'), ('wait', coordinator._board, 'take')):
@@ -128,15 +105,15 @@ def coordinate(port: int, workdir: str, cache: str, answer) -> None:
   status = run_directory.RunDirectory(workdir).read_status()
   if status['state'] != run_directory.FINISHED:
     raise RuntimeError(status['message'])
-  answer.send(clock.medians())
+  answer.send(clock.medians(WARM_UP))
 
 
-def work(port: int, cache: str, answer) -> None:
+def work(port: int, cache: str, microseconds: float, answer) -> None:
   """The worker's process: works until told to stop; sends its seconds a step."""
-  clock, compute = Clock(), kernel_worker.KernelWorker._compute
-  ntk.for_run = lambda run, threads: NoKernel()
+  clock, compute = steps.Clock(), kernel_worker.KernelWorker._compute
+  ntk.for_run = lambda run, threads: NoKernel(microseconds)
   for watched in (('sample', sampling, 'targets'), ('images', ntk.Library, '__getitem__'), ('residual', krr, 'residual'),
-                  ('encode', tasks, 'encode')):
+                  ('residual', krr, 'cotangent'), ('encode', tasks, 'encode'), ('kernel', NoKernel, 'work')):
     clock.watch(*watched)
 
   def computed(self, task, inputs):
@@ -148,23 +125,14 @@ def work(port: int, cache: str, answer) -> None:
   stop = threading.Event()
   client = remote.Retrying(client, _TIMEOUT, stop, lambda error: type(error).__name__ == 'StatusNotOk')
   kernel_worker.KernelWorker(client, 'worker', 1, cache, stop).run()
-  answer.send(clock.medians())
+  answer.send(clock.medians(WARM_UP))
 
 
-def measure(folder: str, data: str, images_per_class: int, tile: int, tiles: int, num_steps: int) -> dict[str, float]:
-  """Milliseconds a step: 'step', and PARTS."""
-  config = base.get_config()
-  config.run.update({'images_per_class': images_per_class, 'targets_per_step': TARGETS, 'num_steps': num_steps})
-  config.run.data.name = data
-  config.run.plan.update({'target_tile': tile, 'target_tiles_per_task': tiles})
-  config.system.update({'num_workers': 1, 'snapshot_steps': (0,), 'final_evaluation_timeout': 0.01})
-  config = config.to_dict()
-  base.validate(config)
-  directory = run_directory.RunDirectory(os.path.join(folder, f'{images_per_class}_{tile}_{tiles}'))
-  directory.open(config, store.prepare(config['run']['data'], folder).key)
+def measure(directory: run_directory.RunDirectory, cache: str, microseconds: float = 0.0) -> dict[str, float]:
+  """Milliseconds a step: 'step', PARTS, and 'kernel', which takes `microseconds` a pair."""
   processes, port, seconds = multiprocessing.get_context('spawn'), portpicker.pick_unused_port(), {}
   started = []
-  for node, *arguments in ((coordinate, port, directory.path, folder), (work, port, folder)):
+  for node, *arguments in ((coordinate, port, directory.path, cache), (work, port, cache, microseconds)):
     receiver, sender = processes.Pipe(duplex=False)
     process = processes.Process(target=node, args=(*arguments, sender), daemon=True)
     process.start()
@@ -174,17 +142,7 @@ def measure(folder: str, data: str, images_per_class: int, tile: int, tiles: int
     seconds.update(receiver.recv())
   for process, _ in started:
     process.join()
-  return {name: 1e3 * seconds.get(name, 0.0) for name in ('step', *PARTS)}
-
-
-def write_data(path: str, num_images: int) -> None:
-  """Noise in the shape of CIFAR-10."""
-  rng = np.random.default_rng(0)
-  arrays = {}
-  for name, count in (('train', num_images), ('test', 100)):
-    arrays[f'x_{name}'] = rng.integers(0, 256, (count, *IMAGE), np.uint8)
-    arrays[f'y_{name}'] = np.arange(count) % CLASSES
-  np.savez(path, **arrays)
+  return {name: 1e3 * seconds.get(name, 0.0) for name in ('step', *PARTS, 'kernel')}
 
 
 def main():
@@ -196,21 +154,25 @@ def main():
   parser.add_argument('--json', default='benchmarks/coordinator.json', help='where to write the table as JSON')
   args = parser.parse_args()
   rows = []
-  print(f"{'':24}ms a step")
-  print(f'{"S":>4}{"tile":>6}{"tiles":>6}{"tasks":>6}{"step":>9}{"% of kernel":>13}' + ''.join(f'{part:>9}' for part in PARTS))
+  print(f'kernel: at once, then {MICROSECONDS:g} µs a pair; ms a step')
+  print(f'{"S":>4}{"tile":>6}{"tiles":>6}{"tasks":>6}{"at once":>9}' + ''.join(f'{part:>9}' for part in PARTS) + f'{"beside":>9}{"share":>7}')
   with tempfile.TemporaryDirectory() as folder:
-    data = os.path.join(folder, 'noise.npz')
-    write_data(data, args.images)
     for case in args.cases.split():
       images_per_class, tile, tiles = map(int, case.split('x'))
-      milliseconds = measure(folder, data, images_per_class, tile, tiles, args.steps)
-      support = images_per_class * CLASSES
-      pairs = coordinator_node.pairs_per_step({'targets_per_step': TARGETS, 'plan': {
-          'support_tile': base.get_config().run.plan.support_tile, 'support_per_task': 0, 'target_tile': tile, 'target_tiles_per_task': tiles}}, support)
-      share = milliseconds['step'] / (1e-3 * MICROSECONDS * pairs)
-      rows.append({'support': support, 'target_tile': tile, 'target_tiles_per_task': tiles, 'share': share, **milliseconds})
-      print(f'{support:4}{tile:6}{tiles:6}{-(-TARGETS // (tile * tiles)):6}{milliseconds["step"]:9.1f}{share:13.1%}'
-            + ''.join(f'{milliseconds[part]:9.1f}' for part in PARTS), flush=True)
+      make_run = functools.partial(steps.make_run, folder, args.images, plan={'target_tile': tile, 'target_tiles_per_task': tiles},
+                                   images_per_class=images_per_class, targets_per_step=TARGETS)
+      directory, support = make_run(num_steps=args.steps), images_per_class * steps.CLASSES
+      at_once = measure(directory, folder)
+      row = {'support': support, 'target_tile': tile, 'target_tiles_per_task': tiles, **at_once}
+      line = f'{support:4}{tile:6}{tiles:6}{-(-TARGETS // (tile * tiles)):6}{at_once["step"]:9.1f}'
+      line += ''.join(f'{at_once[part]:9.1f}' for part in PARTS)
+      num_steps = WARM_UP + int(SECONDS / (1e-6 * MICROSECONDS * steps.pairs(directory)))
+      if num_steps > WARM_UP + 2:
+        slowly = measure(make_run(num_steps=min(num_steps, args.steps)), folder, MICROSECONDS)
+        row.update(beside=slowly['step'] - slowly['kernel'], share=1 - slowly['kernel'] / slowly['step'])
+        line += f'{row["beside"]:9.1f}{row["share"]:7.1%}'
+      rows.append(row)
+      print(line, flush=True)
   with open(args.json, 'w', encoding='utf-8') as file:
     json.dump({'kernel_microseconds_a_pair': MICROSECONDS, 'load': os.getloadavg()[0], 'rows': rows}, file, indent=1)
 

@@ -191,9 +191,9 @@ def _discard(path: str, why: str) -> None:
 def _write_preprocessed(path: str, transform: preprocess.Transform, images: np.ndarray, split: str) -> None:
   """Preprocesses piece by piece into an `.npy` file."""
   rows = np.lib.format.open_memmap(path, mode='w+', dtype=np.float32, shape=images.shape)
-  last = time.monotonic()
+  last, threads = time.monotonic(), len(os.sched_getaffinity(0))
   for start in range(0, len(images), _PIECE):
-    rows[start:start + _PIECE] = preprocess.apply(transform, images[start:start + _PIECE])
+    rows[start:start + _PIECE] = preprocess.apply(transform, images[start:start + _PIECE], threads)
     if time.monotonic() > last + _LOG_SECONDS:
       logging.info('Preprocessed %d of %d %s images.', min(start + _PIECE, len(images)), len(images), split)
       last = time.monotonic()

@@ -12,8 +12,8 @@ import numpy as np
 from kernels import architectures
 
 # Module and class of each; imported when asked for, because Neural Tangents takes seconds to import and only one of them needs it.
-_CLASSES = {'native': ('kernels.native.kernel', 'NativeKernel'), 'jax': ('kernels.band', 'JaxKernel'),
-            'reference': ('kernels.reference', 'ReferenceKernel')}
+_CLASSES = {'cuda': ('kernels.cuda.kernel', 'CudaKernel'), 'native': ('kernels.native.kernel', 'NativeKernel'),
+            'jax': ('kernels.band', 'JaxKernel'), 'reference': ('kernels.reference', 'ReferenceKernel')}
 IMPLEMENTATIONS = ('auto', *_CLASSES)
 DTYPES = ('float32', 'float64')
 KINDS = ('ntk', 'nngp')
@@ -65,10 +65,13 @@ class Kernel(Protocol):
     implementation: the implementation's name, 'auto' resolved.
     architecture: the network.
     dtype: of images, blocks and gradients.
+    instruction_set, device: of the CPU, and the GPU's model, where the implementation chooses one; else ''.
   """
   implementation: str
   architecture: architectures.Architecture
   dtype: np.dtype
+  instruction_set: str
+  device: str
 
   def prepare(self, x: np.ndarray) -> Prepared:
     """Images x [N, H, W, D] in the form in which they may be given again and again, to this kernel, in place of an array."""
@@ -99,7 +102,7 @@ def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'flo
   Args:
     architecture: a name, a dict of stages or an `architectures.Architecture`; see `architectures.get`.
     implementation: 'reference' is Neural Tangents, 'jax' runs wherever JAX does, 'native' is C++ for CPUs
-      (`python -m kernels.native.build`);
+      (`python -m kernels.native.build`), 'cuda' CUDA C++ for NVIDIA's GPUs (`make cuda`);
       'auto' is the fastest one this machine can run that can do what is asked.
     dtype: 'float32' or 'float64'.
     threads: how many CPU threads to use; by default as many as this process may. No result depends on it.
@@ -144,14 +147,21 @@ def check_variant(implementation: str, kind: str, parameterization: str) -> None
 
 def available() -> list[str]:
   """The implementations that this machine can run, 'auto' apart."""
+  from kernels.cuda import kernel as cuda
   from kernels.native import build
-  return [name for name in _CLASSES if name != 'native' or build.is_built()]
+  missing = {'cuda': not cuda.is_available(), 'native': not build.is_built()}
+  return [name for name in _CLASSES if not missing.get(name)]
 
 
 def _fastest() -> str:
+  from kernels.cuda import kernel as cuda
+  if cuda.is_available():
+    return 'cuda'
   import jax
   from kernels.native import build
   if jax.default_backend() != 'cpu':
+    logging.log_first_n(logging.WARNING, 'There is a GPU, but no CuPy for the CUDA kernel (`make cuda` installs it); using the JAX '
+                        'kernel.', 1)
     return 'jax'
   if build.is_built():
     return 'native'
@@ -190,6 +200,7 @@ class _Checked:
   def __init__(self, kernel: Kernel):
     self._kernel = kernel
     self.implementation, self.architecture, self.dtype = kernel.implementation, kernel.architecture, kernel.dtype
+    self.instruction_set, self.device = getattr(kernel, 'instruction_set', ''), getattr(kernel, 'device', '')
 
   def prepare(self, x):
     return self._kernel.prepare(self._checked_images('x', x))

@@ -503,7 +503,8 @@ class Coordinator:
   def _move(self, state: SupportState, gradient: Gradient) -> SupportState:
     parameters = _parameters(self._run, state.images, state.labels)
     gradients = _parameters(self._run, gradient.images, gradient.labels)
-    updates, optimizer = jax.device_get(self._update(gradients, state.optimizer, parameters))
+    with jax.default_device(jax.local_devices(backend='cpu')[0]):  # also in a process whose kernels are on a GPU
+      updates, optimizer = jax.device_get(self._update(gradients, state.optimizer, parameters))
     factors = {'images': 1.0, 'labels': self._run['label_learning_rate_factor']}
     moved = {name: value + factors[name] * updates[name] for name, value in parameters.items()}
     for name, value in moved.items():

@@ -1,5 +1,6 @@
 """Leases tasks, computes kernel blocks and their cotangent pieces, and hands them back."""
 
+from concurrent import futures
 import json
 import platform
 import threading
@@ -35,6 +36,7 @@ class KernelWorker:
       stop: set when the process is to stop.
     """
     self._coordinator, self._name, self._threads, self._cache, self._stop_event = coordinator, name, threads, cache, stop
+    self._ahead = futures.ThreadPoolExecutor(1)
     self._inputs: dict[Any, Any] = {}
     self._inputs_of = None  # (generation, step)
     self._kept: dict[Any, list[ntk.Linearised | None]] = {}  # of the same step's first halves, tile by tile
@@ -127,8 +129,18 @@ class KernelWorker:
   def _target_images(self, task: tasks.Task, start: int, stop: int) -> 'ntk.Images':
     batch = self._batch(task.step)
     if self._augment:
-      return augment.target_images(self._run, self._prepared, task.step, batch, start, stop)
+      return augment.target_images(self._run, self._prepared, task.step, batch, start, stop, self._threads)
     return self._train[batch[start:stop]]
+
+  def _target_tiles(self, task: tasks.Task):
+    """Yields (start, stop, images) of each tile; while it is used, the images of the next are made: a GPU need not wait for them."""
+    make = lambda tile: self._ahead.submit(self._target_images, task, *tile)
+    tiles = self._tiles(task)
+    coming = make(tiles[0])
+    for tile, following in zip(tiles, [*tiles[1:], None]):
+      images = coming.result()
+      coming = following and make(following)
+      yield *tile, images
 
   def _targets(self, task: tasks.Task, support: ntk.Prepared) -> dict[str, np.ndarray]:
     """Rows of K_ts, their residual and their cotangent in one pass, tile by tile, summed in order in float64."""
@@ -136,7 +148,7 @@ class KernelWorker:
     batch = self._batch(task.step)
     loss, correct, alpha_bar = 0.0, 0, np.zeros_like(alpha)
     gradient = np.zeros(support.images.shape, np.float64)
-    for start, stop in self._tiles(task):
+    for start, stop, x_t in self._target_tiles(task):
       y_t = sampling.centred_one_hot(self._prepared.train_labels[batch[start:stop]], self._prepared.num_classes)
       residual = None
 
@@ -145,7 +157,7 @@ class KernelWorker:
         residual = krr.residual(block, alpha, y_t, len(batch))
         return krr.cotangent(alpha, residual.scaled)
 
-      gradient += self._kernel.block_vjp(support, self._target_images(task, start, stop), cotangent)[1]
+      gradient += self._kernel.block_vjp(support, x_t, cotangent)[1]
       loss += residual.loss
       correct += residual.correct
       alpha_bar += residual.alpha_bar
@@ -207,12 +219,11 @@ class KernelWorker:
 
   def _fingerprint(self) -> dict[str, str]:
     """All that can change the bits of a result, apart from the run's configuration."""
-    import jax
-    device = jax.devices()[0]
-    versions = {'numpy': np.__version__, 'jax': jax.__version__, 'python': platform.python_version()}
+    from jax import version  # alone: a worker with the CUDA kernel has no use for JAX's part of the GPU
+    versions = {'numpy': np.__version__, 'jax': version.__version__, 'python': platform.python_version()}
     return {'implementation': self._kernel.implementation, 'dtype': str(self._kernel.dtype),
-            'instruction_set': getattr(self._kernel, 'instruction_set', ''),
-            'device': _cpu_model() if device.platform == 'cpu' else device.device_kind, 'data': self._prepared.content, **versions}
+            'instruction_set': self._kernel.instruction_set,
+            'device': self._kernel.device or _device(), 'data': self._prepared.content, **versions}
 
   def _calibrate(self) -> float:
     """Pairs a second, of a single pair, of a few, of a full tile: as far as they are cheap. Compiles on the way."""
@@ -233,6 +244,13 @@ class KernelWorker:
       compute(x1, x2)
       rate = a * b / (time.perf_counter() - start)
     return rate
+
+
+def _device() -> str:
+  """That JAX computes on."""
+  import jax
+  device = jax.devices()[0]
+  return _cpu_model() if device.platform == 'cpu' else device.device_kind
 
 
 def _cpu_model() -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 from typing import Sequence
 
@@ -60,6 +61,7 @@ def wait(manager: worker_manager.WorkerManager) -> None:
     manager.wait([COORDINATOR, f'{COORDINATOR}/0'], raise_error=False)  # local_mt's and local_mp's name for it
   except psutil.NoSuchProcess:  # Launchpad, asked to stop, trips over processes that have just ended
     logging.info('Stopping.')
+  signal.alarm(0)  # or its next look at them, every second while it stops, trips in what follows
   nodes = psutil.Process().children()
   psutil.wait_procs(nodes, timeout=_GRACE)
   for end in (psutil.Process.terminate, psutil.Process.kill):

@@ -25,6 +25,7 @@ from programs import placement
 from programs import processes
 from programs import start
 from programs import supervisor
+from programs import terminal
 
 _WORKER = 'worker'
 ROLE = flags.DEFINE_enum('role', None, [distill.COORDINATOR, _WORKER, 'evaluator'], 'Run this one node of the program.')
@@ -77,7 +78,8 @@ def _coordinate(stop: threading.Event) -> int:
   address = f'{_HOST.value or socket.getfqdn()}:{port or _free_port()}'
   run_directory.write_atomically(run.directory.address, address + '\n')
   logging.info('The coordinator is at %s. Whoever can connect to it can run code as you: see BUILD.md, "The coordinator\'s port".', address)
-  supervisor.supervise(distill.COORDINATOR, stop)
+  with terminal.shown(run.directory):
+    supervisor.supervise(distill.COORDINATOR, stop)
   return start.outcome(run.directory)
 
 

@@ -46,8 +46,7 @@ class Placement(NamedTuple):
 
 
 def find_gpus(implementation: str, at_most: int | None = None) -> Gpus:
-  """The first `at_most` GPUs for kernels of `run.implementation`: of this machine's, or of those that an inherited CUDA_VISIBLE_DEVICES names.
-  """
+  """The first `at_most` GPUs for kernels of `run.implementation`: of this machine's, or of those in an inherited CUDA_VISIBLE_DEVICES."""
   names, visible, needs = _gpus_of_the_machine(), os.environ.get('CUDA_VISIBLE_DEVICES'), _NEEDS.get(implementation, _JAX)
   if not names:
     return Gpus((), 'No NVIDIA GPU was found: kernels are computed on CPU.')
@@ -105,7 +104,8 @@ def environment(gpu: str = '', sharers: int = 1) -> dict[str, str]:
 def launcher_environment() -> dict[str, str]:
   """For a process whose JAX is to keep to the CPU, but which still has GPUs to find or to give to others.
 
-  Libraries get one thread (XLA's CPU part by NPROC): the bits of their long dot products follow its number. Kernels use theirs on whole tiles.
+  Libraries get one thread (XLA's CPU part by NPROC), since the bits of long dot products follow their number of threads; kernels use theirs
+  on whole tiles.
   """
   return {'NPROC': '1', 'JAX_PLATFORMS': 'cpu', 'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'}
 

@@ -50,7 +50,7 @@ def ready(find_gpus: Callable[[str], placement.Gpus] | None) -> Run:
   """Validates the configuration, prepares the data and opens the run directory; the flags are parsed.
 
   Args:
-    find_gpus: finds the workers' GPUs for `run.implementation`; None where the workers do not share this host.
+    find_gpus: finds the workers' GPUs for `run.implementation`, before JAX starts; None where the workers do not share this host.
 
   Raises:
     BadInput: anything the user can mend; nothing has been started.
@@ -59,13 +59,14 @@ def ready(find_gpus: Callable[[str], placement.Gpus] | None) -> Run:
     raise BadInput('--config=FILE is missing, for instance --config=configs/digits.py.')
   if not WORKDIR.value:
     raise BadInput('--workdir=DIR is missing: the run directory, made if it is not there.')
-  config = command_line.CONFIG.value.to_dict()
+  config, gpus = command_line.CONFIG.value.to_dict(), placement.Gpus((), '')
+  if find_gpus:  # before JAX starts, to check the configuration
+    gpus = find_gpus(str(base.flatten(config).get('run.implementation')))
   try:
     base.validate(config)
     cache = store.cache_folder(config['system']['cache_dir'])
     prepared = store.prepare(config['run']['data'], cache, raw=config['run']['augmentation']['fraction'] > 0)
     base.validate_with_data(config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:])
-    gpus = find_gpus(config['run']['implementation']) if find_gpus else placement.Gpus((), '')
     config['system']['num_workers'] = placement.num_workers(config['system']['num_workers'], gpus.names)
     memory = _check_memory(config, prepared, config['system']['num_workers'] if find_gpus else 0)
     initial_support.make(config['run'], prepared, cache)

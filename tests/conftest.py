@@ -5,6 +5,7 @@ import os
 os.environ.update({'NPROC': '1', 'JAX_PLATFORMS': 'cpu'})  # before JAX starts, as in the program's own processes
 
 import numpy as np
+from PIL import Image
 import pytest
 
 from configs import base
@@ -35,6 +36,22 @@ def npz(tmp_path_factory):
   (x_train, y_train), (x_test, y_test) = draw(96), draw(25)
   np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
   return path
+
+
+@pytest.fixture
+def released_mnist(tmp_path):
+  """A set of 10 images as the authors released theirs, already fetched, and a stand-in for MNIST: (name, folder of the data, cache)."""
+  name, folder, cache = 'ls/mnist/ConvNet_ssize10_nozca.npz', tmp_path / 'mnist', str(tmp_path / 'cache')
+  rng = np.random.default_rng(0)
+  for split in ('train', 'test'):
+    for i in range(20):
+      path = folder / split / str(i % 10)
+      path.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(rng.integers(0, 256, size=(28, 28)).astype(np.uint8)).save(path / f'{i}.png')
+  path = os.path.join(cache, 'released', name)
+  os.makedirs(os.path.dirname(path))
+  np.savez(path, images=rng.normal(size=(10, 28, 28, 1)), labels=np.eye(10) - 0.1)
+  return name, str(folder), cache
 
 
 @pytest.fixture

@@ -36,11 +36,11 @@ def test_without_workers_the_run_fails_with_a_checkpoint(make_run, tmp_path):
 
 
 def test_a_run_stops_however_fast_its_phases_are(make_run, tmp_path, monkeypatch):
-  monkeypatch.setattr(task_board.TaskBoard, 'collect', lambda self, wait: [{}] * len(self._tasks))
+  monkeypatch.setattr(task_board.TaskBoard, 'take', lambda self, task, wait: {})
   coordinator = _coordinator(make_run(tmp_path, FC1))
   coordinator._stop_event.set()
   with pytest.raises(coordinator_node._Stopped):
-    coordinator._phase(tasks.TARGETS, 4)
+    next(coordinator._phase(tasks.TARGETS, 4))
 
 
 def test_a_worker_that_would_compute_other_bits_is_refused(make_run, tmp_path, monkeypatch):
@@ -179,7 +179,7 @@ def test_a_run_that_is_another_is_not_worked_for(make_run, tmp_path):
   worker = kernel_worker.KernelWorker(None, 'w', 1, run.cache, threading.Event())
   worker._run_id = 'this'
   with pytest.raises(CoordinatorLost, match='another run answers'):
-    worker._work(tasks.Task('that', 1, 0, tasks.TARGETS, 0, (0, 5), (0, 6)), 0)
+    worker._work(tasks.Task('that', 1, 0, tasks.TARGETS, 0, (0, 5), (0, 6)), 0, {})
 
 
 def test_a_piece_with_nan_stops_the_run_naming_the_task(make_run, tmp_path, monkeypatch):

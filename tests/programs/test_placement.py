@@ -30,7 +30,7 @@ def machine(monkeypatch, tmp_path):
       program.write_text(f'#!/bin/sh\n[ "$1" = -L ] && printf "{listing}"\n')
       program.chmod(0o755)
     monkeypatch.setenv('PATH', f'{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin')
-    monkeypatch.setattr(placement.importlib.util, 'find_spec', lambda name: name if name in packages else None)
+    monkeypatch.setattr(placement, '_has_any', lambda needed: any(name in packages for name in needed))
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
     if visible is not None:
       monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
@@ -98,6 +98,19 @@ def test_jax_keeps_off_the_gpu_where_it_has_no_cuda(machine):
   assert (environment['CUDA_VISIBLE_DEVICES'], environment['JAX_PLATFORMS']) == ('5', 'cpu')
 
 
+def test_a_process_of_its_own_is_placed_before_jax_starts(tmp_path):
+  """programs/local.py: what it imports at once leaves JAX alone, and `start.ready` asks for the GPU first."""
+  code = ("import os, sys\nfrom programs import local, placement, start\nplacement._gpus_of_the_machine = lambda: ('a', 'b')\n"
+          "placement._has_any = lambda packages: True\n"
+          "def stop(config): print('jax' in sys.modules, os.environ['CUDA_VISIBLE_DEVICES'], os.environ['JAX_PLATFORMS']); os._exit(0)\n"
+          "start.base.validate = stop\nlocal.main(sys.argv)\n")
+  for implementation, expected in (('auto', 'False a cuda,cpu'), ('native', 'False  cpu')):
+    environment = {name: value for name, value in os.environ.items() if name != 'CUDA_VISIBLE_DEVICES'}
+    done = subprocess.run([sys.executable, '-uc', code, '--config=configs/digits.py', f'--config.run.implementation={implementation}',
+                           f'--workdir={tmp_path}'], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == expected + '\n', done.stderr
+
+
 def test_the_launcher_may_still_look_for_gpus():
   assert placement.launcher_environment() == {name: value for name, value in ON_CPU.items() if name != 'CUDA_VISIBLE_DEVICES'}
 
@@ -116,7 +129,8 @@ def test_every_process_of_the_program_has_its_environment(machine, npz, cache, t
                   run_directory.RunDirectory(str(tmp_path)), cache, gpus=placement.find_gpus('auto'))
   environments = {label: process.env for label, process in distill.local_resources(run).items()}
   assert {label: env['CUDA_VISIBLE_DEVICES'] for label, env in environments.items()} == {
-      'coordinator': '', 'evaluator': 'GPU-1aaa', 'kernel_worker_0': 'GPU-0aaa', 'kernel_worker_1': 'GPU-1aaa', 'kernel_worker_2': 'GPU-0aaa'}
+      'coordinator': '', 'evaluator': 'GPU-1aaa',
+      'kernel_worker_0': 'GPU-0aaa', 'kernel_worker_1': 'GPU-1aaa', 'kernel_worker_2': 'GPU-0aaa'}
   assert set(distill.make_program(run).groups) == set(environments)
 
 

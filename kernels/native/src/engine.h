@@ -35,9 +35,10 @@ class Head {
       n = n * w_ + b_, t = t * w_ + n;
       const Index e = plan_.hidden_variances() + l;
       const V inverse = left.inverse[e] * right.inverse[e], rest = T(1 / kPi) - n * inverse;
-      const Angle<V> a = angle<true, true>(absolute(rest) < kRounding<T> / 8 ? V{} : rest);
-      hidden_[l] = {n, a.dot, t * (a.dot_slope * inverse), left.deviation[e] * right.deviation[e] * a.sine};
-      n = n * a.dot + hidden_[l].sine_slope, t = t * a.dot;
+      const Angle<V> a = angle<true>(absolute(rest) < kRounding<T> / 8 ? V{} : rest);
+      const V dot = T(0.5) - a.rest * T(0.5);
+      hidden_[l] = {n, dot, t * (a.dot_slope * inverse) * T(0.5), left.deviation[e] * right.deviation[e] * a.sine * T(0.5)};
+      n = n * dot + hidden_[l].sine_slope, t = t * dot;
     }
     n = n * w_ + b_;
     return plan_.network.nngp ? n : t * w_ + n;
@@ -49,7 +50,7 @@ class Head {
     for (std::size_t l = hidden_.size(); l-- > 0;) {
       const Hidden& h = hidden_[l];
       V nt_bar_in, t_bar_in;
-      pull_back<true, false>(n_bar, t_bar, h.n, h.dot, h.dot_slope, h.sine_slope, nt_bar_in, t_bar_in, sigma[plan_.hidden_variances() + l]);
+      pull_back<true, Relu<false, false>>(n_bar, t_bar, h.n, h.dot, h.dot_slope, h.sine_slope, nt_bar_in, t_bar_in, sigma[plan_.hidden_variances() + l]);
       n_bar = nt_bar_in * w_, t_bar = t_bar_in * w_;
     }
   }
@@ -195,7 +196,7 @@ class VarianceEngine {
         for (int y = 0; y < level.height; ++y) {
           const AddToCells<V, false> out{to.row(y), to.share};
           const V* row = plane_row(plane_, level, y);
-          for (int x = 0; x < out.cells.count; ++x) out.template emit<false>(x, row[x], V{});
+          for (int x = 0; x < out.cells.count; ++x) out.template emit<false>(x, 2 * row[x], V{});
         }
       };
       if (p + 1 < levels()) {
@@ -284,6 +285,7 @@ class VarianceEngine {
         else
           input_row<0, false>(images_.pixels + Index(y) * width * plan_.channels, images_.pixels + Index(y) * width * plan_.channels, width,
                               plan_.channels, row);
+        for (int x = 0; x < width; ++x) row[x] *= T(0.5);
       }
     }
     for (int y = 0; y < level.height; ++y) plane_row(plane_, level, y)[width] = plane_row(next_plane_, level, y)[width] = V{};
@@ -306,15 +308,16 @@ class VarianceEngine {
   // Pools the variances in plane_: the variance of a mean is the mean variance less the spread, which the band holds at offset 0.
   void pool_diagonal(int p) {
     const Level &level = plan_.levels[p], &below = plan_.levels[p - 1];
-    V* halves = table_.data() + plan_.variances + level.first_pooled;
+    V* pooled = table_.data() + plan_.variances + level.first_pooled;
     for (int y = 0; y < level.height; ++y) {
       const V *even = plane_row(plane_, below, 2 * y), *odd = plane_row(plane_, below, 2 * y + 1);
-      const V* spread = bands_.n[p].data() + level.start({0, 0}) + y * (level.width + 1);
+      const V* m = bands_.n[p].data() + level.start({0, 0}) + y * (level.width + 1);
       V* out = plane_row(next_plane_, level, y);
       for (int x = 0; x < level.width; ++x) {
-        out[x] = (even[2 * x] + even[2 * x + 1] + (odd[2 * x] + odd[2 * x + 1])) * T(0.25) - spread[x];
-        halves[y * level.width + x] = spread[x] * T(0.5);
-        halves[level.pixels() + y * level.width + x] = out[x] * T(0.5);
+        const V spread = m[x] * T(0.5);
+        out[x] = (even[2 * x] + even[2 * x + 1] + (odd[2 * x] + odd[2 * x + 1])) * T(0.25) - spread;
+        pooled[y * level.width + x] = spread;
+        pooled[level.pixels() + y * level.width + x] = out[x];
       }
     }
     std::swap(plane_, next_plane_);
@@ -328,7 +331,7 @@ class VarianceEngine {
     for (int y = 0; y < level.height; ++y) {
       V* row = plane_row(plane_, level, y);
       const Cells<V> cells = from.row(y);
-      for (int x = 0; x < width; ++x) row[x] = x < cells.count ? cells.n[x & 1][x >> 1] : V{};
+      for (int x = 0; x < width; ++x) row[x] = x < cells.count ? 2 * cells.n[x & 1][x >> 1] : V{};
       row[width] = plane_row(next_plane_, level, y)[width] = V{};
     }
     for (int l = level.convs - 1; l >= 0; --l) {
@@ -347,7 +350,7 @@ class VarianceEngine {
       const V* row = plane_row(plane_, level, y);
       const Index first = Index(y) * width * channels;
       if (p) {
-        for (int x = 0; x < width; ++x) bands_.n[p][level.start({0, 0}) + y * (width + 1) + x] = row[x] / 16;
+        for (int x = 0; x < width; ++x) bands_.n[p][level.start({0, 0}) + y * (width + 1) + x] = row[x] / 32;
       } else {
         for (int e = 0; e < width * channels; ++e) pixel_bar_[first + e] += row[e / channels] * images_.pixels[first + e] / T(channels);
       }

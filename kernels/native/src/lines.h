@@ -9,11 +9,13 @@
 // q1 and q2 being the variances of the two pixels. Where patches are nearly the same, 1 - cosine, which decides the gradient, would be lost
 // in the rounding of n; m keeps it. Input: m = |x1 - x2|^2 / 2 D. A convolution sums it as it sums n, without the bias, a tap that only one
 // image has (a "ghost") counting q / 2 of that image. Pooling takes from the mean over the two windows half of the mean within each
-// ("spread"). Cotangents are those of n.
+// ("spread"). A ReLU halves; so that nothing else need, rows and bands hold 2 m, or 2 n, and 2 t, and cotangents of n, halved.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstring>
+#include <type_traits>
 
 #include "memory.h"
 #include "plan.h"
@@ -27,7 +29,7 @@ struct Image {
   const L* pixels;     // [H, W, D]
   const L* inverse;    // [variances]: (pi q)^-1/2, 0 where q = 0
   const L* deviation;  // [variances]: (q / 2)^1/2
-  const L* pooled;     // for each level after a pooling to distances: half of the spread within each window, and q / 2
+  const L* pooled;     // for each level after a pooling to distances: the spread within each window, and q
 };
 
 // The covariances (or their cotangents) of one level at all its offsets; see Level::starts.
@@ -41,34 +43,56 @@ struct Band {
 template <class V>
 struct ThreeRows {
   const V *above, *here, *below;
-  V column(int x) const { return above[x] + here[x] + below[x]; }
+  KIP_INLINE V column(int x) const { return above[x] + here[x] + below[x]; }
 };
 
-// Calls f(x, 3x3 box sum around x) for x < width. kGhosts: there are columns -1.
+// The 3x3 box sums around two columns at a time.
+template <class V>
+class BoxSums {
+ public:
+  // kGhosts: there is a column -1.
+  template <bool kGhosts>
+  KIP_INLINE BoxSums(ThreeRows<V> rows, std::bool_constant<kGhosts>) : rows_(rows), left_(kGhosts ? rows.column(-1) : V{}), here_(rows.column(0)) {}
+
+  // Sets those around columns x and x + 1, to be called for x = 0, 2, ...
+  KIP_INLINE void two(int x, V& first, V& second) {
+    const V right = rows_.column(x + 1), next = rows_.column(x + 2), both = here_ + right;
+    first = left_ + both, second = both + next;
+    left_ = right, here_ = next;
+  }
+  KIP_INLINE V one(int x) const { return left_ + here_ + rows_.column(x + 1); }
+
+ private:
+  const ThreeRows<V> rows_;
+  V left_, here_;
+};
+
+// Calls f(x, 3x3 box sum around x) for x < width.
 template <bool kGhosts = false, class V, class F>
 KIP_INLINE inline void for_each_box(ThreeRows<V> a, int width, F f) {
-  V left = kGhosts ? a.column(-1) : V{}, middle = a.column(0);
-  for (int x = 0; x < width; ++x) {
-    const V right = a.column(x + 1);
-    f(x, left + middle + right);
-    left = middle;
-    middle = right;
+  BoxSums<V> sums(a, std::bool_constant<kGhosts>{});
+  for (int i = 0; i < width / 2; ++i) {
+    V first, second;
+    sums.two(2 * i, first, second);
+    f(2 * i, first), f(2 * i + 1, second);
   }
+  if (width % 2) f(width - 1, sums.one(width - 1));
 }
 
-// Calls f(x, box sum of a, box sum of b). kGhosts: a has columns -1.
+// Calls f(x, box sum of a, box sum of b). kGhosts: a has a column -1.
 template <bool kGhosts = false, class V, class F>
 KIP_INLINE inline void for_each_box(ThreeRows<V> a, ThreeRows<V> b, int width, F f) {
-  V a_left = kGhosts ? a.column(-1) : V{}, a_middle = a.column(0), b_left{}, b_middle = b.column(0);
-  for (int x = 0; x < width; ++x) {
-    const V a_right = a.column(x + 1), b_right = b.column(x + 1);
-    f(x, a_left + a_middle + a_right, b_left + b_middle + b_right);
-    a_left = a_middle, a_middle = a_right;
-    b_left = b_middle, b_middle = b_right;
+  BoxSums<V> a_sums(a, std::bool_constant<kGhosts>{}), b_sums(b, std::false_type{});
+  for (int i = 0; i < width / 2; ++i) {
+    V a_first, a_second, b_first, b_second;
+    a_sums.two(2 * i, a_first, a_second);
+    b_sums.two(2 * i, b_first, b_second);
+    f(2 * i, a_first, b_first), f(2 * i + 1, a_second, b_second);
   }
+  if (width % 2) f(width - 1, a_sums.one(width - 1), b_sums.one(width - 1));
 }
 
-// What the adjoint of a ReLU needs of its forward.
+// What the adjoint of a ReLU needs of its forward; all but n doubled.
 template <class V>
 struct Saved {
   V* n;
@@ -92,33 +116,33 @@ struct Input {
   V gap;                 // (1 - cosine) / pi
 };
 
-// Calls f(x, input) for the convolution's output at each x. kFirst: the network's first convolution, whose NTK is its NNGP.
-//
-// f(x - 1) runs beside the sums for x: the chain of operations through one point is so long that a processor's window holds few of them.
-template <bool kNtk, bool kFirst, class L, class V, class F>
+// Which ReLU: whether it follows the network's first convolution, whose NTK is its NNGP; whether variances can be 0.
+template <bool kFirst_, bool kZeros_>
+struct Relu {
+  static constexpr bool kFirst = kFirst_, kZeros = kZeros_;
+};
+
+// Calls f(x, input) for the convolution's output at each x.
+template <bool kNtk, class Kind, class L, class V, class F>
 KIP_INLINE inline void for_each_input(ThreeRows<V> m, ThreeRows<V> t, int width, Scalar<V> scale, ReluRow<L, V> relu, F f) {
-  using T = Scalar<V>;
-  Input<V> last{};
   const auto at = [&](int x, V box_m, V box_t) KIP_INLINE {
     Input<V> input;
     const V s1 = spread<V>(relu.deviation1[x]), s2 = relu.deviation2[x], radial = s1 - s2;
     input.m = box_m * scale;
-    V chord = input.m - radial * radial;  // sqrt(q1 q2) (1 - cosine): the distance without the difference in length
-    chord = chord > V{} ? chord : V{};
+    const V chord = input.m - radial * radial;  // sqrt(q1 q2) (1 - cosine): the distance without the difference in length
     input.inverse = spread<V>(relu.inverse1[x]) * relu.inverse2[x];
     input.deviation = s1 * s2;
     input.n = 2 * input.deviation - chord;
-    input.t = kFirst || !kNtk ? input.n : box_t * scale + input.n;
-    input.gap = input.inverse > V{} ? chord * input.inverse : spread<V>(T(1 / kPi));
-    if (x) f(x - 1, last);
-    last = input;
+    input.t = Kind::kFirst || !kNtk ? input.n : box_t * scale + input.n;
+    input.gap = chord * input.inverse;
+    if (Kind::kZeros) input.gap = input.inverse > V{} ? input.gap : spread<V>(Scalar<V>(1 / kPi));
+    f(x, input);
   };
-  if constexpr (kFirst || !kNtk) {
+  if constexpr (Kind::kFirst || !kNtk) {
     for_each_box<true>(m, width, [&](int x, V box) KIP_INLINE { at(x, box, box); });
   } else {
     for_each_box<true>(m, t, width, at);
   }
-  f(width - 1, last);
 }
 
 // Where a row of a level's output goes, or where its cotangents come from: entry x to or from n[x % 2][x / 2], for x < count.
@@ -133,7 +157,7 @@ struct StoreRow {
   static constexpr bool kDistances = true;
   V *n, *t;
   template <bool kNtk>
-  void emit(int x, V n_value, V t_value) const {
+  KIP_INLINE void emit(int x, V n_value, V t_value) const {
     n[x] = n_value;
     if constexpr (kNtk) t[x] = t_value;
   }
@@ -145,36 +169,36 @@ struct AddToCells {
   Cells<V> cells;
   Scalar<V> share;
   template <bool kNtk>
-  void emit(int x, V n_value, V t_value) const {
+  KIP_INLINE void emit(int x, V n_value, V t_value) const {
     cells.n[x & 1][x >> 1] += n_value * share;
     if constexpr (kNtk) cells.t[x & 1][x >> 1] += t_value * share;
   }
 };
 
 // Convolution and ReLU of a row.
-template <bool kNtk, bool kFirst, bool kSave, class L, class V, class Out>
+template <bool kNtk, class Kind, bool kSave, class L, class V, class Out>
 void forward_row(ThreeRows<V> m, ThreeRows<V> t, int width, Scalar<V> scale, ReluRow<L, V> relu, Out out, Saved<V> saved) {
-  for_each_input<kNtk, kFirst>(m, t, width, scale, relu, [&](int x, const Input<V>& in) KIP_INLINE {
-    const Angle<V> a = angle < kFirst, kSave && kNtk > (in.gap);
-    const V sine_slope = in.deviation * a.sine;
-    out.template emit<kNtk>(x, Out::kDistances ? Scalar<V>(0.5) * in.m + in.n * a.rest - sine_slope : in.n * a.dot + sine_slope,
-                            in.t * a.dot);
+  for_each_input<kNtk, Kind>(m, t, width, scale, relu, [&](int x, const Input<V>& in) KIP_INLINE {
+    const Angle<V> a = angle<Kind::kFirst>(in.gap);
+    const V base = Out::kDistances ? in.m + in.n * a.rest : in.n - in.n * a.rest, sine_slope = in.deviation * a.sine;
+    out.template emit<kNtk>(x, Out::kDistances ? base - sine_slope : base + sine_slope, in.t - in.t * a.rest);
     if constexpr (kSave) {
       saved.n[x] = in.n;
-      saved.dot[x] = a.dot;
+      saved.dot[x] = 1 - a.rest;
       saved.sine_slope[x] = sine_slope;
       if constexpr (kNtk) saved.dot_slope[x] = in.t * (a.dot_slope * in.inverse);
     }
   });
 }
 
-// The adjoint of a ReLU at one point: sets nt_bar = n_bar + t_bar and (unless kFirst) t_bar of its input, adds s1 s1_bar to sigma.
-template <bool kNtk, bool kFirst, class V>
+// The adjoint of a ReLU at one point: sets nt_bar = n_bar + t_bar and (unless the ReLU is the first) t_bar of its input, adds s1 s1_bar to
+// sigma. What comes in is halved, and doubled in `Saved`; what goes out is neither.
+template <bool kNtk, class Kind, class V>
 KIP_INLINE inline void pull_back(V n_bar, V t_bar, V n, V dot, V dot_slope, V sine_slope, V& nt_bar_in, V& t_bar_in, V& sigma) {
   if constexpr (kNtk) {
     const V slope = t_bar * dot_slope;
     nt_bar_in = (n_bar + t_bar) * dot + slope;
-    if constexpr (!kFirst) t_bar_in = t_bar * dot;
+    if constexpr (!Kind::kFirst) t_bar_in = t_bar * dot;
     sigma += n_bar * sine_slope - slope * n;
   } else {
     nt_bar_in = n_bar * dot;
@@ -183,44 +207,44 @@ KIP_INLINE inline void pull_back(V n_bar, V t_bar, V n, V dot, V dot_slope, V si
 }
 
 // Convolution and ReLU of a row of the last layer, and at once the adjoint of that ReLU at the cotangents in `cells`.
-template <bool kNtk, bool kFirst, class L, class V>
+template <bool kNtk, class Kind, class L, class V>
 void turn_row(ThreeRows<V> m, ThreeRows<V> t, Scalar<V> scale, ReluRow<L, V> relu, Cells<V> cells, V* __restrict nt_bar_in,
               V* __restrict t_bar_in, V* __restrict sigma) {
-  for_each_input<kNtk, kFirst>(m, t, cells.count, scale, relu, [&](int x, const Input<V>& in) KIP_INLINE {
-    const Angle<V> a = angle<kFirst, kNtk>(in.gap);
+  for_each_input<kNtk, Kind>(m, t, cells.count, scale, relu, [&](int x, const Input<V>& in) KIP_INLINE {
+    const Angle<V> a = angle<Kind::kFirst>(in.gap);
     const V n_bar = cells.n[x & 1][x >> 1], t_bar = kNtk ? cells.t[x & 1][x >> 1] : V{};
-    pull_back<kNtk, kFirst>(n_bar, t_bar, in.n, a.dot, kNtk ? in.t * (a.dot_slope * in.inverse) : V{},
-                            in.deviation * a.sine, nt_bar_in[x], t_bar_in[x], sigma[x]);
+    pull_back<kNtk, Kind>(n_bar, t_bar, in.n, 1 - a.rest, kNtk ? in.t * (a.dot_slope * in.inverse) : V{}, in.deviation * a.sine,
+                          nt_bar_in[x], t_bar_in[x], sigma[x]);
   });
   nt_bar_in[cells.count] = t_bar_in[cells.count] = V{};
 }
 
 // The adjoint of the convolution above a row, then of its ReLU.
-template <bool kNtk, bool kFirst, class V>
+template <bool kNtk, class Kind, class V>
 void backward_row(ThreeRows<V> nt_bar, ThreeRows<V> t_bar, int width, Scalar<V> scale, Saved<V> saved, V* __restrict nt_bar_in,
                   V* __restrict t_bar_in, V* __restrict sigma) {
-  const auto at = [&](int x, V n_bar, V t_bar) {
-    pull_back<kNtk, kFirst>(n_bar * scale, t_bar * scale, saved.n[x], saved.dot[x], kNtk ? saved.dot_slope[x] : V{}, saved.sine_slope[x],
-                            nt_bar_in[x], t_bar_in[x], sigma[x]);
+  const auto at = [&](int x, V n_bar, V t_bar) KIP_INLINE {
+    pull_back<kNtk, Kind>(n_bar * scale, t_bar * scale, saved.n[x], saved.dot[x], kNtk ? saved.dot_slope[x] : V{}, saved.sine_slope[x],
+                          nt_bar_in[x], t_bar_in[x], sigma[x]);
   };
   if constexpr (kNtk) {
     for_each_box(nt_bar, t_bar, width, at);
   } else {
-    for_each_box(nt_bar, width, [&](int x, V box) { at(x, box, V{}); });
+    for_each_box(nt_bar, width, [&](int x, V box) KIP_INLINE { at(x, box, V{}); });
   }
 }
 
 template <class V>
 void scaled_box_row(ThreeRows<V> a, int width, Scalar<V> scale, V* __restrict out) {
-  for_each_box(a, width, [&](int x, V box) { out[x] = box * scale; });
+  for_each_box(a, width, [&](int x, V box) KIP_INLINE { out[x] = box * scale; });
 }
 
-// The input's covariances, or half squared distances. kChannels = 0: any number.
+// Twice the input's covariances, or half squared distances. kChannels = 0: any number.
 template <int kChannels, bool kDistances, class L, class V>
 void input_row(const L* left, const V* right, int width, int channels, V* __restrict out) {
   using T = Scalar<V>;
   const int count = kChannels ? kChannels : channels;
-  const T share = T(kDistances ? 0.5 : 1.0) / T(count);
+  const T share = T(kDistances ? 1 : 2) / T(count);
   const auto term = [&](int c) KIP_INLINE {
     const V difference = spread<V>(left[c]) - right[c];
     return kDistances ? difference * difference : spread<V>(left[c]) * right[c];
@@ -236,7 +260,7 @@ void input_row(const L* left, const V* right, int width, int channels, V* __rest
 template <int kChannels, class V>
 void pixel_cotangents_row(ThreeRows<V> nt_bar, int width, Scalar<V> scale, const V* right, int channels, V* __restrict pixel_bar) {
   const int count = kChannels ? kChannels : channels;
-  for_each_box(nt_bar, width, [&](int x, V box) {
+  for_each_box(nt_bar, width, [&](int x, V box) KIP_INLINE {
     const V n_bar = box * scale;
     for (int c = 0; c < count; ++c) pixel_bar[x * count + c] += n_bar * right[x * count + c];
   });
@@ -250,7 +274,7 @@ class Lines {
 
   explicit Lines(const Plan& plan)
       : plan_(plan),
-        scale_(plan.convolution_scale()),
+        scale_(plan.convolution_scale() / 2),
         row_size_(plan.max_width + 2),
         zeros_(row_size_),
         ghosts_(std::max(plan.max_convs, 1) * 2 * row_size_),
@@ -313,37 +337,48 @@ class Lines {
   void begin(int p, Offset d, Band<V> band) {
     level_ = &plan_.levels[p], p_ = p, d_ = d, band_ = band, rect_ = level_->rectangle(d);
     for (std::size_t row = 1; row < rows_.size(); row += row_size_) rows_[row + rect_.width] = bars_[row + rect_.width] = V{};
-    for (int l = 0; l < level_->convs; ++l)
-      for (int x = -1; x <= rect_.width; ++x) {
-        ghost_row(l, 0)[x] = d.dy ? ghost(l, rect_.y - 1, rect_.x + x) : V{};
-        ghost_row(l, 1)[x] = d.dy ? ghost(l, rect_.y + rect_.height, rect_.x + x) : V{};
-      }
+    for (int l = 0; l < level_->convs; ++l) {
+      fill_ghosts(l, rect_.y - 1, ghost_row(l, 0));
+      fill_ghosts(l, rect_.y + rect_.height, ghost_row(l, 1));
+    }
   }
 
-  // q / 2 of layer l's input at pixel (y, x) of the left image or, where that lies outside, at its partner of the right one.
-  V ghost(int l, int y, int x) const {
-    if (level_->contains(y, x)) return spread<V>(half_variance(left_, l, y * level_->width + x));
-    return level_->contains(y + d_.dy, x + d_.dx) ? half_variance(right_, l, (y + d_.dy) * level_->width + x + d_.dx) : V{};
+  // Row y of the left image that only one image has: what layer l's input counts there, from column -1 on.
+  void fill_ghosts(int l, int y, V* row) {
+    if (!d_.dy) return std::fill(row - 1, row + rect_.width + 1, V{});
+    const bool left = y >= 0 && y < level_->height;
+    const Index first = left ? Index(y) * level_->width : Index(y + d_.dy) * level_->width;
+    for (int x = -1; x <= rect_.width; ++x) {
+      const int column = rect_.x + x + (left ? 0 : d_.dx);
+      const bool inside = column >= 0 && column < level_->width;
+      row[x] = !inside ? V{} : left ? spread<V>(ghost(left_, l, first + column)) : ghost(right_, l, first + column);
+    }
   }
 
+  // 2 m where the other image has no pixel: q.
   template <class I>
-  I half_variance(const Image<I>& image, int l, Index pixel) const {
+  I ghost(const Image<I>& image, int l, Index pixel) const {
     if (l) {
       const I s = image.deviation[variance(l - 1) + pixel];
-      return s * s * T(0.5);
+      return s * s;
     }
     if (p_) return image.pooled[level_->first_pooled + level_->pixels() + pixel];
     I sum{};
     for (int c = 0; c < plan_.channels; ++c) sum += image.pixels[pixel * plan_.channels + c] * image.pixels[pixel * plan_.channels + c];
-    return sum * T(0.5 / plan_.channels);
+    return sum / T(plan_.channels);
   }
 
   V* ghost_row(int l, int below) { return ghosts_.data() + (2 * l + below) * row_size_ + 1; }
 
   void set_ghost_columns(int l, int y) {
     V* row = n_row(l, y);
-    row[-1] = d_.dx ? ghost(l, rect_.y + y, rect_.x - 1) : V{};
-    row[rect_.width] = d_.dx ? ghost(l, rect_.y + y, rect_.x + rect_.width) : V{};
+    if (!d_.dx) {
+      row[-1] = row[rect_.width] = V{};
+    } else if (d_.dx > 0) {
+      row[-1] = ghost(right_, l, right_pixel(y) - 1), row[rect_.width] = spread<V>(ghost(left_, l, left_pixel(y) + rect_.width));
+    } else {
+      row[-1] = spread<V>(ghost(left_, l, left_pixel(y) - 1)), row[rect_.width] = ghost(right_, l, right_pixel(y) + rect_.width);
+    }
   }
 
   // Row y of layer l's input, to be filled.
@@ -394,7 +429,15 @@ class Lines {
     return {left_.inverse + left, left_.deviation + left, right_.inverse + right, right_.deviation + right};
   }
 
-  bool first(int l) const { return !l && !level_->has_ntk; }
+  // Calls f(Relu<...>{}) for layer l's.
+  template <class F>
+  void with_relu(int l, F f) const {
+    const bool first = !l && !level_->has_ntk;
+    if constexpr (sizeof(T) == 4) {  // float64 is for checks: not worth twice the code
+      if (plan_.network.b > 0) return first ? f(Relu<true, false>{}) : f(Relu<false, false>{});
+    }
+    first ? f(Relu<true, true>{}) : f(Relu<false, true>{});
+  }
 
   void load_input(int y) {
     const bool distances = level_->distances;
@@ -421,8 +464,10 @@ class Lines {
 
   template <bool kSave, class Out>
   void forward_layer(int l, int y, int count, Out out) {
-    const auto row = first(l) ? forward_row<kNtk, true, kSave, L, V, Out> : forward_row<kNtk, false, kSave, L, V, Out>;
-    row(n_rows(l, y), t_rows(l, y), count, scale_, relu(l, y), out, kSave ? saved(l, y) : Saved<V>{});
+    with_relu(l, [&](auto kind) {
+      forward_row<kNtk, decltype(kind), kSave>(n_rows(l, y), t_rows(l, y), count, scale_, relu(l, y), out,
+                                               kSave ? saved(l, y) : Saved<V>{});
+    });
   }
 
   void turn(int y, Cells<V> cells, V* sigma) {
@@ -432,19 +477,21 @@ class Lines {
       std::memset(t_bar_row(l, y), 0, rect_.width * sizeof(V));
       return;
     }
-    const auto row = first(l) ? turn_row<kNtk, true, L, V> : turn_row<kNtk, false, L, V>;
-    row(n_rows(l, y), t_rows(l, y), scale_, relu(l, y), cells, nt_bar_row(l, y), t_bar_row(l, y), sigma + variance(l) + left_pixel(y));
+    with_relu(l, [&](auto kind) {
+      turn_row<kNtk, decltype(kind)>(n_rows(l, y), t_rows(l, y), scale_, relu(l, y), cells, nt_bar_row(l, y), t_bar_row(l, y),
+                                     sigma + variance(l) + left_pixel(y));
+    });
   }
 
   void backward_layer(int l, int y, V* sigma) {
-    const auto row = first(l) ? backward_row<kNtk, true, V> : backward_row<kNtk, false, V>;
+    const auto row = !l && !level_->has_ntk ? backward_row<kNtk, Relu<true, false>, V> : backward_row<kNtk, Relu<false, false>, V>;
     row(nt_bar_rows(l + 1, y), t_bar_rows(l + 1, y), rect_.width, scale_, saved(l, y), nt_bar_row(l, y), t_bar_row(l, y),
         sigma + variance(l) + left_pixel(y));
   }
 
   // Of a level with convolutions.
   void input_cotangents(int y, V* pixel_bar) {
-    if (!p_) return pixel_cotangents(y, nt_bar_rows(0, y), scale_ / T(plan_.channels), pixel_bar);
+    if (!p_) return pixel_cotangents(y, nt_bar_rows(0, y), 2 * scale_ / T(plan_.channels), pixel_bar);
     scaled_box_row(nt_bar_rows(0, y), rect_.width, scale_ / 16, band_.n + band_row(y));
     if (kNtk && level_->has_ntk) scaled_box_row(t_bar_rows(0, y), rect_.width, scale_ / 16, band_.t + band_row(y));
   }
@@ -457,8 +504,9 @@ class Lines {
         band_.n[band_row(y) + x] = inside ? cells.n[x & 1][x >> 1] / 16 : V{};
         if (kNtk) band_.t[band_row(y) + x] = inside ? cells.t[x & 1][x >> 1] / 16 : V{};
       } else if (inside) {
+        const T share = T(2.0 / plan_.channels);
         const Index left = (left_pixel(y) + x) * plan_.channels, right = (right_pixel(y) + x) * plan_.channels;
-        for (int c = 0; c < plan_.channels; ++c) pixel_bar[left + c] += cells.n[x & 1][x >> 1] * right_.pixels[right + c] / T(plan_.channels);
+        for (int c = 0; c < plan_.channels; ++c) pixel_bar[left + c] += cells.n[x & 1][x >> 1] * right_.pixels[right + c] * share;
       }
     }
   }
@@ -470,7 +518,7 @@ class Lines {
   }
 
   const Plan& plan_;
-  const T scale_;  // of a convolution
+  const T scale_;  // of sums of doubled values
   const Index row_size_;
   Image<L> left_{};
   Image<V> right_{};

@@ -63,11 +63,11 @@ struct Plan {
   Index hidden_variances() const { return variances - network.hidden; }
   // No convolution, no pooling, no offsets: the readout is a dot product of images.
   bool fully_connected() const { return !network.all_offsets && network.convs.size() == 1 && !network.convs[0]; }
-  double readout_share() const {  // of each entry of the last level in the mean
+  double readout_share() const {  // of each entry of the last level, which is doubled, in the mean
     const double count = levels.back().pixels();
-    return 1 / (network.all_offsets ? count * count : count);
+    return 0.5 / (network.all_offsets ? count * count : count);
   }
-  double dot_product_share() const { return readout_share() / channels; }  // of a product of two pixels' channels
+  double dot_product_share() const { return 1.0 / image_size(); }  // of a product of two values
   double convolution_scale() const { return network.w / 9; }
 };
 

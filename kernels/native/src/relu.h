@@ -18,11 +18,12 @@ inline constexpr T kRounding = sizeof(T) == 4 ? T(5e-7) : T(4e-15);
 
 inline constexpr double kPi = 3.14159265358979324;
 
+// All doubled.
 template <class V>
 struct Angle {
   V sine;       // over pi
-  V dot, rest;  // rest = 1/2 - dot
-  V dot_slope;  // -d(dot)/d(gap), and 0 where the sine is 0; only if asked for
+  V rest;       // 1/2 - dot
+  V dot_slope;  // -d(dot)/d(gap), and 0 where the sine is 0
 };
 
 // acos(c) / (2 sine), 0 <= c <= 1.
@@ -39,25 +40,17 @@ KIP_INLINE inline V arc_cosine_polynomial(V gap) {
 }
 
 // kSigned: whether the cosine can be negative; after the first ReLU it cannot.
-template <bool kSigned, bool kSlope, class V>
+template <bool kSigned, class V>
 KIP_INLINE inline Angle<V> angle(V gap) {
   using T = Scalar<V>;
-  Angle<V> a;
   const V far = T(2 / kPi) - gap;
-  V sine2 = gap * far;
-  if (kSigned) sine2 = sine2 > V{} ? sine2 : V{};  // c < -1 by rounding
-  if constexpr (kSlope) {
-    const V inverse = sine2 > V{} ? inverse_root(sine2) : V{};
-    a.sine = sine2 * inverse;
-    a.dot_slope = inverse * T(0.5 / kPi);
+  const TwiceRoots<V> sine = twice_roots(gap * far);  // the square of it can be negative by rounding
+  if constexpr (!kSigned) {
+    return {sine.root, sine.root * arc_cosine_polynomial(gap), sine.inverse * T(0.5 / kPi)};
   } else {
-    a.sine = square_root(sine2);
+    const V part = sine.root * arc_cosine_polynomial(far < gap ? far : gap);
+    return {sine.root, far < gap ? 1 - part : part, sine.inverse * T(0.5 / kPi)};
   }
-  const V part = a.sine * arc_cosine_polynomial(kSigned ? (far < gap ? far : gap) : gap);
-  const V other = T(0.5) - part;
-  a.dot = kSigned ? (far < gap ? part : other) : other;
-  a.rest = kSigned ? (far < gap ? other : part) : part;
-  return a;
 }
 
 }  // namespace kip

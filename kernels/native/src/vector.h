@@ -65,23 +65,32 @@ inline V spread(V x) {
 #if defined(__AVX512F__)
 inline VectorF square_root(VectorF x) { return _mm512_sqrt_ps(x); }
 inline VectorD square_root(VectorD x) { return _mm512_sqrt_pd(x); }
-inline VectorF estimate_inverse_root(VectorF x) { return _mm512_rsqrt14_ps(x); }
+inline VectorF estimate_inverse_root(VectorF x) { return _mm512_maskz_rsqrt14_ps(_mm512_cmp_ps_mask(x, VectorF{}, _CMP_GT_OQ), x); }
 #elif defined(__AVX2__)
 inline VectorF square_root(VectorF x) { return _mm256_sqrt_ps(x); }
 inline VectorD square_root(VectorD x) { return _mm256_sqrt_pd(x); }
-inline VectorF estimate_inverse_root(VectorF x) { return _mm256_rsqrt_ps(x); }
+inline VectorF estimate_inverse_root(VectorF x) { return _mm256_and_ps(_mm256_cmp_ps(x, VectorF{}, _CMP_GT_OQ), _mm256_rsqrt_ps(x)); }
 #else
 inline VectorF square_root(VectorF x) { return _mm_sqrt_ps(x); }
 inline VectorD square_root(VectorD x) { return _mm_sqrt_pd(x); }
-inline VectorF estimate_inverse_root(VectorF x) { return _mm_rsqrt_ps(x); }
+inline VectorF estimate_inverse_root(VectorF x) { return _mm_and_ps(_mm_cmpgt_ps(x, VectorF{}), _mm_rsqrt_ps(x)); }
 #endif
 
-// x^-1/2 for x > 0, to 2e-7; one Newton step costs less than a division and a square root.
-inline VectorF inverse_root(VectorF x) {
-  const VectorF r = estimate_inverse_root(x);
-  return r + (0.5f * r) * (1 - x * r * r);
+// Both 0 where x <= 0.
+template <class V>
+struct TwiceRoots {
+  V root, inverse;  // 2 x^1/2 and 2 x^-1/2
+};
+
+// To 2e-7: one Newton step costs less than a square root and a division.
+inline TwiceRoots<VectorF> twice_roots(VectorF x) {
+  const VectorF estimate = estimate_inverse_root(x), root = x * estimate, correction = 3 - root * estimate;
+  return {root * correction, estimate * correction};
 }
-inline VectorD inverse_root(VectorD x) { return 1 / square_root(x); }
+inline TwiceRoots<VectorD> twice_roots(VectorD x) {
+  const VectorD root = square_root(x > VectorD{} ? x : VectorD{});
+  return {2 * root, root > VectorD{} ? 2 / root : VectorD{}};
+}
 
 inline VectorF absolute(VectorF x) {
   typedef int Bits __attribute__((vector_size(kVectorBytes)));
