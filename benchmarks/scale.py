@@ -1,7 +1,7 @@
 """How a run scales with its workers: `python -m benchmarks.scale`.
 
-The real coordinator serves over real Courier, on all cores; simulated workers, threads of a few processes on all but the first core, ask for
-tasks, fetch what a real one fetches, sleep for as long as the kernel would take, and send pieces of the real size. The sleep is a task's
+The real coordinator serves over real Courier, on all cores; simulated workers, threads of a few processes on all but the first core, ask
+for tasks, fetch what a real one fetches, sleep for as long as the kernel would take, and send pieces of the real size. The sleep is a task's
 pairs times --microseconds, times a factor from the spread of the native kernel's own times, measured first. Efficiency is the kernel's time
 of a step in one worker and one pass, over workers times the step's time by the coordinator's clock.
 
@@ -64,7 +64,8 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-  """What a case gave, a step: efficiency, seconds, coordinator's CPU seconds, calls, bytes to and from it; how busy the workers' cores were."""
+  """What a case gave, a step: efficiency, seconds, the coordinator's CPU seconds, calls, bytes to and from it; and how busy the cores of the
+  simulated workers were."""
   efficiency: float
   seconds: float
   cpu: float
@@ -74,8 +75,8 @@ class Row(NamedTuple):
   busy: float
 
 
-# S = 10: a piece's gradient is small, so targets alone are cut. S = 500: in one pass where workers are few, else by parts of the support too,
-# into slightly fewer tasks of a size than a whole number for each worker.
+# S = 10: a piece's gradient is small, so targets alone are cut. S = 500: in one pass where workers are few, else by parts of the support
+# too, into slightly fewer tasks than a whole number for each worker.
 CASES = [Case(10, 5000, 1, 10, 250, 1, 0), Case(10, 5000, 8, 10, 125, 1, 0), Case(10, 5000, 32, 10, 50, 1, 0),
          Case(10, 50_000, 32, 10, 250, 1, 0), Case(10, 50_000, 128, 10, 125, 1, 0),
          Case(500, 5000, 1, 500, 250, 4, 0), Case(500, 5000, 8, 125, 125, 1, 0), Case(500, 5000, 32, 100, 50, 1, 0),
@@ -121,7 +122,8 @@ class _Simulated(kernel_worker.KernelWorker):
     self._run, self._run_id = description['run'], description['run_id']
     self._num_support = self._run['images_per_class'] * CLASSES
     self._two_halves = tasks.support_per_task(self._run, self._num_support) > 0
-    return json.dumps({'fingerprint': {'implementation': 'simulated'}, 'pairs_per_second': 1 / (self._costs.derivatives + self._costs.pull_back)})
+    rate = 1 / (self._costs.derivatives + self._costs.pull_back)
+    return json.dumps({'fingerprint': {'implementation': 'simulated'}, 'pairs_per_second': rate})
 
   def _fetch(self, task, name, rows):
     value = super()._fetch(task, name, rows)
@@ -174,7 +176,8 @@ def _piece(phase: str, support: tasks.Range, targets: tasks.Range, num_support: 
   if phase == tasks.TARGET_BLOCKS:
     return tasks.encode({'block': np.zeros((rows, columns), np.float32)})
   if phase == tasks.TARGETS:
-    return tasks.encode({'loss': np.float64(0), 'correct': np.int64(0), 'alpha_bar': np.zeros((num_support, CLASSES)), 'gradient': gradient})
+    alpha_bar = np.zeros((num_support, CLASSES))
+    return tasks.encode({'loss': np.float64(0), 'correct': np.int64(0), 'alpha_bar': alpha_bar, 'gradient': gradient})
   return tasks.encode({'gradient': gradient})
 
 
@@ -331,13 +334,13 @@ def main():
   print(f'kernel: {args.microseconds:g} µs a pair; shares measured of the native kernel: forward {costs.forward * 1e6:.2f}, with derivatives '
         f'{costs.derivatives * 1e6:.2f}, pull back {costs.pull_back * 1e6:.2f} µs; a task\'s time over its mean: deviation '
         f'{np.std(costs.spread):.3f}, most {max(costs.spread):.3f}')
-  print(f'{"":>3} {"S":>4} {"T":>6} {"workers":>7} {"plan":>16} {"efficiency":>10} {"s/step":>8} {"kernel":>8} {"CPU/step":>8} {"calls":>6} '
-        f'{"MB up":>7} {"MB down":>7} {"cores":>6}')
+  print(f'{"":>3} {"S":>4} {"T":>6} {"workers":>7} {"plan":>16} {"efficiency":>10} {"s/step":>8} {"kernel":>8} {"CPU/step":>8} '
+        f'{"calls":>6} {"MB up":>7} {"MB down":>7} {"cores":>6}')
   rows = []
   for index in map(int, args.cases.split(',')) if args.cases else range(len(CASES)):
     case = CASES[index]
     row = measure(case, costs, folder, args.seconds)
-    plan = f'{case.support_tile}/{case.target_tile}x{case.target_tiles_per_task}' + (f'/{case.support_per_task}' if case.support_per_task else '')
+    plan = f'{case.support_tile}/{case.target_tile}x{case.target_tiles_per_task}/{case.support_per_task}'
     print(f'{index:>3} {case.support:>4} {case.targets:>6} {case.workers:>7} {plan:>16} {row.efficiency:>10.1%} {row.seconds:>8.4f} '
           f'{_kernel_seconds(case, costs) / case.workers:>8.4f} {row.cpu:>8.4f} {row.calls:>6.0f} {row.bytes_up / 1e6:>7.1f} '
           f'{row.bytes_down / 1e6:>7.1f} {row.busy:>6.0%} {"limit" if row.busy > BUSY else "":>7}', flush=True)
