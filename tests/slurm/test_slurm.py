@@ -26,6 +26,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 CLUSTER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'cluster.sh')
 CIFAR = os.path.join(ROOT, '..', 'shared', 'data', 'cifar10')
 
+if 'KIP_TEST_SLURM' not in os.environ:
+  pytest.skip('takes minutes; run it by make test-slurm', allow_module_level=True)
 if os.geteuid() or not all(map(shutil.which, ('slurmctld', 'slurmd', 'sbatch', 'munged'))):
   pytest.skip("needs root and Debian's slurm-wlm and munge", allow_module_level=True)
 
