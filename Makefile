@@ -11,9 +11,9 @@ demo: native
 test: native
 	$(PYTHON) -m pytest
 
-# On a Slurm of its own on this machine (slurm-wlm, munge, root).
+# On a Slurm of its own on this machine (slurm-wlm, munge, root): some minutes.
 test-slurm: native
-	$(PYTHON) -m pytest tests/slurm
+	KIP_TEST_SLURM=1 $(PYTHON) -m pytest tests/slurm
 
 # Kills, pauses and cuts a real run for some minutes and compares it with one left in peace, bit by bit.
 chaos: native

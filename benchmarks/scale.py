@@ -1,7 +1,7 @@
 """How a run scales with its workers: `python -m benchmarks.scale`.
 
-The real coordinator serves over real Courier, on all cores; simulated workers, threads of a few processes on all but the first core, ask for
-tasks, fetch what a real one fetches, sleep for as long as the kernel would take, and send pieces of the real size. The sleep is a task's
+The real coordinator serves over real Courier, on all cores; simulated workers, threads of a few processes on all but the first core, ask
+for tasks, fetch what a real one fetches, sleep for as long as the kernel would take, and send pieces of the real size. The sleep is a task's
 pairs times --microseconds, times a factor from the spread of the native kernel's own times, measured first. Efficiency is the kernel's time
 of a step in one worker and one pass, over workers times the step's time by the coordinator's clock.
 
@@ -37,7 +37,7 @@ from nodes import tasks
 from nodes.remote import Retrying
 
 IMAGE, CLASSES, IMAGES = (32, 32, 3), 10, 50_000  # CIFAR-10
-WARM_UP = 2  # steps that are not counted
+WARM_UP, STEPS = 2, 3  # steps that are not counted, and that are at least
 REPEATS = 30 # of a kernel's task, for its spread
 PAIRS = (10, 64)  # of such a task
 BUSY = 0.8  # of the simulated workers' cores, from which on they are the limit
@@ -64,7 +64,8 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-  """What a case gave, a step: efficiency, seconds, coordinator's CPU seconds, calls, bytes to and from it; how busy the workers' cores were."""
+  """What a case gave, a step: efficiency, seconds, the coordinator's CPU seconds, calls, bytes to and from it; and how busy the cores of the
+  simulated workers were."""
   efficiency: float
   seconds: float
   cpu: float
@@ -74,10 +75,10 @@ class Row(NamedTuple):
   busy: float
 
 
-# S = 10: a piece's gradient is small, so targets alone are cut. S = 500: in one pass where workers are few, else by parts of the support too,
-# into slightly fewer tasks of a size than a whole number for each worker.
+# S = 10: a piece's gradient is small, so targets alone are cut. S = 500: in one pass where workers are few, else by parts of the support
+# too, into slightly fewer tasks than a whole number for each worker.
 CASES = [Case(10, 5000, 1, 10, 250, 1, 0), Case(10, 5000, 8, 10, 125, 1, 0), Case(10, 5000, 32, 10, 50, 1, 0),
-         Case(10, 50_000, 32, 10, 250, 1, 0), Case(10, 50_000, 128, 10, 50, 1, 0), Case(10, 50_000, 256, 10, 25, 1, 0),
+         Case(10, 50_000, 32, 10, 250, 1, 0), Case(10, 50_000, 128, 10, 125, 1, 0),
          Case(500, 5000, 1, 500, 250, 4, 0), Case(500, 5000, 8, 125, 125, 1, 0), Case(500, 5000, 32, 100, 50, 1, 0),
          Case(500, 5000, 32, 100, 125, 10, 18), Case(500, 5000, 128, 25, 125, 10, 9),
          Case(500, 50_000, 32, 100, 250, 20, 13), Case(500, 50_000, 128, 25, 250, 20, 14), Case(500, 50_000, 256, 25, 250, 10, 14)]
@@ -121,7 +122,8 @@ class _Simulated(kernel_worker.KernelWorker):
     self._run, self._run_id = description['run'], description['run_id']
     self._num_support = self._run['images_per_class'] * CLASSES
     self._two_halves = tasks.support_per_task(self._run, self._num_support) > 0
-    return json.dumps({'fingerprint': {'implementation': 'simulated'}, 'pairs_per_second': 1 / (self._costs.derivatives + self._costs.pull_back)})
+    rate = 1 / (self._costs.derivatives + self._costs.pull_back)
+    return json.dumps({'fingerprint': {'implementation': 'simulated'}, 'pairs_per_second': rate})
 
   def _fetch(self, task, name, rows):
     value = super()._fetch(task, name, rows)
@@ -174,11 +176,12 @@ def _piece(phase: str, support: tasks.Range, targets: tasks.Range, num_support: 
   if phase == tasks.TARGET_BLOCKS:
     return tasks.encode({'block': np.zeros((rows, columns), np.float32)})
   if phase == tasks.TARGETS:
-    return tasks.encode({'loss': np.float64(0), 'correct': np.int64(0), 'alpha_bar': np.zeros((num_support, CLASSES)), 'gradient': gradient})
+    alpha_bar = np.zeros((num_support, CLASSES))
+    return tasks.encode({'loss': np.float64(0), 'correct': np.int64(0), 'alpha_bar': alpha_bar, 'gradient': gradient})
   return tasks.encode({'gradient': gradient})
 
 
-def _serve(workdir: str, cache: str, port: int, steps: int, out: Any) -> None:
+def _serve(workdir: str, cache: str, port: int, seconds: float, out: Any) -> None:
   """The coordinator's process: tells (seconds, CPU seconds) a step."""
   import courier
   from nodes import coordinator
@@ -189,7 +192,7 @@ def _serve(workdir: str, cache: str, port: int, steps: int, out: Any) -> None:
 
     def _log(self, state, metrics):
       seen.append((time.monotonic(), time.process_time()))
-      if len(seen) == WARM_UP + steps + 1:
+      if len(seen) > WARM_UP + STEPS and seen[-1][0] - seen[WARM_UP][0] > seconds:
         stop.set()
   node = Timed(workdir, cache, stop)
   server = courier.Server('coordinator', port=port)
@@ -197,7 +200,7 @@ def _serve(workdir: str, cache: str, port: int, steps: int, out: Any) -> None:
     server.Bind(method, getattr(node, method))
   server.Start()
   node.run()
-  (begin, cpu), (end, last) = seen[WARM_UP], seen[-1]
+  (begin, cpu), (end, last), steps = seen[WARM_UP], seen[-1], len(seen) - 1 - WARM_UP
   out.put(((end - begin) / steps, (last - cpu) / steps, len(seen)))
 
 
@@ -228,12 +231,12 @@ def _work(port: int, name: str, folder: str) -> None:
   kernel_worker.KernelWorker(client, name, 1, folder, threading.Event()).run()
 
 
-def measure_real(workers: int, steps: int, folder: str, data: str) -> float:
+def measure_real(workers: int, folder: str, data: str) -> float:
   """Seconds a step of ConvNet, CIFAR-10, S = 10, T = 5000 with real workers of one thread each."""
   config = base.get_config()
   config.run.data.name, config.run.data.dir = 'cifar10', data
   config.run.implementation = 'native'
-  port, server, served = _start(config, workers, folder, steps)
+  port, server, served = _start(config, workers, folder, 0.0)
   spawn = multiprocessing.get_context('spawn')
   real = [spawn.Process(target=_work, args=(port, f'w{i}', folder), daemon=True) for i in range(workers)]
   for process in real:
@@ -244,7 +247,7 @@ def measure_real(workers: int, steps: int, folder: str, data: str) -> float:
   return a_step
 
 
-def _start(config: Any, workers: int, folder: str, steps: int) -> tuple[int, Any, Any]:
+def _start(config: Any, workers: int, folder: str, seconds: float) -> tuple[int, Any, Any]:
   """A coordinator's process: its port, itself, and where it tells what it has measured."""
   config.run.num_steps = 10 ** 6
   config.system.num_workers = workers
@@ -261,7 +264,7 @@ def _start(config: Any, workers: int, folder: str, steps: int) -> tuple[int, Any
     port = probe.getsockname()[1]
   spawn = multiprocessing.get_context('spawn')
   served = spawn.Queue()
-  server = spawn.Process(target=_serve, args=(directory.path, folder, port, steps, served), daemon=True)
+  server = spawn.Process(target=_serve, args=(directory.path, folder, port, seconds, served), daemon=True)
   server.start()
   return port, server, served
 
@@ -274,7 +277,7 @@ def measure(case: Case, costs: Costs, folder: str, seconds: float) -> Row:
   for name in ('support_tile', 'target_tile', 'target_tiles_per_task', 'support_per_task'):
     config.run.plan[name] = getattr(case, name)
   kernel = _kernel_seconds(case, costs)
-  port, server, served = _start(config, case.workers, folder, max(3, round(seconds / (kernel / case.workers))))
+  port, server, served = _start(config, case.workers, folder, seconds)
   cores = sorted(os.sched_getaffinity(0))
   spawn = multiprocessing.get_context('spawn')
   told, over = spawn.Queue(), spawn.Event()
@@ -324,20 +327,20 @@ def main():
   folder = os.path.abspath(args.folder)
   os.makedirs(folder, exist_ok=True)
   if args.real:
-    one, two = (measure_real(workers, steps=3, folder=folder, data=args.real) for workers in (1, 2))
+    one, two = (measure_real(workers, folder, args.real) for workers in (1, 2))
     print(f'real workers: one {one:.3f} s a step, two {two:.3f} s: efficiency {one / two / 2:.1%}')
     return
   costs = measured_costs(args.microseconds)
   print(f'kernel: {args.microseconds:g} µs a pair; shares measured of the native kernel: forward {costs.forward * 1e6:.2f}, with derivatives '
         f'{costs.derivatives * 1e6:.2f}, pull back {costs.pull_back * 1e6:.2f} µs; a task\'s time over its mean: deviation '
         f'{np.std(costs.spread):.3f}, most {max(costs.spread):.3f}')
-  print(f'{"":>3} {"S":>4} {"T":>6} {"workers":>7} {"plan":>16} {"efficiency":>10} {"s/step":>8} {"kernel":>8} {"CPU/step":>8} {"calls":>6} '
-        f'{"MB up":>7} {"MB down":>7} {"cores":>6}')
+  print(f'{"":>3} {"S":>4} {"T":>6} {"workers":>7} {"plan":>16} {"efficiency":>10} {"s/step":>8} {"kernel":>8} {"CPU/step":>8} '
+        f'{"calls":>6} {"MB up":>7} {"MB down":>7} {"cores":>6}')
   rows = []
   for index in map(int, args.cases.split(',')) if args.cases else range(len(CASES)):
     case = CASES[index]
     row = measure(case, costs, folder, args.seconds)
-    plan = f'{case.support_tile}/{case.target_tile}x{case.target_tiles_per_task}' + (f'/{case.support_per_task}' if case.support_per_task else '')
+    plan = f'{case.support_tile}/{case.target_tile}x{case.target_tiles_per_task}/{case.support_per_task}'
     print(f'{index:>3} {case.support:>4} {case.targets:>6} {case.workers:>7} {plan:>16} {row.efficiency:>10.1%} {row.seconds:>8.4f} '
           f'{_kernel_seconds(case, costs) / case.workers:>8.4f} {row.cpu:>8.4f} {row.calls:>6.0f} {row.bytes_up / 1e6:>7.1f} '
           f'{row.bytes_down / 1e6:>7.1f} {row.busy:>6.0%} {"limit" if row.busy > BUSY else "":>7}', flush=True)

@@ -71,7 +71,7 @@ def get_config() -> ml_collections.ConfigDict:
   run.plan.support_tile = 50  # support images a side of a K_ss task; with support_per_task, its rows
   run.plan.target_tile = 250  # target images a kernel block
   run.plan.target_tiles_per_task = 1  # blocks summed by the worker before it answers
-  run.plan.support_per_task = 0  # support images of a target task; 0: all, in one pass. Fewer for many workers (BUILD.md, 'How many workers')
+  run.plan.support_per_task = 0  # support images of a target task; 0: all, in one pass. BUILD.md, 'How many workers'
 
   system = config.system = ml_collections.ConfigDict()
   system.num_workers = 0  # kernel-worker processes; 0: one a GPU, or 2 where there is none

@@ -175,7 +175,7 @@ class Coordinator:
     return self._lease(worker, _LONG_POLL)
 
   def fetch(self, generation: int, step: int, name: str, start: int, stop: int) -> np.ndarray | None:
-    """Rows of an input that the step's tasks share: `images` [S, H, W, D] in the kernel's dtype, `alpha` [S, C]. None if the step is over."""
+    """Rows of what the step's tasks share: `images` [S, H, W, D] in the kernel's dtype, `alpha` [S, C]. None if the step is over."""
     with self._lock:
       return self._inputs[name][start:stop] if (generation, step) == (self._generation, self._step) else None
 

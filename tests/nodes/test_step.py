@@ -132,7 +132,8 @@ def test_target_tasks_of_parts_of_the_support_add_up_to_those_in_one_pass(
     assert b.tobytes() == c.tobytes()
 
 
-@pytest.mark.parametrize('architecture, more', [('convnet2', {}), ('fc1', {}), ('fc1', AUGMENTED), ('convnet2', {'run.plan.support_per_task': 4})],
+@pytest.mark.parametrize('architecture, more', [
+    ('convnet2', {}), ('fc1', {}), ('fc1', AUGMENTED), ('convnet2', {'run.plan.support_per_task': 4})],
                          ids=['convnet2', 'fc1', 'augmented', 'parts'])
 def test_same_bits_whoever_computes(make_run, tmp_path, architecture, more):
   """Five steps of at least 12 ragged tasks a phase: one worker with two threads, two with one, five with one."""

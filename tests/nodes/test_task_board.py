@@ -274,7 +274,8 @@ def test_a_worker_that_waits_gets_what_another_leaves():
   assert board.lease('b', 20).task.phase == tasks.TARGET_VJP
 
 
-@pytest.mark.parametrize('num_support, num_targets, tile, group, part', [(1, 1, 1, 1, 1), (7, 33, 3, 10, 5), (10, 100, 50, 7, 10), (12, 5, 4, 9, 7)])
+@pytest.mark.parametrize('num_support, num_targets, tile, group, part', [
+    (1, 1, 1, 1, 1), (7, 33, 3, 10, 5), (10, 100, 50, 7, 10), (12, 5, 4, 9, 7)])
 def test_the_plan_covers_every_pair_once(num_support, num_targets, tile, group, part):
   def covered(phase, columns):
     count = np.zeros((num_support, columns), int)

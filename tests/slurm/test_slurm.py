@@ -1,5 +1,5 @@
-"""--cluster=slurm on a real Slurm of several nodes on this machine: jobs that are cancelled, requeued and added and a node that is lost; steps
-of an allocation; and each worker's GPU."""
+"""--cluster=slurm on a real Slurm of several nodes on this machine: jobs that are cancelled, requeued and added, and a node that is lost;
+steps of an allocation; and each worker's GPU."""
 
 import json
 import os
@@ -26,6 +26,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 CLUSTER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'cluster.sh')
 CIFAR = os.path.join(ROOT, '..', 'shared', 'data', 'cifar10')
 
+if 'KIP_TEST_SLURM' not in os.environ:
+  pytest.skip('takes minutes; run it by make test-slurm', allow_module_level=True)
 if os.geteuid() or not all(map(shutil.which, ('slurmctld', 'slurmd', 'sbatch', 'munged'))):
   pytest.skip("needs root and Debian's slurm-wlm and munge", allow_module_level=True)
 
@@ -138,7 +140,8 @@ def _descendant(pid, name):
 
 def test_bad_input_in_an_allocation_is_told_before_anything_starts(tmp_path, cluster):
   done = subprocess.run(['salloc', '--ntasks=1', sys.executable, 'launch.py', '--cluster=slurm', '--config=configs/digits.py',
-                         f'--workdir={tmp_path}', '--config.run.num_steps=0'], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+                         f'--workdir={tmp_path}', '--config.run.num_steps=0'],
+                        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
   assert done.returncode == 2 and 'error: run.num_steps must be a whole number from 1' in done.stderr
 
 
@@ -151,12 +154,12 @@ def test_each_worker_has_the_gpu_that_slurm_gave_it(tmp_path, cluster, cache):
   environment = {**os.environ, 'KIP_ROOT': ROOT, 'KIP_PYTHON': str(script), 'KIP_WORKDIR': str(tmp_path), 'KIP_WORKERS': '2',
                  'KIP_OPTIONS': '--nodelist=node1', 'KIP_WORKER_OPTIONS': '--gpus-per-task=1'}
   os.makedirs(tmp_path / 'logs')
-  subprocess.run(['salloc', '--nodelist=node1', '--ntasks=4', '--gpus=2', f'{ROOT}/programs/slurm/allocation.sh'], env=environment, timeout=100,
-                 capture_output=True, check=True)
+  subprocess.run(['salloc', '--nodelist=node1', '--ntasks=4', '--gpus=2', f'{ROOT}/programs/slurm/allocation.sh'],
+                 env=environment, timeout=100, capture_output=True, check=True)
   seen = [path.read_text().split() for path in tmp_path.glob('seen.*')]
   gpus = sorted(line[2] for line in seen if line[0] == 'role=worker')
   assert gpus == ['0', '1'] and all(line[1] == 'node1' for line in seen)
-  subprocess.run(['sbatch', '--wait', '--nodelist=node1', '--array=1-2', '--gpus=1', '--output=/dev/null', f'{ROOT}/programs/slurm/client.sh',
-                  '--role=worker'], env={**environment, 'KIP_PYTHON': str(script)}, timeout=100, capture_output=True, check=True)
+  subprocess.run(['sbatch', '--wait', '--nodelist=node1', '--array=1-2', '--gpus=1', '--output=/dev/null',
+                  f'{ROOT}/programs/slurm/client.sh', '--role=worker'], env=environment, timeout=100, capture_output=True, check=True)
   later = [path.read_text().split() for path in tmp_path.glob('seen.*')]
   assert sorted(line[2] for line in later if line[0] == 'role=worker') == ['0', '0', '1', '1']
