@@ -2,7 +2,7 @@
 PYTHON = .venv/bin/python
 DEMO_DIR ?= runs/demo
 
-.PHONY: demo test test-slurm chaos bench bench-gpu bench-coordinator native setup cuda lock clean
+.PHONY: demo test test-slurm chaos bench bench-gpu bench-coordinator bench-scale native setup cuda lock clean
 
 demo: native
 	@rm -rf $(DEMO_DIR)
@@ -11,9 +11,9 @@ demo: native
 test: native
 	$(PYTHON) -m pytest
 
-# On a Slurm of its own on this machine (slurm-wlm, munge, root): some minutes, because Slurm waits two before it starts a job again.
+# On a Slurm of its own on this machine (slurm-wlm, munge, root).
 test-slurm: native
-	KIP_TEST_SLURM=1 $(PYTHON) -m pytest tests/slurm
+	$(PYTHON) -m pytest tests/slurm
 
 # Kills, pauses and cuts a real run for some minutes and compares it with one left in peace, bit by bit.
 chaos: native
@@ -29,6 +29,10 @@ bench-gpu: cuda
 # What a step costs beside the kernel.
 bench-coordinator: setup
 	$(PYTHON) -m benchmarks.coordinator
+
+# How a run scales with its workers, simulated ones but for their messages.
+bench-scale: native
+	$(PYTHON) -m benchmarks.scale
 
 # Builds the C++ kernel where there is a compiler; elsewhere the JAX kernel is used.
 native: setup

@@ -2,10 +2,14 @@
 
 The real coordinator, and one real worker in a process of its own that talks to it through Courier; only its kernel is a stand-in that
 returns blocks and gradients of the right shape at once. So a step lasts as long as everything else takes. Its parts, medians over the
-steps: what the coordinator's main thread does, and what the worker does while that one waits, one after the other.
+steps: what the coordinator's main thread does, and what the worker does while that one waits, one after the other, or (images) ahead.
+
+Then the same with a stand-in that sleeps for as long as a kernel would take (where steps are short enough): what is left of a step
+without that sleep, and its share of it. Some work goes on meanwhile, as it does beside a GPU.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -35,8 +39,9 @@ from nodes import tasks
 
 TARGETS = 5000
 CASES = ((1, 250, 1), (1, 250, 5), (10, 250, 1), (10, 250, 5), (50, 250, 1), (50, 250, 5))  # images a class, target tile, tiles a task
-MICROSECONDS = 5.0  # a pair, of the kernel that the share is told of
+MICROSECONDS = 5.0  # a pair, of a kernel that takes its time
 WARM_UP = 3  # steps
+SECONDS = 15.0  # of steps with a kernel that takes its time
 PARTS = ('solve', 'move', 'write', 'wait', 'lease', 'fetch', 'sample', 'images', 'residual', 'encode', 'complete')
 _TIMEOUT = 60.0
 
@@ -45,16 +50,21 @@ class NoKernel:
   """In place of a kernel: K_ss the identity, K_ts and all gradients constant."""
   implementation, instruction_set, device, dtype = 'none', '', '', np.dtype('float32')
 
-  def __init__(self):
-    self._made = {}
+  def __init__(self, microseconds: float):
+    self._microseconds, self._made = microseconds, {}
 
   def prepare(self, x):
     return ntk.Prepared(x, [], self)
 
+  def work(self, x1, x2):
+    time.sleep(self._microseconds * 1e-6 * len(x1) * len(x2))
+
   def block(self, x1, x2):
+    self.work(x1, x2)
     return np.eye(len(x1), dtype=self.dtype) if x1 is x2 else self._constant((len(x1), len(x2)), 0.0)
 
   def block_vjp(self, x1, x2, cotangent):
+    self.work(x1, x2)
     block = self._constant((len(x1), len(x2)), 1e-3)
     if callable(cotangent):
       cotangent(block)
@@ -98,12 +108,12 @@ def coordinate(port: int, workdir: str, cache: str, answer) -> None:
   answer.send(clock.medians(WARM_UP))
 
 
-def work(port: int, cache: str, answer) -> None:
+def work(port: int, cache: str, microseconds: float, answer) -> None:
   """The worker's process: works until told to stop; sends its seconds a step."""
   clock, compute = steps.Clock(), kernel_worker.KernelWorker._compute
-  ntk.for_run = lambda run, threads: NoKernel()
+  ntk.for_run = lambda run, threads: NoKernel(microseconds)
   for watched in (('sample', sampling, 'targets'), ('images', ntk.Library, '__getitem__'), ('residual', krr, 'residual'),
-                  ('residual', krr, 'cotangent'), ('encode', tasks, 'encode')):
+                  ('residual', krr, 'cotangent'), ('encode', tasks, 'encode'), ('kernel', NoKernel, 'work')):
     clock.watch(*watched)
 
   def computed(self, task, inputs):
@@ -118,11 +128,11 @@ def work(port: int, cache: str, answer) -> None:
   answer.send(clock.medians(WARM_UP))
 
 
-def measure(directory: run_directory.RunDirectory, cache: str) -> dict[str, float]:
-  """Milliseconds a step: 'step', and PARTS."""
+def measure(directory: run_directory.RunDirectory, cache: str, microseconds: float = 0.0) -> dict[str, float]:
+  """Milliseconds a step: 'step', PARTS, and 'kernel', which takes `microseconds` a pair."""
   processes, port, seconds = multiprocessing.get_context('spawn'), portpicker.pick_unused_port(), {}
   started = []
-  for node, *arguments in ((coordinate, port, directory.path, cache), (work, port, cache)):
+  for node, *arguments in ((coordinate, port, directory.path, cache), (work, port, cache, microseconds)):
     receiver, sender = processes.Pipe(duplex=False)
     process = processes.Process(target=node, args=(*arguments, sender), daemon=True)
     process.start()
@@ -132,7 +142,7 @@ def measure(directory: run_directory.RunDirectory, cache: str) -> dict[str, floa
     seconds.update(receiver.recv())
   for process, _ in started:
     process.join()
-  return {name: 1e3 * seconds.get(name, 0.0) for name in ('step', *PARTS)}
+  return {name: 1e3 * seconds.get(name, 0.0) for name in ('step', *PARTS, 'kernel')}
 
 
 def main():
@@ -144,18 +154,25 @@ def main():
   parser.add_argument('--json', default='benchmarks/coordinator.json', help='where to write the table as JSON')
   args = parser.parse_args()
   rows = []
-  print(f"{'':24}ms a step")
-  print(f'{"S":>4}{"tile":>6}{"tiles":>6}{"tasks":>6}{"step":>9}{"% of kernel":>13}' + ''.join(f'{part:>9}' for part in PARTS))
+  print(f'kernel: at once, then {MICROSECONDS:g} µs a pair; ms a step')
+  print(f'{"S":>4}{"tile":>6}{"tiles":>6}{"tasks":>6}{"at once":>9}' + ''.join(f'{part:>9}' for part in PARTS) + f'{"beside":>9}{"share":>7}')
   with tempfile.TemporaryDirectory() as folder:
     for case in args.cases.split():
       images_per_class, tile, tiles = map(int, case.split('x'))
-      directory = steps.make_run(folder, args.images, args.steps, {'target_tile': tile, 'target_tiles_per_task': tiles},
-                                 images_per_class=images_per_class, targets_per_step=TARGETS)
-      milliseconds, support = measure(directory, folder), images_per_class * steps.CLASSES
-      share = milliseconds['step'] / (1e-3 * MICROSECONDS * steps.pairs(directory))
-      rows.append({'support': support, 'target_tile': tile, 'target_tiles_per_task': tiles, 'share': share, **milliseconds})
-      print(f'{support:4}{tile:6}{tiles:6}{-(-TARGETS // (tile * tiles)):6}{milliseconds["step"]:9.1f}{share:13.1%}'
-            + ''.join(f'{milliseconds[part]:9.1f}' for part in PARTS), flush=True)
+      make_run = functools.partial(steps.make_run, folder, args.images, plan={'target_tile': tile, 'target_tiles_per_task': tiles},
+                                   images_per_class=images_per_class, targets_per_step=TARGETS)
+      directory, support = make_run(num_steps=args.steps), images_per_class * steps.CLASSES
+      at_once = measure(directory, folder)
+      row = {'support': support, 'target_tile': tile, 'target_tiles_per_task': tiles, **at_once}
+      line = f'{support:4}{tile:6}{tiles:6}{-(-TARGETS // (tile * tiles)):6}{at_once["step"]:9.1f}'
+      line += ''.join(f'{at_once[part]:9.1f}' for part in PARTS)
+      num_steps = WARM_UP + int(SECONDS / (1e-6 * MICROSECONDS * steps.pairs(directory)))
+      if num_steps > WARM_UP + 2:
+        slowly = measure(make_run(num_steps=min(num_steps, args.steps)), folder, MICROSECONDS)
+        row.update(beside=slowly['step'] - slowly['kernel'], share=1 - slowly['kernel'] / slowly['step'])
+        line += f'{row["beside"]:9.1f}{row["share"]:7.1%}'
+      rows.append(row)
+      print(line, flush=True)
   with open(args.json, 'w', encoding='utf-8') as file:
     json.dump({'kernel_microseconds_a_pair': MICROSECONDS, 'load': os.getloadavg()[0], 'rows': rows}, file, indent=1)
 

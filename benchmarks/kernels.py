@@ -1,14 +1,18 @@
 """Kernel implementations against Neural Tangents, measured in the same run: `python -m benchmarks.kernels`.
 
-For each architecture and image size: Neural Tangents jitted, warmed, on all cores, at the best of several block sizes; each
-implementation on raw images (variances and their gradient included), the runs of all interleaved; medians. `step` is a vjp at a cotangent
-that depends on the block: what distillation does. The error is that of the very block timed, on the entries that Neural Tangents
-evaluates in float64; the vjp's cotangent is zero elsewhere, so that its whole gradient is checked. Without Neural Tangents the JAX kernel
-in float64 takes its place there, and there are no ratios.
+For each architecture and image size: Neural Tangents jitted, warmed, on all cores, at the best of several block sizes and a single pair at
+a time; each implementation on raw images (variances and their gradient included), the runs of all interleaved; medians. `step` is a vjp at
+a cotangent that depends on the block: what distillation does. The error is that of the very block timed, on the entries that Neural
+Tangents evaluates in float64; the vjp's cotangent is zero elsewhere, so that its whole gradient is checked. Without Neural Tangents the JAX
+kernel in float64 takes its place there, and there are no ratios.
+
+The whole table takes about a quarter of an hour. Parts of it (--architectures, --images) may be measured one by one: the file keeps the
+other rows.
 """
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -36,7 +40,10 @@ HAS_NEURAL_TANGENTS = importlib.util.find_spec('neural_tangents') is not None
 
 @dataclasses.dataclass
 class Row:
-  """One line of the table. Times are milliseconds a pair; errors relative, max |difference| / max |reference|."""
+  """One line of the table. Times are milliseconds a pair; errors relative, max |difference| / max |reference|.
+
+  Ratios: how many times faster than Neural Tangents at its best block, and than Neural Tangents one pair at a time.
+  """
   architecture: str
   image: str
   implementation: str
@@ -48,9 +55,14 @@ class Row:
   forward_ratio: float | None
   vjp_ratio: float | None
   step_ratio: float | None
+  forward_ratio_to_single: float | None
+  vjp_ratio_to_single: float | None
+  step_ratio_to_single: float | None
   block_error: float
   gradient_error: float
   peak_share: float | None
+  peak_gflops: float
+  load: float
 
 
 class Candidate:
@@ -60,6 +72,7 @@ class Candidate:
     self.name, self._kernel = name, kernel
     for self.shape in BLOCKS:
       self._x1, self._x2 = images[:self.shape[0]], more[:self.shape[1]]
+      self.shapes = dict.fromkeys(QUANTITIES, self.shape)
       self.cotangent = np.zeros(self.shape, np.float32)
       self.cotangent[:CHECKED, :CHECKED] = COTANGENT
       kernel.block(self._x1, self._x2)  # compiles
@@ -74,54 +87,62 @@ class Candidate:
 
 
 class NeuralTangents:
-  """The peer: its kernel function, jitted, in float32, at its best block size."""
-  name = 'neural tangents'
+  """The peer: its kernel function, jitted, in float32, at the best of `blocks` for each quantity."""
 
-  def __init__(self, architecture, images: np.ndarray, more: np.ndarray):
-    from kernels import reference  # here, because it may not be there
-    kernel_fn = reference.network(architecture)[2]
-
-    def block(x1, x2):
-      with jax.default_matmul_precision('highest'):  # no TF32
-        return kernel_fn(x1, x2, get='ntk')
-    self._block = jax.jit(block)
-
-    @jax.jit
-    def block_vjp(x1, x2):
-      value, pull_back = jax.vjp(lambda x: block(x, x2), x1)
-      return value, pull_back(jnp.ones_like(value))
-
-    self._block_vjp, best = block_vjp, np.inf
-    for a, b in REFERENCE_BLOCKS:
-      if min(len(images) - a, len(more) - b) < 0:
-        break
-      x1, x2 = jnp.asarray(images[:a]), jnp.asarray(more[:b])
+  def __init__(self, name: str, architecture, images: np.ndarray, more: np.ndarray, blocks):
+    self.name = name
+    self._functions = dict(zip(('forward', 'vjp'), _neural_tangents(architecture)))
+    self.shapes, best = {}, dict.fromkeys(self._functions, np.inf)
+    self._arguments = {}
+    for a, b in blocks:
+      arguments = jnp.asarray(images[:a]), jnp.asarray(more[:b])
       try:
-        jax.block_until_ready(block_vjp(x1, x2))
+        seconds = {quantity: self._warm(function, arguments) for quantity, function in self._functions.items()}
       except jax.errors.JaxRuntimeError:  # out of memory
         break
-      seconds = _seconds(lambda: jax.block_until_ready(block_vjp(x1, x2)))
-      if seconds / (a * b) < best:
-        best, self.shape, self._x1, self._x2 = seconds / (a * b), (a, b), x1, x2
-      if seconds > 2 * ENOUGH_SECONDS:
+      for quantity, value in seconds.items():
+        if value / (a * b) < best[quantity]:
+          best[quantity], self.shapes[quantity], self._arguments[quantity] = value / (a * b), (a, b), arguments
+      if max(seconds.values()) > 2 * ENOUGH_SECONDS:
         break
-    jax.block_until_ready(self._block(self._x1, self._x2))
+    self.shapes['step'] = self.shapes['vjp']
+
+  def _warm(self, function, arguments) -> float:
+    jax.block_until_ready(function(*arguments))
+    return _seconds(lambda: jax.block_until_ready(function(*arguments)))
 
   def runs(self) -> dict[str, Callable]:
-    forward = lambda: jax.block_until_ready(self._block(self._x1, self._x2))
-    vjp = lambda: jax.block_until_ready(self._block_vjp(self._x1, self._x2))
-    return {'forward': forward, 'vjp': vjp}
+    run = lambda quantity: lambda: jax.block_until_ready(self._functions[quantity](*self._arguments[quantity]))
+    return {quantity: run(quantity) for quantity in self._functions}
+
+
+@functools.cache
+def _neural_tangents(architecture):
+  """Its forward, and its forward and vjp, jitted."""
+  from kernels import reference  # here, because it may not be there
+  kernel_fn = reference.network(architecture)[2]
+
+  def block(x1, x2):
+    with jax.default_matmul_precision('highest'):  # no TF32
+      return kernel_fn(x1, x2, get='ntk')
+
+  def block_vjp(x1, x2):
+    value, pull_back = jax.vjp(lambda x: block(x, x2), x1)
+    return value, pull_back(jnp.ones_like(value))
+
+  return jax.jit(block), jax.jit(block_vjp)
 
 
 def measure(name: str, image: tuple[int, int, int], implementations: list[str], threads: int, runs: int, peak: float,
             with_peer: bool = HAS_NEURAL_TANGENTS) -> list[Row]:
-  """One row per implementation, that of Neural Tangents first, if it is there."""
+  """One row per implementation, those of Neural Tangents first, if it is there."""
   architecture = architectures.get(name)
   rng = np.random.default_rng(0)
   x1, x2 = (rng.standard_normal((max(shape[i] for shape in BLOCKS), *image)).astype(np.float32) for i in (0, 1))
   oracle = ntk.make_kernel(architecture, implementation='reference' if HAS_NEURAL_TANGENTS else 'jax', dtype='float64', threads=1)
   expected = oracle.block_vjp(x1[:CHECKED], x2[:CHECKED], COTANGENT)
-  peers = [NeuralTangents(architecture, x1, x2)] if with_peer else []
+  peers = [NeuralTangents('neural tangents', architecture, x1, x2, REFERENCE_BLOCKS),
+           NeuralTangents('  one pair', architecture, x1, x2, REFERENCE_BLOCKS[:1])] if with_peer else []
   candidates = [Candidate(label, kernel, x1, x2) for label, kernel in _kernels(architecture, implementations, threads)]
   timed = [*peers, *candidates]
   seconds = {(c.name, quantity): [] for c in timed for quantity in QUANTITIES}
@@ -129,35 +150,35 @@ def measure(name: str, image: tuple[int, int, int], implementations: list[str], 
     for c in timed:
       for quantity, run in c.runs().items():
         seconds[c.name, quantity].append(_seconds(run))
-    for peer in peers:
-      seconds[peer.name, 'step'] = seconds[peer.name, 'vjp']  # its vjp yields the block for nothing
-  milliseconds = {(c.name, quantity): 1e3 * statistics.median(seconds[c.name, quantity]) / np.prod(c.shape)
+  for peer in peers:
+    seconds[peer.name, 'step'] = seconds[peer.name, 'vjp']  # its vjp yields the block for nothing
+  milliseconds = {(c.name, quantity): 1e3 * statistics.median(seconds[c.name, quantity]) / np.prod(c.shapes[quantity])
                   for c in timed for quantity in QUANTITIES}
   rows, work = [], operations(architecture, image)
   for c in timed:
     block_error = gradient_error = float('nan')
-    if c in candidates:
+    if c not in peers:
       block_error = max(_error(result[:CHECKED, :CHECKED], expected[0])
                         for result in (c.results['forward'], c.results['vjp'][0], c.results['step'][0]))
       gradient_error = max(_error(c.results[quantity][1][:CHECKED], expected[1]) for quantity in ('vjp', 'step'))
     times = [milliseconds[c.name, quantity] for quantity in QUANTITIES]
-    ratios = [milliseconds[peers[0].name, quantity] / milliseconds[c.name, quantity] if peers else None for quantity in QUANTITIES]
+    ratios = [milliseconds[peer.name, quantity] / milliseconds[c.name, quantity] for peer in peers for quantity in QUANTITIES]
     share = None if c in peers else work / (times[0] * 1e-3) / peak
-    rows.append(Row(name, '{}x{}x{}'.format(*image), c.name, threads, '{}x{}'.format(*c.shape), *times, *ratios,
-                    block_error, gradient_error, share))
+    rows.append(Row(name, '{}x{}x{}'.format(*image), c.name, threads, '{}x{}'.format(*c.shapes['vjp']), *times,
+                    *(ratios or [None] * 2 * len(QUANTITIES)), block_error, gradient_error, share, peak / 1e9, os.getloadavg()[0]))
   return rows
 
 
 def operations(architecture: architectures.Architecture, image: tuple[int, int, int]) -> int:
-  """Floating-point operations a pair that the forward recursion takes by offsets (a square root counts as one, a polynomial as 14)."""
+  """Floating-point operations a pair that the forward recursion takes by offsets (a square root counts as one, a polynomial as 16)."""
   total, first = 0, True
   plan = architectures.band_plan(architecture, *image[:2])
   for p, level in enumerate(plan):
     entries = np.prod([sum(size - abs(d) for d in range(-radius, radius + 1))
                        for size, radius in ((level.height, level.radius_h), (level.width, level.radius_w))])
-    total += entries * (2 * image[2] if not p else 0)
+    total += entries * (3 * image[2] if not p else 0)
     for _ in range(level.convs):
-      total += entries * (32 if first else 39)
+      total += entries * (41 if first else 45)
       first = False
     total += entries * 4
   return int(total) or 2 * int(np.prod(image))
@@ -200,16 +221,21 @@ def _error(value, expected) -> float:
 
 def heading(unit: str = 'ms') -> str:
   """Of `line`s."""
-  return (f'{"":36}{"block":>9}{unit + " a pair":>33}{"times faster than NT":>27}{"error":>19}{"of peak":>9}\n'
-          f'{"":36}{"":9}' + ''.join(f'{q:>11}' for q in QUANTITIES) + ''.join(f'{q:>9}' for q in QUANTITIES) + f'{"block":>10}{"grad":>9}')
+  return (f'{"":36}{"block":>9}{unit + " a pair":>33}{"times faster than NT / one pair":>39}{"error":>17}{"of peak":>9}\n'
+          f'{"":36}{"":9}' + ''.join(f'{q:>11}' for q in QUANTITIES) + ''.join(f'{q:>13}' for q in QUANTITIES) + f'{"block":>9}{"grad":>8}')
 
 
 def line(row: Row, units_a_ms: float = 1.0) -> str:
   """A row in print."""
   times = ''.join(f'{ms * units_a_ms:11.4g}' for ms in (row.forward_ms, row.vjp_ms, row.step_ms))
-  ratios = ''.join(f'{"-":>9}' if ratio is None else f'{ratio:9.0f}' for ratio in (row.forward_ratio, row.vjp_ratio, row.step_ratio))
-  errors = '' if row.peak_share is None else f'{row.block_error:10.0e}{row.gradient_error:9.0e}{row.peak_share:9.0%}'
+  pairs = ((getattr(row, f'{q}_ratio'), getattr(row, f'{q}_ratio_to_single')) for q in QUANTITIES)
+  ratios = ''.join(f'{_ratio(best) + " / " + _ratio(single):>13}' for best, single in pairs)
+  errors = '' if row.peak_share is None else f'{row.block_error:9.0e}{row.gradient_error:8.0e}{row.peak_share:9.0%}'
   return f'{row.architecture:9}{row.image:9}{row.implementation:18}{row.block:>9}{times}{ratios}{errors}'
+
+
+def _ratio(value: float | None) -> str:
+  return '-' if value is None else f'{value:.0f}' if value >= 10 else f'{value:.2g}'
 
 
 def main():
@@ -225,14 +251,24 @@ def main():
   peak = peak_flops()
   print(f'{args.threads} threads; a float32 matrix product reaches {peak / 1e9:.0f} GFLOP/s; load {os.getloadavg()[0]:.1f}')
   print(heading())
-  rows = []
   for name in args.architectures.split(','):
     for image in args.images.split(','):
-      for row in measure(name, tuple(map(int, image.split('x'))), implementations, args.threads, args.runs, peak):
-        rows.append(dataclasses.asdict(row))
+      rows = measure(name, tuple(map(int, image.split('x'))), implementations, args.threads, args.runs, peak)
+      for row in rows:
         print(line(row), flush=True)
-      with open(args.json, 'w', encoding='utf-8') as file:
-        json.dump({'threads': args.threads, 'peak_gflops': peak / 1e9, 'rows': rows}, file, indent=1)
+      _keep(args.json, rows)
+
+
+def _keep(path: str, rows: list[Row]) -> None:
+  """Puts `rows` in place of those of the same architecture, image and implementation."""
+  key = lambda row: (row['architecture'], row['image'], row['implementation'])
+  kept = {}
+  if os.path.exists(path):
+    with open(path, encoding='utf-8') as file:
+      kept = {key(row): row for row in json.load(file)}
+  kept.update((key(row), row) for row in map(dataclasses.asdict, rows))
+  with open(path, 'w', encoding='utf-8') as file:
+    json.dump(list(kept.values()), file, indent=1)
 
 
 if __name__ == '__main__':

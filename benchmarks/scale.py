@@ -74,12 +74,13 @@ class Row(NamedTuple):
   busy: float
 
 
-# S = 10: a piece's gradient is small, so targets alone are cut. S = 500: in one pass where workers are few, else by parts of the support too.
+# S = 10: a piece's gradient is small, so targets alone are cut. S = 500: in one pass where workers are few, else by parts of the support too,
+# into slightly fewer tasks of a size than a whole number for each worker.
 CASES = [Case(10, 5000, 1, 10, 250, 1, 0), Case(10, 5000, 8, 10, 125, 1, 0), Case(10, 5000, 32, 10, 50, 1, 0),
          Case(10, 50_000, 32, 10, 250, 1, 0), Case(10, 50_000, 128, 10, 50, 1, 0), Case(10, 50_000, 256, 10, 25, 1, 0),
          Case(500, 5000, 1, 500, 250, 4, 0), Case(500, 5000, 8, 125, 125, 1, 0), Case(500, 5000, 32, 100, 50, 1, 0),
-         Case(500, 5000, 32, 100, 125, 10, 16), Case(500, 5000, 128, 25, 125, 10, 4),
-         Case(500, 50_000, 32, 125, 250, 20, 50), Case(500, 50_000, 128, 100, 250, 20, 16), Case(500, 50_000, 256, 50, 250, 20, 8)]
+         Case(500, 5000, 32, 100, 125, 10, 18), Case(500, 5000, 128, 25, 125, 10, 9),
+         Case(500, 50_000, 32, 100, 250, 20, 13), Case(500, 50_000, 128, 25, 250, 20, 14), Case(500, 50_000, 256, 25, 250, 10, 14)]
 
 
 def measured_costs(microseconds: float) -> Costs:
@@ -273,7 +274,7 @@ def measure(case: Case, costs: Costs, folder: str, seconds: float) -> Row:
   for name in ('support_tile', 'target_tile', 'target_tiles_per_task', 'support_per_task'):
     config.run.plan[name] = getattr(case, name)
   kernel = _kernel_seconds(case, costs)
-  port, server, served = _start(config, case.workers, folder, max(4, round(seconds / (kernel / case.workers))))
+  port, server, served = _start(config, case.workers, folder, max(3, round(seconds / (kernel / case.workers))))
   cores = sorted(os.sched_getaffinity(0))
   spawn = multiprocessing.get_context('spawn')
   told, over = spawn.Queue(), spawn.Event()

@@ -361,7 +361,7 @@ class Coordinator:
     self._begin(state)
     support, blocks, pull_backs = (self._tasks(phase, num_support) for phase in (
         tasks.SUPPORT_BLOCKS, tasks.TARGET_BLOCKS, tasks.TARGET_VJP))
-    self._board.post([*support, *blocks], sticky=True)
+    self._board.post([*support, *blocks])
     solution = self._solve(state, self._k_ss(support, num_support))
     batch = sampling.targets(self._run['seed'], state.step, self._prepared.train_labels, self._run['targets_per_step'])
     y_t = sampling.centred_one_hot(self._prepared.train_labels[batch], self._prepared.num_classes)

@@ -10,7 +10,6 @@ from typing import Callable, NamedTuple
 import numpy as np
 
 from nodes.tasks import Range
-from nodes.tasks import SECOND_HALVES
 from nodes.tasks import SUPPORT_PHASES
 from nodes.tasks import Task
 
@@ -51,8 +50,7 @@ class TaskBoard:
   again; when nothing else is left, so is a task that takes unusually long. The first answer counts and later ones change nothing. A task
   whose computation raises is tried MAX_ERRORS times in all; lost leases are counted apart.
 
-  Where tasks are sticky, a worker gets the ranges it had before, of which it holds inputs and what a later task needs; others take them
-  when it is slow, gone, or has several to do, unless these are second halves, which cost others far more.
+  A step in two halves: the second half of a task goes to who did the first, and is cheap there; to others when that one is slow or gone.
   """
 
   def __init__(self, lease_seconds: float, clock: Callable[[], float] = time.monotonic):
@@ -64,8 +62,7 @@ class TaskBoard:
     self._missing = 0
     self._awaited: Task | None = None
     self._pending: dict[str | None, dict[Task, None]] = {}  # by owner, in plan order
-    self._sticky = False
-    self._owners: dict[tuple[bool, Range, Range], str] = {}  # who last did a sticky task on these ranges
+    self._owners: dict[tuple[bool, Range, Range], str] = {}  # who did the first half of a task on these ranges
     self._leases: dict[int, Lease] = {}
     self._held: dict[str, Lease] = {}  # by worker
     self._late: dict[int, Lease] = {}  # lost, but an answer may come yet
@@ -80,12 +77,12 @@ class TaskBoard:
     self._last_progress = self._last_sign = clock()
     self._totals = collections.Counter()
 
-  def post(self, tasks: list[Task], sticky: bool = False) -> None:
+  def post(self, tasks: list[Task]) -> None:
     """Starts a phase; what was left of the one before is forgotten."""
     with self._work:
-      for of_this_phase in (self._tasks, self._pending, self._leases, self._held, self._late, self._errors, self._lost):
+      for of_this_phase in (self._tasks, self._pending, self._leases, self._held, self._late, self._errors, self._lost, self._owners):
         of_this_phase.clear()
-      self._missing, self._failure, self._sticky = 0, None, sticky
+      self._missing, self._failure = 0, None
       self._last_progress = self._last_sign = self._clock()
       self.extend(tasks)
 
@@ -131,8 +128,7 @@ class TaskBoard:
         return False
       self._tasks[task] = piece
       self._missing -= 1
-      if self._sticky:
-        self._owners[_ranges(task)] = worker
+      self._owners[_ranges(task)] = worker
       self._last_progress = now
       seconds = 0.0
       if lease is not None:
@@ -199,13 +195,11 @@ class TaskBoard:
   def _next(self, worker: str, now: float) -> Task | None:
     """What to give out: the worker's own; else what nobody has, or will have soon; else the task that has been in work unusually long, if
     nobody else tries it too."""
-    task = self._pop(worker, last=False) or self._pop(None, last=False)
+    task = self._pop(worker) or self._pop(None)
     if task is not None:
       return task
-    others = [owner for owner, waiting in self._pending.items() if waiting and (
-        len(waiting) > 1 and next(reversed(waiting)).phase not in SECOND_HALVES or now >= self._away_at(owner))]
-    for owner in sorted(others, key=lambda owner: -len(self._pending[owner])):
-      task = self._pop(owner, last=True)
+    for owner in [owner for owner, waiting in self._pending.items() if waiting and now >= self._away_at(owner)]:
+      task = self._pop(owner)
       if task is not None:
         return task
     slow = [lease for lease in self._open() if now >= self._slow_at(lease)] if now >= self._oldest() + self._patience else []
@@ -216,17 +210,17 @@ class TaskBoard:
 
   def _put(self, task: Task, first: bool = False) -> None:
     """Makes a task pending."""
-    owner = self._owners.get(_ranges(task)) if self._sticky else None
+    owner = self._owners.get(_ranges(task))
     waiting = self._pending.setdefault(owner, {})
     if first:
       self._pending[owner] = {task: None, **waiting}
     else:
       waiting[task] = None
 
-  def _pop(self, owner: str | None, last: bool) -> Task | None:
+  def _pop(self, owner: str | None) -> Task | None:
     waiting = self._pending.get(owner, {})
     while waiting:
-      task = next(reversed(waiting)) if last else next(iter(waiting))
+      task = next(iter(waiting))
       del waiting[task]
       if self._tasks[task] is None:
         return task

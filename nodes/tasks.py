@@ -26,7 +26,6 @@ TARGET_VJP = 'target_vjp'  # these blocks, pulled back through the support image
 # Label Solve has SUPPORT_BLOCKS and this one, which is posted again and again until the whole training set is done.
 LABEL_SOLVE = 'label_solve'  # the R factor of [K_ts, y_t]
 
-SECOND_HALVES = (SUPPORT_VJP, TARGET_VJP)
 SUPPORT_PHASES = (SUPPORT_BLOCKS, SUPPORT_VJP)  # whose target_range is of the support set too
 
 Range = tuple[int, int]

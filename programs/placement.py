@@ -104,7 +104,8 @@ def environment(gpu: str = '', sharers: int = 1) -> dict[str, str]:
 def launcher_environment() -> dict[str, str]:
   """For a process whose JAX is to keep to the CPU, but which still has GPUs to find or to give to others.
 
-  Libraries get one thread (XLA's CPU part by NPROC), since the bits of long dot products follow the number. Kernels' threads take whole tiles.
+  Libraries get one thread (XLA's CPU part by NPROC), since the bits of long dot products follow their number of threads; kernels use theirs
+  on whole tiles.
   """
   return {'NPROC': '1', 'JAX_PLATFORMS': 'cpu', 'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'}
 

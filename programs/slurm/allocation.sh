@@ -5,10 +5,10 @@ logs=$KIP_WORKDIR/logs
 
 # Sessions of their own: srun takes a terminal's Ctrl-C for itself. Coordinator and evaluator share CPUs with workers, and have no GPU.
 one=(setsid srun --overlap --nodes=1 --ntasks=1 --gres=none $KIP_OPTIONS)
-"${one[@]}" bash -c 'echo "$SLURM_JOB_ID.$SLURM_STEP_ID" > "$KIP_WORKDIR/logs/coordinator.step"
+"${one[@]}" env CUDA_VISIBLE_DEVICES= bash -c 'echo "$SLURM_JOB_ID.$SLURM_STEP_ID" > "$KIP_WORKDIR/logs/coordinator.step"
                      exec "$KIP_PYTHON" "$KIP_ROOT/launch.py" --role=coordinator "$@"' coordinator "$@" &
 coordinator=$!
-"${one[@]}" --output="$logs/evaluator.log" --open-mode=append \
+"${one[@]}" --output="$logs/evaluator.log" --open-mode=append env CUDA_VISIBLE_DEVICES= \
   "$KIP_PYTHON" "$KIP_ROOT/launch.py" --role=evaluator --workdir="$KIP_WORKDIR" &
 evaluator=$!
 # A worker that is lost takes no other with it.

@@ -6,6 +6,8 @@
 #SBATCH --signal=B:USR1@60
 source "$KIP_ROOT/programs/slurm/common.sh"
 
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-}"  # to whom Slurm has given no GPU, none on the node belongs
+
 # A life of its own name: what Slurm believes to be lost may still run.
 name="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}_${SLURM_ARRAY_TASK_ID:-0}_life${SLURM_RESTART_COUNT:-0}"
 play "$@" --name="$name" --threads="${SLURM_CPUS_PER_TASK:-0}"

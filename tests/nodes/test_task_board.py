@@ -238,52 +238,40 @@ def test_a_waiting_worker_wakes_when_work_arrives():
   assert got[0].task.index == 0
 
 
-def _sticky(n, step=0, phase=tasks.TARGET_BLOCKS):
-  return _tasks(n, step, phase)
-
-
-def _done(board, worker, clock=None):
+def _done(board, worker):
   lease = board.lease(worker, 0)
-  if clock:
-    clock.now += 0.1
+  board._clock.now += 0.1
   board.complete(lease.task, lease.id, worker, _piece(0))
   return lease.task.index
 
 
-def test_sticky_tasks_go_to_those_who_had_their_ranges(board):
-  board.post(_sticky(4), sticky=True)
+def test_second_halves_go_to_those_who_did_the_first_and_before_others(board):
+  board.post(_tasks(6, phase=tasks.TARGET_BLOCKS))
   assert [_done(board, worker) for worker in 'abab'] == [0, 1, 2, 3]
-  board.extend(_sticky(4, phase=tasks.TARGET_VJP))
+  board.extend(_tasks(4, phase=tasks.TARGET_VJP), first=True)
   assert [_done(board, worker) for worker in 'bbaa'] == [1, 3, 0, 2]
-  board.post(_sticky(4, step=1), sticky=True)
-  assert [_done(board, worker) for worker in 'bbaa'] == [1, 3, 0, 2]
-  board.post(_sticky(4, step=2))
-  assert [_done(board, worker) for worker in 'bbaa'] == [0, 1, 2, 3]
+  assert [_done(board, worker) for worker in 'ba'] == [4, 5]
+  board.post(_tasks(2, step=1, phase=tasks.TARGET_BLOCKS))
+  assert [_done(board, worker) for worker in 'ba'] == [0, 1]
 
 
-def test_others_help_a_worker_that_has_several_to_do_or_is_gone(board, clock):
-  board.post(_sticky(4), sticky=True)
-  assert [_done(board, 'a', clock) for _ in range(4)] == [0, 1, 2, 3]
-  board.post(_sticky(4, step=1), sticky=True)
-  assert [_done(board, worker) for worker in 'ab'] == [0, 3]
-  assert board.lease('a', 0).task.index == 1
-  assert board.lease('b', 0) is None  # a will come for 2 soon
+def test_others_do_the_second_halves_of_a_worker_that_is_slow_or_gone(board, clock):
+  board.post(_tasks(3, phase=tasks.TARGET_BLOCKS))
+  assert [_done(board, 'a') for _ in range(3)] == [0, 1, 2]
+  board.extend(_tasks(3, phase=tasks.TARGET_VJP), first=True)
+  assert board.lease('b', 0) is None and _done(board, 'a') == 0
   clock.now += 1.1
-  assert board.lease('b', 0).task.index == 2  # or not: its task should be done by now
-  board.post(_sticky(4, step=2), sticky=True)
-  assert [_done(board, worker) for worker in 'baa'] == [3, 0, 1]  # what it has done is its own
-  board.post(_sticky(4, step=3, phase=tasks.TARGET_VJP), sticky=True)
-  assert board.lease('b', 0).task.index == 3 and board.lease('c', 0) is None  # a holds what two second halves need
-  clock.now += 1.1
-  assert board.lease('c', 0).task.index == 2
+  assert _done(board, 'b') == 1  # nothing was heard of a
+  assert board.lease('a', 0).task.index == 2
 
 
 def test_a_worker_that_waits_gets_what_another_leaves():
   board = task_board.TaskBoard(lease_seconds=30)
-  board.post(_sticky(1), sticky=True)
-  _done(board, 'a')
-  board.post(_sticky(1, step=1), sticky=True)
-  assert board.lease('b', 20).task.index == 0
+  board.post(_tasks(1, phase=tasks.TARGET_BLOCKS))
+  first = board.lease('a', 0)
+  board.complete(first.task, first.id, 'a', _piece(0))
+  board.extend(_tasks(1, phase=tasks.TARGET_VJP))
+  assert board.lease('b', 20).task.phase == tasks.TARGET_VJP
 
 
 @pytest.mark.parametrize('num_support, num_targets, tile, group, part', [(1, 1, 1, 1, 1), (7, 33, 3, 10, 5), (10, 100, 50, 7, 10), (12, 5, 4, 9, 7)])

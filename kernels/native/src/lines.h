@@ -43,7 +43,7 @@ struct Band {
 template <class V>
 struct ThreeRows {
   const V *above, *here, *below;
-  V column(int x) const { return above[x] + here[x] + below[x]; }
+  KIP_INLINE V column(int x) const { return above[x] + here[x] + below[x]; }
 };
 
 // The 3x3 box sums around two columns at a time.
@@ -52,15 +52,15 @@ class BoxSums {
  public:
   // kGhosts: there is a column -1.
   template <bool kGhosts>
-  BoxSums(ThreeRows<V> rows, std::bool_constant<kGhosts>) : rows_(rows), left_(kGhosts ? rows.column(-1) : V{}), here_(rows.column(0)) {}
+  KIP_INLINE BoxSums(ThreeRows<V> rows, std::bool_constant<kGhosts>) : rows_(rows), left_(kGhosts ? rows.column(-1) : V{}), here_(rows.column(0)) {}
 
   // Sets those around columns x and x + 1, to be called for x = 0, 2, ...
-  void two(int x, V& first, V& second) {
+  KIP_INLINE void two(int x, V& first, V& second) {
     const V right = rows_.column(x + 1), next = rows_.column(x + 2), both = here_ + right;
     first = left_ + both, second = both + next;
     left_ = right, here_ = next;
   }
-  V one(int x) const { return left_ + here_ + rows_.column(x + 1); }
+  KIP_INLINE V one(int x) const { return left_ + here_ + rows_.column(x + 1); }
 
  private:
   const ThreeRows<V> rows_;
@@ -157,7 +157,7 @@ struct StoreRow {
   static constexpr bool kDistances = true;
   V *n, *t;
   template <bool kNtk>
-  void emit(int x, V n_value, V t_value) const {
+  KIP_INLINE void emit(int x, V n_value, V t_value) const {
     n[x] = n_value;
     if constexpr (kNtk) t[x] = t_value;
   }
@@ -169,7 +169,7 @@ struct AddToCells {
   Cells<V> cells;
   Scalar<V> share;
   template <bool kNtk>
-  void emit(int x, V n_value, V t_value) const {
+  KIP_INLINE void emit(int x, V n_value, V t_value) const {
     cells.n[x & 1][x >> 1] += n_value * share;
     if constexpr (kNtk) cells.t[x & 1][x >> 1] += t_value * share;
   }
