@@ -70,8 +70,8 @@ def measure(data: str, workers: int, steps: int, folder: str) -> dict[str, float
   workdir = f'--workdir={folder}/run'
   settings = {'run.data.name': 'cifar10', 'run.data.dir': data, 'run.num_steps': last, 'system.num_workers': workers,
               'system.snapshot_steps': (_FIRST,), 'system.final_evaluation_timeout': 1.0, 'system.evaluation.nn_steps': 0}
-  coordinator = subprocess.Popen([sys.executable, 'launch.py', '--role=coordinator', '--host=localhost', workdir, '--config=configs/base.py',
-                                  *(f'--config.{name}={value}' for name, value in settings.items())], cwd=_ROOT)
+  coordinator = subprocess.Popen([sys.executable, 'launch.py', '--role=coordinator', '--host=localhost', workdir,
+                                  '--config=configs/base.py', *(f'--config.{name}={value}' for name, value in settings.items())], cwd=_ROOT)
   nodes = [subprocess.Popen([sys.executable, os.path.abspath(__file__), '--role=worker', workdir, f'--name=worker{i}', '--threads=1'],
                             cwd=_ROOT, env={**os.environ, _NOTES: folder}) for i in range(workers)]
   try:
