@@ -2,7 +2,7 @@
 PYTHON = .venv/bin/python
 DEMO_DIR ?= runs/demo
 
-.PHONY: demo test test-slurm chaos bench native setup cuda lock clean
+.PHONY: demo test test-slurm chaos bench bench-gpu bench-coordinator native setup cuda lock clean
 
 demo: native
 	@rm -rf $(DEMO_DIR)
@@ -21,6 +21,14 @@ chaos: native
 
 bench: native
 	$(PYTHON) -m benchmarks.kernels
+
+# On the GPU that is there. Where Launchpad has no wheel: python -m benchmarks.gpu, in whatever environment has the packages.
+bench-gpu: cuda
+	$(PYTHON) -m benchmarks.gpu
+
+# What a step costs beside the kernel.
+bench-coordinator: setup
+	$(PYTHON) -m benchmarks.coordinator
 
 # Builds the C++ kernel where there is a compiler; elsewhere the JAX kernel is used.
 native: setup

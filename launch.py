@@ -1,6 +1,7 @@
-"""Launches a distillation run: coordinator, kernel workers and evaluator, as processes (local_mp) or threads (local_mt) of this machine.
+"""Launches a distillation run: coordinator, kernel workers and evaluator, as processes of this machine, the workers one a GPU; or, by
+--lp_launch_type=local_mt, as threads of one process on CPU.
 
-    python launch.py --config=configs/digits.py --workdir=runs/digits --lp_launch_type=local_mp
+    python launch.py --config=configs/digits.py --workdir=runs/digits
     python launch.py --status --workdir=runs/digits [--json]
 
 On several hosts, one node of the same program a process (BUILD.md, 'Clusters'):
@@ -19,11 +20,14 @@ import sys
 
 from programs import isolation
 from programs import placement
+from programs import supervisor
 
 isolation.enter_if_restarted()
-os.environ.update(placement.environment(1))  # before JAX starts; local_mp gives every process its own
+if not supervisor.is_child():  # else its parent has seen to it
+  os.environ.update(placement.launcher_environment())  # before JAX starts
 
 # pylint: disable=wrong-import-position
+from absl import flags
 from absl import logging
 import launchpad as lp
 
@@ -35,6 +39,9 @@ from programs import start
 from programs import status
 from programs import terminal
 
+flags.FLAGS.set_default('lp_launch_type', lp.LaunchType.LOCAL_MULTI_PROCESSING.value)
+flags.FLAGS.set_default('lp_termination_notice_secs', supervisor.LAUNCHER_NOTICE)
+
 
 def main(argv: list[str]) -> int:
   if '--status' in argv:
@@ -45,15 +52,17 @@ def main(argv: list[str]) -> int:
       return hosts.play()
     if slurm_cluster.CLUSTER.value:
       return slurm_cluster.submit(argv)
-    run = start.ready()
+    threads = flags.FLAGS.lp_launch_type == lp.LaunchType.LOCAL_MULTI_THREADING.value
+    run = start.ready(placement.no_gpus if threads else placement.find_gpus)
     distill.check_port(run.config['system']['port'])
   except start.BadInput as error:
     print(f'error: {error}', file=sys.stderr)
     return run_directory.BAD_INPUT_STATUS
   isolation.restart_isolated()
   logging.info(run.memory)
+  logging.info(run.gpus.remark)
   program = distill.make_program(run)
-  with terminal.line_by_line():
+  with terminal.shown(run.directory):
     manager = lp.launch(program, local_resources=distill.local_resources(run), terminal='current_terminal')
     if not isolation.is_isolated() and not run.config['system']['accept_open_port']:
       logging.warning('%s is open to every host that can reach this one, and whoever connects can run code as you: no private network '

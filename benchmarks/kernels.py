@@ -3,15 +3,17 @@
 For each architecture and image size: Neural Tangents jitted, warmed, on all cores, at the best of several block sizes and a single pair at
 a time; each implementation on raw images (variances and their gradient included), the runs of all interleaved; medians. `step` is a vjp at
 a cotangent that depends on the block: what distillation does. The error is that of the very block timed, on the entries that Neural
-Tangents evaluates in float64; the vjp's cotangent is zero elsewhere, so that its whole gradient is checked.
+Tangents evaluates in float64; the vjp's cotangent is zero elsewhere, so that its whole gradient is checked. Without Neural Tangents the JAX
+kernel in float64 takes its place there, and there are no ratios.
 
-The whole table takes about a quarter of an hour. Parts of it (--architectures, --images) may be measured one by one: the file keeps the
-other rows.
+The whole table takes long, most of it Neural Tangents' compilation. Parts of it (--architectures, --images, --implementations) may be
+measured one by one: the file keeps the other rows.
 """
 
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import statistics
@@ -26,7 +28,6 @@ import numpy as np
 
 from kernels import architectures
 from kernels import ntk
-from kernels import reference
 
 COTANGENT = np.array([[1, -0.5], [0.25, 2]])  # of the entries compared with float64, the first rows and columns of a block
 CHECKED = len(COTANGENT)
@@ -34,6 +35,7 @@ REFERENCE_BLOCKS = ((1, 1), (2, 2), (4, 4), (16, 16), (64, 64), (256, 256))
 BLOCKS = ((10, 16), (10, 64), (10, 256), (256, 1024))
 ENOUGH_SECONDS = 0.5  # of a call: larger blocks gain nothing
 QUANTITIES = ('forward', 'vjp', 'step')
+HAS_NEURAL_TANGENTS = importlib.util.find_spec('neural_tangents') is not None
 
 
 @dataclasses.dataclass
@@ -50,12 +52,12 @@ class Row:
   forward_ms: float
   vjp_ms: float
   step_ms: float
-  forward_ratio: float
-  vjp_ratio: float
-  step_ratio: float
-  forward_ratio_to_single: float
-  vjp_ratio_to_single: float
-  step_ratio_to_single: float
+  forward_ratio: float | None
+  vjp_ratio: float | None
+  step_ratio: float | None
+  forward_ratio_to_single: float | None
+  vjp_ratio_to_single: float | None
+  step_ratio_to_single: float | None
   block_error: float
   gradient_error: float
   peak_share: float | None
@@ -90,9 +92,10 @@ class NeuralTangents:
   def __init__(self, name: str, architecture, images: np.ndarray, more: np.ndarray, blocks):
     self.name = name
     self._functions = dict(zip(('forward', 'vjp'), _neural_tangents(architecture)))
-    self.shapes, best = {}, dict.fromkeys(self._functions, np.inf)
-    self._arguments = {}
+    self.shapes, self._arguments, best = {}, {}, dict.fromkeys(self._functions, np.inf)
     for a, b in blocks:
+      if min(len(images) - a, len(more) - b) < 0:
+        break
       arguments = jnp.asarray(images[:a]), jnp.asarray(more[:b])
       try:
         seconds = {quantity: self._warm(function, arguments) for quantity, function in self._functions.items()}
@@ -117,8 +120,12 @@ class NeuralTangents:
 @functools.cache
 def _neural_tangents(architecture):
   """Its forward, and its forward and vjp, jitted."""
+  from kernels import reference  # here, because it may not be there
   kernel_fn = reference.network(architecture)[2]
-  block = lambda x1, x2: kernel_fn(x1, x2, get='ntk')
+
+  def block(x1, x2):
+    with jax.default_matmul_precision('highest'):  # no TF32
+      return kernel_fn(x1, x2, get='ntk')
 
   def block_vjp(x1, x2):
     value, pull_back = jax.vjp(lambda x: block(x, x2), x1)
@@ -127,34 +134,37 @@ def _neural_tangents(architecture):
   return jax.jit(block), jax.jit(block_vjp)
 
 
-def measure(name: str, image: tuple[int, int, int], implementations: list[str], threads: int, runs: int, peak: float) -> list[Row]:
-  """One row per implementation, those of Neural Tangents first."""
+def measure(name: str, image: tuple[int, int, int], implementations: list[str], threads: int, runs: int, peak: float,
+            with_peer: bool = HAS_NEURAL_TANGENTS) -> list[Row]:
+  """One row per implementation, those of Neural Tangents first, if it is there."""
   architecture = architectures.get(name)
   rng = np.random.default_rng(0)
   x1, x2 = (rng.standard_normal((max(shape[i] for shape in BLOCKS), *image)).astype(np.float32) for i in (0, 1))
-  oracle = ntk.make_kernel(architecture, implementation='reference', dtype='float64', threads=1)
+  oracle = ntk.make_kernel(architecture, implementation='reference' if HAS_NEURAL_TANGENTS else 'jax', dtype='float64', threads=1)
   expected = oracle.block_vjp(x1[:CHECKED], x2[:CHECKED], COTANGENT)
   peers = [NeuralTangents('neural tangents', architecture, x1, x2, REFERENCE_BLOCKS),
-           NeuralTangents('  one pair', architecture, x1, x2, REFERENCE_BLOCKS[:1])]
+           NeuralTangents('  one pair', architecture, x1, x2, REFERENCE_BLOCKS[:1])] if with_peer else []
   candidates = [Candidate(label, kernel, x1, x2) for label, kernel in _kernels(architecture, implementations, threads)]
-  seconds = {(c.name, quantity): [] for c in (*peers, *candidates) for quantity in QUANTITIES}
+  timed = [*peers, *candidates]
+  seconds = {(c.name, quantity): [] for c in timed for quantity in QUANTITIES}
   for _ in range(runs):
-    for c in (*peers, *candidates):
+    for c in timed:
       for quantity, run in c.runs().items():
         seconds[c.name, quantity].append(_seconds(run))
-  for peer in peers:
-    seconds[peer.name, 'step'] = seconds[peer.name, 'vjp']  # its vjp yields the block for nothing
+    for peer in peers:
+      seconds[peer.name, 'step'] = seconds[peer.name, 'vjp']  # its vjp yields the block for nothing
   milliseconds = {(c.name, quantity): 1e3 * statistics.median(seconds[c.name, quantity]) / np.prod(c.shapes[quantity])
-                  for c in (*peers, *candidates) for quantity in QUANTITIES}
+                  for c in timed for quantity in QUANTITIES}
   rows, work = [], operations(architecture, image)
-  for c in (*peers, *candidates):
+  for c in timed:
     block_error = gradient_error = float('nan')
-    if c not in peers:
+    if c in candidates:
       block_error = max(_error(result[:CHECKED, :CHECKED], expected[0])
                         for result in (c.results['forward'], c.results['vjp'][0], c.results['step'][0]))
       gradient_error = max(_error(c.results[quantity][1][:CHECKED], expected[1]) for quantity in ('vjp', 'step'))
     times = [milliseconds[c.name, quantity] for quantity in QUANTITIES]
-    ratios = [milliseconds[peer.name, quantity] / milliseconds[c.name, quantity] for peer in peers for quantity in QUANTITIES]
+    ratios = [milliseconds[peer.name, quantity] / milliseconds[c.name, quantity] if peer else None
+              for peer in peers or (None, None) for quantity in QUANTITIES]
     share = None if c in peers else work / (times[0] * 1e-3) / peak
     rows.append(Row(name, '{}x{}x{}'.format(*image), c.name, threads, '{}x{}'.format(*c.shapes['vjp']), *times, *ratios,
                     block_error, gradient_error, share, peak / 1e9, os.getloadavg()[0]))
@@ -176,12 +186,12 @@ def operations(architecture: architectures.Architecture, image: tuple[int, int, 
   return int(total) or 2 * int(np.prod(image))
 
 
-def peak_flops() -> float:
-  """Multiplications and additions a second of a float32 matrix product on all cores: the best of ten."""
-  a = jnp.ones((2048, 2048), jnp.float32)
-  product = jax.jit(jnp.dot)
+def peak_flops(size: int = 2048) -> float:
+  """Multiplications and additions a second of a float32 matrix product (no TF32) on all of JAX's device: the best of ten."""
+  a = jnp.ones((size, size), jnp.float32)
+  product = jax.jit(lambda a, b: jnp.dot(a, b, precision='highest'))
   jax.block_until_ready(product(a, a))
-  return 2 * 2048 ** 3 / min(_seconds(lambda: jax.block_until_ready(product(a, a))) for _ in range(10))
+  return 2 * size ** 3 / min(_seconds(lambda: jax.block_until_ready(product(a, a))) for _ in range(10))
 
 
 def _kernels(architecture, implementations, threads):
@@ -211,30 +221,19 @@ def _error(value, expected) -> float:
   return float(np.abs(value - expected).max() / np.abs(expected).max())
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--architectures', default='fc1,conv3,convnet,myrtle5,myrtle10')
-  parser.add_argument('--images', default='32x32x3,28x28x1')
-  parser.add_argument('--implementations', help='by default all that this machine can run')
-  parser.add_argument('--threads', type=int, default=len(os.sched_getaffinity(0)))
-  parser.add_argument('--runs', type=int, default=5)
-  parser.add_argument('--json', default='benchmarks/kernels.json', help='where to write the table as JSON')
-  args = parser.parse_args()
-  implementations = args.implementations.split(',') if args.implementations else [name for name in ntk.available() if name != 'reference']
-  peak = peak_flops()
-  print(f'{args.threads} threads; a float32 matrix product reaches {peak / 1e9:.0f} GFLOP/s; load {os.getloadavg()[0]:.1f}')
-  print(f'{"":36}{"block":>9}{"ms a pair":>33}{"times faster than NT / one pair":>39}{"error":>17}{"of peak":>9}')
-  print(f'{"":36}{"":9}' + ''.join(f'{q:>11}' for q in QUANTITIES) + ''.join(f'{q:>13}' for q in QUANTITIES) + f'{"block":>9}{"grad":>8}')
-  for name in args.architectures.split(','):
-    for image in args.images.split(','):
-      rows = measure(name, tuple(map(int, image.split('x'))), implementations, args.threads, args.runs, peak)
-      for row in rows:
-        errors = '' if row.peak_share is None else f'{row.block_error:9.0e}{row.gradient_error:8.0e}{row.peak_share:9.0%}'
-        ratios = ((getattr(row, f'{q}_ratio'), getattr(row, f'{q}_ratio_to_single')) for q in QUANTITIES)
-        print(f'{row.architecture:9}{row.image:9}{row.implementation:18}{row.block:>9}'
-              f'{row.forward_ms:11.4g}{row.vjp_ms:11.4g}{row.step_ms:11.4g}'
-              + ''.join(f'{_ratio(best) + " / " + _ratio(single):>13}' for best, single in ratios) + errors, flush=True)
-      _keep(args.json, rows)
+def heading(unit: str = 'ms') -> str:
+  """Of `line`s."""
+  return (f'{"":36}{"block":>9}{unit + " a pair":>33}{"times faster than NT / one pair":>39}{"error":>17}{"of peak":>9}\n'
+          f'{"":36}{"":9}' + ''.join(f'{q:>11}' for q in QUANTITIES) + ''.join(f'{q:>13}' for q in QUANTITIES) + f'{"block":>9}{"grad":>8}')
+
+
+def line(row: Row, units_a_ms: float = 1.0) -> str:
+  """A row in print."""
+  times = ''.join(f'{ms * units_a_ms:11.4g}' for ms in (row.forward_ms, row.vjp_ms, row.step_ms))
+  ratios = ((getattr(row, f'{q}_ratio'), getattr(row, f'{q}_ratio_to_single')) for q in QUANTITIES)
+  ratios = ''.join(f'{"-" if best is None else _ratio(best) + " / " + _ratio(single):>13}' for best, single in ratios)
+  errors = '' if row.peak_share is None else f'{row.block_error:9.0e}{row.gradient_error:8.0e}{row.peak_share:9.0%}'
+  return f'{row.architecture:9}{row.image:9}{row.implementation:18}{row.block:>9}{times}{ratios}{errors}'
 
 
 def _ratio(value: float) -> str:
@@ -251,6 +250,26 @@ def _keep(path: str, rows: list[Row]) -> None:
   kept.update((key(row), row) for row in map(dataclasses.asdict, rows))
   with open(path, 'w', encoding='utf-8') as file:
     json.dump(list(kept.values()), file, indent=1)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--architectures', default='fc1,conv3,convnet,myrtle5,myrtle10')
+  parser.add_argument('--images', default='32x32x3,28x28x1')
+  parser.add_argument('--implementations', help='by default all that this machine can run')
+  parser.add_argument('--threads', type=int, default=len(os.sched_getaffinity(0)))
+  parser.add_argument('--runs', type=int, default=5)
+  parser.add_argument('--json', default='benchmarks/kernels.json', help='where to write the table as JSON')
+  args = parser.parse_args()
+  implementations = args.implementations.split(',') if args.implementations else [name for name in ntk.available() if name != 'reference']
+  peak = peak_flops()
+  print(f'{args.threads} threads; a float32 matrix product reaches {peak / 1e9:.0f} GFLOP/s; load {os.getloadavg()[0]:.1f}')
+  print(heading())
+  for name in args.architectures.split(','):
+    for image in args.images.split(','):
+      rows = measure(name, tuple(map(int, image.split('x'))), implementations, args.threads, args.runs, peak)
+      print(*map(line, rows), sep='\n', flush=True)
+      _keep(args.json, rows)
 
 
 if __name__ == '__main__':

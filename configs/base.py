@@ -68,12 +68,13 @@ def get_config() -> ml_collections.ConfigDict:
 
   # How a step is cut into tasks. It fixes the order of sums, so it belongs to the trajectory.
   run.plan = ml_collections.ConfigDict()
-  run.plan.support_tile = 50  # support images a side of a K_ss task
+  run.plan.support_tile = 50  # support images a side of a K_ss task; with support_per_task, its rows
   run.plan.target_tile = 250  # target images a kernel block
   run.plan.target_tiles_per_task = 1  # blocks summed by the worker before it answers
+  run.plan.support_per_task = 0  # support images of a target task; 0: all, in one pass. Fewer for many workers (BUILD.md, 'How many workers')
 
   system = config.system = ml_collections.ConfigDict()
-  system.num_workers = 2  # kernel-worker processes
+  system.num_workers = 0  # kernel-worker processes; 0: one a GPU, or 2 where there is none
   system.worker_threads = 0  # CPU threads of each; 0: an equal share of the machine
   system.port = 0  # of the coordinator; 0: any free one
   system.accept_open_port = False  # no warning where the port cannot be hidden from other hosts (BUILD.md tells the risk)
@@ -117,14 +118,15 @@ def label_solve_step(run: Mapping[str, Any]) -> int:
 
 _LIMIT = 10 ** 9
 _POSITIVE_INTS = ('run.num_steps', 'run.images_per_class', 'run.targets_per_step', 'run.plan.support_tile', 'run.plan.target_tile',
-                  'run.plan.target_tiles_per_task', 'run.standard_width', 'system.num_workers', 'system.evaluation.krr_tile',
-                  'system.evaluation.nn_width', 'system.evaluation.nn_batch', 'system.evaluation.nn_seeds')
+                  'run.plan.target_tiles_per_task', 'run.standard_width', 'system.evaluation.krr_tile', 'system.evaluation.nn_width',
+                  'system.evaluation.nn_batch', 'system.evaluation.nn_seeds')
 _POSITIVE_FLOATS = ('run.learning_rate', 'run.label_learning_rate_factor', 'run.ridge', 'run.data.zca_regularisation',
                     'system.checkpoint_seconds', 'system.log_seconds', 'system.lease_seconds', 'system.worker_timeout',
                     'system.coordinator_timeout', 'system.final_evaluation_timeout')
 _RANGES = {'run.seed': (0, 2 ** 63 - 1), 'run.augmentation.fraction': (0, 1), 'run.augmentation.rotation': (0, 180),
-           'run.augmentation.channel_shift': (0, _LIMIT), 'system.worker_threads': (0, 4096), 'system.port': (0, 65535),
-           'system.evaluation.nn_steps': (0, 10 ** 7)}
+           'run.augmentation.channel_shift': (0, _LIMIT), 'system.num_workers': (0, _LIMIT), 'system.worker_threads': (0, 4096),
+           'system.port': (0, 65535), 'system.evaluation.nn_steps': (0, 10 ** 7),
+           'run.plan.support_per_task': (0, _LIMIT)}
 _ARCHITECTURES = ('run.architecture', 'system.evaluation.nn_architecture')
 _GRIDS = ('system.evaluation.nn_learning_rate_factors', 'system.evaluation.nn_l2s')
 _NN_LOSSES = ('mse', 'cross_entropy')
@@ -222,6 +224,7 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
   """What keeps a saved run from going on: ['run.seed (0 there, 1 here)']. `data.dir` is only a place; `num_steps` may grow, unless
   the last update is of its own kind."""
   saved, wanted = (flatten({'run': json.loads(json.dumps(config['run']))}) for config in (saved, wanted))
+  saved.setdefault('run.plan.support_per_task', 0)  # of runs from before it was a field
   found = []
   for path in sorted(set(saved) | set(wanted)):
     there, here = saved.get(path), wanted.get(path)

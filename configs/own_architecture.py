@@ -1,6 +1,8 @@
 """A network of one's own, on scikit-learn's digits: how stages are written down (kernels/architectures.py tells what they mean).
 
     python launch.py --config=configs/own_architecture.py --workdir=runs/own --lp_launch_type=local_mp
+
+Time and accuracy: not measured, neither on 2 cores nor on a GPU.
 """
 
 from configs import digits

@@ -30,7 +30,8 @@ class Changes(NamedTuple):
   flip: np.ndarray
 
 
-def target_images(run: Mapping[str, Any], prepared: store.Prepared, step: int, batch: np.ndarray, start: int, stop: int) -> np.ndarray:
+def target_images(run: Mapping[str, Any], prepared: store.Prepared, step: int, batch: np.ndarray, start: int, stop: int,
+                  threads: int = 1) -> np.ndarray:
   """Preprocessed target images, the chosen ones augmented before.
 
   Args:
@@ -38,18 +39,22 @@ def target_images(run: Mapping[str, Any], prepared: store.Prepared, step: int, b
     prepared: with its raw images.
     step: of the run.
     batch: int64 [T], the step's whole target batch; images `start` to `stop` of it are wanted.
+    threads: to compute on; no bit depends on it.
 
   Returns:
     float32 [stop - start, H, W, D].
   """
   settings, seed, num_images = run['augmentation'], run['seed'], len(prepared.train_labels)
-  mask = chosen(settings['fraction'], seed, step, batch, num_images)[start:stop]
   wanted = batch[start:stop]
   images = prepared.train_images[wanted]
-  if mask.any():
-    raw = prepared.raw_images[wanted[mask]]
-    changes = draw(settings, seed, step, wanted[mask], num_images, raw.shape[1:3])
-    images[mask] = preprocess.apply(prepared.transform, apply(raw, changes))
+  places = np.flatnonzero(chosen(settings['fraction'], seed, step, batch, num_images)[start:stop])
+  changes = draw(settings, seed, step, wanted[places], num_images, images.shape[1:3])
+
+  def change(block):
+    some = places[block]
+    changed = apply(prepared.raw_images[wanted[some]], Changes(*(values[block] for values in changes)))
+    images[some] = preprocess.apply_to_block(prepared.transform, changed)
+  preprocess.in_blocks(change, len(places), threads)
   return images
 
 
@@ -83,22 +88,23 @@ def apply(images: np.ndarray, changes: Changes) -> np.ndarray:
   x = np.arange(width) - middle_x + changes.right[:, None, None]
   row, row_weight = _between(cos * y - sin * x + middle_y, height)
   column, column_weight = _between(sin * y + cos * x + middle_x, width)
-  pixels = images.reshape(n * height * width, channels)
+  planes = np.moveaxis(images, -1, 0).reshape(channels, -1)  # NumPy is slow at loops as short as the channels
   corner = np.arange(n)[:, None, None] * height * width + row * width + column
   below, beside = width * (row < height - 1), 1 * (column < width - 1)  # steps to the neighbours; none beyond the border
-  upper = _mix(pixels.take(corner, axis=0), pixels.take(corner + beside, axis=0), column_weight)
-  lower = _mix(pixels.take(corner + below, axis=0), pixels.take(corner + below + beside, axis=0), column_weight)
+  upper = _mix(planes.take(corner, axis=1), planes.take(corner + beside, axis=1), column_weight)
+  lower = _mix(planes.take(corner + below, axis=1), planes.take(corner + below + beside, axis=1), column_weight)
   changed = _mix(upper, lower, row_weight)
-  low, high = (limit(changed, axis=(1, 2, 3), keepdims=True) for limit in (np.min, np.max))
-  changed = np.clip(changed + changes.channel_shift[:, None, None, None], low, high)
-  return np.where(changes.flip[:, None, None, None], changed[:, :, ::-1], changed)
+  low, high = (limit(changed, axis=(0, 2, 3), keepdims=True) for limit in (np.min, np.max))
+  changed = np.clip(changed + changes.channel_shift[:, None, None], low, high)
+  changed = np.where(changes.flip[:, None, None], changed[..., ::-1], changed)
+  return np.moveaxis(changed, 0, -1)
 
 
 def _between(position: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-  """The pixel before each position, clamped to [0, size - 1], and how far the position is beyond it, [..., 1]."""
+  """The pixel before each position, clamped to [0, size - 1], and how far the position is beyond it."""
   position = np.clip(position, 0, size - 1)
   before = position.astype(np.int64)
-  return before, (position - before)[..., None]
+  return before, position - before
 
 
 def _mix(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray:

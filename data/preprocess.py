@@ -1,8 +1,9 @@
 """Raw pixels -> what kernels see: per-channel standardisation, and ZCA whitening where asked, fitted on the training images (K1, K2)."""
 
+from concurrent import futures
 import hashlib
 import time
-from typing import Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 from absl import logging
 import numpy as np
@@ -12,7 +13,7 @@ import threadpoolctl
 from data import DataError
 
 _CHUNK = 4096  # images standardised at a time
-_BLOCK = 128  # rows of every product, padded: BLAS rounds a row by the shape of its product, and an image must not depend on others
+_BLOCK = 32  # rows of every product, padded: BLAS rounds a row by the shape of its product, and an image must not depend on others
 _MOST_VALUES = 2 ** 14  # in an image that is whitened: its matrix has 2 GiB there
 _LOG_SECONDS = 10.0
 
@@ -54,18 +55,26 @@ def fit(images: np.ndarray, zca_regularisation: float | None = None) -> Transfor
   return standard if zca_regularisation is None else _fit_zca(standard, images, zca_regularisation)
 
 
-def apply(transform: Transform, images: np.ndarray) -> np.ndarray:
-  """Raw images [N, H, W, D] -> float32 [N, H, W, D], computed in float64; an image's bits do not depend on the others."""
+def apply(transform: Transform, images: np.ndarray, threads: int = 1) -> np.ndarray:
+  """Raw images [N, H, W, D] -> float32 [N, H, W, D], computed in float64; an image's bits depend neither on the others nor on `threads`."""
   prepared = np.empty(images.shape, np.float32)
-  start = 0
-  with threadpoolctl.threadpool_limits(1):
-    for chunk in _chunks(images):
-      standard = (chunk - transform.mean) / transform.std
-      if transform.zca is not None:
-        standard = _whiten(transform.zca, _unit_rows(standard)[0]).reshape(chunk.shape)
-      prepared[start:start + len(chunk)] = standard
-      start += len(chunk)
+
+  def block(rows):
+    prepared[rows] = apply_to_block(transform, images[rows])
+  in_blocks(block, len(images), threads)
   return prepared
+
+
+def apply_to_block(transform: Transform, images: np.ndarray) -> np.ndarray:
+  """As `apply`, of the images of one of `in_blocks`' slices; float64."""
+  standard = (images.astype(np.float64) - transform.mean) / transform.std
+  return standard if transform.zca is None else _whiten(transform.zca, _unit_rows(standard)[0]).reshape(images.shape)
+
+
+def in_blocks(function: Callable[[slice], None], n: int, threads: int) -> None:
+  """Calls `function` with the slices that cut n rows into blocks, on `threads` threads; BLAS has one thread in each."""
+  with threadpoolctl.threadpool_limits(1), futures.ThreadPoolExecutor(threads) as pool:
+    list(pool.map(function, (slice(start, start + _BLOCK) for start in range(0, n, _BLOCK))))
 
 
 def invert(transform: Transform, images: np.ndarray) -> np.ndarray:
@@ -122,13 +131,10 @@ def _unit_rows(standard: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _whiten(zca: np.ndarray, rows: np.ndarray) -> np.ndarray:
-  whitened = np.empty_like(rows)
-  for start in range(0, len(rows), _BLOCK):
-    block = rows[start:start + _BLOCK]
-    padded = np.zeros((_BLOCK, rows.shape[1]))
-    padded[:len(block)] = block
-    whitened[start:start + _BLOCK] = (padded @ zca)[:len(block)]
-  return whitened
+  """Rows [N, d], at most a block of them, times the matrix."""
+  padded = np.zeros((_BLOCK, rows.shape[1]))
+  padded[:len(rows)] = rows
+  return (padded @ zca)[:len(rows)]
 
 
 def _chunks(images: np.ndarray) -> Iterator[np.ndarray]:

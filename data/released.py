@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import http.client
 import os
 import re
 import tempfile
@@ -42,6 +43,11 @@ class Released(NamedTuple):
   learned_labels: bool
   augmented: bool | None
   step: int
+
+
+def is_name(text: str) -> bool:
+  """Whether `text` is to be fetched: it begins like a released set's name, and no file here is called so."""
+  return text.startswith(('kip/', 'ls/')) and not os.path.exists(text)
 
 
 def load(name: str, cache: str) -> Released:
@@ -87,7 +93,7 @@ def _download(name: str, path: str) -> None:
   except urllib.error.HTTPError as error:
     raise DataError(f'{url}: {error.code} {error.reason}; the released sets are listed in {BUCKET}/kip/kip.csv and {BUCKET}/ls/ls.csv.'
                     ) from error
-  except (OSError, EOFError, ValueError) as error:
+  except (OSError, ValueError, http.client.HTTPException) as error:
     raise DataError(f'{url} cannot be fetched: {error}. With the file at hand, put it at {path}.') from error
   md5 = re.search(r'md5=([\w+/=]+)', hashes)
   if md5 and base64.b64encode(hashlib.md5(content).digest()).decode() != md5[1]:

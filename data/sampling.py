@@ -45,7 +45,10 @@ def class_balanced(seed: int, stream: int, step: int, labels: np.ndarray, size: 
     raise ValueError(f'size must be a multiple of {len(counts)} (the classes) from {len(counts)} to {len(counts) * counts.min()} '
                      f'(the smallest class has {counts.min()} images), got {size}.')
   words = _words(seed, stream, step, len(labels))
-  order = np.lexsort((words, labels))  # by class, then by word; ties (never seen) by index
+  order = np.argsort(words)  # much faster than a stable sort, and the same unless two words are equal, which was never seen
+  if not np.all(np.diff(words[order])):
+    order = np.argsort(words, kind='stable')
+  order = order[np.argsort(labels[order].astype(np.min_scalar_type(len(counts))), kind='stable')]  # by class, then by word
   starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
   return np.concatenate([order[start:start + per_class] for start in starts])
 

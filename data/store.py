@@ -19,8 +19,8 @@ from data import DataError
 from data import preprocess
 from data import sources
 
-_VERSION = 2
-_META = 'meta.json'
+_VERSION = 3
+_META, _CONTENT = 'meta.json', 'content'
 _ARRAYS = ('train_images', 'train_labels', 'test_images', 'test_labels')
 _ZCA = 'zca'
 _RAW = ('train_images',)
@@ -75,6 +75,8 @@ def prepare(data: Mapping[str, Any], cache: str, raw: bool = False) -> Prepared:
   regularisation = float(data['zca_regularisation']) if data['zca'] else None
   recipe = 'standard' if regularisation is None else f'zca{regularisation!r}'
   key = f'{hashlib.sha256(f"{_VERSION} {source.name} {source.key}".encode()).hexdigest()[:32]}-{recipe}'
+  for folder in (key, _raw_key(key)) if raw else (key,):
+    _discard_if_altered(folder, cache)
   if (prepared := open_prepared(key, cache, raw)) is not None:
     return prepared
   logging.info('Reading and preprocessing %s (once; kept in %s).', source.name, cache)
@@ -120,7 +122,7 @@ def fetch(key: str, cache: str, read: Callable[[str, str, int], bytes], raw: boo
           while chunk := read(folder, f'{name}.npy', offset):
             file.write(chunk)
             offset += len(chunk)
-    _install(folder, cache, {k: v for k, v in meta.items() if k != 'sha256'}, names, write, expected=meta['sha256'])
+    _install(folder, cache, {k: v for k, v in meta.items() if k not in ('sha256', _CONTENT)}, names, write, expected=meta['sha256'])
   return open_prepared(key, cache, raw)
 
 
@@ -140,9 +142,12 @@ def open_prepared(key: str, cache: str, raw: bool = False) -> Prepared | None:
     return None
   meta, arrays = found
   transform = preprocess.Transform(np.asarray(meta['mean']), np.asarray(meta['std']), arrays.pop(_ZCA, None), meta['norm'])
-  content = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-  return Prepared(key, content, meta['name'], num_classes=meta['num_classes'], transform=transform, **arrays,
+  return Prepared(key, _content(meta), meta['name'], num_classes=meta['num_classes'], transform=transform, **arrays,
                   raw_images=raw_found[1]['train_images'])
+
+
+def _content(meta: Mapping[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _raw_key(key: str) -> str:
@@ -156,21 +161,39 @@ def _open(key: str, cache: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] 
   try:
     with open(os.path.join(path, _META), encoding='utf-8') as file:
       meta = json.load(file)
+    if meta.pop(_CONTENT, None) != _content(meta):
+      raise ValueError(f'{_META} does not have the digest it was written with')
     return meta, {name: np.load(os.path.join(path, f'{name}.npy'), mmap_mode='r', allow_pickle=False) for name in meta['sha256']}
   except FileNotFoundError:
     return None
-  except (OSError, ValueError, EOFError) as error:
-    logging.warning('The cached data in %s are damaged (%s) and are made again.', path, error)
-    shutil.rmtree(path, ignore_errors=True)
+  except (OSError, ValueError, EOFError, AttributeError, TypeError) as error:  # the last two where the description is no dictionary
+    _discard(path, str(error))
     return None
+
+
+def _discard_if_altered(key: str, cache: str) -> None:
+  """Reads a folder through: opening it does not show a flipped bit."""
+  found = _open(key, cache)
+  if found is None:
+    return
+  path = os.path.join(cache, key)
+  for name, expected in found[0]['sha256'].items():
+    if sources.digest(os.path.join(path, f'{name}.npy')) != expected:
+      _discard(path, f'{name}.npy does not have the digest it was written with')
+      return
+
+
+def _discard(path: str, why: str) -> None:
+  logging.warning('The cached data in %s are damaged (%s) and are made again.', path, why)
+  shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_preprocessed(path: str, transform: preprocess.Transform, images: np.ndarray, split: str) -> None:
   """Preprocesses piece by piece into an `.npy` file."""
   rows = np.lib.format.open_memmap(path, mode='w+', dtype=np.float32, shape=images.shape)
-  last = time.monotonic()
+  last, threads = time.monotonic(), len(os.sched_getaffinity(0))
   for start in range(0, len(images), _PIECE):
-    rows[start:start + _PIECE] = preprocess.apply(transform, images[start:start + _PIECE])
+    rows[start:start + _PIECE] = preprocess.apply(transform, images[start:start + _PIECE], threads)
     if time.monotonic() > last + _LOG_SECONDS:
       logging.info('Preprocessed %d of %d %s images.', min(start + _PIECE, len(images)), len(images), split)
       last = time.monotonic()
@@ -188,8 +211,9 @@ def _install(key: str, cache: str, meta: dict[str, Any], names: Sequence[str], w
     digests = {name: sources.digest(os.path.join(scratch, f'{name}.npy')) for name in names}
     if expected not in (None, digests):
       raise DataError('the data fetched from the coordinator do not match their digests; start the worker again.')
+    meta = {**meta, 'sha256': digests}
     with open(os.path.join(scratch, _META), 'w', encoding='utf-8') as file:
-      json.dump({**meta, 'sha256': digests}, file)
+      json.dump({**meta, _CONTENT: _content(meta)}, file)
     os.rename(scratch, os.path.join(cache, key))
   except OSError as error:
     if not os.path.exists(os.path.join(cache, key, _META)):

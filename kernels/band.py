@@ -30,10 +30,27 @@ import numpy as np
 from kernels import architectures
 from kernels import ntk
 
-_CPU_PAIRS, _GPU_PAIRS = 128, 2048  # pairs a tile: an offset's arrays should stay in a core's cache; a GPU wants all it can get
-_TILE_BYTES = 2 ** 28  # of the stage inputs that a tile keeps for its vjp
-_KEPT_BYTES = 2 ** 29  # of stage inputs kept between a block and its vjp, all tiles together
-_VARIANCE_IMAGES = 16
+
+class _Budget(NamedTuple):
+  """What a device takes on at once. Tiles belong to the bits of a result, so nothing here follows the memory that happens to be free.
+
+  Attributes:
+    tile_bytes: of the stage inputs that a tile keeps for its vjp; at its worst it holds four times as much (a compiled
+      ConvNet's and Myrtle10's memory).
+    kept_bytes: of stage inputs kept between a block and its vjp, all tiles together.
+    images: a tile, of images on their own.
+  """
+  tile_bytes: int
+  kept_bytes: int
+  images: int
+
+
+_CPU_PAIRS = 128  # a tile: an offset's arrays stay in a core's cache
+_GPU_ENTRIES = 2 ** 21  # of an offset's arrays: with 8 MB to read, a launch lasts longer than the launching of the next
+_GPU_TILES = 2  # at a time: one is sent there and launched while another is computed
+_CPU, _GPU = _Budget(2 ** 28, 2 ** 29, 16), _Budget(2 ** 29, 2 ** 31, 256)  # the GPU's: 6 GiB at most
+
+_GPU_OPTIONS = {'xla_gpu_deterministic_ops': True, 'xla_gpu_autotune_level': 0}
 
 # What is rounding: of 1 - |c| in hidden layers, which hold n; and of m after a pooling, relative to √(V (V + q)), V the spread. Identical
 # images must not see the cusp of dot at c = 1, where its square root would turn an error of 1e-7 into one of 1e-4.
@@ -97,7 +114,7 @@ class Axis(NamedTuple):
   def from_slots(self, v, axis: int):
     """Offsets along `axis` of v, from slots."""
     v = jnp.moveaxis(v, axis, 0)
-    v = v[:-1].at[0].add(v[-1]) if self.periodic else v[1:-1]
+    v = jnp.concatenate([v[:1] + v[-1:], v[1:-1]]) if self.periodic else v[1:-1]
     return jnp.moveaxis(v, 0, axis)
 
   def to_slots(self, v, axis: int):
@@ -110,16 +127,13 @@ class Axis(NamedTuple):
     """Pixels along `axis` of x, as `first .. first + rows + count - 2`, `fill` where there are none: a slice at k shows offset k."""
     pixel = self.first + np.arange(-margin, self.rows + self.count - 1 + margin)
     pixel = pixel % self.rows if self.periodic else pixel
-    return _take(x, pixel, self.size, axis, fill)
+    inside = ((pixel >= 0) & (pixel < self.size)).reshape((-1,) + (1,) * (x.ndim - 1 - axis))
+    return jnp.where(inside, jnp.take(x, np.clip(pixel, 0, self.size - 1), axis=axis), jnp.asarray(fill, x.dtype))
 
   def own(self, x, axis: int, fill, margin: int = 0):
     """Pixels 0 .. rows - 1 along `axis` of x, `fill` beyond its size; and, as in `gather`, `margin` more at both ends."""
-    return _take(x, np.arange(-margin, self.rows + margin), self.size, axis, fill)
-
-
-def _take(x, pixel, size, axis, fill):
-  inside = ((pixel >= 0) & (pixel < size)).reshape((-1,) + (1,) * (x.ndim - 1 - axis))
-  return jnp.where(inside, jnp.take(x, np.clip(pixel, 0, size - 1), axis=axis), jnp.asarray(fill, x.dtype))
+    ends = [(margin, self.rows - self.size + margin, 0) if i == axis else (0, 0, 0) for i in range(x.ndim)]
+    return lax.pad(x, jnp.asarray(fill, x.dtype), ends)  # whose derivative, unlike that of an index, adds nothing up
 
 
 class Level(NamedTuple):
@@ -241,10 +255,12 @@ _relu.defvjp(_relu_forward, _relu_backward)
 
 
 def _sum_to(x, shape):
-  """x summed along its last axis if `shape` has 1 there: as a product with ones, since XLA's own sum along the vector axis is scalar."""
+  """x summed along its last axis if `shape` has 1 there: on CPU as a product with ones, since XLA's own sum along the vector axis is scalar
+  there, while on a GPU a product would have x written to memory first."""
   if x.shape == shape:
     return x
-  return jnp.dot(x, jnp.ones((x.shape[-1], 1), x.dtype), precision=lax.Precision.HIGHEST)
+  product = lambda x: jnp.dot(x, jnp.ones((x.shape[-1], 1), x.dtype), precision=lax.Precision.HIGHEST)
+  return lax.platform_dependent(x, cpu=product, default=lambda x: jnp.sum(x, -1, keepdims=True))
 
 
 def _sums(v, axis: int, padding: str = 'SAME'):
@@ -688,7 +704,9 @@ class JaxKernel:
   def __init__(self, architecture: architectures.Architecture, dtype: str, threads: int, kind: str = 'ntk'):
     self.architecture = architecture
     self.dtype = np.dtype(dtype)
-    self._pool = concurrent.futures.ThreadPoolExecutor(threads if jax.default_backend() == 'cpu' else 1)  # a GPU runs tiles one by one
+    self._on_cpu = jax.default_backend() == 'cpu'
+    self._budget = _CPU if self._on_cpu else _GPU
+    self._pool = concurrent.futures.ThreadPoolExecutor(threads if self._on_cpu else _GPU_TILES)
     self._variances = _compiled(functools.partial(_variances, architecture))
     self._variances_vjp = _compiled(lambda x, q_bar: jax.vjp(functools.partial(_variances, architecture), x)[1](q_bar)[0])
     self._forward = _compiled(functools.partial(_tile_forward, architecture, kind))
@@ -697,7 +715,7 @@ class JaxKernel:
 
   def prepare(self, x: np.ndarray) -> ntk.Prepared:
     """See `ntk.Kernel.prepare`: the variances of every image."""
-    tiles = self._pool.map(lambda tile: jax.device_get(self._variances(tile)), _tiles(x, _VARIANCE_IMAGES))
+    tiles = self._pool.map(lambda tile: jax.device_get(self._variances(tile)), _tiles(x, self._budget.images))
     return ntk.Prepared(x, [np.concatenate(q)[:len(x)] for q in zip(*tiles)], self)
 
   def block(self, x1, x2) -> np.ndarray:
@@ -723,7 +741,7 @@ class JaxKernel:
     places = [(i, j) for i in range(len(rows)) for j in range(len(columns))]
     kept = {}
     if callable(cotangent):
-      budget = _KEPT_BYTES // max(1, self._bytes_per_pair(x1.images.shape) * a * b)
+      budget = self._budget.kept_bytes // max(1, self._bytes_per_pair(x1.images.shape) * a * b)
 
       def forward(place):
         i, j = place
@@ -759,7 +777,8 @@ class JaxKernel:
     if not q_bar:
       return 0
     q_bar = [piece.astype(q.dtype) for piece, q in zip(q_bar, x.variances)]
-    tiles = zip(_tiles(x.images, _VARIANCE_IMAGES), zip(*(_tiles(piece, _VARIANCE_IMAGES) for piece in q_bar)))
+    size = self._budget.images
+    tiles = zip(_tiles(x.images, size), zip(*(_tiles(piece, size) for piece in q_bar)))
     pieces = self._pool.map(lambda tile: np.asarray(self._variances_vjp(tile[0], list(tile[1]))), tiles)
     return np.concatenate(list(pieces))[:len(x.images)]
 
@@ -774,21 +793,27 @@ class JaxKernel:
     return sum(2 * level.offsets * level.axes[0].rows * level.axes[1].rows for level in levels) * self.dtype.itemsize
 
   def _tile_shape(self, x1, x2) -> tuple[int, int]:
-    """The least padding, then the most images of x2, that a tile's number of pairs allows; powers of two, so that few shapes compile."""
+    """The least work, padding included, then the most images of x2, that a tile's number of pairs allows. On CPU powers of two, so that few
+    shapes compile; on a GPU the images of x1 are shared out evenly, and a tile's launches count as an eighth of a full one's work.
+    """
     if _is_fully_connected(self.architecture):
       pairs = 2 ** 18
     else:
-      pairs = _CPU_PAIRS if jax.default_backend() == 'cpu' else _GPU_PAIRS
-      pairs = min(pairs * 4 // self.dtype.itemsize, max(16, _power_of_two_to(_TILE_BYTES // max(1, self._bytes_per_pair(x1.images.shape)))))
+      _, height, width, _ = x1.images.shape
+      pairs = (_CPU_PAIRS if self._on_cpu else _power_of_two_to(_GPU_ENTRIES // (height * width))) * 4 // self.dtype.itemsize
+      pairs = max(16, min(pairs, _power_of_two_to(self._budget.tile_bytes // max(1, self._bytes_per_pair(x1.images.shape)))))
+    launches = 0 if self._on_cpu else pairs // 8
 
     def shape(b):
-      return min(pairs // b, _power_of_two_from(len(x1))), b
+      if self._on_cpu:
+        return min(pairs // b, _power_of_two_from(len(x1))), b
+      return -(-len(x1) // -(-len(x1) // (pairs // b))), b
 
-    def padded(a, b):
-      return -(-len(x1) // a) * a * -(-len(x2) // b) * b
+    def work(a, b):
+      return -(-len(x1) // a) * -(-len(x2) // b) * (a * b + launches)
 
     widths = [2 ** k for k in range(4, pairs.bit_length() - 1) if 2 ** k <= max(16, _power_of_two_from(len(x2)))]
-    return min((shape(b) for b in widths), key=lambda ab: (padded(*ab), -ab[1]))
+    return min((shape(b) for b in widths), key=lambda ab: (work(*ab), -ab[1]))
 
 
 def _compiled(function):
@@ -799,13 +824,13 @@ def _compiled(function):
 
 
 @functools.cache
-def _compiler_options() -> dict[str, bool]:
-  """Where XLA still has it, its first CPU runtime: on JAX 0.5.3 twice as fast, and it runs loops in the calling thread, where the newer one
-  hands them to its NPROC threads.
+def _compiler_options() -> dict[str, bool | int]:
+  """On CPU, where XLA still has it, its first runtime: on JAX 0.5.3 twice as fast, and it runs loops in the calling thread, where the newer
+  one hands them to its NPROC threads. On GPU, no algorithm whose sums have no fixed order, and none chosen by timing it.
   """
-  options = {'xla_cpu_use_thunk_runtime': False}
   if jax.default_backend() != 'cpu':
-    return {}
+    return _GPU_OPTIONS
+  options = {'xla_cpu_use_thunk_runtime': False}
   try:
     jax.jit(lambda: 0, compiler_options=options)()
   except jax.errors.JaxRuntimeError:

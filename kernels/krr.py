@@ -12,6 +12,8 @@ import numpy as np
 import scipy.linalg
 import threadpoolctl
 
+_BLAS = threadpoolctl.ThreadpoolController()  # once, because it looks through all loaded libraries for milliseconds
+
 
 class NotPositiveDefiniteError(ArithmeticError):
   """K_ss + ridge has no Cholesky factor."""
@@ -37,12 +39,12 @@ class Residual(NamedTuple):
     loss: its share of the loss.
     correct: how many of its images are predicted right (arg-max).
     alpha_bar: K_bs^T R, its share of the cotangent of alpha, [S, C].
-    cotangent: of the block K(support, tile), [S, b].
+    scaled: R, the cotangent of the predictions, [b, C].
   """
   loss: float
   correct: int
   alpha_bar: np.ndarray
-  cotangent: np.ndarray
+  scaled: np.ndarray
 
 
 def regularised(k_ss: np.ndarray, ridge: float) -> np.ndarray:
@@ -63,7 +65,7 @@ def solve(k_ss: np.ndarray, y_s: np.ndarray, ridge: float) -> Solution:
     NotPositiveDefiniteError: the message gives the smallest eigenvalue and what to change.
   """
   k = regularised(k_ss, ridge)
-  with threadpoolctl.threadpool_limits(1):
+  with _BLAS.limit(limits=1):
     if not np.isfinite(k).all():
       raise NotPositiveDefiniteError('K_ss contains NaN or infinity: the support images have diverged; lower run.learning_rate.')
     try:
@@ -85,14 +87,20 @@ def residual(k_st: np.ndarray, alpha: np.ndarray, y_t: np.ndarray, num_targets: 
     y_t: labels of the tile, [b, C].
     num_targets: `T`, all targets of the step: the loss is a mean over T * C entries.
   """
-  with threadpoolctl.threadpool_limits(1):
+  with _BLAS.limit(limits=1):
     k_st = np.asarray(k_st, np.float64)
     predictions = k_st.T @ alpha
     errors = predictions - y_t
     scaled = errors / (num_targets * y_t.shape[1])
     return Residual(loss=0.5 * float(np.sum(errors * scaled)),
                     correct=int(np.sum(predictions.argmax(axis=1) == y_t.argmax(axis=1))),
-                    alpha_bar=k_st @ scaled, cotangent=alpha @ scaled.T)
+                    alpha_bar=k_st @ scaled, scaled=scaled)
+
+
+def cotangent(alpha: np.ndarray, scaled: np.ndarray) -> np.ndarray:
+  """Of the block K(support, tile), [S, b], from alpha [S, C] and the tile's `scaled` [b, C]."""
+  with _BLAS.limit(limits=1):
+    return alpha @ scaled.T
 
 
 def pull_back(solution: Solution, alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +114,7 @@ def pull_back(solution: Solution, alpha_bar: np.ndarray) -> tuple[np.ndarray, np
     The cotangent [S, S] to give to the vjp of K(X1, X_s) in its **first** argument, over all of K_ss: twice the symmetrised cotangent
     of K_ss, since both arguments move; and the cotangent of y_s, [S, C].
   """
-  with threadpoolctl.threadpool_limits(1):
+  with _BLAS.limit(limits=1):
     y_bar = scipy.linalg.cho_solve((solution.factor, True), alpha_bar)
     k_bar = -y_bar @ solution.alpha.T
     k_bar += solution.ridge / len(k_bar) * np.trace(k_bar) * np.eye(len(k_bar))

@@ -1,9 +1,10 @@
 """Kernel blocks and their gradients: `make_kernel` picks an implementation; all obey the contract of `Kernel`."""
 
 import dataclasses
+import functools
 import importlib
 import os
-from typing import Any, Callable, Mapping, Protocol
+from typing import Any, Callable, Mapping, NamedTuple, Protocol
 
 from absl import logging
 import numpy as np
@@ -11,8 +12,8 @@ import numpy as np
 from kernels import architectures
 
 # Module and class of each; imported when asked for, because Neural Tangents takes seconds to import and only one of them needs it.
-_CLASSES = {'native': ('kernels.native.kernel', 'NativeKernel'), 'jax': ('kernels.band', 'JaxKernel'),
-            'reference': ('kernels.reference', 'ReferenceKernel')}
+_CLASSES = {'cuda': ('kernels.cuda.kernel', 'CudaKernel'), 'native': ('kernels.native.kernel', 'NativeKernel'),
+            'jax': ('kernels.band', 'JaxKernel'), 'reference': ('kernels.reference', 'ReferenceKernel')}
 IMPLEMENTATIONS = ('auto', *_CLASSES)
 DTYPES = ('float32', 'float64')
 KINDS = ('ntk', 'nngp')
@@ -44,6 +45,19 @@ class Prepared:
 Images = np.ndarray | Prepared
 
 
+class Linearised(NamedTuple):
+  """A block, and what its gradient needs.
+
+  Attributes:
+    block: [A, B].
+    pull_back: from a cotangent [A, B] to the gradient of sum(block * cotangent) with respect to x1, [A, H, W, D].
+    nbytes: what it holds in memory.
+  """
+  block: np.ndarray
+  pull_back: Callable[[np.ndarray], np.ndarray]
+  nbytes: int
+
+
 class Kernel(Protocol):
   """What `make_kernel` returns. Arrays are NumPy's; `A`, `B` any positive numbers of images.
 
@@ -51,10 +65,13 @@ class Kernel(Protocol):
     implementation: the implementation's name, 'auto' resolved.
     architecture: the network.
     dtype: of images, blocks and gradients.
+    instruction_set, device: of the CPU, and the GPU's model, where the implementation chooses one; else ''.
   """
   implementation: str
   architecture: architectures.Architecture
   dtype: np.dtype
+  instruction_set: str
+  device: str
 
   def prepare(self, x: np.ndarray) -> Prepared:
     """Images x [N, H, W, D] in the form in which they may be given again and again, to this kernel, in place of an array."""
@@ -74,6 +91,9 @@ class Kernel(Protocol):
       block [A, B] and gradient [A, H, W, D].
     """
 
+  def linearise(self, x1: Images, x2: Images) -> Linearised:
+    """`block_vjp` in two halves, for a cotangent that is known much later. An implementation that has none of its own computes twice."""
+
 
 def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'float32', threads: int | None = None, kind: str = 'ntk',
                 parameterization: str = 'ntk', width: int = 1024) -> Kernel:
@@ -82,7 +102,7 @@ def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'flo
   Args:
     architecture: a name, a dict of stages or an `architectures.Architecture`; see `architectures.get`.
     implementation: 'reference' is Neural Tangents, 'jax' runs wherever JAX does, 'native' is C++ for CPUs
-      (`python -m kernels.native.build`);
+      (`python -m kernels.native.build`), 'cuda' CUDA C++ for NVIDIA's GPUs (`make cuda`);
       'auto' is the fastest one this machine can run that can do what is asked.
     dtype: 'float32' or 'float64'.
     threads: how many CPU threads to use; by default as many as this process may. No result depends on it.
@@ -127,14 +147,21 @@ def check_variant(implementation: str, kind: str, parameterization: str) -> None
 
 def available() -> list[str]:
   """The implementations that this machine can run, 'auto' apart."""
+  from kernels.cuda import kernel as cuda
   from kernels.native import build
-  return [name for name in _CLASSES if name != 'native' or build.is_built()]
+  missing = {'cuda': not cuda.is_available(), 'native': not build.is_built()}
+  return [name for name in _CLASSES if not missing.get(name)]
 
 
 def _fastest() -> str:
+  from kernels.cuda import kernel as cuda
+  if cuda.is_available():
+    return 'cuda'
   import jax
   from kernels.native import build
   if jax.default_backend() != 'cpu':
+    logging.log_first_n(logging.WARNING, 'There is a GPU, but no CuPy for the CUDA kernel (`make cuda` installs it); using the JAX '
+                        'kernel.', 1)
     return 'jax'
   if build.is_built():
     return 'native'
@@ -173,6 +200,7 @@ class _Checked:
   def __init__(self, kernel: Kernel):
     self._kernel = kernel
     self.implementation, self.architecture, self.dtype = kernel.implementation, kernel.architecture, kernel.dtype
+    self.instruction_set, self.device = getattr(kernel, 'instruction_set', ''), getattr(kernel, 'device', '')
 
   def prepare(self, x):
     return self._kernel.prepare(self._checked_images('x', x))
@@ -182,15 +210,23 @@ class _Checked:
 
   def block_vjp(self, x1, x2, cotangent):
     x1, x2 = self._images(x1, x2)
-    shape = (len(x1), len(x2))
-
-    def checked(value):
-      value = np.asarray(value, self.dtype)
-      if value.shape != shape:
-        raise ValueError(f'cotangent: expected shape {shape}, got {value.shape}.')
-      return value
-
+    checked = functools.partial(self._cotangent, (len(x1), len(x2)))
     return self._kernel.block_vjp(x1, x2, (lambda block: checked(cotangent(block))) if callable(cotangent) else checked(cotangent))
+
+  def linearise(self, x1, x2):
+    x1, x2 = self._images(x1, x2)
+    if hasattr(self._kernel, 'linearise'):
+      block, pull_back, nbytes = self._kernel.linearise(x1, x2)
+    else:
+      block, pull_back = self._kernel.block(x1, x2), lambda cotangent: self._kernel.block_vjp(x1, x2, cotangent)[1]
+      nbytes = (x2.images if isinstance(x2, Prepared) else x2).nbytes
+    return Linearised(block, lambda cotangent: pull_back(self._cotangent(block.shape, cotangent)), nbytes)
+
+  def _cotangent(self, shape, value):
+    value = np.asarray(value, self.dtype)
+    if value.shape != shape:
+      raise ValueError(f'cotangent: expected shape {shape}, got {value.shape}.')
+    return value
 
   def _images(self, x1, x2):
     first = self._checked_images('x1', x1)

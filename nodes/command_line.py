@@ -4,6 +4,7 @@ import logging as python_logging
 import os
 import re
 import sys
+import textwrap
 from typing import Sequence
 
 from absl import flags
@@ -18,6 +19,10 @@ CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file, su
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
+_FLAG_MODULES = ('programs.start', '', 'programs.status', 'programs.hosts', 'programs.slurm_cluster')  # '': of the program itself
+_HELP_WIDTH = 110
+
+
 class BadInput(ValueError):
   """The user's mistake; the message is one line."""
 
@@ -26,10 +31,11 @@ def parse(argv: Sequence[str], expected: str) -> None:
   """Parses all flags; --help prints the program's own and ends it. Raises BadInput, which names what is `expected`."""
   if '--help' in argv or '-h' in argv:
     modules = flags.FLAGS.flags_by_module_dict()
-    own = [flag for name in (sys.argv[0], 'programs.start', 'programs.status', __name__) for flag in modules.get(name, [])]
+    own = [flags.FLAGS['config']] if '--config' in expected else []
+    own += [flag for name in _FLAG_MODULES for flag in modules.get(name or sys.argv[0], [])]
     print(sys.modules['__main__'].__doc__)
     for flag in own:
-      print(f'  --{flag.name}: {flag.help}')
+      print(textwrap.fill(f'--{flag.name}: {flag.help}', _HELP_WIDTH, initial_indent='  ', subsequent_indent='      ', break_on_hyphens=False))
     sys.exit(0)
   for argument in argv[1:]:
     match = re.match(r'--(?:no)?config\.([\w.]+)', argument)

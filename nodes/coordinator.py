@@ -18,6 +18,7 @@ import optax
 
 from configs import base
 from data import NPZ_ERRORS
+from data import sampling
 from data import store
 from kernels import krr
 from kernels import label_solve
@@ -77,8 +78,9 @@ def initial_state(run: dict[str, Any], prepared: store.Prepared, optimizer: opta
 
 
 def pairs_per_step(run: dict[str, Any], num_support: int) -> int:
-  """Kernel entries of one step of KIP: a target's forward and vjp count once, K_ss's forward and vjp tiles each."""
-  return sum((t[1] - t[0]) * (s[1] - s[0]) for phase in (tasks.SUPPORT_BLOCKS, tasks.TARGETS, tasks.SUPPORT_VJP)
+  """Kernel entries of one step of KIP: forward and vjp count once where a task does both, else each."""
+  targets = (tasks.TARGET_BLOCKS, tasks.TARGET_VJP) if tasks.support_per_task(run, num_support) else (tasks.TARGETS,)
+  return sum((t[1] - t[0]) * (s[1] - s[0]) for phase in (tasks.SUPPORT_BLOCKS, *targets, tasks.SUPPORT_VJP)
              for t, s in _plan(run, phase, num_support))
 
 
@@ -126,6 +128,7 @@ class Coordinator:
     self._clients: dict[str, float] = {}  # when each was last heard
     self._released: set[str] = set()  # who has been told to stop
     self._rates: dict[str, float] = {}
+    self._hellos: dict[str, str] = {}  # with which each was welcomed
     self._broken: dict[str, str] = {}  # who could not start or go on, and why
     self._damaged: set[int] = set()  # snapshots that cannot be read
     self._over = False
@@ -157,44 +160,49 @@ class Coordinator:
       hello: JSON with the worker's `fingerprint` {name: value} and measured `pairs_per_second`.
 
     Returns:
-      None (ask again), `{'stop': reason}`, or `{'task': tuple(Task), 'lease': id}`.
+      None (ask again), `{'stop': reason}`, or `{'task': tuple(Task), 'lease': id, 'inputs': {name: array}}`, with what no other task needs:
+      for SUPPORT_VJP its part of the `cotangent` of K_ss, for TARGET_VJP its rows of `alpha` [S, C] and of the `residual` [T, C].
     """
-    refusal = self._greet(worker, json.loads(hello))
-    if refusal:
-      return {'stop': refusal}
+    if self._hellos.get(worker) != hello:
+      refusal = self._greet(worker, json.loads(hello))
+      if refusal:
+        return {'stop': refusal}
+      self._hellos[worker] = hello
+    self._clients[worker] = time.monotonic()
     if self._over:
       self._released.add(worker)
       return {'stop': 'the run is over.'}
-    lease = self._board.lease(worker, _LONG_POLL, self._rates[worker])
-    return lease and {'task': tuple(lease.task), 'lease': lease.id}
+    return self._lease(worker, _LONG_POLL)
 
-  def fetch(self, generation: int, step: int, name: str) -> np.ndarray | None:
-    """An input of the step's tasks: `images` [S, H, W, D] in the kernel's dtype, `alpha` [S, C], `cotangent` of K_ss [S, S].
-
-    None if the step is over.
-    """
+  def fetch(self, generation: int, step: int, name: str, start: int, stop: int) -> np.ndarray | None:
+    """Rows of an input that the step's tasks share: `images` [S, H, W, D] in the kernel's dtype, `alpha` [S, C]. None if the step is over."""
     with self._lock:
-      return self._inputs.get(name) if (generation, step) == (self._generation, self._step) else None
+      return self._inputs[name][start:stop] if (generation, step) == (self._generation, self._step) else None
 
-  def complete(self, worker: str, task: list[Any], lease: int, part: int, parts: int, data: bytes, digest: str) -> None:
-    """Takes part `part` of `parts` of a piece (`tasks.encode`), the last one with the whole piece's digest. Idempotent."""
+  def complete(self, worker: str, task: list[Any], lease: int, part: int, parts: int, data: bytes, checksum: int) -> dict[str, Any] | None:
+    """Takes part `part` of `parts` of a piece (`tasks.encode`), each with the whole piece's checksum. Idempotent.
+
+    Returns:
+      The worker's next task, as `lease` does, if this part was the last and there is one; else None.
+    """
     task = _task(task)
     self._clients[worker] = time.monotonic()
     with self._lock:
       if (task.run_id, task.generation, task.step) != (self._run_id, self._generation, self._step) or lease in self._arrived:
-        return
+        return None
       received = self._parts.setdefault(lease, {})
       received[part] = data
       if len(received) < parts:
-        return
+        return None
       del self._parts[lease]
       self._arrived.add(lease)
-    piece = tasks.decode([received[i] for i in range(parts)], digest)
-    for name, array in piece.items():
-      if not np.isfinite(array).all():
-        self._board.fail(task, lease, f'{name} contains NaN or infinity')
-        return
+    piece = tasks.decode([received[i] for i in range(parts)], checksum)
+    bad = [name for name, array in piece.items() if not np.isfinite(array).all()]
+    if bad:
+      self._board.fail(task, lease, f'{bad[0]} contains NaN or infinity')
+      return None
     self._board.complete(task, lease, worker, piece)
+    return self._lease(worker, 0.0) if worker in self._hellos and not self._over else None
 
   def fail(self, worker: str, task: list[Any], lease: int, message: str) -> None:
     """Takes note of an error in a worker."""
@@ -320,6 +328,13 @@ class Coordinator:
   def _loss_and_gradient(self, state: SupportState, with_gradient: bool = True) -> tuple[Metrics, Gradient | None]:
     """One pass of DESIGN 1.1's split: K_ss, solve, all targets (loss and cotangents), the vjp of K_ss."""
     started, wall, pairs = time.monotonic(), self._wall_seconds(), self._pairs
+    two_halves = tasks.support_per_task(self._run, len(state.images)) > 0
+    metrics, gradient = (self._two_halves if two_halves else self._one_pass)(state, with_gradient)
+    rate = (self._pairs - pairs) / (time.monotonic() - started)
+    return metrics._replace(wall_seconds=wall, kernel_pairs_per_second=rate), gradient
+
+  def _one_pass(self, state: SupportState, with_gradient: bool) -> tuple[Metrics, Gradient | None]:
+    """All that a group of targets contributes comes in one piece; its gradient is of all support images."""
     num_support = len(state.images)
     _, solution = self._solution(state)
     self._publish('alpha', solution.alpha)
@@ -330,30 +345,82 @@ class Coordinator:
       correct += int(piece['correct'])
       alpha_bar += piece['alpha_bar']
       gradient += piece['gradient']
-    if not loss <= _DIVERGED:
-      raise RunFailed(f'step {state.step}: the training diverges, its loss is {loss:.3g}; lower run.learning_rate or raise run.ridge.')
-    label_gradient = None
-    if with_gradient:
-      cotangent, label_gradient = krr.pull_back(solution, alpha_bar)
-      self._publish('cotangent', cotangent)
-      for (_, (r0, r1)), piece in self._phase(tasks.SUPPORT_VJP, num_support):
-        gradient[r0:r1] += piece['gradient']
-    rate = (self._pairs - pairs) / (time.monotonic() - started)
-    metrics = Metrics(loss, correct / self._run['targets_per_step'], wall, rate)
-    return metrics, Gradient(gradient, label_gradient) if with_gradient else None
+    metrics = self._metrics(loss, correct)
+    if not with_gradient:
+      return metrics, None
+    cotangent, label_gradient = krr.pull_back(solution, alpha_bar)
+    self._publish('cotangent', cotangent)
+    for (_, (r0, r1)), piece in self._phase(tasks.SUPPORT_VJP, num_support):
+      gradient[r0:r1] += piece['gradient']
+    return metrics, Gradient(gradient, label_gradient)
 
-  def _solution(self, state: SupportState) -> tuple[np.ndarray, krr.Solution]:
-    """Starts the step: K_ss and its solve."""
+  def _two_halves(self, state: SupportState, with_gradient: bool) -> tuple[Metrics, Gradient | None]:
+    """Blocks of K_ss and K_ts come in, residuals go out and gradients of parts of the support come in. A group of targets goes on to its
+    second half as soon as its rows are whole, so that nobody waits for everybody but at the end of a step."""
     num_support = len(state.images)
+    self._begin(state)
+    support, blocks, pull_backs = (self._tasks(phase, num_support) for phase in (
+        tasks.SUPPORT_BLOCKS, tasks.TARGET_BLOCKS, tasks.TARGET_VJP))
+    self._board.post([*support, *blocks], sticky=True)
+    solution = self._solve(state, self._k_ss(support, num_support))
+    batch = sampling.targets(self._run['seed'], state.step, self._prepared.train_labels, self._run['targets_per_step'])
+    y_t = sampling.centred_one_hot(self._prepared.train_labels[batch], self._prepared.num_classes)
+    residual, alpha_bar = np.empty_like(y_t), np.zeros_like(solution.alpha)
+    self._publish('alpha', solution.alpha)
+    self._publish('residual', residual)
+    loss, correct = 0.0, 0
+    ranges = sum(task.target_range == blocks[0].target_range for task in blocks)
+    for first in range(0, len(blocks), ranges):
+      rows = np.concatenate([self._piece(task)['block'] for task in blocks[first:first + ranges]])
+      group = slice(*blocks[first].target_range)
+      part = krr.residual(rows, solution.alpha, y_t[group], len(batch))
+      residual[group] = part.scaled
+      loss += part.loss
+      correct += part.correct
+      alpha_bar += part.alpha_bar
+      if with_gradient:
+        self._board.extend(pull_backs[first:first + ranges], first=True)
+    metrics = self._metrics(loss, correct)
+    if not with_gradient:
+      return metrics, None
+    cotangent, label_gradient = krr.pull_back(solution, alpha_bar)
+    self._publish('cotangent', cotangent)
+    pull_backs += self._tasks(tasks.SUPPORT_VJP, num_support)
+    self._board.extend([task for task in pull_backs if task.phase == tasks.SUPPORT_VJP], first=True)
+    gradient = np.zeros_like(state.images)
+    for task in pull_backs:
+      gradient[slice(*task.support_range)] += self._piece(task)['gradient']
+    return metrics, Gradient(gradient, label_gradient)
+
+  def _metrics(self, loss: float, correct: int) -> Metrics:
+    if not loss <= _DIVERGED:
+      raise RunFailed(f'step {self._step}: the training diverges, its loss is {loss:.3g}; lower run.learning_rate or raise run.ridge.')
+    return Metrics(loss, correct / self._run['targets_per_step'], 0.0, 0.0)
+
+  def _begin(self, state: SupportState) -> None:
+    """From here on, this step is the one that workers may ask for."""
     with self._lock:
       self._step, self._inputs = state.step, {'images': state.images.astype(self._dtype)}
       self._parts, self._arrived = {}, set()
-    k_ss = np.empty((num_support, num_support))
-    for ((c0, c1), (r0, r1)), piece in self._phase(tasks.SUPPORT_BLOCKS, num_support):
-      k_ss[r0:r1, c0:c1] = piece['block']
-      k_ss[c0:c1, r0:r1] = piece['block'].T
+
+  def _solution(self, state: SupportState) -> tuple[np.ndarray, krr.Solution]:
+    """Starts the step: K_ss and its solve."""
+    self._begin(state)
+    support = self._tasks(tasks.SUPPORT_BLOCKS, len(state.images))
+    self._board.post(support)
+    k_ss = self._k_ss(support, len(state.images))
+    return k_ss, self._solve(state, k_ss)
+
+  def _k_ss(self, support: list[tasks.Task], num_support: int) -> np.ndarray:
+    """Float64 [S, S]: on and above the diagonal as computed, below it the mirror image."""
+    k_ss = np.zeros((num_support, num_support))
+    for task in support:
+      k_ss[slice(*task.support_range), slice(*task.target_range)] = self._piece(task)['block']
+    return np.triu(k_ss) + np.triu(k_ss, 1).T
+
+  def _solve(self, state: SupportState, k_ss: np.ndarray) -> krr.Solution:
     try:
-      return k_ss, krr.solve(k_ss, state.labels, self._run['ridge'])
+      return krr.solve(k_ss, state.labels, self._run['ridge'])
     except krr.NotPositiveDefiniteError as error:
       raise RunFailed(f'step {state.step}: {error}') from error
 
@@ -393,15 +460,27 @@ class Coordinator:
     return self._rounds.optimizer['factor']
 
   def _phase(self, phase: str, num_support: int, targets: tasks.Range | None = None):
-    """Runs a phase: yields (ranges, piece) in plan order. Raises _Stopped, TaskFailed or RunFailed."""
-    plan = _plan(self._run, phase, num_support, targets)
-    self._board.post([tasks.Task(self._run_id, self._generation, self._step, phase, i, t, s) for i, (t, s) in enumerate(plan)])
-    while (pieces := self._board.collect(_POLL)) is None:
+    """Runs a phase: yields ((target_range, support_range), piece) in plan order. Raises _Stopped, TaskFailed or RunFailed."""
+    posted = self._tasks(phase, num_support, targets)
+    self._board.post(posted)
+    for task in posted:
+      yield (task.target_range, task.support_range), self._piece(task)
+
+  def _tasks(self, phase: str, num_support: int, targets: tasks.Range | None = None) -> list[tasks.Task]:
+    return [tasks.Task(self._run_id, self._generation, self._step, phase, i, t, s)
+            for i, (t, s) in enumerate(_plan(self._run, phase, num_support, targets))]
+
+  def _piece(self, task: tasks.Task) -> dict[str, np.ndarray]:
+    """A posted task's piece, once it is there. Raises _Stopped, TaskFailed or RunFailed."""
+    piece = None
+    while piece is None:
       if self._stop_event.is_set():
         raise _Stopped()
-      self._check_progress()
-    self._pairs += sum((t1 - t0) * (s1 - s0) for (t0, t1), (s0, s1) in plan)
-    return zip(plan, pieces)
+      piece = self._board.take(task, _POLL)
+      if piece is None:
+        self._check_progress()
+    self._pairs += task.pairs
+    return piece
 
   def _check_progress(self) -> None:
     """Says what a phase that does not get on is waiting for. Raises RunFailed where waiting is no use, _NoWorkers after worker_timeout."""
@@ -424,7 +503,8 @@ class Coordinator:
   def _move(self, state: SupportState, gradient: Gradient) -> SupportState:
     parameters = _parameters(self._run, state.images, state.labels)
     gradients = _parameters(self._run, gradient.images, gradient.labels)
-    updates, optimizer = jax.device_get(self._update(gradients, state.optimizer, parameters))
+    with jax.default_device(jax.local_devices(backend='cpu')[0]):  # also in a process whose kernels are on a GPU
+      updates, optimizer = jax.device_get(self._update(gradients, state.optimizer, parameters))
     factors = {'images': 1.0, 'labels': self._run['label_learning_rate_factor']}
     moved = {name: value + factors[name] * updates[name] for name, value in parameters.items()}
     for name, value in moved.items():
@@ -436,10 +516,25 @@ class Coordinator:
     with self._lock:
       self._inputs[name] = value
 
+  def _lease(self, worker: str, wait: float) -> dict[str, Any] | None:
+    """Work within `wait` seconds, as the RPC gives it out."""
+    lease = self._board.lease(worker, wait, self._rates[worker])
+    if lease is None:
+      return None
+    task, inputs = lease.task, {}
+    rows, columns = slice(*task.support_range), slice(*task.target_range)
+    with self._lock:
+      if task.step != self._step:
+        return None
+      if task.phase == tasks.SUPPORT_VJP:
+        inputs = {'cotangent': self._inputs['cotangent'][rows, columns]}
+      elif task.phase == tasks.TARGET_VJP:
+        inputs = {'alpha': self._inputs['alpha'][rows], 'residual': self._inputs['residual'][columns]}
+    return {'task': tuple(task), 'lease': lease.id, 'inputs': inputs}
+
   def _greet(self, worker: str, hello: dict[str, Any]) -> str | None:
     """Checks who asks; a reason to refuse, or None."""
     new = worker not in self._clients
-    self._clients[worker] = time.monotonic()
     with self._lock:
       if self._fingerprint is None:
         self._fingerprint = hello['fingerprint']
@@ -566,7 +661,7 @@ class Coordinator:
 def _plan(run: dict[str, Any], phase: str, num_support: int, targets: tasks.Range | None = None):
   cut = run['plan']
   return tasks.plan(phase, num_support, targets or (0, run['targets_per_step']), cut['support_tile'],
-                    cut['target_tile'] * cut['target_tiles_per_task'])
+                    cut['target_tile'] * cut['target_tiles_per_task'], tasks.support_per_task(run, num_support))
 
 
 def _parameters(run: dict[str, Any], images: Any, labels: Any) -> dict[str, Any]:

@@ -127,9 +127,10 @@ class Evaluation:
 
 
 def in_words(row: dict[str, Any]) -> str:
-  """A row's figures for a log line."""
-  words = f'KRR test accuracy {100 * row["krr_test_accuracy"]:.2f} %, test MSE {row["krr_test_mse"]:.5f}'
-  return words + (f', finite network {network_in_words(row)}' if 'nn_test_accuracy' in row else '')
+  """A row of metrics.jsonl on a line whose columns stand under those of other rows."""
+  words = (f'step {row["step"]:6d}  KRR {100 * row["krr_test_accuracy"]:6.2f} %  MSE {row["krr_test_mse"]:.5f}  '
+           f'loss {row["train_loss"]:.5f}  {row["wall_seconds"]:6.0f} s')
+  return words + (f'  finite network {network_in_words(row)}' if 'nn_test_accuracy' in row else '')
 
 
 def network_in_words(row: dict[str, Any]) -> str:

@@ -1,13 +1,14 @@
-"""Follows the coordinator's snapshots: KRR and finite-network accuracy on the whole test set, to the log and to metrics.jsonl.
+"""Follows the coordinator's snapshots: KRR and finite-network accuracy on the whole test set, to log, metrics.jsonl and TensorBoard.
 
 Alone it evaluates a finished set, on all cores:
 
     python -m nodes.evaluator --dataset=runs/digits/distilled.npz
-    python -m nodes.evaluator --dataset=RELEASED.npz --config=FILE --baselines
+    python -m nodes.evaluator --dataset=kip/cifar10/ConvNet_ssize100_zca_nol_noaug_ckpt1000.npz
+    python -m nodes.evaluator --dataset=FILE.npz --config=FILE --baselines
 
-A `distilled.npz` of ours holds its own settings. A file as released by the papers' authors (`images` [S, H, W, D] in the preprocessed
-space, `labels` [S, C]) needs a configuration, of which the data set, the preprocessing, the kernel, the ridge and the evaluation are used;
-one that is given for a file of ours takes the place of its settings.
+A `distilled.npz` of ours holds its own settings, and the name of a set that the papers' authors released (data/released.py) tells them:
+it is fetched. Another file (`images` [S, H, W, D] in the preprocessed space, `labels` [S, C]) needs a configuration, of which the data
+set, the preprocessing, the kernel, the ridge and the evaluation are used; given to the others, it takes the place of their settings.
 
 Exit status: 0 done, 1 failed, 2 bad input.
 """
@@ -26,6 +27,7 @@ import numpy as np
 from configs import base
 from data import DataError
 from data import NPZ_ERRORS
+from data import released
 from data import store
 from kernels import krr
 from nodes import command_line
@@ -105,19 +107,21 @@ class Evaluator:
     row = {'step': step, **self._evaluation.krr(images, labels), **json.loads(snapshot['metrics'])}
     if step == 0 or snapshot['final'] or step in self._settings['nn_snapshots']:
       row.update(self._evaluation.finite_network(images, labels))
-    logging.info('evaluated step %d: %s', step, evaluation.in_words(row))
+    logging.info('evaluated %s', evaluation.in_words(row))
+    from nodes import report  # here and below, because matplotlib takes seconds to import
+    from nodes import tensorboard
+    tensorboard.write(self._directory, row, images, labels, self._prepared)  # before the row: what has one is done with
     if snapshot['final']:
       if self._settings['baselines']:
         rows = self._evaluation.baselines(len(images))
         run_directory.write_atomically(self._directory.baselines, run_directory.json_line(rows, indent=2))
-      from nodes import report  # here, because matplotlib takes seconds to import
       report.write(self._directory, [*self._directory.read_metrics(), row])
     return row
 
 
 def main(argv: Sequence[str]) -> int:
   """Evaluates the file of --dataset; returns the exit status."""
-  flags.DEFINE_string('dataset', None, 'Distilled set to evaluate: an .npz file with images and labels.')
+  flags.DEFINE_string('dataset', None, 'Distilled set to evaluate: an .npz file with images and labels, or the name of a released one.')
   flags.DEFINE_bool('baselines', False, 'Evaluate as many real images beside it (also: config.system.evaluation.baselines).')
   flags.DEFINE_bool('json', False, 'Print one line of JSON instead of a table.')
   command_line.log_plainly()
@@ -137,18 +141,17 @@ def main(argv: Sequence[str]) -> int:
 def _evaluate_file(path: str | None, baselines: bool) -> list[dict[str, Any]]:
   if not path:
     raise command_line.BadInput('--dataset=FILE is missing: a distilled.npz, or an .npz file with images and labels.')
-  images, labels, settings = _load(path)
-  config = base.get_config().to_dict()
-  if command_line.CONFIG.value:
-    config = command_line.CONFIG.value.to_dict()
-  elif settings:
+  config = (command_line.CONFIG.value or base.get_config()).to_dict()
+  cache = store.cache_folder(config['system']['cache_dir'])
+  images, labels, settings = _load(path, cache, config['run']['data']['dir'])
+  if settings and not command_line.CONFIG.value:
     config['run'].update(settings['run'])
     config['system']['evaluation'].update(settings['evaluation'])
-  else:
+  elif not command_line.CONFIG.value:
     raise command_line.BadInput(f'{path!r} holds no settings: give --config=FILE for its data set, preprocessing and architecture.')
   base.validate(config)
   run, system = config['run'], config['system']
-  prepared = store.prepare(run['data'], store.cache_folder(system['cache_dir']))
+  prepared = store.prepare(run['data'], cache)
   base.validate_image_size(config, prepared.train_images.shape[1:])
   _check_fit(path, images, labels, settings, prepared)
   worth = evaluation.Evaluation(run, system['evaluation'], prepared, system['worker_threads'] or len(os.sched_getaffinity(0)))
@@ -165,8 +168,11 @@ def _evaluate_file(path: str | None, baselines: bool) -> list[dict[str, Any]]:
   return rows
 
 
-def _load(path: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any] | None]:
-  """Images, labels and, of a file of ours, its settings. Raises DataError."""
+def _load(path: str, cache: str, folder: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any] | None]:
+  """Images, labels and the settings, of a file that has none None; `cache` and `folder` as for `export.load_released`. Raises DataError."""
+  if released.is_name(path):
+    distilled = export.load_released(path, cache, folder)
+    return distilled.images, distilled.labels, distilled.settings
   try:
     with open(path, 'rb') as stream, np.lib.npyio.NpzFile(stream, allow_pickle=False) as file:
       if 'settings' not in file:

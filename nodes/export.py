@@ -6,6 +6,9 @@ A whitening matrix is far larger than the set (75 MB for 32 x 32 x 3), so it lie
 
 makes FOLDER/CLASS/FILE.png (raw pixel values, rounded to 8 bits) and labels.csv; --format=dataset a Hugging Face dataset folder:
 `datasets.load_dataset(FOLDER)` gives `image` (the same PNG), `label` (the class), and exact `pixels` [H, W, D] and `soft_label` [C].
+
+In place of DIR/distilled.npz may stand the name of a set that the papers' authors released (data/released.py); it is fetched, as is the
+data set it stands for, unless --config=FILE --config.run.data.dir=FOLDER says where that is.
 """
 
 import json
@@ -174,7 +177,11 @@ def main(argv: Sequence[str]) -> int:
       raise command_line.BadInput(f'--format must be one of {", ".join(writers)}; got {wanted!r}.')
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
       raise command_line.BadInput(f'--to={folder} is there and not an empty folder; choose another.')
-    distilled = load(path)
+    if released.is_name(path):
+      config = command_line.CONFIG.value or base.get_config()
+      distilled = load_released(path, store.cache_folder(config.system.cache_dir), config.run.data.dir)
+    else:
+      distilled = load(path)
     writers[wanted](distilled, folder)
   except (command_line.BadInput, DataError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)

@@ -1,7 +1,6 @@
 """The support set that a run starts from: real images, noise, or a distilled set."""
 
 import json
-import os
 from typing import Any, Mapping
 
 import numpy as np
@@ -13,7 +12,6 @@ from data import sampling
 from data import store
 
 REAL, NOISE = 'real', 'noise'
-_RELEASED = ('kip/', 'ls/')  # how the names of released sets begin
 _DEVIATION_IMAGES = 5000  # training images whose deviation noise has
 
 
@@ -39,8 +37,7 @@ def make(run: Mapping[str, Any], prepared: store.Prepared, cache: str) -> tuple[
     classes = np.repeat(np.arange(prepared.num_classes), run['images_per_class'])
     return (deviation * images.reshape((size,) + prepared.train_images.shape[1:]),
             sampling.centred_one_hot(classes, prepared.num_classes))
-  by_name = kind.startswith(_RELEASED) and not os.path.exists(kind)
-  images, labels = _released(kind, run, cache) if by_name else _from_file(kind, prepared)
+  images, labels = _released(kind, run, cache) if released.is_name(kind) else _from_file(kind, prepared)
   shapes = (size,) + prepared.train_images.shape[1:], (size, prepared.num_classes)
   for name, array, shape in zip(('images', 'labels'), (images, labels), shapes):
     if array.shape != shape:

@@ -1,4 +1,4 @@
-"""Pictures of a run, as in the papers: support images, labels, the labels' covariance, accuracy. Colours of Okabe and Ito, for all eyes."""
+"""Pictures of a run, as in the papers: support images, labels, their covariance, accuracy. In Okabe and Ito's colours, for all eyes."""
 
 import io
 from typing import Any, Sequence
@@ -9,80 +9,142 @@ import numpy as np
 
 from data import preprocess
 
-_MOST_COLUMNS = 10  # images a class
-_MOST_LABELS = 20  # label vectors shown as bars
-_DPI = 150  # a figure's inch is about one of a page: text of 8 or 9 points stays legible in print
-_BLUE, _ORANGE, _GREY = '#0072B2', '#D55E00', '#999999'
-_CURVES = (('krr_test_accuracy', 'KRR', _BLUE, 'o'), ('nn_test_accuracy', 'finite network', _ORANGE, 's'))
+_MOST_COLUMNS, _MOST_ROWS = 10, 20  # of a grid of images
+_FEW_CLASSES = 20  # more of them need wider axes for their bars
+_DPI = 200  # a figure's inch is about one of a page: text of 8 or 9 points stays legible in print
+_WIDTH, _CELL = 1340, 120  # pixels: of a page's text, and of the largest image
+_GAP = 4  # pixels between images
+_BLUE, _ORANGE, _LIGHT_GREY = '#0072B2', '#D55E00', '#BBBBBB'
+_CURVES = (('krr_test_accuracy', 'KRR', _BLUE, 'o', '-'), ('nn_test_accuracy', 'finite network', _ORANGE, 's', ':'))
+
+
+def grid(images: np.ndarray, num_classes: int, transform: preprocess.Transform | None = None, like: np.ndarray | None = None,
+         width: int = _WIDTH) -> np.ndarray:
+  """One picture, float [h, w, 3] from 0 to 1, of images: a row a class (at most 20 classes, 10 images of each); of one image a class, ten
+  classes a row.
+
+  Args:
+    images: [S, H, W, D], preprocessed space, class by class.
+    num_classes: `C`.
+    transform: undone for display, on the range of the images `like`; None: as kernels see them, each image on a range of its own,
+      symmetric about 0.
+    like: [., H, W, D], with `transform`.
+    width: about as many pixels wide; images are magnified by whole numbers.
+  """
+  rows, columns = _shape(len(images) // num_classes, num_classes)
+  shown = _chosen(images, num_classes)
+  if transform is None:
+    shown = 0.5 + shown / (2 * np.abs(shown).max(axis=(1, 2, 3), keepdims=True) + 1e-12)
+  else:
+    shown, like = (preprocess.invert(transform, value) for value in (shown, like))
+    shown = np.clip((shown - like.min()) / ((like.max() - like.min()) or 1), 0, 1)
+  shown = shown if shown.shape[-1] == 3 else shown.mean(axis=-1, keepdims=True)
+  height, across = shown.shape[1:3]
+  scale = max(1, round(min(_CELL, width / columns) / across))
+  down, right = scale * height + _GAP, scale * across + _GAP
+  canvas = np.ones((rows * down - _GAP, columns * right - _GAP, 3))
+  for i, image in enumerate(shown):
+    y, x = i // columns * down, i % columns * right
+    canvas[y:y + down - _GAP, x:x + right - _GAP] = image.repeat(scale, axis=0).repeat(scale, axis=1)
+  return canvas
 
 
 def support_images(before: np.ndarray, after: np.ndarray, num_classes: int, titles: Sequence[str],
                    transform: preprocess.Transform | None = None) -> bytes:
-  """A PNG of two sets of images, a row a class (with one image a class: a column a class).
+  """A PNG of two sets of images [S, H, W, D] (preprocessed space, class by class), each a `grid`.
 
   Args:
-    before, after: [S, H, W, D], preprocessed space, class by class; the first ten of each class are shown.
+    before, after: the sets.
     num_classes: `C`.
     titles: of the two.
-    transform: undone for display, both sets on the range of the first; None: as kernels see them, each image on a range of its own,
-      symmetric about 0.
+    transform: undone for display, both sets on the range of the first; None: as kernels see them.
   """
-  if transform is not None:
-    before, after = (preprocess.invert(transform, images) for images in (before, after))
-    low, high = before.min(), before.max()
-    shown = [(images - low) / ((high - low) or 1) for images in (before, after)]
-  else:
-    shown = [0.5 + images / (2 * np.abs(images).max(axis=(1, 2, 3), keepdims=True) + 1e-12) for images in (before, after)]
-  shown = [np.clip(images, 0, 1).reshape((num_classes, -1) + images.shape[1:])[:, :_MOST_COLUMNS] for images in shown]
-  columns = shown[0].shape[1]
-  transposed = columns == 1
-  grid = (2, num_classes) if transposed else (num_classes, 2 * columns + 1)
-  figure = matplotlib.figure.Figure(figsize=(0.7 * grid[1] + 0.4, 0.7 * grid[0] + 0.5))
-  axes = figure.subplots(*grid, squeeze=False, gridspec_kw={'wspace': 0.08, 'hspace': 0.25 if transposed else 0.08})
-  for axis in axes.flat:
-    axis.set_axis_off()
-  for half, images in enumerate(shown):
-    for c in range(num_classes):
-      for i in range(columns):
-        axis = axes[half, c] if transposed else axes[c, half * (columns + 1) + i]
-        image = images[c, i]
-        axis.imshow(image if image.shape[-1] == 3 else image.mean(axis=-1), cmap='gray', vmin=0, vmax=1, interpolation='nearest')
-      if half == 0:
-        place, alignment = ((0.5, 1.05), ('center', 'bottom')) if transposed else ((-0.15, 0.5), ('right', 'center'))
-        axis = axes[0, c] if transposed else axes[c, 0]
-        axis.text(*place, str(c), transform=axis.transAxes, ha=alignment[0], va=alignment[1], fontsize=8)
-    axis = axes[half, 0] if transposed else axes[0, half * (columns + 1)]
-    if transposed:
-      axis.text(-0.15, 0.5, titles[half], transform=axis.transAxes, ha='right', va='center', fontsize=9)
+  images_per_class = len(before) // num_classes
+  rows, columns = _shape(images_per_class, num_classes)
+  strips = images_per_class == rows == 1
+  pictures = [grid(images, num_classes, transform, _chosen(before, num_classes), _WIDTH // (1 if strips else 2)) for images in (before, after)]
+  (height, width), step = pictures[0].shape[:2], (np.array(pictures[0].shape[:2]) + _GAP) / (rows, columns)
+  left, top, apart = 130 if strips else 90, 50, 50  # pixels: for the text, and between the two
+  size = (left + width, top + 2 * height + _GAP) if strips else (left + 2 * width + apart, top + height)
+  figure = matplotlib.figure.Figure(figsize=(size[0] / _DPI, size[1] / _DPI))
+  for half, picture in enumerate(pictures):
+    x, y = (left, half * (height + _GAP)) if strips else (left + half * (width + apart), 0)
+    axis = figure.add_axes((x / size[0], 1 - (top + y + height) / size[1], width / size[0], height / size[1]))
+    axis.imshow(picture, extent=(0, width, height, 0), interpolation='nearest')
+    axis.tick_params(length=0, labelsize=8, labelbottom=False, labeltop=strips and not half, labelleft=not strips and not half, pad=3)
+    axis.set_xticks((np.arange(columns) + 0.5) * step[1], map(str, range(columns)))
+    names = [f'{columns * r}–{min(columns * (r + 1), num_classes) - 1}' if images_per_class == 1 else str(r) for r in range(rows)]
+    axis.set_yticks((np.arange(rows) + 0.5) * step[0], names)
+    axis.spines[:].set_visible(False)
+    if strips:
+      axis.text(-12, height / 2, titles[half], ha='right', va='center', fontsize=9)
     else:
-      axis.set_title(titles[half], fontsize=9, loc='left')
+      axis.set_title(titles[half], fontsize=9, loc='left', pad=5)
   return _png(figure)
 
 
-def label_bars(before: np.ndarray, after: np.ndarray, num_classes: int) -> bytes:
-  """A PNG of label vectors beside those they began as: of the first image of each class, of twenty classes at most.
+def _chosen(images: np.ndarray, num_classes: int) -> np.ndarray:
+  """Those of a grid, in its order."""
+  rows, columns = _shape(len(images) // num_classes, num_classes)
+  if len(images) == num_classes:
+    return images
+  return images.reshape((num_classes, -1) + images.shape[1:])[:rows, :columns].reshape((-1,) + images.shape[1:])
+
+
+def _shape(images_per_class: int, num_classes: int) -> tuple[int, int]:
+  """Rows and columns of a grid."""
+  if images_per_class == 1:
+    return -(-num_classes // _MOST_COLUMNS), min(num_classes, _MOST_COLUMNS)
+  return min(num_classes, _MOST_ROWS), min(images_per_class, _MOST_COLUMNS)
+
+
+def label_bars(before: np.ndarray, after: np.ndarray, num_classes: int, titles: Sequence[str]) -> bytes:
+  """A PNG of label vectors beside those they began as: of the first image of each class, of twenty classes at most (ten, if there are more).
 
   Args:
     before, after: [S, C], class by class.
     num_classes: `C`.
+    titles: of the two.
   """
-  chosen = np.arange(num_classes)[:_MOST_LABELS] * (len(after) // num_classes)
-  columns = min(5, len(chosen))
+  few = num_classes <= _FEW_CLASSES
+  chosen = np.arange(min(num_classes, _FEW_CLASSES if few else 10)) * (len(after) // num_classes)
+  columns = min(5 if few else 2, len(chosen))
   rows = -(-len(chosen) // columns)
-  figure = matplotlib.figure.Figure(figsize=(1.7 * columns, 1.25 * rows + 0.5), layout='constrained')
+  figure = matplotlib.figure.Figure(figsize=(6.7 if few else 8.0, 1.1 * rows + 0.5), layout='constrained')
   axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
   for axis in axes.flat[len(chosen):]:
     axis.set_axis_off()
   classes = np.arange(num_classes)
   for axis, c, i in zip(axes.flat, range(num_classes), chosen):
-    axis.bar(classes - 0.2, before[i], 0.4, color=_GREY, label='at step 0')
-    axis.bar(classes + 0.2, after[i], 0.4, color=_BLUE, label='now')
+    axis.bar(classes, before[i], 0.9, color=_LIGHT_GREY, label=titles[0])
+    axis.bar(classes, after[i], 0.45, color=_BLUE, label=titles[1])
     axis.axhline(0, color='black', linewidth=0.5)
     axis.set_title(f'class {c}', fontsize=8, pad=2)
     axis.tick_params(labelsize=7)
+    axis.spines[['top', 'right']].set_visible(False)
     if num_classes <= 10:
       axis.set_xticks(classes)
   figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper right', ncols=2, fontsize=8, frameon=False)
+  return _png(figure)
+
+
+def shown_part(num_images: int, num_classes: int) -> str:
+  """What part of a set of images `grid` shows, in words; '' where it is all."""
+  images_per_class = num_images // num_classes
+  if images_per_class == 1:
+    return ''
+  rows, columns = _shape(images_per_class, num_classes)
+  classes = f'of the first {rows} classes ' if rows < num_classes else ''
+  return f'{classes}the first {columns} of {images_per_class} images each' if classes or columns < images_per_class else ''
+
+
+def label_heat_map(labels: np.ndarray) -> bytes:
+  """A PNG of labels [S, C]: a row an image, a column a class."""
+  figure = matplotlib.figure.Figure(figsize=(3.2, 2.8), layout='constrained')
+  axis = figure.subplots()
+  _heat_map(figure, axis, labels, aspect='auto')
+  axis.set_xlabel('class', fontsize=8)
+  axis.set_ylabel('image', fontsize=8)
   return _png(figure)
 
 
@@ -90,14 +152,20 @@ def label_covariance(before: np.ndarray, after: np.ndarray) -> bytes:
   """A PNG of the covariance [C, C] of two sets of labels [S, C] over their images; each has a scale of its own."""
   figure = matplotlib.figure.Figure(figsize=(6.5, 3), layout='constrained')
   for axis, labels, title in zip(figure.subplots(1, 2), (before, after), ('original labels', 'learned labels')):
-    covariance = np.cov(labels, rowvar=False)
-    limit = np.abs(covariance).max() or 1
-    image = axis.imshow(covariance, cmap='PuOr', vmin=-limit, vmax=limit, interpolation='nearest')
+    _heat_map(figure, axis, np.cov(labels, rowvar=False))
     axis.set_title(title, fontsize=9)
     axis.set_xlabel('class', fontsize=8)
-    axis.tick_params(labelsize=7)
-    figure.colorbar(image, ax=axis, shrink=0.85).ax.tick_params(labelsize=7)
   return _png(figure)
+
+
+def _heat_map(figure, axis, values: np.ndarray, **kwargs: Any) -> None:
+  """Of values whose middle is 0."""
+  limit = np.abs(values).max() or 1
+  image = axis.imshow(values, cmap='PuOr', vmin=-limit, vmax=limit, interpolation='nearest', **kwargs)
+  for side in (axis.xaxis, axis.yaxis):
+    side.set_major_locator(matplotlib.ticker.MaxNLocator(10, integer=True))
+  axis.tick_params(labelsize=7)
+  figure.colorbar(image, ax=axis, shrink=0.85).ax.tick_params(labelsize=7)
 
 
 def accuracy(rows: Sequence[dict[str, Any]]) -> bytes:
@@ -105,13 +173,13 @@ def accuracy(rows: Sequence[dict[str, Any]]) -> bytes:
   rows = sorted(rows, key=lambda row: row['step'])
   figure = matplotlib.figure.Figure(figsize=(6.5, 2.8), layout='constrained')
   axes = figure.subplots(1, 2, sharey=True)
-  for axis, x, name in ((axes[0], 'step', 'update'), (axes[1], 'wall_seconds', 'wall time (s)')):
-    for key, label, colour, marker in _CURVES:
+  for axis, x, name in ((axes[0], 'step', 'step'), (axes[1], 'wall_seconds', 'wall time (s)')):
+    for key, label, colour, marker, line in _CURVES:
       found = [row for row in rows if key in row]
       if found:
         axis.errorbar([row[x] for row in found], [100 * row[key] for row in found],
                       [100 * row.get('nn_test_accuracy_std', 0.0) if key.startswith('nn') else 0.0 for row in found],
-                      color=colour, marker=marker, markersize=4, linewidth=1.2, capsize=0, label=label)
+                      color=colour, marker=marker, markersize=4, linestyle=line, linewidth=1.2, label=label)
     axis.set_xlabel(name, fontsize=9)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)

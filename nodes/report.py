@@ -19,13 +19,13 @@ import numpy as np
 import psutil
 
 from configs import base
-from configs import published
 from data import DataError
 from data import NPZ_ERRORS
 from nodes import command_line
 from nodes import evaluation
 from nodes import export
 from nodes import pictures
+from nodes import published
 from nodes import run_directory
 
 _PACKAGES = ('numpy', 'jax', 'jaxlib', 'neural-tangents', 'optax', 'dm-launchpad')
@@ -35,7 +35,7 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bot
 table { border-collapse: collapse; }
 th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-pre { background: #f4f4f4; padding: .7rem; overflow-x: auto; font-size: .85rem; } img { max-width: 100%; } figure { margin: 1rem 0; }
+pre { background: #f4f4f4; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; } img { max-width: 100%; } figure { margin: 1rem 0; }
 figcaption { color: #444; font-size: .9rem; } tr.ours td { font-weight: 600; }
 '''
 
@@ -64,14 +64,15 @@ def write(directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]],
     run_directory.write_atomically(os.path.join(directory.path, name), lambda file: file.write(png))
     drawn.append((name, caption, png))
 
-  draw(directory.picture, 'Support images; preprocessing undone, both on the range of the first.',
+  part = pictures.shown_part(len(images), num_classes)
+  draw(directory.picture, f'Support images{part and ": " + part}; preprocessing undone, both on the range of the first.',
        pictures.support_images(first_images, images, num_classes, titles, distilled.transform))
   if distilled.transform.zca is not None:
     draw('images_whitened.png', 'The same as the kernel sees them: whitened, each on a range of its own.',
          pictures.support_images(first_images, images, num_classes, titles))
   if not np.array_equal(first_labels, labels):
-    draw('labels.png', 'Labels of the first image of each class (at most 20 classes), beside those they began as.',
-         pictures.label_bars(first_labels, labels, num_classes))
+    draw('labels.png', 'Labels of the first image of each class (of ten classes where there are more than 20), beside those they began as.',
+         pictures.label_bars(first_labels, labels, num_classes, titles))
     draw('label_covariance.png', 'Covariance of the labels, class by class; each has a scale of its own.',
          pictures.label_covariance(first_labels, labels))
   draw('accuracy.png', 'Test accuracy; wall time is the coordinator\'s, beside which evaluations run.', pictures.accuracy(rows))

@@ -38,6 +38,7 @@ class RunDirectory:
     self.baselines = os.path.join(self.path, 'baselines.json')
     self.distilled = os.path.join(self.path, 'distilled.npz')
     self.picture = os.path.join(self.path, 'images.png')
+    self.tensorboard = os.path.join(self.path, 'tensorboard')
     self.report = os.path.join(self.path, 'report.html')
     self._command = os.path.join(self.path, 'command.txt')
     self.address = os.path.join(self.path, 'address')  # of the coordinator of a run on several hosts
@@ -61,6 +62,7 @@ class RunDirectory:
     except BlockingIOError as error:
       raise RunDirectoryError(f'--workdir={self.path} is in use by a run that is still going; stop it or choose another.') from error
     _sweep(self.path)
+    _sweep(self.tensorboard)
     saved = self.read_config()
     if saved is not None:
       found = base.differences(saved, config)
@@ -229,7 +231,7 @@ def _rows(content: bytes) -> list[dict[str, Any]]:
 
 def _sweep(folder: str) -> None:
   """Removes what writers left behind that were killed."""
-  for name in os.listdir(folder):
+  for name in os.listdir(folder) if os.path.isdir(folder) else ():
     if name.startswith(_SCRATCH):
       os.unlink(os.path.join(folder, name))
 

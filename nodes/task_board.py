@@ -1,6 +1,7 @@
 """Hands the tasks of a phase out to workers and collects their pieces. Thread safe; knows nothing of kernels."""
 
 import collections
+import math
 import statistics
 import threading
 import time
@@ -8,12 +9,16 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
+from nodes.tasks import Range
+from nodes.tasks import SECOND_HALVES
+from nodes.tasks import SUPPORT_PHASES
 from nodes.tasks import Task
 
 MAX_ERRORS = 3
 MAX_LOST = 20  # leases of one task that came to nothing
 _DEADLINE_FACTOR = 5  # of the usual time of that kind of task
 _SLOW_FACTOR, _SLOW_SECONDS = 2, 1.0  # a task that takes longer than both is given to an idle worker too
+_AWAY_SECONDS = 1.0  # without a word, after which others take a worker's tasks
 _HISTORY = 64
 
 Piece = dict[str, np.ndarray]
@@ -40,115 +45,145 @@ class WorkerCounts(NamedTuple):
 
 
 class TaskBoard:
-  """One phase at a time: `post` it, let workers `lease` and `complete`, `collect` the pieces in plan order.
+  """`post` tasks, `extend` them, let workers `lease` and `complete`, `take` the pieces in plan order.
 
   A worker has one task at a time: who asks for another holds none any more. A lease that is lost so, or passes its deadline, is given out
   again; when nothing else is left, so is a task that takes unusually long. The first answer counts and later ones change nothing. A task
   whose computation raises is tried MAX_ERRORS times in all; lost leases are counted apart.
+
+  Where tasks are sticky, a worker gets the ranges it had before, of which it holds inputs and what a later task needs; others take them
+  when it is slow, gone, or has several to do, unless these are second halves, which cost others far more.
   """
 
   def __init__(self, lease_seconds: float, clock: Callable[[], float] = time.monotonic):
     self._lease_seconds, self._clock = lease_seconds, clock
-    self._changed = threading.Condition()
-    self._tasks: dict[Task, Piece | None] = {}  # in plan order
+    self._patience = min(lease_seconds, _SLOW_SECONDS)
+    lock = threading.RLock()
+    self._work, self._piece = threading.Condition(lock), threading.Condition(lock)  # what workers wait for, and who takes the pieces
+    self._tasks: dict[Task, Piece | None] = {}  # in plan order; {} once it is taken
     self._missing = 0
-    self._pending: collections.deque[Task] = collections.deque()
+    self._awaited: Task | None = None
+    self._pending: dict[str | None, dict[Task, None]] = {}  # by owner, in plan order
+    self._sticky = False
+    self._owners: dict[tuple[bool, Range, Range], str] = {}  # who last did a sticky task on these ranges
     self._leases: dict[int, Lease] = {}
+    self._held: dict[str, Lease] = {}  # by worker
     self._late: dict[int, Lease] = {}  # lost, but an answer may come yet
     self._errors: collections.Counter[Task] = collections.Counter()
     self._lost: collections.Counter[Task] = collections.Counter()
     self._failure: str | None = None
     self._next_lease = 0
     self._durations: dict[str, collections.deque[float]] = collections.defaultdict(lambda: collections.deque(maxlen=_HISTORY))
+    self._usual: dict[str, float] = {}  # their medians
     self._workers: dict[str, WorkerCounts] = {}
+    self._heard: dict[str, float] = {}
     self._last_progress = self._last_sign = clock()
     self._totals = collections.Counter()
 
-  def post(self, tasks: list[Task]) -> None:
+  def post(self, tasks: list[Task], sticky: bool = False) -> None:
     """Starts a phase; what was left of the one before is forgotten."""
-    with self._changed:
-      self._tasks, self._missing = dict.fromkeys(tasks), len(tasks)
-      self._pending = collections.deque(tasks)
-      for of_this_phase in (self._leases, self._late, self._errors, self._lost):
+    with self._work:
+      for of_this_phase in (self._tasks, self._pending, self._leases, self._held, self._late, self._errors, self._lost):
         of_this_phase.clear()
-      self._failure = None
+      self._missing, self._failure, self._sticky = 0, None, sticky
       self._last_progress = self._last_sign = self._clock()
-      self._changed.notify_all()
+      self.extend(tasks)
+
+  def extend(self, tasks: list[Task], first: bool = False) -> None:
+    """Adds tasks to those posted; `first`: given out before these."""
+    with self._work:
+      self._tasks.update(dict.fromkeys(tasks))
+      self._missing += len(tasks)
+      for task in reversed(tasks) if first else tasks:
+        self._put(task, first)
+      self._work.notify_all()
 
   def lease(self, worker: str, wait: float, pairs_per_second: float = 0.0) -> Lease | None:
     """A task for `worker`, or None if there is none within `wait` seconds. `pairs_per_second` is its speed, where known."""
     end = self._clock() + wait
-    with self._changed:
+    with self._work:
       self._workers.setdefault(worker, WorkerCounts())
-      self._take_back([lease for lease in self._leases.values() if lease.worker == worker], 'lost_leases')
+      if worker in self._held:
+        self._take_back(self._held[worker], 'lost_leases')
       while True:
-        now = self._last_sign = self._clock()
-        self._take_back([lease for lease in self._leases.values() if lease.deadline <= now], 'expired_leases')
-        task = self._next(now)
+        now = self._last_sign = self._heard[worker] = self._clock()
+        if now >= self._oldest() + self._lease_seconds:
+          for lease in [lease for lease in self._leases.values() if lease.deadline <= now]:
+            self._take_back(lease, 'expired_leases')
+        task = self._next(worker, now)
         if task is not None:
-          usual = self._usual_seconds(task.phase) or (task.pairs / pairs_per_second if pairs_per_second else 0.0)
+          usual = self._usual.get(task.phase) or (task.pairs / pairs_per_second if pairs_per_second else 0.0)
           lease = Lease(self._next_lease, task, worker, now, now + max(self._lease_seconds, _DEADLINE_FACTOR * usual))
           self._next_lease += 1
-          self._leases[lease.id] = lease
+          self._leases[lease.id] = self._held[worker] = lease
           return lease
         if now >= end:
           return None
-        self._changed.wait(max(0.001, min(end, self._next_change(end)) - now))
+        self._work.wait(max(0.001, min(end, self._next_change(now, end)) - now))
 
   def complete(self, task: Task, lease_id: int, worker: str, piece: Piece) -> bool:
     """Takes a piece. False where it was of no use: another answer came first, or the phase is over."""
-    with self._changed:
-      self._last_sign = now = self._clock()
-      lease = self._leases.pop(lease_id, None) or self._late.pop(lease_id, None)
+    with self._work:
+      self._last_sign = self._heard[worker] = now = self._clock()
+      lease = self._release(lease_id) or self._late.pop(lease_id, None)
       if task not in self._tasks or self._tasks[task] is not None:
         self._totals['duplicate_answers'] += 1
         return False
       self._tasks[task] = piece
       self._missing -= 1
+      if self._sticky:
+        self._owners[_ranges(task)] = worker
       self._last_progress = now
       seconds = 0.0
       if lease is not None:
         seconds = now - lease.start
-        self._durations[task.phase].append(seconds)
+        durations = self._durations[task.phase]
+        durations.append(seconds)
+        self._usual[task.phase] = statistics.median(durations)
       counts = self._workers.get(worker, WorkerCounts())
       self._workers[worker] = WorkerCounts(counts.tasks + 1, counts.pairs + task.pairs, counts.seconds + seconds)
-      self._changed.notify_all()
+      if task == self._awaited:
+        self._piece.notify_all()
       return True
 
   def fail(self, task: Task, lease_id: int, message: str) -> None:
     """Takes note that computing `task` raised in a worker."""
-    with self._changed:
+    with self._work:
       self._last_sign = self._clock()
-      lease = self._leases.pop(lease_id, None)
+      lease = self._release(lease_id)
       if lease is None or task not in self._tasks or self._tasks[task] is not None:
         return
       self._errors[task] += 1
       if self._errors[task] >= MAX_ERRORS:
-        self._failure = f'{_name(task)} failed {MAX_ERRORS} times, last in worker {lease.worker}: {message}'
+        self._fail(f'{_name(task)} failed {MAX_ERRORS} times, last in worker {lease.worker}: {message}')
       else:
-        self._pending.append(task)
-      self._changed.notify_all()
+        self._put(task)
+        self._work.notify_all()
 
-  def collect(self, wait: float) -> list[Piece] | None:
-    """The pieces in plan order, or None if some are missing after `wait` seconds.
+  def take(self, task: Task, wait: float) -> Piece | None:
+    """The piece of a task, which the board then forgets, or None if it is not there within `wait` seconds.
 
     Raises:
       TaskFailed: a task has used up its tries.
     """
-    with self._changed:
-      self._changed.wait_for(lambda: not self._missing or self._failure, wait)
+    with self._piece:
+      self._awaited = task
+      self._piece.wait_for(lambda: self._tasks[task] is not None or self._failure, wait)
       if self._failure:
         raise TaskFailed(self._failure)
-      return None if self._missing else list(self._tasks.values())
+      piece = self._tasks[task]
+      if piece is not None:
+        self._tasks[task] = {}
+      return piece
 
   def silence(self) -> float:
     """Seconds for which no worker has asked or answered, and none was computing within its deadline."""
-    with self._changed:
+    with self._work:
       return max(0.0, self._clock() - max([self._last_sign, *(lease.deadline for lease in self._leases.values())]))
 
   def stall(self) -> tuple[float, str]:
     """Seconds since the phase last got on, and what it waits for."""
-    with self._changed:
+    with self._work:
       now, missing = self._clock(), [task for task, piece in self._tasks.items() if piece is None]
       held = [f'{lease.task.index} with {lease.worker} for {now - lease.start:.0f} s' for lease in self._leases.values()
               if self._tasks[lease.task] is None]
@@ -157,53 +192,97 @@ class TaskBoard:
 
   def counters(self) -> dict[str, object]:
     """Totals since the board was made: `workers` {name: {tasks, pairs, seconds}}, and what became of leases and answers."""
-    with self._changed:
+    with self._work:
       return {'workers': {name: counts._asdict() for name, counts in sorted(self._workers.items())},
               **{name: self._totals[name] for name in ('lost_leases', 'expired_leases', 'second_leases', 'duplicate_answers')}}
 
-  def _next(self, now: float) -> Task | None:
-    """What to give out: a task nobody has; else the one that has been in work unusually long, if nobody else tries it too."""
-    while self._pending:
-      task = self._pending.popleft()
-      if self._tasks[task] is None:
+  def _next(self, worker: str, now: float) -> Task | None:
+    """What to give out: the worker's own; else what nobody has, or will have soon; else the task that has been in work unusually long, if
+    nobody else tries it too."""
+    task = self._pop(worker, last=False) or self._pop(None, last=False)
+    if task is not None:
+      return task
+    others = [owner for owner, waiting in self._pending.items() if waiting and (
+        len(waiting) > 1 and next(reversed(waiting)).phase not in SECOND_HALVES or now >= self._away_at(owner))]
+    for owner in sorted(others, key=lambda owner: -len(self._pending[owner])):
+      task = self._pop(owner, last=True)
+      if task is not None:
         return task
-    slow = [lease for lease in self._open() if now >= self._slow_at(lease)]
+    slow = [lease for lease in self._open() if now >= self._slow_at(lease)] if now >= self._oldest() + self._patience else []
     if not slow:
       return None
     self._totals['second_leases'] += 1
     return min(slow, key=lambda lease: lease.start).task
+
+  def _put(self, task: Task, first: bool = False) -> None:
+    """Makes a task pending."""
+    owner = self._owners.get(_ranges(task)) if self._sticky else None
+    waiting = self._pending.setdefault(owner, {})
+    if first:
+      self._pending[owner] = {task: None, **waiting}
+    else:
+      waiting[task] = None
+
+  def _pop(self, owner: str | None, last: bool) -> Task | None:
+    waiting = self._pending.get(owner, {})
+    while waiting:
+      task = next(reversed(waiting)) if last else next(iter(waiting))
+      del waiting[task]
+      if self._tasks[task] is None:
+        return task
+    return None
+
+  def _away_at(self, owner: str) -> float:
+    """When a worker is no longer expected to ask for its next task soon."""
+    return self._slow_at(self._held[owner]) if owner in self._held else self._heard[owner] + _AWAY_SECONDS
 
   def _open(self) -> list[Lease]:
     """Leases of tasks that are not done and in one worker's hands only."""
     holders = collections.Counter(lease.task for lease in self._leases.values())
     return [lease for lease in self._leases.values() if self._tasks[lease.task] is None and holders[lease.task] == 1]
 
-  def _next_change(self, end: float) -> float:
+  def _oldest(self) -> float:
+    """The start of the oldest lease. Nothing happens to a lease before `_patience` has passed; looking at each of them takes time."""
+    return next(iter(self._leases.values())).start if self._leases else math.inf
+
+  def _next_change(self, now: float, end: float) -> float:
     """When time alone may bring up a task."""
-    return min([end, *(lease.deadline for lease in self._leases.values()), *map(self._slow_at, self._open())])
+    away = [self._away_at(owner) for owner, waiting in self._pending.items() if waiting]
+    if not away and now < self._oldest() + self._patience:
+      return min(end, self._oldest() + self._patience)
+    return min([end, *away, *(lease.deadline for lease in self._leases.values()), *map(self._slow_at, self._open())])
 
   def _slow_at(self, lease: Lease) -> float:
-    usual = self._usual_seconds(lease.task.phase)
+    usual = self._usual.get(lease.task.phase)
     return lease.start + max(_SLOW_SECONDS, _SLOW_FACTOR * usual) if usual else lease.deadline
 
-  def _usual_seconds(self, phase: str) -> float:
-    """Of a task, from lease to answer; 0 where there was none yet."""
-    return statistics.median(self._durations[phase]) if self._durations[phase] else 0.0
+  def _release(self, lease_id: int) -> Lease | None:
+    lease = self._leases.pop(lease_id, None)
+    if lease is not None and self._held.get(lease.worker) is lease:
+      del self._held[lease.worker]
+    return lease
 
-  def _take_back(self, leases: list[Lease], why: str) -> None:
-    for lease in leases:
-      self._late[lease.id] = self._leases.pop(lease.id)
-      task = lease.task
-      if self._tasks[task] is not None:
-        continue
-      self._totals[why] += 1
-      self._lost[task] += 1
-      if self._lost[task] >= MAX_LOST:
-        self._failure = (f'{_name(task)} was given to workers {MAX_LOST} times, last to {lease.worker}, and never came back: computing it '
-                         'kills them (see their output) or takes longer than system.lease_seconds.')
-      elif not any(other.task == task for other in self._leases.values()):
-        self._pending.appendleft(task)
-      self._changed.notify_all()
+  def _take_back(self, lease: Lease, why: str) -> None:
+    self._late[lease.id] = self._release(lease.id)
+    task = lease.task
+    if self._tasks[task] is not None:
+      return
+    self._totals[why] += 1
+    self._lost[task] += 1
+    if self._lost[task] >= MAX_LOST:
+      self._fail(f'{_name(task)} was given to workers {MAX_LOST} times, last to {lease.worker}, and never came back: computing it '
+                 'kills them (see their output) or takes longer than system.lease_seconds.')
+    elif not any(other.task == task for other in self._leases.values()):
+      self._put(task, first=True)
+      self._work.notify_all()
+
+  def _fail(self, message: str) -> None:
+    self._failure = message
+    self._piece.notify_all()
+
+
+def _ranges(task: Task) -> tuple[bool, Range, Range]:
+  return task.phase in SUPPORT_PHASES, task.target_range, task.support_range
 
 
 def _name(task: Task) -> str:

@@ -4,20 +4,30 @@ Courier hangs on arrays in arguments, so a piece goes up as bytes, in parts of a
 indices, never images.
 """
 
-import hashlib
-import io
-from typing import NamedTuple
+import json
+import math
+from typing import Any, Mapping, NamedTuple
+import zlib
 
 import numpy as np
 
 PART_BYTES = 2 ** 22
+_ALIGNMENT = 64
+KEPT_BYTES = 2 ** 31  # of a step's derivatives, by a worker, between the two halves of its tasks; what is more is computed again
 
-# The phases of a step of KIP, in order.
+# The phases of a step of KIP.
 SUPPORT_BLOCKS = 'support_blocks'  # tiles of K_ss on and above the diagonal
 TARGETS = 'targets'  # K_ts, its residual and its cotangent, in one pass
 SUPPORT_VJP = 'support_vjp'  # all tiles of K_ss, pulled back through their first argument
+# With several support ranges a step has two halves: SUPPORT_BLOCKS with TARGET_BLOCKS, then SUPPORT_VJP with TARGET_VJP; both of K_ss are
+# about `support_tile` whole rows, so that the gradient of a support image comes in one piece.
+TARGET_BLOCKS = 'target_blocks'  # K_ts
+TARGET_VJP = 'target_vjp'  # these blocks, pulled back through the support images
 # Label Solve has SUPPORT_BLOCKS and this one, which is posted again and again until the whole training set is done.
 LABEL_SOLVE = 'label_solve'  # the R factor of [K_ts, y_t]
+
+SECOND_HALVES = (SUPPORT_VJP, TARGET_VJP)
+SUPPORT_PHASES = (SUPPORT_BLOCKS, SUPPORT_VJP)  # whose target_range is of the support set too
 
 Range = tuple[int, int]
 
@@ -29,7 +39,7 @@ class Task(NamedTuple):
     run_id: names the run.
     generation: counts the coordinator's lives.
     step: of the support set it is about.
-    phase: SUPPORT_BLOCKS, TARGETS, SUPPORT_VJP or LABEL_SOLVE.
+    phase: one of those above.
     index: place in the phase's plan.
     target_range: the second argument's images, [start, stop): of the step's target batch, of the support set in the K_ss phases, of the
       training set in LABEL_SOLVE.
@@ -58,29 +68,46 @@ def ranges(total: int, size: int) -> list[Range]:
   return [(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def plan(phase: str, num_support: int, targets: Range, support_tile: int, targets_per_task: int) -> list[tuple[Range, Range]]:
-  """The (target_range, support_range) of every task of a phase, in the order in which their pieces are summed."""
+def support_per_task(run: Mapping[str, Any], num_support: int) -> int:
+  """Support images of a target task, where a step has two halves; 0 where it has one pass, in tasks about all support images."""
+  configured = run['plan']['support_per_task']
+  return configured if configured < num_support else 0
+
+
+def plan(phase: str, num_support: int, targets: Range, support_tile: int, targets_per_task: int,
+         support_per_task: int) -> list[tuple[Range, Range]]:
+  """The (target_range, support_range) of every task of a phase, in the order in which their pieces are summed.
+
+  `support_per_task` is 0 where target tasks are about all support images.
+  """
   tiles = ranges(num_support, support_tile)
+  if phase in SUPPORT_PHASES and support_per_task:
+    return [((0, num_support), rows) for rows in tiles]
   if phase == SUPPORT_BLOCKS:
     return [(columns, rows) for i, rows in enumerate(tiles) for columns in tiles[i:]]
   if phase == SUPPORT_VJP:
     return [(columns, rows) for rows in tiles for columns in tiles]
   first, last = targets
-  return [((first + start, first + stop), (0, num_support)) for start, stop in ranges(last - first, targets_per_task)]
+  support = ranges(num_support, support_per_task if phase in (TARGET_BLOCKS, TARGET_VJP) else num_support)
+  return [((first + start, first + stop), rows) for start, stop in ranges(last - first, targets_per_task) for rows in support]
 
 
-def encode(piece: dict[str, np.ndarray]) -> tuple[list[bytes], str]:
-  """A piece as parts to send, and their digest."""
-  buffer = io.BytesIO()
-  np.savez(buffer, **piece)
-  data = buffer.getvalue()
-  return [data[i:i + PART_BYTES] for i in range(0, len(data), PART_BYTES)], hashlib.sha256(data).hexdigest()
+def encode(piece: dict[str, np.ndarray]) -> tuple[list[bytes], int]:
+  """A piece as parts to send, and their checksum: a line of JSON that names the arrays, then their bytes."""
+  header = json.dumps([(name, value.dtype.str, value.shape) for name, value in piece.items()]).encode()
+  header += b' ' * (-(len(header) + 1) % _ALIGNMENT) + b'\n'
+  data = b''.join([header, *(value.tobytes() for value in piece.values())])
+  return [data[i:i + PART_BYTES] for i in range(0, len(data), PART_BYTES)], zlib.crc32(data)
 
 
-def decode(parts: list[bytes], digest: str) -> dict[str, np.ndarray]:
-  """The piece again. Raises ValueError where the digest does not fit."""
+def decode(parts: list[bytes], checksum: int) -> dict[str, np.ndarray]:
+  """The piece again, read-only. Raises ValueError where the checksum does not fit."""
   data = b''.join(parts)
-  if hashlib.sha256(data).hexdigest() != digest:
-    raise ValueError('a piece arrived damaged: its digest does not fit')
-  with np.load(io.BytesIO(data), allow_pickle=False) as file:
-    return dict(file)
+  if zlib.crc32(data) != checksum:
+    raise ValueError('a piece arrived damaged: its checksum does not fit')
+  offset = data.index(b'\n') + 1
+  piece = {}
+  for name, dtype, shape in json.loads(data[:offset]):
+    piece[name] = np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape)
+    offset += piece[name].nbytes
+  return piece

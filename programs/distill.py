@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 from typing import Sequence
 
@@ -46,12 +47,12 @@ def make_program(run: start.Run, workers: Sequence[str] = (), published: str = '
 def local_resources(run: start.Run) -> dict[str, PythonProcess]:
   """The environment of every process of a `local_mp` launch."""
   system = run.config['system']
-  threads = placement.worker_threads(system['worker_threads'], system['num_workers'])
+  placed = placement.place(system['num_workers'], run.gpus.names)
   root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   path = os.pathsep.join([root, *filter(None, [os.environ.get('PYTHONPATH')])])
-  environment = lambda threads: {**placement.environment(threads), 'PYTHONPATH': path, supervisor.LAUNCHER: str(os.getpid())}
-  return {COORDINATOR: PythonProcess(env=environment(1)), 'evaluator': PythonProcess(env=environment(1)),
-          **{f'kernel_worker_{i}': PythonProcess(env=environment(threads)) for i in range(system['num_workers'])}}
+  process = lambda environment: PythonProcess(env={**environment, 'PYTHONPATH': path, supervisor.LAUNCHER: str(os.getpid())})
+  return {COORDINATOR: process(placed.coordinator), 'evaluator': process(placed.evaluator),
+          **{f'kernel_worker_{i}': process(environment) for i, environment in enumerate(placed.workers)}}
 
 
 def wait(manager: worker_manager.WorkerManager) -> None:
@@ -60,6 +61,7 @@ def wait(manager: worker_manager.WorkerManager) -> None:
     manager.wait([COORDINATOR, f'{COORDINATOR}/0'], raise_error=False)  # local_mt's and local_mp's name for it
   except psutil.NoSuchProcess:  # Launchpad, asked to stop, trips over processes that have just ended
     logging.info('Stopping.')
+  signal.alarm(0)  # or its next look at them, every second while it stops, trips in what follows
   nodes = psutil.Process().children()
   psutil.wait_procs(nodes, timeout=_GRACE)
   for end in (psutil.Process.terminate, psutil.Process.kill):

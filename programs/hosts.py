@@ -21,9 +21,11 @@ from data import store
 from nodes import command_line
 from nodes import run_directory
 from programs import distill
+from programs import placement
 from programs import processes
 from programs import start
 from programs import supervisor
+from programs import terminal
 
 _WORKER = 'worker'
 ROLE = flags.DEFINE_enum('role', None, [distill.COORDINATOR, _WORKER, 'evaluator'], 'Run this one node of the program.')
@@ -56,7 +58,10 @@ def play() -> int:
     return _coordinate(stop)
   if not (_ADDRESS.value or _await_address(run_directory.RunDirectory(start.WORKDIR.value).address, stop)):
     return 0 if stop.is_set() else 1
-  _joined()
+  run, _ = _joined()
+  gpus = placement.find_gpus(run.config['run']['implementation'], at_most=1)  # of several here each has to be given its own, as Slurm does
+  logging.info(gpus.remark)
+  os.environ.update(placement.environment(*gpus.names))
   return supervisor.supervise(_label(os.getpid()), stop)
 
 
@@ -66,14 +71,15 @@ def _label(supervising: int) -> str:
 
 
 def _coordinate(stop: threading.Event) -> int:
-  run = start.ready(local_workers=False)
+  run = start.ready(None)
   logging.info(run.memory)
   port = run.config['system']['port']
   distill.check_port(port)
   address = f'{_HOST.value or socket.getfqdn()}:{port or _free_port()}'
   run_directory.write_atomically(run.directory.address, address + '\n')
   logging.info('The coordinator is at %s. Whoever can connect to it can run code as you: see BUILD.md, "The coordinator\'s port".', address)
-  supervisor.supervise(distill.COORDINATOR, stop)
+  with terminal.shown(run.directory):
+    supervisor.supervise(distill.COORDINATOR, stop)
   return start.outcome(run.directory)
 
 

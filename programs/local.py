@@ -9,23 +9,32 @@ import threading
 
 from absl import logging
 
+from nodes import run_directory
 from programs import placement
+from programs import start
+from programs import terminal
 
 
 def main(argv: list[str]) -> int:
   """Runs to the end; returns the exit status."""
-  os.environ.update(placement.environment(len(os.sched_getaffinity(0))))  # before JAX starts
-  from nodes import run_directory
-  from programs import start
   try:
     start.parse(argv)
-    run = start.ready()
+    run = start.ready(take_gpu)
   except start.BadInput as error:
     print(f'error: {error}', file=sys.stderr)
     return run_directory.BAD_INPUT_STATUS
   logging.info(run.memory)
-  distil(run, start.stop_event())
+  logging.info(run.gpus.remark)
+  with terminal.shown(run.directory):
+    distil(run, start.stop_event())
   return start.outcome(run.directory)
+
+
+def take_gpu(implementation: str) -> placement.Gpus:
+  """Puts this process on the first GPU for `run.implementation`, or on CPU. JAX must not have started."""
+  gpus = placement.find_gpus(implementation, at_most=1)
+  os.environ.update(placement.environment(*gpus.names))
+  return gpus
 
 
 def distil(run, stop: threading.Event) -> None:
@@ -35,7 +44,7 @@ def distil(run, stop: threading.Event) -> None:
     run: a `start.Run`.
     stop: set it to stop the run with a checkpoint.
   """
-  from nodes import coordinator as coordinator_node
+  from nodes import coordinator as coordinator_node  # here and below: they start JAX
   from nodes import evaluator
   from nodes import kernel_worker
   from nodes.remote import Retrying

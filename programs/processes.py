@@ -10,6 +10,7 @@ from absl import logging
 import launchpad as lp
 from launchpad import address as lp_address
 from launchpad import context
+from launchpad.launch import worker_manager
 
 from nodes import run_directory
 from nodes.remote import CoordinatorLost
@@ -27,6 +28,7 @@ class _Supervised:
   """Of a Launchpad node: `run` in a process of its own, respawned."""
 
   def run(self) -> None:
+    worker_manager.get_worker_manager()._termination_notice_secs = supervisor.LAUNCHER_NOTICE  # no flag of the launcher's gets here
     if self.launch_context.launch_type is context.LaunchType.LOCAL_MULTI_THREADING or supervisor.is_child():
       super().run()
       return

@@ -1,4 +1,5 @@
-"""`--cluster=slurm`: submits a run's coordinator, evaluator and workers as jobs of their own; programs/slurm/ holds their scripts.
+"""`--cluster=slurm`: submits a run's coordinator, evaluator and workers as jobs of their own, or, inside an allocation, runs them there as
+steps; programs/slurm/ holds the scripts.
 
     python launch.py --cluster=slurm --config=FILE --workdir=SHARED_DIR --config.system.num_workers=64 \\
       --slurm_options='--partition=cpu --account=mine --time=24:00:00' --slurm_worker_options='--cpus-per-task=8'
@@ -15,9 +16,9 @@ from absl import flags
 
 from programs import start
 
-CLUSTER = flags.DEFINE_enum('cluster', None, ['slurm'], 'Submit the run to this scheduler.')
-_OPTIONS = flags.DEFINE_string('slurm_options', '', "sbatch's options for every job, such as '--partition=cpu --time=24:00:00'.")
-_WORKER_OPTIONS = flags.DEFINE_string('slurm_worker_options', '', "sbatch's options for the workers beside these.")
+CLUSTER = flags.DEFINE_enum('cluster', None, ['slurm'], 'Submit the run to this scheduler, or run it in the allocation that this is started in.')
+_OPTIONS = flags.DEFINE_string('slurm_options', '', "sbatch's (in an allocation srun's) options for all, such as '--partition=cpu --time=24:00:00'.")
+_WORKER_OPTIONS = flags.DEFINE_string('slurm_worker_options', '', "Options for the workers beside these, such as '--gpus=1'.")
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OWN_FLAGS = ('cluster', 'slurm_options', 'slurm_worker_options')
@@ -25,20 +26,27 @@ _PATIENT = '--config.system.worker_timeout=1000000'  # workers may wait in the q
 
 
 def submit(argv: Sequence[str]) -> int:
-  """Submits the jobs, and prints their ids and how to follow, extend and stop the run. Raises BadInput."""
-  run = start.ready(local_workers=False)  # on this host: others may have no way to the data, and mistakes are told at once
+  """Submits the jobs, and prints their ids and how to follow, extend and stop the run. Inside an allocation: runs it to its end there, and
+  gives its exit status. Raises BadInput."""
+  run = start.ready(None)  # on this host: others may have no way to the data, and mistakes are told at once
   workdir = run.directory.path
   run.directory.close()
   logs = os.path.join(workdir, 'logs')
   os.makedirs(logs, exist_ok=True)
+  num_workers = run.config['system']['num_workers']
+  passed_on = _passed_on(argv)
+  if 'SLURM_JOB_ID' in os.environ:
+    print(f'Runs in allocation {os.environ["SLURM_JOB_ID"]}; logs of evaluator and workers: {logs}.', flush=True)
+    os.environ.update(KIP_ROOT=_ROOT, KIP_PYTHON=sys.executable, KIP_WORKDIR=workdir, KIP_WORKERS=str(num_workers),
+                      KIP_OPTIONS=_OPTIONS.value, KIP_WORKER_OPTIONS=_WORKER_OPTIONS.value)
+    script = os.path.join(_ROOT, 'programs', 'slurm', 'allocation.sh')
+    os.execv(script, [script, *passed_on, f'--workdir={workdir}'])
   name = f'kip-{os.path.basename(workdir)}-{hashlib.sha256(workdir.encode()).hexdigest()[:8]}'
 
   def command(script: str, log: str, *options: str) -> list[str]:
     return ['sbatch', '--parsable', f'--job-name={name}', f'--output={logs}/{log}.log',
             f'--export=ALL,KIP_ROOT={_ROOT},KIP_PYTHON={sys.executable}', *shlex.split(_OPTIONS.value), *options,
             os.path.join(_ROOT, 'programs', 'slurm', script)]
-  num_workers = run.config['system']['num_workers']
-  passed_on = _passed_on(argv)
   if not any(argument.startswith(_PATIENT.partition('=')[0]) for argument in passed_on):
     passed_on.append(_PATIENT)
   coordinator = _run([*command('coordinator.sh', 'coordinator'), *passed_on, f'--workdir={workdir}'])

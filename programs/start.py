@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import threading
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 from absl import flags
 import psutil
@@ -15,8 +15,10 @@ from data import store
 from nodes import command_line
 from nodes import initial_support
 from nodes import run_directory
+from nodes import tasks
 from nodes.command_line import BadInput
 from nodes.command_line import log_plainly
+from programs import placement
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory: made if missing; one that holds a checkpoint resumes from it.')
 
@@ -25,15 +27,17 @@ class Run(NamedTuple):
   """A run that may start.
 
   Attributes:
-    config: validated, plain values.
+    config: validated, plain values; `system.num_workers` is at least 1.
     directory: open, and locked by this process; of one that joins a run elsewhere neither, and None where it needs no more than an address.
     cache: folder that holds its prepared data.
     memory: a line that tells what it needs.
+    gpus: for the kernels, of this host.
   """
   config: dict[str, Any]
   directory: run_directory.RunDirectory | None
   cache: str
   memory: str = ''
+  gpus: placement.Gpus = placement.Gpus((), '')
 
 
 def parse(argv: Sequence[str]) -> None:
@@ -42,11 +46,11 @@ def parse(argv: Sequence[str]) -> None:
   command_line.parse(argv, '--config=FILE --workdir=DIR')
 
 
-def ready(local_workers: bool = True) -> Run:
+def ready(find_gpus: Callable[[str], placement.Gpus] | None) -> Run:
   """Validates the configuration, prepares the data and opens the run directory; the flags are parsed.
 
   Args:
-    local_workers: whether the workers share this host's memory.
+    find_gpus: finds the workers' GPUs for `run.implementation`, before JAX starts; None where the workers do not share this host.
 
   Raises:
     BadInput: anything the user can mend; nothing has been started.
@@ -55,20 +59,23 @@ def ready(local_workers: bool = True) -> Run:
     raise BadInput('--config=FILE is missing, for instance --config=configs/digits.py.')
   if not WORKDIR.value:
     raise BadInput('--workdir=DIR is missing: the run directory, made if it is not there.')
-  config = command_line.CONFIG.value.to_dict()
+  config, gpus = command_line.CONFIG.value.to_dict(), placement.Gpus((), '')
+  if find_gpus:  # before JAX starts, to check the configuration
+    gpus = find_gpus(str(base.flatten(config).get('run.implementation')))
   try:
     base.validate(config)
     cache = store.cache_folder(config['system']['cache_dir'])
     prepared = store.prepare(config['run']['data'], cache, raw=config['run']['augmentation']['fraction'] > 0)
     base.validate_with_data(config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:])
-    memory = _check_memory(config, prepared, config['system']['num_workers'] if local_workers else 0)
+    config['system']['num_workers'] = placement.num_workers(config['system']['num_workers'], gpus.names)
+    memory = _check_memory(config, prepared, config['system']['num_workers'] if find_gpus else 0)
     initial_support.make(config['run'], prepared, cache)
     directory = run_directory.RunDirectory(WORKDIR.value)
     directory.open(config, prepared.key)
     directory.write_command([os.path.basename(sys.executable), *sys.orig_argv[1:]])
   except (base.ConfigError, DataError, run_directory.RunDirectoryError) as error:
     raise BadInput(str(error)) from error
-  return Run(config, directory, cache, memory)
+  return Run(config, directory, cache, memory, gpus)
 
 
 def stop_event() -> threading.Event:
@@ -110,6 +117,9 @@ def _check_memory(config: dict[str, Any], prepared: store.Prepared, num_workers:
   block = 8 * support * plan['target_tile']
   coordinator = 10 * images + tasks_a_step * images // 2 + 6 * 8 * support ** 2
   worker = 4 * images + 4 * block + 2 ** 29  # and half a GiB for the kernel's own tiles
+  if tasks.support_per_task(run, support):
+    coordinator += 2 * 8 * support * run['targets_per_step']
+    worker += tasks.KEPT_BYTES
   if run['method'] != 'kip':
     width = support + prepared.num_classes
     rows = min(run['targets_per_step'], plan['target_tile'] * plan['target_tiles_per_task'])

@@ -71,7 +71,7 @@ def _in_words(status: dict[str, Any]) -> str:
   for name, counts in status['workers'].items():
     here = ' (alive)' if counts['alive'] else ''
     lines.append(f'  {name}{here}: {counts["tasks"]} tasks, {counts["pairs_per_second"]:.3g} pairs/s')
-  lines += [f'  evaluated step {row["step"]}: {evaluation.in_words(row)}' for row in status['rows'][-3:]]
+  lines += [f'  evaluated {evaluation.in_words(row)}' for row in status['rows'][-3:]]
   if status['checkpoint_age'] is not None:
     lines.append(f'  last checkpoint: step {status["checkpoint_step"]}, {_duration(status["checkpoint_age"])} ago')
   return '\n'.join(lines)

@@ -20,7 +20,8 @@ LAUNCHER = 'KIP_LAUNCHER'  # environment: process id; when that process is gone,
 _PARENT, _SIGN = 'KIP_SUPERVISOR', 'KIP_SIGN_OF_USE'
 _MAX_USELESS = 10  # lives in a row that ended before `useful()`
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
-NOTICE = 8.0  # seconds a child has to stop, less than Launchpad gives its parent
+LAUNCHER_NOTICE = 30  # seconds that Launchpad gives a process to stop: a busy machine may take long to write a checkpoint
+NOTICE = LAUNCHER_NOTICE - 2.0  # a child has less than its parent
 _PR_SET_PDEATHSIG = 1
 
 

@@ -1,6 +1,7 @@
-"""Line-by-line output of a local launch wherever it goes."""
+"""What a local launch shows: its nodes' output, and on a terminal a bar below it that tells how the run is doing."""
 
 import contextlib
+import datetime
 import os
 import pty
 import re
@@ -8,46 +9,104 @@ import sys
 import threading
 import tty
 
+from rich.console import Console
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from nodes import run_directory
+
 _COLOUR = re.compile(rb'\x1b\[[0-9;]*m')
+_PROGRESS = re.compile(rb'\d\d:\d\d:\d\d step \d+/\d+: loss ')  # the coordinator's lines, of which the bar tells
+_COUNTDOWN = re.compile(rb'(\x1b\[[0-9;]*m)*Waiting for workers to stop for \d+s\.(\x1b\[[0-9;]*m)*\r?')  # Launchpad's, over and over
+_NOTHING = re.compile(rb'(\x1b\[[0-9;]*m|\[[\w/]+\]|\s)*')  # but a node's name
+_REDRAWS = 2  # a second
 
 
 @contextlib.contextmanager
-def line_by_line():
-  """Inside, the output of child processes arrives line by line, and without colours where it does not go to a terminal.
+def shown(directory: run_directory.RunDirectory):
+  """Inside, what this process and its children write arrives line by line: on a terminal above the bar, elsewhere without colours.
 
   Launchpad pipes its nodes' output through sed, which holds it back by the block unless it writes to a terminal: so it gets one.
   """
-  if sys.stdout.isatty():
-    yield
-    return
-  sys.stdout.flush()
+  on_terminal = sys.stdout.isatty()
+  streams = [1, 2] if on_terminal and sys.stderr.isatty() else [1]
+  for stream in (sys.stdout, sys.stderr):
+    stream.flush()
+  real = [os.dup(number) for number in streams]
   master, slave = pty.openpty()
   tty.setraw(slave)
-  real = os.dup(1)
-  os.dup2(slave, 1)
+  for number in streams:
+    os.dup2(slave, number)
   os.close(slave)
-
-  def copy():
-    held = b''
-    while True:
-      try:
-        data = os.read(master, 2 ** 16)
-      except OSError:  # what a terminal's master reads once its last writer is gone
-        data = b''
-      lines, newline, held = (held + data).rpartition(b'\n') if data else (held, b'', b'')
-      text = _COLOUR.sub(b'', lines + newline)
-      while text:
-        text = text[os.write(real, text):]
-      if not data:
-        return
-
-  copier = threading.Thread(target=copy, daemon=True)
-  copier.start()
+  if on_terminal:
+    console = Console(file=os.fdopen(os.dup(real[0]), 'w', encoding='utf-8'))
+    bar = Live(console=console, get_renderable=lambda: _bar(directory), refresh_per_second=_REDRAWS, transient=True,
+               redirect_stdout=False, redirect_stderr=False)
+    write = lambda lines: _print_above(console, lines)
+  else:
+    bar, write = contextlib.nullcontext(), lambda lines: _write_plainly(real[0], lines)
+  copier = threading.Thread(target=_copy, args=(master, write), daemon=True)
   try:
-    yield
+    with bar:
+      if on_terminal:
+        console.show_cursor(True)  # whoever ends this process by force finds it there
+      copier.start()
+      try:
+        yield
+      finally:
+        for stream in (sys.stdout, sys.stderr):
+          stream.flush()
+        for number, saved in zip(streams, real):
+          os.dup2(saved, number)
+        copier.join(5)  # a child that was left behind may hold the terminal open
   finally:
-    sys.stdout.flush()
-    os.dup2(real, 1)
-    copier.join(5)  # a child that was left behind may hold the terminal open
-    os.close(real)
-    os.close(master)
+    for descriptor in (*real, master):
+      os.close(descriptor)
+
+
+def _copy(master: int, write) -> None:
+  """Hands whole lines on until the last writer is gone."""
+  held = b''
+  while True:
+    try:
+      data = os.read(master, 2 ** 16)
+    except OSError:  # what a terminal's master reads then
+      data = b''
+    *lines, held = (held + data).split(b'\n') if data else [*filter(None, [held]), b'']
+    told = [(line, _COUNTDOWN.sub(b'', line)) for line in lines]
+    write(b''.join(rest + b'\n' for line, rest in told if rest == line or not _NOTHING.fullmatch(rest)))
+    if not data:
+      return
+
+
+def _write_plainly(real: int, lines: bytes) -> None:
+  text = _COLOUR.sub(b'', lines)
+  while text:
+    text = text[os.write(real, text):]
+
+
+def _print_above(console: Console, lines: bytes) -> None:
+  for line in lines.split(b'\n')[:-1]:
+    if not _PROGRESS.search(line):
+      console.print(Text.from_ansi(line.decode(errors='replace')), soft_wrap=True)
+
+
+def _bar(directory: run_directory.RunDirectory) -> Group:
+  """Two lines, of what the run has recorded."""
+  status, rows = directory.read_status() or {}, directory.read_metrics()
+  line = Table.grid(expand=True, padding=(0, 1))
+  if status.get('state') != run_directory.RUNNING or 'train_loss' not in status:
+    line.add_row('starting')
+    return Group(line)
+  step, num_steps = status['step'], status['num_steps']
+  to_go = f'{datetime.timedelta(seconds=round(status["seconds_to_go"]))} to go' if step < num_steps else 'last evaluation'
+  tested = f'test {100 * rows[-1]["krr_test_accuracy"]:.2f} % at step {rows[-1]["step"]}  ' if rows else ''
+  line.add_column(no_wrap=True)
+  line.add_column(ratio=1)
+  line.add_column(no_wrap=True)
+  line.add_row(f'step {step}/{num_steps}', ProgressBar(num_steps, step), to_go)
+  return Group(line, Text(f'loss {status["train_loss"]:.5f}  {tested}{status["kernel_pairs_per_second"]:.3g} pairs/s  '
+                          f'workers: {len(status["workers_alive"])}', no_wrap=True))

@@ -5,6 +5,7 @@ import os
 os.environ.update({'NPROC': '1', 'JAX_PLATFORMS': 'cpu'})  # before JAX starts, as in the program's own processes
 
 import numpy as np
+from PIL import Image
 import pytest
 
 from configs import base
@@ -38,6 +39,22 @@ def npz(tmp_path_factory):
 
 
 @pytest.fixture
+def released_mnist(tmp_path):
+  """A set of 10 images as the authors released theirs, already fetched, and a stand-in for MNIST: (name, folder of the data, cache)."""
+  name, folder, cache = 'ls/mnist/ConvNet_ssize10_nozca.npz', tmp_path / 'mnist', str(tmp_path / 'cache')
+  rng = np.random.default_rng(0)
+  for split in ('train', 'test'):
+    for i in range(20):
+      path = folder / split / str(i % 10)
+      path.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(rng.integers(0, 256, size=(28, 28)).astype(np.uint8)).save(path / f'{i}.png')
+  path = os.path.join(cache, 'released', name)
+  os.makedirs(os.path.dirname(path))
+  np.savez(path, images=rng.normal(size=(10, 28, 28, 1)), labels=np.eye(10) - 0.1)
+  return name, str(folder), cache
+
+
+@pytest.fixture
 def make_run(npz, cache):
   """A function (workdir, {field: value}) -> start.Run on that data set: 6 support images, 33 targets, tiles that divide neither."""
 
@@ -45,7 +62,7 @@ def make_run(npz, cache):
     config = base.get_config()
     small = {'run.architecture': 'convnet2', 'run.data.name': npz, 'run.num_steps': 3, 'run.images_per_class': 2,
              'run.targets_per_step': 33, 'run.plan.support_tile': 4, 'run.plan.target_tile': 5, 'run.plan.target_tiles_per_task': 2,
-             'system.evaluation.nn_steps': 0, 'system.final_evaluation_timeout': 120.0}
+             'system.num_workers': 2, 'system.evaluation.nn_steps': 0, 'system.final_evaluation_timeout': 120.0}
     for path, value in {**small, **(changes or {})}.items():
       node = config
       *parents, leaf = path.split('.')

@@ -77,23 +77,25 @@ class NativeKernel:
     return np.array(self._call('block', [(len(left), len(right))], *_arrays(left), *_arrays(right), symmetric=symmetric)[0])
 
   def block_vjp(self, x1: ntk.Images, x2: ntk.Images, cotangent: ntk.Cotangent) -> tuple[np.ndarray, np.ndarray]:
-    """See `ntk.Kernel.block_vjp`.
-
-    A cotangent that is a function: the derivatives by x1 are kept pair by pair until it is known (20 kB a pair for a ConvNet on 32x32x3),
-    unless they are too many, or forming them again is cheap.
-    """
+    """See `ntk.Kernel.block_vjp`."""
     left, right = self._prepared(x1, x2)
-    block_shape, gradient_shape = (len(left), len(right)), left.images.shape
     if callable(cotangent):
-      tiles = -(-len(right) // self._lanes)
-      derivatives = (len(left), tiles, left.images[0].size + self._table(*left.images.shape[1:3])[0], self._lanes)
-      if self.architecture.is_convolutional and np.prod(derivatives, dtype=np.int64) * self.dtype.itemsize <= _DERIVATIVES_BYTES:
-        block, values = self._call('derivatives', [block_shape, derivatives], *_arrays(left), *_arrays(right))
-        block = np.array(block)
-        return block, np.array(self._call('pull_back', [gradient_shape], *_arrays(left), values, cotangent(block))[0])
-      cotangent = cotangent(self.block(left, right))
-    block, gradient = self._call('vjp', [block_shape, gradient_shape], *_arrays(left), *_arrays(right), cotangent)
+      block, pull_back, _ = self.linearise(left, right)
+      return block, pull_back(cotangent(block))
+    block, gradient = self._call('vjp', [(len(left), len(right)), left.images.shape], *_arrays(left), *_arrays(right), cotangent)
     return np.array(block), np.array(gradient)
+
+  def linearise(self, x1: ntk.Images, x2: ntk.Images) -> ntk.Linearised:
+    """See `ntk.Kernel.linearise`: the derivatives by x1 are kept pair by pair (20 kB a pair for a ConvNet on 32x32x3), unless they are too
+    many, or forming them again is cheap."""
+    left, right = self._prepared(x1, x2)
+    tiles = -(-len(right) // self._lanes)
+    derivatives = (len(left), tiles, left.images[0].size + self._table(*left.images.shape[1:3])[0], self._lanes)
+    if self.architecture.is_convolutional and np.prod(derivatives, dtype=np.int64) * self.dtype.itemsize <= _DERIVATIVES_BYTES:
+      block, values = self._call('derivatives', [(len(left), len(right)), derivatives], *_arrays(left), *_arrays(right))
+      pull_back = lambda cotangent: np.array(self._call('pull_back', [left.images.shape], *_arrays(left), values, cotangent)[0])
+      return ntk.Linearised(np.array(block), pull_back, values.nbytes)
+    return ntk.Linearised(self.block(left, right), lambda cotangent: self.block_vjp(left, right, cotangent)[1], right.images.nbytes)
 
   def _prepared(self, x1, x2) -> tuple[ntk.Prepared, ntk.Prepared]:
     left = x1 if isinstance(x1, ntk.Prepared) else self.prepare(x1)

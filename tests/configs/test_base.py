@@ -9,6 +9,7 @@ import pytest
 
 import configs
 from configs import base
+from nodes import published
 
 
 def _with(path, value):
@@ -27,9 +28,13 @@ def _with(path, value):
 @pytest.mark.parametrize('name', [module.name for module in pkgutil.iter_modules(configs.__path__)])
 def test_shipped_configs_are_valid(name):
   module = importlib.import_module(f'configs.{name}')
-  base.validate(module.get_config().to_dict())
+  config = module.get_config().to_dict()
+  base.validate(config)
   if name != 'base':
     assert f'--config=configs/{name}.py' in module.__doc__
+  if name not in ('base', 'kip_convnet'):  # the second is what many share
+    row = published.find(config['run']) or {}
+    assert all(f'{row[figure]} %' in module.__doc__ or f'{row[figure]},' in module.__doc__ for figure in row if figure != 'kind')
 
 
 @pytest.mark.parametrize('path, value, message', [

@@ -83,7 +83,8 @@ def test_the_fraction_is_exact(fraction, expected):
 
 
 @pytest.mark.parametrize('zca', [False, True])
-def test_target_images(tmp_path, zca):
+def test_target_images(tmp_path, monkeypatch, zca):
+  monkeypatch.setattr(preprocess, '_BLOCK', 5)  # several blocks
   raw, labels = _images(), np.arange(40) % 4
   np.savez(tmp_path / 'a.npz', x_train=raw, y_train=labels, x_test=raw[:4], y_test=labels[:4])
   data = {'name': str(tmp_path / 'a.npz'), 'dir': '', 'zca': zca, 'zca_regularisation': 0.1}
@@ -99,5 +100,7 @@ def test_target_images(tmp_path, zca):
   np.testing.assert_allclose(whole[mask], preprocess.apply(prepared.transform, expected), atol=1e-5)
   tiles = [augment.target_images(run, prepared, 6, batch, start, min(start + 7, 24)) for start in range(0, 24, 7)]
   np.testing.assert_array_equal(np.concatenate(tiles), whole)
+  threads = augment.target_images(run, prepared, 6, batch, 0, 24, threads=3)
+  np.testing.assert_array_equal(threads, whole)
   untouched = augment.target_images({'seed': 4, 'augmentation': OFF}, prepared, 6, batch, 0, 24)
   np.testing.assert_array_equal(untouched, prepared.train_images[batch])

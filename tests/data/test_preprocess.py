@@ -96,10 +96,10 @@ def test_an_image_does_not_depend_on_its_companions():
 
 
 def test_no_bit_depends_on_the_number_of_threads():
-  code = ('import hashlib; import numpy as np; from data import preprocess; '
+  code = ('import hashlib, sys; import numpy as np; from data import preprocess; '
           'x = np.random.default_rng(0).integers(0, 256, size=(900, 16, 16, 3)).cumsum(axis=1) // 16; '
-          't = preprocess.fit(x, 0.1); print(preprocess.digest(t), hashlib.sha256(preprocess.apply(t, x)).hexdigest())')
-  found = {subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'OPENBLAS_NUM_THREADS': threads}, check=True,
+          't = preprocess.fit(x, 0.1); print(preprocess.digest(t), hashlib.sha256(preprocess.apply(t, x, int(sys.argv[1]))).hexdigest())')
+  found = {subprocess.run([sys.executable, '-c', code, threads], cwd=ROOT, env={**os.environ, 'OPENBLAS_NUM_THREADS': threads}, check=True,
                           capture_output=True, text=True, timeout=300).stdout for threads in ('1', '2', '3')}
   assert len(found) == 1 and len(found.pop().split()[0]) == 64
 

@@ -31,7 +31,8 @@ def bucket(tmp_path, monkeypatch):
         return
       content = path.read_bytes()
       self.send_response(200)
-      self.send_header('Content-Length', str(len(content)))
+      cut = 9 * path.name.startswith('ConvNet3_ssize500')
+      self.send_header('Content-Length', str(len(content) + cut))
       md5 = b'another' if path.name.startswith('ConvNet_ssize500') else content
       self.send_header('x-goog-hash', 'crc32c=AAAAAA==')
       self.send_header('x-goog-hash', f'md5={base64.b64encode(hashlib.md5(md5).digest()).decode()}')
@@ -82,6 +83,10 @@ def test_what_is_refused(bucket, tmp_path, monkeypatch):
   _offer(folder, damaged, np.zeros((500, 32, 32, 3)), np.zeros((500, 10)))
   with pytest.raises(DataError, match='arrived damaged: its MD5'):
     released.load(damaged, cache)
+  cut_short = 'ls/cifar10/ConvNet3_ssize500_zca.npz'
+  _offer(folder, cut_short, np.zeros((500, 32, 32, 3)), np.zeros((500, 10)))
+  with pytest.raises(DataError, match='cannot be fetched: IncompleteRead'):
+    released.load(cut_short, cache)
   _offer(folder, LS, np.zeros((10, 32, 32, 1)), np.zeros((10, 10)))
   with pytest.raises(DataError, match=r'expected images \(10, 28, 28, 1\) and labels \(10, 10\) by its name, got \(10, 32, 32, 1\)'):
     released.load(LS, cache)

@@ -58,3 +58,11 @@ def test_noise_is_normal_for_all_that_moments_tell():
   x = sampling.normal(0, sampling.INITIAL_NOISE, 0, 100_000)
   np.testing.assert_allclose([x.mean(), x.var(), (x ** 3).mean(), (x ** 4).mean()], [0, 1, 0, 3 - 0.1], atol=0.03)
   assert np.array_equal(sampling.normal(0, sampling.INITIAL_NOISE, 0, 10), x[:10])
+
+
+def test_equal_words_go_by_index(monkeypatch):
+  words = np.random.default_rng(0).integers(0, 4, len(LABELS)).astype(np.uint64)
+  monkeypatch.setattr(sampling, '_words', lambda seed, stream, step, n: words[:n])
+  order = np.lexsort((words, LABELS))
+  expected = np.concatenate([order[LABELS[order] == label][:3] for label in range(3)])
+  np.testing.assert_array_equal(sampling.class_balanced(0, sampling.TARGETS, 0, LABELS, 9), expected)

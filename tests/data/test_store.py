@@ -37,6 +37,13 @@ def test_the_cache_gives_back_the_same_and_heals(tmp_path):
   expected = np.array(first.train_images)
   open(file, 'wb').write(open(file, 'rb').read()[:-40])
   np.testing.assert_array_equal(store.prepare(_data(path), cache).train_images, expected)
+  with open(file, 'r+b') as flipped:
+    flipped.seek(-40, os.SEEK_END)
+    byte = flipped.read(1)[0]
+    flipped.seek(-1, os.SEEK_CUR)
+    flipped.write(bytes([byte ^ 4]))
+  assert not np.array_equal(store.open_prepared(first.key, cache).train_images, expected)
+  np.testing.assert_array_equal(store.prepare(_data(path), cache).train_images, expected)
   other = store.prepare(_data(_write_npz(tmp_path / 'b.npz', seed=1)), cache)
   assert other.key != first.key and other.content != first.content
 

@@ -12,10 +12,16 @@ from kernels import architectures
 from kernels import band
 from kernels import fit_polynomials
 from kernels import ntk
+from kernels.cuda import kernel as cuda
+from kernels.native import build
 from dense_oracle import dense_ntk
+import emulator
 import kernel_cases
 
 IMPLEMENTATIONS = ntk.available()
+if 'cuda' not in IMPLEMENTATIONS and build.compiler():
+  cuda._gpu = emulator.Emulator
+  IMPLEMENTATIONS = ['cuda', *IMPLEMENTATIONS]
 FAST = tuple(name for name in IMPLEMENTATIONS if name != 'reference')
 
 GOLDEN = np.load(pathlib.Path(__file__).with_name('golden.npz'))
@@ -213,7 +219,7 @@ def test_auto_is_a_fast_implementation():
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (dict(implementation='fast'), r"implementation: expected one of auto, native, jax, reference, got 'fast'\."),
+    (dict(implementation='fast'), r"implementation: expected one of auto, cuda, native, jax, reference, got 'fast'\."),
     (dict(dtype='float16'), r"dtype: expected one of float32, float64, got 'float16'\."),
 ])
 def test_unknown_settings(arguments, message):

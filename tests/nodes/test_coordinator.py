@@ -11,6 +11,7 @@ import pytest
 from nodes import coordinator as coordinator_node
 from nodes import evaluation
 from nodes import kernel_worker
+from nodes import task_board
 from nodes import tasks
 from nodes.remote import CoordinatorLost
 from programs import local
@@ -34,6 +35,14 @@ def test_without_workers_the_run_fails_with_a_checkpoint(make_run, tmp_path):
   assert os.listdir(run.directory.checkpoints) == ['00000000']
 
 
+def test_a_run_stops_however_fast_its_phases_are(make_run, tmp_path, monkeypatch):
+  monkeypatch.setattr(task_board.TaskBoard, 'take', lambda self, task, wait: {})
+  coordinator = _coordinator(make_run(tmp_path, FC1))
+  coordinator._stop_event.set()
+  with pytest.raises(coordinator_node._Stopped):
+    next(coordinator._phase(tasks.TARGETS, 4))
+
+
 def test_a_worker_that_would_compute_other_bits_is_refused(make_run, tmp_path, monkeypatch):
   monkeypatch.setattr(coordinator_node, '_LONG_POLL', 0.0)
   for allow in (False, True):
@@ -54,12 +63,12 @@ def test_answers_from_another_life_or_step_are_dropped(make_run, tmp_path, monke
   parts, digest = tasks.encode({'x': np.ones(3)})
   for stale in (task._replace(step=3), task._replace(generation=task.generation + 1), task._replace(run_id='other')):
     coordinator.complete('w', list(stale), lease['lease'], 0, 1, parts[0], digest)
-    assert coordinator._board.collect(0) is None
+    assert coordinator._board.take(task, 0) is None
   coordinator._inputs = {'alpha': np.ones(2)}
-  assert coordinator.fetch(coordinator._generation, 3, 'alpha') is None
-  assert coordinator.fetch(coordinator._generation, 4, 'alpha').tolist() == [1, 1]
+  assert coordinator.fetch(coordinator._generation, 3, 'alpha', 0, 2) is None
+  assert coordinator.fetch(coordinator._generation, 4, 'alpha', 0, 2).tolist() == [1, 1]
   coordinator.complete('w', list(task), lease['lease'], 0, 1, parts[0], digest)
-  assert coordinator._board.collect(0)[0]['x'].tolist() == [1, 1, 1]
+  assert coordinator._board.take(task, 0)['x'].tolist() == [1, 1, 1]
 
 
 def test_parts_may_arrive_twice_and_in_any_order(make_run, tmp_path, monkeypatch):
@@ -75,7 +84,7 @@ def test_parts_may_arrive_twice_and_in_any_order(make_run, tmp_path, monkeypatch
   order = [1, 1, *range(2, len(parts)), 1, 0, 0, len(parts) - 1]
   for i in order:
     coordinator.complete('w', list(task), lease, i, len(parts), parts[i], digest)
-  assert coordinator._board.collect(0)[0]['x'].tolist() == list(range(30))
+  assert coordinator._board.take(task, 0)['x'].tolist() == list(range(30))
   assert not coordinator._parts
 
 
@@ -115,8 +124,8 @@ def test_a_full_disk_is_waited_for_and_then_named(make_run, tmp_path, monkeypatc
 def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(make_run, tmp_path, monkeypatch):
   compute = kernel_worker.KernelWorker._compute
 
-  def spoil(self, task):
-    piece = compute(self, task)
+  def spoil(self, task, inputs):
+    piece = compute(self, task, inputs)
     return {**piece, 'loss': np.float64(1e7)} if task.step == 1 and task.phase == tasks.TARGETS else piece
   monkeypatch.setattr(kernel_worker.KernelWorker, '_compute', spoil)
   run = make_run(tmp_path, FC1)
@@ -170,14 +179,14 @@ def test_a_run_that_is_another_is_not_worked_for(make_run, tmp_path):
   worker = kernel_worker.KernelWorker(None, 'w', 1, run.cache, threading.Event())
   worker._run_id = 'this'
   with pytest.raises(CoordinatorLost, match='another run answers'):
-    worker._work(tasks.Task('that', 1, 0, tasks.TARGETS, 0, (0, 5), (0, 6)), 0)
+    worker._work(tasks.Task('that', 1, 0, tasks.TARGETS, 0, (0, 5), (0, 6)), 0, {})
 
 
 def test_a_piece_with_nan_stops_the_run_naming_the_task(make_run, tmp_path, monkeypatch):
   compute = kernel_worker.KernelWorker._compute
 
-  def spoil(self, task):
-    piece = compute(self, task)
+  def spoil(self, task, inputs):
+    piece = compute(self, task, inputs)
     if task.step == 1 and task.phase == tasks.TARGETS and task.index == 2:
       piece['gradient'][0] = np.nan
     return piece
@@ -232,14 +241,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_bits_stay_the_same(make_run
 
 
 def test_pairs_per_step():
-  run = {'targets_per_step': 33, 'plan': {'support_tile': 4, 'target_tile': 5, 'target_tiles_per_task': 2}}
+  run = {'targets_per_step': 33, 'plan': {'support_tile': 4, 'target_tile': 5, 'target_tiles_per_task': 2,
+                                           'support_per_task': 0}}
   assert coordinator_node.pairs_per_step(run, 6) == (16 + 8 + 4) + 33 * 6 + 36
 
 
 @pytest.mark.parametrize('method, step, pairs', [('kip', 0, 5 * 262), ('kip', 3, 2 * 262), ('label_solve+kip', 0, 4 * 262 + 600),
                                                  ('label_solve+kip', 1, 4 * 262), ('kip+label_solve', 4, 600), ('kip+label_solve', 5, 0)])
 def test_pairs_to_go(method, step, pairs):
-  run = {'method': method, 'num_steps': 5, 'targets_per_step': 33, 'plan': {'support_tile': 4, 'target_tile': 5, 'target_tiles_per_task': 2}}
+  run = {'method': method, 'num_steps': 5, 'targets_per_step': 33, 'plan': {'support_tile': 4, 'target_tile': 5, 'target_tiles_per_task': 2,
+                                           'support_per_task': 0}}
   assert coordinator_node.pairs_to_go(run, 6, 100, step) == pairs
 
 

@@ -17,6 +17,7 @@ from kernels import finite_network
 from kernels import ntk
 from nodes import evaluation
 from nodes import evaluator
+from nodes import export
 from programs import local
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -96,7 +97,7 @@ def _distilled(tmp_path_factory, npz, cache):
   config.update_from_flattened_dict({
       'run.architecture': 'fc1', 'run.data.name': npz, 'run.num_steps': 2, 'run.images_per_class': 2, 'run.targets_per_step': 33,
       'system.cache_dir': cache, 'system.evaluation.nn_steps': 5, 'system.evaluation.nn_width': 8, 'system.evaluation.baselines': True,
-      'system.snapshot_steps': (1,)})
+      'system.snapshot_steps': (1,), 'system.num_workers': 2})
   from nodes import run_directory
   from programs import start
   config = config.to_dict()
@@ -168,6 +169,20 @@ def test_alone_on_a_released_file_it_takes_the_configuration(distilled, npz, cac
   first, last = [f'{100 * _rows(distilled)[step]["krr_test_accuracy"]:.2f} %' for step in (0, 2)]
   assert lines[2].startswith('distilled') and last in lines[2] and lines[2].endswith('not trained')
   assert lines[3].startswith('real images, hard labels') and first in lines[3]
+
+
+def test_alone_on_a_set_that_the_authors_released_by_its_name(released_mnist):
+  name, folder, cache = released_mnist
+  flags = f'--dataset={name}', f'--config.run.data.dir={folder}', f'--config.system.cache_dir={cache}', '--json'
+  done = _alone('--config=configs/mnist_ipc1.py', *flags, '--config.system.evaluation.nn_steps=0', cache=cache)
+  assert done.returncode == 0, done.stderr
+  row, = json.loads(done.stdout)['rows']
+  distilled = export.load_released(name, cache, folder)
+  worth = evaluation.Evaluation(distilled.settings['run'], distilled.settings['evaluation'],
+                                store.prepare(distilled.settings['run']['data'], cache), threads=1)
+  assert row == {'kind': 'distilled', **worth.krr(distilled.images, distilled.labels)}
+  done = _alone('--config=configs/cifar10_ipc1.py', *flags, cache=cache)
+  assert done.returncode == 2 and 'was distilled from mnist with other content or preprocessing than that of the cifar10' in done.stderr
 
 
 @pytest.mark.parametrize('content, flags, message', [

@@ -1,6 +1,8 @@
 """The exported set loads as it was saved, and says what is wrong with one that does not."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 from PIL import Image
@@ -11,6 +13,8 @@ from data import DataError
 from data import preprocess
 from data import store
 from nodes import export
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 @pytest.fixture(params=[False, True], ids=['standard', 'zca'])
@@ -61,18 +65,9 @@ def test_damage(saved, tmp_path):
       export.load(path)
 
 
-def test_a_released_set_is_used_like_our_own(tmp_path):
-  name, folder, cache = 'ls/mnist/ConvNet_ssize10_nozca.npz', tmp_path / 'mnist', str(tmp_path / 'cache')
-  rng = np.random.default_rng(0)
-  for split in ('train', 'test'):
-    for i in range(20):
-      path = folder / split / str(i % 10)
-      path.mkdir(parents=True, exist_ok=True)
-      Image.fromarray(rng.integers(0, 256, size=(28, 28)).astype(np.uint8)).save(path / f'{i}.png')
-  path = os.path.join(cache, 'released', name)
-  os.makedirs(os.path.dirname(path))
-  np.savez(path, images=np.ones((10, 28, 28, 1)), labels=np.eye(10) - 0.1)
-  distilled = export.load_released(name, cache, str(folder))
+def test_a_released_set_is_used_like_our_own(released_mnist, tmp_path):
+  name, folder, cache = released_mnist
+  distilled = export.load_released(name, cache, folder)
   run = distilled.settings['run']
   base.validate({**base.get_config().to_dict(), 'run': run})
   prepared = store.prepare(run['data'], cache)
@@ -83,6 +78,17 @@ def test_a_released_set_is_used_like_our_own(tmp_path):
   config = {'run': run, 'system': {'evaluation': distilled.settings['evaluation']}}
   export.save(copy, distilled.images, distilled.labels, 0, config, prepared)
   np.testing.assert_array_equal(export.load(copy).images, distilled.images)
+
+
+def test_a_released_set_is_written_out_by_its_name(released_mnist, tmp_path):
+  name, folder, cache = released_mnist
+  done = subprocess.run([sys.executable, '-m', 'nodes.export', name, f'--to={tmp_path}/out', '--config=configs/mnist_ipc1.py',
+                         f'--config.run.data.dir={folder}', f'--config.system.cache_dir={cache}'],
+                        cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+  assert done.returncode == 0, done.stderr
+  raw = export.raw_images(export.load_released(name, cache, folder))
+  for i in range(10):
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'out' / str(i) / f'{i:05d}.png')), raw[i, ..., 0])
 
 
 @pytest.fixture(name='grey')

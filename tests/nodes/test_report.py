@@ -12,9 +12,9 @@ from PIL import Image
 import pytest
 
 from configs import base
-from configs import published
 from nodes import export
 from nodes import pictures
+from nodes import published
 from nodes import report
 from programs import local
 
@@ -29,7 +29,8 @@ def _make_small(npz, cache, tmp_path_factory):
   def make(changes):
     config = base.get_config()
     config.update_from_flattened_dict({'run.architecture': 'fc1', 'run.data.name': npz, 'run.num_steps': 2, 'run.images_per_class': 2,
-                                       'run.targets_per_step': 33, 'system.cache_dir': cache, 'system.evaluation.nn_steps': 0, **changes})
+                                       'run.targets_per_step': 33, 'system.cache_dir': cache, 'system.evaluation.nn_steps': 0,
+                                       'system.num_workers': 2, **changes})
     config = config.to_dict()
     prepared = store.prepare(config['run']['data'], cache)
     directory = run_directory.RunDirectory(str(tmp_path_factory.mktemp('run')))
@@ -79,6 +80,10 @@ def test_the_report_is_complete_in_itself(finished):
   for expected in (f'{100 * first["krr_test_accuracy"]:.2f} %', f'{100 * last["krr_test_accuracy"]:.2f} %', 'real images, solved labels',
                    "launch.py '--workdir=a b'", 'run.targets_per_step', 'The papers publish no row', f'jax {jax.__version__}'):
     assert expected in page.text
+
+
+def test_tensorboard_has_a_file_a_row(finished):
+  assert [int(name.rpartition('.')[2]) for name in sorted(os.listdir(finished.tensorboard))] == [0, 1, 2]
 
 
 def test_the_report_of_another_step_shows_its_images(finished):

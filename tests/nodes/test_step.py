@@ -20,6 +20,7 @@ from kernels import reference
 from nodes import checkpoints
 from nodes import coordinator as coordinator_node
 from nodes import kernel_worker
+from nodes import tasks
 from nodes.remote import Retrying
 from programs import local
 
@@ -110,7 +111,29 @@ def assert_same_bits(a, b):
     assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-@pytest.mark.parametrize('architecture, more', [('convnet2', {}), ('fc1', {}), ('fc1', AUGMENTED)], ids=['convnet2', 'fc1', 'augmented'])
+@pytest.mark.parametrize('dtype, tolerance', [('float64', 1e-12), ('float32', 1e-5)])
+@pytest.mark.parametrize('architecture, part, more', [('convnet2', 1, {}), ('convnet2', 4, {}), ('fc1', 5, AUGMENTED)], ids=['1', '4', 'augmented'])
+def test_target_tasks_of_parts_of_the_support_add_up_to_those_in_one_pass(
+    make_run, tmp_path, monkeypatch, architecture, part, more, dtype, tolerance):
+  """Ragged parts; workers that keep nothing between the halves give the same bits as those that do."""
+  results = []
+  for per_task, kept in ((0, 0), (part, tasks.KEPT_BYTES), (part, 0)):
+    monkeypatch.setattr(tasks, 'KEPT_BYTES', kept)
+    run = make_run(tmp_path / f'{per_task} {kept}', {'run.architecture': architecture, 'run.kernel_dtype': dtype,
+                                                    'run.plan.support_per_task': per_task, **more})
+    with working(run) as coordinator:
+      state = coordinator_node.initial_state(run.config['run'], coordinator._prepared, optax.adam(0.04))
+      results.append(coordinator._loss_and_gradient(state))
+  (whole, gradient), (metrics, split), (_, again) = results
+  assert metrics.train_loss == pytest.approx(whole.train_loss, rel=tolerance)
+  assert metrics.train_accuracy == whole.train_accuracy
+  for a, b, c in zip(gradient, split, again):
+    assert np.abs(a - b).max() <= tolerance * np.abs(a).max()
+    assert b.tobytes() == c.tobytes()
+
+
+@pytest.mark.parametrize('architecture, more', [('convnet2', {}), ('fc1', {}), ('fc1', AUGMENTED), ('convnet2', {'run.plan.support_per_task': 4})],
+                         ids=['convnet2', 'fc1', 'augmented', 'parts'])
 def test_same_bits_whoever_computes(make_run, tmp_path, architecture, more):
   """Five steps of at least 12 ragged tasks a phase: one worker with two threads, two with one, five with one."""
   changes = {'run.architecture': architecture, 'run.num_steps': 5, 'run.images_per_class': 5, 'run.targets_per_step': 93,

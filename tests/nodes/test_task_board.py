@@ -27,6 +27,13 @@ def _piece(i):
   return {'x': np.array(i)}
 
 
+def _collect(board):
+  """The pieces of all tasks in plan order, or None if one is missing. Raises TaskFailed."""
+  if board._missing:
+    return board.take(next(task for task, piece in board._tasks.items() if piece is None), 0)
+  return [board.take(task, 0) for task in board._tasks]
+
+
 @pytest.fixture
 def clock():
   return Clock()
@@ -44,9 +51,9 @@ def test_pieces_come_back_in_plan_order(board):
   assert board.lease('idle', 0) is None
   for i in (2, 0, 3):
     assert board.complete(leases[i].task, leases[i].id, 'a', _piece(i))
-  assert board.collect(0) is None
+  assert _collect(board) is None
   board.complete(leases[1].task, leases[1].id, 'a', _piece(1))
-  assert [int(piece['x']) for piece in board.collect(0)] == [0, 1, 2, 3]
+  assert [int(piece['x']) for piece in _collect(board)] == [0, 1, 2, 3]
 
 
 def test_an_expired_lease_is_given_out_again_and_the_first_answer_counts(board, clock):
@@ -59,7 +66,7 @@ def test_an_expired_lease_is_given_out_again_and_the_first_answer_counts(board, 
   assert fast.task == slow.task and fast.id != slow.id
   assert board.complete(slow.task, slow.id, 'slow', _piece(1))
   assert not board.complete(fast.task, fast.id, 'fast', _piece(2))
-  assert int(board.collect(0)[0]['x']) == 1
+  assert int(_collect(board)[0]['x']) == 1
   counters = board.counters()
   assert counters['expired_leases'] == 1 and counters['duplicate_answers'] == 1
   assert counters['workers']['slow'] == {'tasks': 1, 'pairs': 40, 'seconds': pytest.approx(30.1)}
@@ -75,7 +82,7 @@ def test_the_same_answer_twice_changes_nothing(board, clock):
   assert board.counters()['workers']['a'] == {'tasks': 1, 'pairs': 40, 'seconds': 2.0}
   other = board.lease('a', 0)
   board.complete(other.task, other.id, 'a', _piece(2))
-  assert [int(piece['x']) for piece in board.collect(0)] == [1, 2]
+  assert [int(piece['x']) for piece in _collect(board)] == [1, 2]
 
 
 def test_an_answer_of_an_earlier_phase_is_dropped(board):
@@ -84,7 +91,7 @@ def test_an_answer_of_an_earlier_phase_is_dropped(board):
   board.post(_tasks(1, step=1))
   assert not board.complete(old.task, old.id, 'a', _piece(7))
   new = board.lease('a', 0)
-  assert new.task.step == 1 and board.collect(0) is None
+  assert new.task.step == 1 and _collect(board) is None
 
 
 def test_the_deadline_follows_the_usual_time(board, clock):
@@ -103,7 +110,7 @@ def test_three_errors_stop_the_run_with_the_message(board):
     lease = next(lease for lease in iter(lambda: board.lease('w', 0), None) if lease.task.index == 0)
     board.fail(lease.task, lease.id, f'ValueError: attempt {attempt}')
   with pytest.raises(task_board.TaskFailed, match=r'step 0: the targets task 0 failed 3 times, last in worker w: ValueError: attempt 2'):
-    board.collect(0)
+    _collect(board)
 
 
 def test_an_expired_lease_is_no_error(board, clock):
@@ -111,7 +118,7 @@ def test_an_expired_lease_is_no_error(board, clock):
   for i in range(10):
     assert board.lease(f'w{i}', 0) is not None
     clock.now += 31
-  assert board.collect(0) is None
+  assert _collect(board) is None
   assert board.counters()['expired_leases'] == 9
 
 
@@ -122,7 +129,7 @@ def test_an_error_of_a_task_that_is_done_is_forgotten(board, clock):
   fast = board.lease('fast', 0)
   board.complete(fast.task, fast.id, 'fast', _piece(1))
   board.fail(slow.task, slow.id, 'too late')
-  assert len(board.collect(0)) == 1
+  assert len(_collect(board)) == 1
 
 
 def test_a_worker_that_asks_again_holds_nothing_any_more(board):
@@ -151,7 +158,7 @@ def test_an_idle_worker_takes_over_from_a_slow_one(board, clock):
   assert board.lease('third', 0) is None  # two at a task are enough
   assert board.complete(second.task, second.id, 'fast', _piece(3))
   assert not board.complete(slow.task, slow.id, 'slow', _piece(9))
-  assert [int(piece['x']) for piece in board.collect(0)] == [0, 1, 2, 3]
+  assert [int(piece['x']) for piece in _collect(board)] == [0, 1, 2, 3]
   assert board.counters()['second_leases'] == 1 and board.counters()['duplicate_answers'] == 1
 
 
@@ -182,11 +189,11 @@ def test_the_deadline_follows_the_measured_speed_before_there_is_history(board, 
 def test_a_task_that_kills_every_worker_stops_the_run(board):
   board.post(_tasks(2))
   for _ in range(task_board.MAX_LOST):
-    assert board.collect(0) is None
+    assert _collect(board) is None
     assert board.lease('a', 0).task.index == 0
   board.lease('a', 0)
   with pytest.raises(task_board.TaskFailed, match='step 0: the targets task 0 was given to workers 20 times, last to a, and never'):
-    board.collect(0)
+    _collect(board)
 
 
 def test_silence_counts_from_the_last_word_or_the_last_deadline(board, clock):
@@ -231,15 +238,65 @@ def test_a_waiting_worker_wakes_when_work_arrives():
   assert got[0].task.index == 0
 
 
-@pytest.mark.parametrize('num_support, num_targets, tile, group', [(1, 1, 1, 1), (7, 33, 3, 10), (10, 100, 50, 7), (12, 5, 4, 9)])
-def test_the_plan_covers_every_pair_once(num_support, num_targets, tile, group):
+def _sticky(n, step=0, phase=tasks.TARGET_BLOCKS):
+  return _tasks(n, step, phase)
+
+
+def _done(board, worker, clock=None):
+  lease = board.lease(worker, 0)
+  if clock:
+    clock.now += 0.1
+  board.complete(lease.task, lease.id, worker, _piece(0))
+  return lease.task.index
+
+
+def test_sticky_tasks_go_to_those_who_had_their_ranges(board):
+  board.post(_sticky(4), sticky=True)
+  assert [_done(board, worker) for worker in 'abab'] == [0, 1, 2, 3]
+  board.extend(_sticky(4, phase=tasks.TARGET_VJP))
+  assert [_done(board, worker) for worker in 'bbaa'] == [1, 3, 0, 2]
+  board.post(_sticky(4, step=1), sticky=True)
+  assert [_done(board, worker) for worker in 'bbaa'] == [1, 3, 0, 2]
+  board.post(_sticky(4, step=2))
+  assert [_done(board, worker) for worker in 'bbaa'] == [0, 1, 2, 3]
+
+
+def test_others_help_a_worker_that_has_several_to_do_or_is_gone(board, clock):
+  board.post(_sticky(4), sticky=True)
+  assert [_done(board, 'a', clock) for _ in range(4)] == [0, 1, 2, 3]
+  board.post(_sticky(4, step=1), sticky=True)
+  assert [_done(board, worker) for worker in 'ab'] == [0, 3]
+  assert board.lease('a', 0).task.index == 1
+  assert board.lease('b', 0) is None  # a will come for 2 soon
+  clock.now += 1.1
+  assert board.lease('b', 0).task.index == 2  # or not: its task should be done by now
+  board.post(_sticky(4, step=2), sticky=True)
+  assert [_done(board, worker) for worker in 'baa'] == [3, 0, 1]  # what it has done is its own
+  board.post(_sticky(4, step=3, phase=tasks.TARGET_VJP), sticky=True)
+  assert board.lease('b', 0).task.index == 3 and board.lease('c', 0) is None  # a holds what two second halves need
+  clock.now += 1.1
+  assert board.lease('c', 0).task.index == 2
+
+
+def test_a_worker_that_waits_gets_what_another_leaves():
+  board = task_board.TaskBoard(lease_seconds=30)
+  board.post(_sticky(1), sticky=True)
+  _done(board, 'a')
+  board.post(_sticky(1, step=1), sticky=True)
+  assert board.lease('b', 20).task.index == 0
+
+
+@pytest.mark.parametrize('num_support, num_targets, tile, group, part', [(1, 1, 1, 1, 1), (7, 33, 3, 10, 5), (10, 100, 50, 7, 10), (12, 5, 4, 9, 7)])
+def test_the_plan_covers_every_pair_once(num_support, num_targets, tile, group, part):
   def covered(phase, columns):
     count = np.zeros((num_support, columns), int)
-    for (t0, t1), (s0, s1) in tasks.plan(phase, num_support, num_targets, tile, group):
+    for (t0, t1), (s0, s1) in tasks.plan(phase, num_support, (0, num_targets), tile, group, part):
       count[s0:s1, t0:t1] += 1
     return count
-  assert (covered(tasks.TARGETS, num_targets) == 1).all()
-  assert (covered(tasks.SUPPORT_VJP, num_support) == 1).all()
+  for phase in (tasks.TARGETS, tasks.TARGET_BLOCKS, tasks.TARGET_VJP):
+    assert (covered(phase, num_targets) == 1).all()
+  for part in (part, 0):
+    assert (covered(tasks.SUPPORT_VJP, num_support) == 1).all()
   upper = covered(tasks.SUPPORT_BLOCKS, num_support)
   assert (np.maximum(upper, upper.T) == 1).all()
 
@@ -247,10 +304,10 @@ def test_the_plan_covers_every_pair_once(num_support, num_targets, tile, group):
 @pytest.mark.parametrize('size', [1, 1000, 2 * tasks.PART_BYTES // 8 + 5])
 def test_pieces_survive_the_wire(size):
   piece = {'gradient': np.arange(size, dtype=np.float32), 'alpha_bar': np.random.default_rng(0).normal(size=size), 'loss': np.float64(0.1)}
-  parts, digest = tasks.encode(piece)
+  parts, checksum = tasks.encode(piece)
   assert all(len(part) <= tasks.PART_BYTES for part in parts)
-  back = tasks.decode(parts, digest)
+  back = tasks.decode(parts, checksum)
   assert {k: v.tobytes() for k, v in back.items()} == {k: v.tobytes() for k, v in piece.items()}
   assert back['gradient'].dtype == np.float32
-  with pytest.raises(ValueError, match='digest'):
-    tasks.decode([b'\0' + parts[0][1:], *parts[1:]], digest)
+  with pytest.raises(ValueError, match='checksum'):
+    tasks.decode([b'\0' + parts[0][1:], *parts[1:]], checksum)

@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
+from programs import distill
 from programs import local
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -316,3 +317,27 @@ def test_a_fixed_port(tmp_path, npz, cache):
   done = _run(_command(tmp_path / 'run', *SMALL, f'--config.run.data.name={npz}', '--config.run.num_steps=1',
                        f'--config.system.port={_free_port()}', cache=cache))
   assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_launchpad_may_trip_over_ended_processes_while_it_stops(monkeypatch):
+  """Its alarm, which looks at them every second, raises where one has just ended."""
+  monkeypatch.setattr(psutil.Process, 'children', lambda self, recursive=False: [])
+  calls = []
+
+  def trip(number, frame):
+    raise psutil.NoSuchProcess(1)
+
+  class Manager:
+
+    def wait(self, labels=None, raise_error=True):
+      calls.append(labels)
+      if labels:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        raise psutil.NoSuchProcess(1)
+      time.sleep(0.5)
+  before = signal.signal(signal.SIGALRM, trip)
+  try:
+    distill.wait(Manager())
+  finally:
+    signal.signal(signal.SIGALRM, before)
+  assert calls == [['coordinator', 'coordinator/0'], None]

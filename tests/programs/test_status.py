@@ -41,14 +41,15 @@ def test_a_finished_run(make_run, tmp_path):
   assert (found['state'], found['step'], found['checkpoint_step']) == ('finished', 2, 2)
   assert found['rows'] == run.directory.read_metrics() and [row['step'] for row in found['rows']] == [0, 1, 2]
   assert sum(counts['pairs'] for counts in found['workers'].values()) == found['pairs']
-  assert f'evaluated step 2: KRR test accuracy {100 * found["rows"][-1]["krr_test_accuracy"]:.2f} %' in status._in_words(found)
+  assert f'evaluated step      2  KRR  {100 * found["rows"][-1]["krr_test_accuracy"]:.2f} %' in status._in_words(found)
 
 
 @pytest.mark.parametrize('flags, code, expected', [
     (('--status',), 2, 'error: --workdir=DIR is missing'),
     (('--status', '--workdir=/nowhere'), 2, 'error: --workdir=/nowhere holds no run'),
     (('--status', '--work=/nowhere'), 2, 'error: Unknown command line flag'),
-    (('--help',), 0, '--workdir: Run directory')])
+    (('--help',), 0, '--workdir: Run directory'),
+    (('--help',), 0, '--role: <coordinator|worker|evaluator>')])
 def test_from_the_command_line(flags, code, expected):
   done = subprocess.run([sys.executable, 'launch.py', *flags], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
   assert done.returncode == code and expected in done.stdout + done.stderr

@@ -47,12 +47,14 @@ SlurmctldLogFile=$folder/slurmctld.log
 SlurmdPidFile=$folder/%n.pid
 SlurmdSpoolDir=$folder/spool-%n
 StateSaveLocation=$folder/state
+GresTypes=gpu
 PartitionName=all Nodes=node[1-$nodes] Default=YES MaxTime=INFINITE
 CONF
       for i in $(seq "$nodes"); do
-        echo "NodeName=node$i NodeHostname=$host NodeAddr=127.0.0.1 Port=${port[$i]} CPUs=4 RealMemory=4000"
+        echo "NodeName=node$i NodeHostname=$host NodeAddr=127.0.0.1 Port=${port[$i]} CPUs=4 RealMemory=4000 Gres=gpu:2"
       done
     } > "$folder/slurm.conf"
+    for i in 0 1; do mknod "$folder/gpu$i" c 1 3; echo "Name=gpu File=$folder/gpu$i"; done > "$folder/gres.conf"  # as /dev/null
     SLURM_CONF=$folder/slurm.conf slurmctld -c
     for i in $(seq "$nodes"); do node "$i"; done
     ;;

@@ -1,0 +1,165 @@
+"""What a step costs beside the kernel: `python -m benchmarks.coordinator`, on shapes of CIFAR-10.
+
+The real coordinator, and one real worker in a process of its own that talks to it through Courier; only its kernel is a stand-in that
+returns blocks and gradients of the right shape at once. So a step lasts as long as everything else takes. Its parts, medians over the
+steps: what the coordinator's main thread does, and what the worker does while that one waits, one after the other.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+import threading
+import time
+
+os.environ.update({'NPROC': '1', 'JAX_PLATFORMS': 'cpu'})  # before JAX starts
+
+from kernels import precision  # pylint: disable=unused-import
+
+from absl import logging
+import courier
+from launchpad.nodes.courier import courier_utils
+import numpy as np
+import portpicker
+
+from benchmarks import steps
+from data import sampling
+from kernels import krr
+from kernels import ntk
+from nodes import coordinator as coordinator_node
+from nodes import kernel_worker
+from nodes import remote
+from nodes import run_directory
+from nodes import tasks
+
+TARGETS = 5000
+CASES = ((1, 250, 1), (1, 250, 5), (10, 250, 1), (10, 250, 5), (50, 250, 1), (50, 250, 5))  # images a class, target tile, tiles a task
+MICROSECONDS = 5.0  # a pair, of the kernel that the share is told of
+WARM_UP = 3  # steps
+PARTS = ('solve', 'move', 'write', 'wait', 'lease', 'fetch', 'sample', 'images', 'residual', 'encode', 'complete')
+_TIMEOUT = 60.0
+
+
+class NoKernel:
+  """In place of a kernel: K_ss the identity, K_ts and all gradients constant."""
+  implementation, instruction_set, device, dtype = 'none', '', '', np.dtype('float32')
+
+  def __init__(self):
+    self._made = {}
+
+  def prepare(self, x):
+    return ntk.Prepared(x, [], self)
+
+  def block(self, x1, x2):
+    return np.eye(len(x1), dtype=self.dtype) if x1 is x2 else self._constant((len(x1), len(x2)), 0.0)
+
+  def block_vjp(self, x1, x2, cotangent):
+    block = self._constant((len(x1), len(x2)), 1e-3)
+    if callable(cotangent):
+      cotangent(block)
+    return block, self._constant((len(x1), *steps.IMAGE), 1e-3)
+
+  def _constant(self, shape, value):
+    if (shape, value) not in self._made:
+      self._made[shape, value] = np.full(shape, value, self.dtype)
+    return self._made[shape, value]
+
+
+class _TimedClient:
+  """A coordinator whose calls are timed."""
+
+  def __init__(self, client, clock):
+    self._client, self._clock = client, clock
+
+  def __getattr__(self, method):
+    return self._clock.timed(method, getattr(self._client, method))
+
+
+def coordinate(port: int, workdir: str, cache: str, answer) -> None:
+  """The coordinator's process: a run to its end; sends its seconds a step."""
+  clock, solution = steps.Clock(), coordinator_node.Coordinator._solution
+  coordinator = coordinator_node.Coordinator(workdir, cache, threading.Event())
+  for watched in (('solve', krr, 'solve'), ('solve', krr, 'pull_back'), ('move', coordinator, '_move'), ('write', coordinator, '_log'),
+                  ('write', coordinator, '_save'), ('write', coordinator, '_write_snapshot'), ('wait', coordinator._board, 'take')):
+    clock.watch(*watched)
+
+  def solved(state):
+    clock.lap(state.step)
+    return solution(coordinator, state)
+  coordinator._solution = solved
+  server = courier_utils.make_courier_server(coordinator, port=port)
+  server.Start()
+  coordinator.run()
+  server.Stop()
+  status = run_directory.RunDirectory(workdir).read_status()
+  if status['state'] != run_directory.FINISHED:
+    raise RuntimeError(status['message'])
+  answer.send(clock.medians(WARM_UP))
+
+
+def work(port: int, cache: str, answer) -> None:
+  """The worker's process: works until told to stop; sends its seconds a step."""
+  clock, compute = steps.Clock(), kernel_worker.KernelWorker._compute
+  ntk.for_run = lambda run, threads: NoKernel()
+  for watched in (('sample', sampling, 'targets'), ('images', ntk.Library, '__getitem__'), ('residual', krr, 'residual'),
+                  ('residual', krr, 'cotangent'), ('encode', tasks, 'encode')):
+    clock.watch(*watched)
+
+  def computed(self, task, inputs):
+    clock.lap(task.step)
+    return compute(self, task, inputs)
+  kernel_worker.KernelWorker._compute = computed
+  kernel_worker.KernelWorker._calibrate = lambda self: 1e6 / MICROSECONDS
+  client = _TimedClient(courier.Client(f'localhost:{port}', call_timeout=_TIMEOUT, wait_for_ready=False), clock)
+  stop = threading.Event()
+  client = remote.Retrying(client, _TIMEOUT, stop, lambda error: type(error).__name__ == 'StatusNotOk')
+  kernel_worker.KernelWorker(client, 'worker', 1, cache, stop).run()
+  answer.send(clock.medians(WARM_UP))
+
+
+def measure(directory: run_directory.RunDirectory, cache: str) -> dict[str, float]:
+  """Milliseconds a step: 'step', and PARTS."""
+  processes, port, seconds = multiprocessing.get_context('spawn'), portpicker.pick_unused_port(), {}
+  started = []
+  for node, *arguments in ((coordinate, port, directory.path, cache), (work, port, cache)):
+    receiver, sender = processes.Pipe(duplex=False)
+    process = processes.Process(target=node, args=(*arguments, sender), daemon=True)
+    process.start()
+    sender.close()
+    started.append((process, receiver))
+  for process, receiver in reversed(started):
+    seconds.update(receiver.recv())
+  for process, _ in started:
+    process.join()
+  return {name: 1e3 * seconds.get(name, 0.0) for name in ('step', *PARTS)}
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--steps', type=int, default=30)
+  parser.add_argument('--images', type=int, default=50_000, help='training images to draw from')
+  parser.add_argument('--cases', default=' '.join('{}x{}x{}'.format(*case) for case in CASES),
+                      help='images a class x target tile x target tiles a task')
+  parser.add_argument('--json', default='benchmarks/coordinator.json', help='where to write the table as JSON')
+  args = parser.parse_args()
+  rows = []
+  print(f"{'':24}ms a step")
+  print(f'{"S":>4}{"tile":>6}{"tiles":>6}{"tasks":>6}{"step":>9}{"% of kernel":>13}' + ''.join(f'{part:>9}' for part in PARTS))
+  with tempfile.TemporaryDirectory() as folder:
+    for case in args.cases.split():
+      images_per_class, tile, tiles = map(int, case.split('x'))
+      directory = steps.make_run(folder, args.images, args.steps, {'target_tile': tile, 'target_tiles_per_task': tiles},
+                                 images_per_class=images_per_class, targets_per_step=TARGETS)
+      milliseconds, support = measure(directory, folder), images_per_class * steps.CLASSES
+      share = milliseconds['step'] / (1e-3 * MICROSECONDS * steps.pairs(directory))
+      rows.append({'support': support, 'target_tile': tile, 'target_tiles_per_task': tiles, 'share': share, **milliseconds})
+      print(f'{support:4}{tile:6}{tiles:6}{-(-TARGETS // (tile * tiles)):6}{milliseconds["step"]:9.1f}{share:13.1%}'
+            + ''.join(f'{milliseconds[part]:9.1f}' for part in PARTS), flush=True)
+  with open(args.json, 'w', encoding='utf-8') as file:
+    json.dump({'kernel_microseconds_a_pair': MICROSECONDS, 'load': os.getloadavg()[0], 'rows': rows}, file, indent=1)
+
+
+if __name__ == '__main__':
+  logging.set_verbosity(logging.WARNING)
+  main()

@@ -1,0 +1,350 @@
+"""How a run scales with its workers: `python -m benchmarks.scale`.
+
+The real coordinator serves over real Courier, on all cores; simulated workers, threads of a few processes on all but the first core, ask for
+tasks, fetch what a real one fetches, sleep for as long as the kernel would take, and send pieces of the real size. The sleep is a task's
+pairs times --microseconds, times a factor from the spread of the native kernel's own times, measured first. Efficiency is the kernel's time
+of a step in one worker and one pass, over workers times the step's time by the coordinator's clock.
+
+A row says when the simulated workers' cores were busy: then it shows what this machine can simulate, not what the coordinator can do.
+
+With --real, one and then two real workers, of one thread each, on the real CIFAR-10 in place of simulated ones.
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import socket
+import tempfile
+import threading
+import time
+from typing import Any, NamedTuple
+
+from programs import placement
+
+os.environ.update(placement.environment())  # before JAX starts
+
+# pylint: disable=wrong-import-position
+import numpy as np
+
+from configs import base
+from data import store
+from kernels import ntk
+from nodes import kernel_worker
+from nodes import run_directory
+from nodes import tasks
+from nodes.remote import Retrying
+
+IMAGE, CLASSES, IMAGES = (32, 32, 3), 10, 50_000  # CIFAR-10
+WARM_UP = 2  # steps that are not counted
+REPEATS = 30 # of a kernel's task, for its spread
+PAIRS = (10, 64)  # of such a task
+BUSY = 0.8  # of the simulated workers' cores, from which on they are the limit
+PROCESSES = 2  # of simulated workers
+
+
+class Costs(NamedTuple):
+  """Of a task: kernel seconds a pair, by what it does; and measured times over their mean, of which each task draws one."""
+  forward: float
+  derivatives: float  # with the forward pass
+  pull_back: float
+  spread: list[float]
+
+
+class Case(NamedTuple):
+  """S support images, T targets, workers; and how a step is cut (run.plan)."""
+  support: int
+  targets: int
+  workers: int
+  support_tile: int
+  target_tile: int
+  target_tiles_per_task: int
+  support_per_task: int
+
+
+class Row(NamedTuple):
+  """What a case gave, a step: efficiency, seconds, coordinator's CPU seconds, calls, bytes to and from it; how busy the workers' cores were."""
+  efficiency: float
+  seconds: float
+  cpu: float
+  calls: float
+  bytes_up: float
+  bytes_down: float
+  busy: float
+
+
+# S = 10: a piece's gradient is small, so targets alone are cut. S = 500: in one pass where workers are few, else by parts of the support too.
+CASES = [Case(10, 5000, 1, 10, 250, 1, 0), Case(10, 5000, 8, 10, 125, 1, 0), Case(10, 5000, 32, 10, 50, 1, 0),
+         Case(10, 50_000, 32, 10, 250, 1, 0), Case(10, 50_000, 128, 10, 50, 1, 0), Case(10, 50_000, 256, 10, 25, 1, 0),
+         Case(500, 5000, 1, 500, 250, 4, 0), Case(500, 5000, 8, 125, 125, 1, 0), Case(500, 5000, 32, 100, 50, 1, 0),
+         Case(500, 5000, 32, 100, 125, 10, 16), Case(500, 5000, 128, 25, 125, 10, 4),
+         Case(500, 50_000, 32, 125, 250, 20, 50), Case(500, 50_000, 128, 100, 250, 20, 16), Case(500, 50_000, 256, 50, 250, 20, 8)]
+
+
+def measured_costs(microseconds: float) -> Costs:
+  """Shares and spread of the native kernel's own work on a ConvNet, on one thread, scaled to `microseconds` a pair, forward and vjp."""
+  kernel = ntk.make_kernel('convnet', implementation='native', threads=1)
+  rng = np.random.default_rng(0)
+  x1, x2 = (kernel.prepare(rng.normal(size=(n, *IMAGE)).astype(np.float32)) for n in PAIRS)
+  cotangent = np.ones(PAIRS)
+  times = {'forward': [], 'derivatives': [], 'pull_back': []}
+  for _ in range(REPEATS + 1):
+    start = time.perf_counter()
+    kernel.block(x1, x2)
+    middle = time.perf_counter()
+    linearised = kernel.linearise(x1, x2)
+    then = time.perf_counter()
+    linearised.pull_back(cotangent)
+    for name, seconds in zip(times, (middle - start, then - middle, time.perf_counter() - then)):
+      times[name].append(seconds)
+  forward, derivatives, pull_back = (np.array(values[1:]) for values in times.values())  # the first compiles
+  scale = microseconds * 1e-6 / (derivatives + pull_back).mean()
+  return Costs(forward.mean() * scale, derivatives.mean() * scale, pull_back.mean() * scale, list(derivatives / derivatives.mean()))
+
+
+class _Simulated(kernel_worker.KernelWorker):
+  """A worker whose kernel sleeps."""
+
+  def __init__(self, coordinator: Any, name: str, costs: Costs, seed: int):
+    super().__init__(coordinator, name, 1, '', threading.Event())
+    self._costs, self._random = costs, np.random.default_rng(seed)
+    self._kernel = self  # to `prepare` images
+    self.calls = self.bytes_up = self.bytes_down = 0
+
+  def prepare(self, images: np.ndarray) -> np.ndarray:
+    return images
+
+  def _prepare(self) -> str:
+    description = json.loads(self._coordinator.describe())
+    self._run, self._run_id = description['run'], description['run_id']
+    self._num_support = self._run['images_per_class'] * CLASSES
+    self._two_halves = tasks.support_per_task(self._run, self._num_support) > 0
+    return json.dumps({'fingerprint': {'implementation': 'simulated'}, 'pairs_per_second': 1 / (self._costs.derivatives + self._costs.pull_back)})
+
+  def _fetch(self, task, name, rows):
+    value = super()._fetch(task, name, rows)
+    self.calls += 1
+    self.bytes_down += value.nbytes
+    return value
+
+  def _work(self, task, lease, inputs):
+    self._turn_to(task)
+    try:
+      self._support(task, task.support_range)
+      if task.phase in tasks.SUPPORT_PHASES:
+        for columns in self._tiles(task) if self._two_halves else [task.target_range]:
+          self._support(task, columns)
+      if task.phase == tasks.TARGETS:
+        self._cached('alpha', lambda: self._fetch(task, 'alpha', task.support_range))
+    except tasks.Stale:
+      return None
+    time.sleep(self._seconds(task))
+    parts, checksum = _piece(task.phase, task.support_range, task.target_range if task.phase in tasks.SUPPORT_PHASES else
+                             (0, task.target_range[1] - task.target_range[0]), self._num_support)
+    for i, part in enumerate(parts):
+      answer = self._coordinator.complete(self._name, list(task), lease, i, len(parts), part, checksum)
+    self.calls += len(parts) + (answer is None)  # then it asks by `lease`
+    self.bytes_up += sum(map(len, parts))
+    self.bytes_down += sum(value.nbytes for value in inputs.values())
+    return answer
+
+  def _seconds(self, task: tasks.Task) -> float:
+    costs, pairs = self._costs, task.pairs
+    kept = self._kept.pop(self._ranges(task), None)
+    if task.phase in (tasks.TARGET_BLOCKS, tasks.SUPPORT_BLOCKS) and self._two_halves:
+      self._kept[self._ranges(task)] = True
+      a_pair = costs.derivatives
+    elif task.phase == tasks.SUPPORT_BLOCKS:
+      a_pair = costs.forward
+      pairs = pairs / 2 if task.target_range == task.support_range else pairs
+    else:
+      a_pair = costs.pull_back if kept else costs.derivatives + costs.pull_back
+    return pairs * a_pair * self._random.choice(self._costs.spread)
+
+
+@functools.lru_cache(maxsize=None)
+def _piece(phase: str, support: tasks.Range, targets: tasks.Range, num_support: int) -> tuple[list[bytes], int]:
+  """A piece of the right size, encoded."""
+  rows, columns = support[1] - support[0], targets[1] - targets[0]
+  gradient = np.zeros((rows, *IMAGE), np.float32)
+  if phase == tasks.SUPPORT_BLOCKS:
+    return tasks.encode({'block': np.eye(num_support, dtype=np.float32)[slice(*support), slice(*targets)]})
+  if phase == tasks.TARGET_BLOCKS:
+    return tasks.encode({'block': np.zeros((rows, columns), np.float32)})
+  if phase == tasks.TARGETS:
+    return tasks.encode({'loss': np.float64(0), 'correct': np.int64(0), 'alpha_bar': np.zeros((num_support, CLASSES)), 'gradient': gradient})
+  return tasks.encode({'gradient': gradient})
+
+
+def _serve(workdir: str, cache: str, port: int, steps: int, out: Any) -> None:
+  """The coordinator's process: tells (seconds, CPU seconds) a step."""
+  import courier
+  from nodes import coordinator
+  stop, seen = threading.Event(), []
+
+  class Timed(coordinator.Coordinator):
+    """Notes when each step is done."""
+
+    def _log(self, state, metrics):
+      seen.append((time.monotonic(), time.process_time()))
+      if len(seen) == WARM_UP + steps + 1:
+        stop.set()
+  node = Timed(workdir, cache, stop)
+  server = courier.Server('coordinator', port=port)
+  for method in ('describe', 'lease', 'fetch', 'complete', 'fail', 'broken'):
+    server.Bind(method, getattr(node, method))
+  server.Start()
+  node.run()
+  (begin, cpu), (end, last) = seen[WARM_UP], seen[-1]
+  out.put(((end - begin) / steps, (last - cpu) / steps, len(seen)))
+
+
+def _simulate(port: int, names: list[str], cores: set[int], costs: Costs, over: Any, out: Any) -> None:
+  """A process of simulated workers: tells its CPU seconds, calls, bytes up and down when `over` is set."""
+  os.sched_setaffinity(0, cores)
+  import courier
+  stop = threading.Event()
+
+  def client():
+    return Retrying(courier.Client(f'localhost:{port}', call_timeout=60, wait_for_ready=False), 60, stop,
+                    lambda error: type(error).__name__ == 'StatusNotOk')
+  workers = [_Simulated(client(), name, costs, seed) for seed, name in enumerate(names, int(names[0][1:]))]
+  for worker in workers:
+    threading.Thread(target=worker.run, daemon=True).start()
+  over.wait()
+  out.put((time.process_time(), *(sum(getattr(worker, name) for worker in workers) for name in ('calls', 'bytes_up', 'bytes_down'))))
+  out.close()
+  out.join_thread()
+  os._exit(0)  # threads are still asking
+
+
+def _work(port: int, name: str, folder: str) -> None:
+  """The process of a real worker."""
+  import courier
+  client = Retrying(courier.Client(f'localhost:{port}', call_timeout=60, wait_for_ready=False), 60, threading.Event(),
+                    lambda error: type(error).__name__ == 'StatusNotOk')
+  kernel_worker.KernelWorker(client, name, 1, folder, threading.Event()).run()
+
+
+def measure_real(workers: int, steps: int, folder: str, data: str) -> float:
+  """Seconds a step of ConvNet, CIFAR-10, S = 10, T = 5000 with real workers of one thread each."""
+  config = base.get_config()
+  config.run.data.name, config.run.data.dir = 'cifar10', data
+  config.run.implementation = 'native'
+  port, server, served = _start(config, workers, folder, steps)
+  spawn = multiprocessing.get_context('spawn')
+  real = [spawn.Process(target=_work, args=(port, f'w{i}', folder), daemon=True) for i in range(workers)]
+  for process in real:
+    process.start()
+  a_step = served.get()[0]
+  for process in (server, *real):
+    process.kill()
+  return a_step
+
+
+def _start(config: Any, workers: int, folder: str, steps: int) -> tuple[int, Any, Any]:
+  """A coordinator's process: its port, itself, and where it tells what it has measured."""
+  config.run.num_steps = 10 ** 6
+  config.system.num_workers = workers
+  config.system.snapshot_steps = (0,)
+  config.system.checkpoint_seconds = 1e6
+  config = config.to_dict()
+  base.validate(config)
+  prepared = store.prepare(config['run']['data'], folder)
+  directory = run_directory.RunDirectory(tempfile.mkdtemp(dir=folder))
+  directory.open(config, prepared.key)
+  directory.close()
+  with socket.socket() as probe:
+    probe.bind(('', 0))
+    port = probe.getsockname()[1]
+  spawn = multiprocessing.get_context('spawn')
+  served = spawn.Queue()
+  server = spawn.Process(target=_serve, args=(directory.path, folder, port, steps, served), daemon=True)
+  server.start()
+  return port, server, served
+
+
+def measure(case: Case, costs: Costs, folder: str, seconds: float) -> Row:
+  """Runs a case for about `seconds`."""
+  config = base.get_config()
+  config.run.data.name = _data(folder)
+  config.run.images_per_class, config.run.targets_per_step = case.support // CLASSES, case.targets
+  for name in ('support_tile', 'target_tile', 'target_tiles_per_task', 'support_per_task'):
+    config.run.plan[name] = getattr(case, name)
+  kernel = _kernel_seconds(case, costs)
+  port, server, served = _start(config, case.workers, folder, max(4, round(seconds / (kernel / case.workers))))
+  cores = sorted(os.sched_getaffinity(0))
+  spawn = multiprocessing.get_context('spawn')
+  told, over = spawn.Queue(), spawn.Event()
+  names = [f'w{i}' for i in range(case.workers)]
+  size = -(-len(names) // PROCESSES)
+  simulated = [spawn.Process(target=_simulate, args=(port, names[i:i + size], set(cores[1:]) or {cores[0]}, costs, over, told), daemon=True)
+               for i in range(0, len(names), size)]
+  begin = time.monotonic()
+  for process in simulated:
+    process.start()
+  a_step, cpu, all_steps = served.get()
+  elapsed = time.monotonic() - begin
+  over.set()
+  totals = np.sum([told.get() for _ in simulated], axis=0)
+  for process in (server, *simulated):
+    process.join(20)
+    process.kill()
+  calls, up, down = totals[1:] / all_steps
+  return Row(kernel / case.workers / a_step, a_step, cpu, calls, up, down, totals[0] / elapsed / max(1, len(cores) - 1))
+
+
+def _kernel_seconds(case: Case, costs: Costs) -> float:
+  """Of a step in one worker, in one pass."""
+  square = case.support ** 2
+  return costs.forward * square / 2 + (costs.derivatives + costs.pull_back) * (case.support * case.targets + square)
+
+
+def _data(folder: str) -> str:
+  """A data set of CIFAR-10's size; its content plays no part."""
+  path = os.path.join(folder, 'data.npz')
+  if not os.path.exists(path):
+    images = np.random.default_rng(0).integers(0, 256, (IMAGES, *IMAGE), np.uint8)
+    labels = np.arange(IMAGES) % CLASSES
+    np.savez(path, x_train=images, y_train=labels, x_test=images[:CLASSES], y_test=labels[:CLASSES])
+  return path
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--microseconds', type=float, default=5.0, help='of the simulated kernel, a pair, forward and vjp')
+  parser.add_argument('--seconds', type=float, default=10.0, help='of every case')
+  parser.add_argument('--cases', default='', help='indices of those to run, such as 0,6,9; all by default')
+  parser.add_argument('--folder', default='runs/scale', help='for data and run directories')
+  parser.add_argument('--real', default='', help="folder with CIFAR-10's parquet files: measure real workers on it")
+  parser.add_argument('--output', default='', help='JSON file for the rows')
+  args = parser.parse_args()
+  folder = os.path.abspath(args.folder)
+  os.makedirs(folder, exist_ok=True)
+  if args.real:
+    one, two = (measure_real(workers, steps=3, folder=folder, data=args.real) for workers in (1, 2))
+    print(f'real workers: one {one:.3f} s a step, two {two:.3f} s: efficiency {one / two / 2:.1%}')
+    return
+  costs = measured_costs(args.microseconds)
+  print(f'kernel: {args.microseconds:g} µs a pair; shares measured of the native kernel: forward {costs.forward * 1e6:.2f}, with derivatives '
+        f'{costs.derivatives * 1e6:.2f}, pull back {costs.pull_back * 1e6:.2f} µs; a task\'s time over its mean: deviation '
+        f'{np.std(costs.spread):.3f}, most {max(costs.spread):.3f}')
+  print(f'{"":>3} {"S":>4} {"T":>6} {"workers":>7} {"plan":>16} {"efficiency":>10} {"s/step":>8} {"kernel":>8} {"CPU/step":>8} {"calls":>6} '
+        f'{"MB up":>7} {"MB down":>7} {"cores":>6}')
+  rows = []
+  for index in map(int, args.cases.split(',')) if args.cases else range(len(CASES)):
+    case = CASES[index]
+    row = measure(case, costs, folder, args.seconds)
+    plan = f'{case.support_tile}/{case.target_tile}x{case.target_tiles_per_task}' + (f'/{case.support_per_task}' if case.support_per_task else '')
+    print(f'{index:>3} {case.support:>4} {case.targets:>6} {case.workers:>7} {plan:>16} {row.efficiency:>10.1%} {row.seconds:>8.4f} '
+          f'{_kernel_seconds(case, costs) / case.workers:>8.4f} {row.cpu:>8.4f} {row.calls:>6.0f} {row.bytes_up / 1e6:>7.1f} '
+          f'{row.bytes_down / 1e6:>7.1f} {row.busy:>6.0%} {"limit" if row.busy > BUSY else "":>7}', flush=True)
+    rows.append({**case._asdict(), **row._asdict()})
+  if args.output:
+    with open(args.output, 'w', encoding='utf-8') as file:
+      json.dump({'costs': costs._asdict(), 'rows': rows}, file, indent=2)
+
+
+if __name__ == '__main__':
+  main()

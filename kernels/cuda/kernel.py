@@ -1,0 +1,302 @@
+"""NTK blocks by a fused CUDA kernel, compiled at run time for the architecture and image shape at hand.
+
+CuPy is what compiles (NVRTC), launches and holds memory. The contract is NumPy in and out, so that JAX has no part in it, and its memory
+pool none of the GPU's; a handler of XLA's foreign function interface would need a C++ compiler or a binary for each CUDA version, and
+cuda.core has no arrays: both would be more code here. A process that uses this kernel may keep JAX on the CPU (JAX_PLATFORMS=cpu).
+"""
+
+import ctypes
+import functools
+import importlib.util
+import pathlib
+
+import numpy as np
+
+from kernels import architectures
+from kernels import ntk
+from kernels.cuda import plan as planning
+
+_KEPT_BYTES = 2 ** 31  # of derivatives kept until the cotangent is known, or contracted with it at once
+_TABLE_BYTES = 2 ** 29  # of one part of the second images' tables
+_OPTIONS = ('--std=c++17', '-default-device', '--ftz=true')
+
+
+class Gpu:
+  """The current device, by CuPy.
+
+  Attributes:
+    name: the model's.
+    threads, shared_bytes: of a block, at most.
+    kept_bytes: `_KEPT_BYTES`, or less where the device has little memory.
+  """
+
+  def __init__(self):
+    _load_nvrtc()
+    import cupy
+    self._cupy = cupy
+    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
+    self.name, self.threads = properties['name'].decode(), planning.THREADS
+    self.shared_bytes = properties['sharedMemPerBlockOptin']
+    self._processors, self._memory = properties['multiProcessorCount'], properties['totalGlobalMem']
+    self.kept_bytes = min(_KEPT_BYTES, self._memory // 4)
+
+  def load(self, plan: planning.Plan):
+    """Kernels by name: each with the number of blocks to launch at most, all that the device holds at once, their workspaces permitting."""
+    module = self._cupy.RawModule(code=plan.source, options=_OPTIONS)
+
+    @functools.cache
+    def function(name):
+      kernel = module.get_function(name)
+      kernel.max_dynamic_shared_size_bytes = plan.shared_bytes
+      resident = self._cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.kernel.ptr, plan.threads, plan.shared_bytes)
+      return kernel, max(1, min(resident * self._processors, self._memory // 8 // max(1, plan.workspace_bytes)))
+
+    return function
+
+  def blocks(self, program, name: str, work: int) -> int:
+    """How many blocks to launch for `work` pieces."""
+    return min(work, program(name)[1])
+
+  def launch(self, program, name: str, blocks: int, plan: planning.Plan, arguments) -> None:
+    arguments = tuple(np.int32(a) if isinstance(a, int) else a for a in arguments)
+    program(name)[0]((blocks,), (plan.threads,), arguments, shared_mem=plan.shared_bytes)
+
+  def upload(self, value: np.ndarray):
+    return self._cupy.asarray(np.ascontiguousarray(value))
+
+  def download(self, value) -> np.ndarray:
+    return self._cupy.asnumpy(value)
+
+  def empty(self, shape, dtype):
+    return self._cupy.empty(shape, dtype)
+
+  def zeros(self, shape, dtype):
+    value = self._cupy.empty(shape, dtype)  # cupy.zeros would compile a kernel, for which there may be no headers
+    value.data.memset_async(0, value.nbytes)
+    return value
+
+
+def is_available() -> bool:
+  """Whether CuPy is installed and finds a device."""
+  if importlib.util.find_spec('cupy') is None:
+    return False
+  _load_nvrtc()
+  import cupy
+  try:
+    return cupy.cuda.runtime.getDeviceCount() > 0
+  except cupy.cuda.runtime.CUDARuntimeError:
+    return False
+
+
+@functools.cache
+def _load_nvrtc() -> None:
+  """Loads NVRTC from its wheel, where CuPy 13 does not look (14 does)."""
+  spec = importlib.util.find_spec('nvidia')
+  for folder in spec.submodule_search_locations if spec else ():
+    for path in sorted(pathlib.Path(folder).glob('cuda_nvrtc/lib/libnvrtc.so.*')):
+      ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+
+
+@functools.cache
+def _gpu() -> Gpu:
+  if not is_available():
+    raise ValueError('implementation: the CUDA kernel needs CuPy and a GPU with its driver; `make cuda` installs CuPy.')
+  return Gpu()
+
+
+class CudaKernel:
+  """NTK (or NNGP) blocks on the current GPU: O(A·B·H·W·offsets) time; memory O(A + B), and for derivatives `Gpu.kept_bytes`.
+
+  Images' variances are computed anew for each block: that takes less time than handing them over.
+  """
+  implementation = 'cuda'
+
+  def __init__(self, architecture: architectures.Architecture, dtype: str, threads: int, kind: str = 'ntk'):
+    del threads
+    self.architecture = architecture
+    self.dtype = np.dtype(dtype)
+    self._kind = kind
+    self._gpu = _gpu()
+    self.device = self._gpu.name
+    self._programs = {}
+
+  def prepare(self, x: np.ndarray) -> ntk.Prepared:
+    """See `ntk.Kernel.prepare`."""
+    return ntk.Prepared(x, [], self)
+
+  def block(self, x1: ntk.Images, x2: ntk.Images) -> np.ndarray:
+    """See `ntk.Kernel.block`."""
+    x1, x2 = map(_images, (x1, x2))
+    return self._program(x1).block(x1, x2)
+
+  def block_vjp(self, x1: ntk.Images, x2: ntk.Images, cotangent: ntk.Cotangent) -> tuple[np.ndarray, np.ndarray]:
+    """See `ntk.Kernel.block_vjp`."""
+    x1, x2 = map(_images, (x1, x2))
+    if callable(cotangent):
+      block, pull_back, _ = self.linearise(x1, x2)
+      return block, pull_back(cotangent(block))
+    return self._program(x1).block_vjp(x1, x2, cotangent)
+
+  def linearise(self, x1: ntk.Images, x2: ntk.Images) -> ntk.Linearised:
+    """See `ntk.Kernel.linearise`: the derivatives by x1 are kept on the GPU pair by pair (22 kB a pair for a ConvNet on 32x32x3), unless
+    they are too many: then they are computed when the cotangent is known."""
+    x1, x2 = map(_images, (x1, x2))
+    program = self._program(x1)
+    if program.derivatives_bytes(len(x1), len(x2)) <= self._gpu.kept_bytes:
+      return program.linearise(x1, x2)
+    return ntk.Linearised(program.block(x1, x2), lambda cotangent: program.block_vjp(x1, x2, cotangent)[1], x2.nbytes)
+
+  def _program(self, x):
+    shape = x.shape[1:]
+    if shape not in self._programs:
+      make = _Dense if planning.is_dense(self.architecture) else _Convolutional
+      gpu = self._gpu
+      plan = planning.make_plan(self.architecture, shape, str(self.dtype), self._kind, gpu.threads, gpu.shared_bytes)
+      self._programs[shape] = make(gpu, plan, self.dtype)
+    return self._programs[shape]
+
+
+def _images(x):
+  return x.images if isinstance(x, ntk.Prepared) else x
+
+
+class _Program:
+  """A compiled plan."""
+
+  def __init__(self, gpu, plan: planning.Plan, dtype: np.dtype):
+    self._gpu, self._plan, self._dtype = gpu, plan, dtype
+    self._module = gpu.load(plan)
+    self._workspace = None
+
+  def _blocks(self, name: str, work: int) -> int:
+    return self._gpu.blocks(self._module, name, work)
+
+  def _launch(self, name: str, blocks: int, *arguments) -> None:
+    self._gpu.launch(self._module, name, blocks, self._plan, arguments)
+
+
+class _Convolutional(_Program):
+  """For every network that has a convolution, a pooling, or more offsets than one."""
+
+  def block(self, x1, x2):
+    symmetric = x1 is x2
+    left, values = self._tables(x1), np.empty((len(x1), len(x2)), self._dtype)
+    for first, last in self._parts(len(x2), len(x2)):
+      right = left[first:last] if symmetric else self._tables(x2[first:last])
+      part = self._gpu.empty((len(x1), last - first), self._dtype)
+      self._run('kip_block', part.size, left, right, *part.shape, first if symmetric else len(x1), part)
+      values[:, first:last] = self._gpu.download(part)
+    return np.triu(values) + np.triu(values, 1).T if symmetric else values
+
+  def block_vjp(self, x1, x2, cotangent):
+    """Part by part, each contracted with its cotangent at once."""
+    left, values, sums = self._tables(x1), np.empty((len(x1), len(x2)), self._dtype), self._sums(x1)
+    for first, last in self._parts(len(x2), max(1, self._gpu.kept_bytes // self.derivatives_bytes(len(x1), 1))):
+      part, derivatives = self._derivatives(left, x2[first:last])
+      values[:, first:last] = self._gpu.download(part)
+      self._contract(derivatives, cotangent[:, first:last], sums)
+    return values, self._gradient(x1, left, sums)
+
+  def linearise(self, x1, x2):
+    left = self._tables(x1)
+    values, derivatives = self._derivatives(left, x2)
+
+    def pull_back(cotangent):
+      sums = self._sums(x1)
+      self._contract(derivatives, cotangent, sums)
+      return self._gradient(x1, left, sums)
+
+    return ntk.Linearised(self._gpu.download(values), pull_back, left.nbytes + derivatives.nbytes)
+
+  def derivatives_bytes(self, rows, columns):
+    return rows * columns * max(1, self._plan.derivatives) * self._dtype.itemsize
+
+  def _derivatives(self, left, x2):
+    shape = len(left), len(x2)
+    values, derivatives = self._gpu.empty(shape, self._dtype), self._gpu.empty((*shape, self._plan.derivatives), self._dtype)
+    self._run('kip_derivatives', values.size, left, self._tables(x2), *shape, values, derivatives)
+    return values, derivatives
+
+  def _sums(self, x1):
+    return self._gpu.zeros((len(x1), self._plan.derivatives), np.float64)
+
+  def _contract(self, derivatives, cotangent, sums):
+    blocks = self._blocks('kip_contract', -(-sums.size // self._plan.threads))
+    self._launch('kip_contract', blocks, derivatives, self._gpu.upload(cotangent), *derivatives.shape[:2], sums)
+
+  def _gradient(self, x1, left, sums):
+    gradient = self._gpu.empty((len(x1), self._plan.pixels), np.float64)
+    self._run('kip_tables_vjp', len(x1), left, sums, gradient, len(x1))
+    return _from_planes(self._gpu.download(gradient), x1.shape).astype(self._dtype)
+
+  def _parts(self, count, columns):
+    """Ranges of the second images, of at most `columns`."""
+    columns = min(columns, max(1, _TABLE_BYTES // (self._plan.table * self._dtype.itemsize)))
+    return [(first, min(first + columns, count)) for first in range(0, count, columns)]
+
+  def _tables(self, x):
+    # A thread may read, though not use, what lies before or behind a table: a number.
+    margin = x[0].size // x.shape[3] + 4 * sum(x.shape[1:3]) + 16
+    tables = self._gpu.zeros(len(x) * self._plan.table + 2 * margin, self._dtype)[margin:-margin].reshape(len(x), self._plan.table)
+    self._run('kip_tables', len(x), self._gpu.upload(x), tables, len(x))
+    return tables
+
+  def _run(self, name, work, *arguments):
+    """Launches a kernel whose blocks have workspaces, for `work` pairs or images."""
+    blocks = self._blocks(name, work)
+    if self._workspace is None or len(self._workspace) < blocks:
+      self._workspace = None
+      self._workspace = self._gpu.empty((blocks, max(1, self._plan.workspace)), self._dtype)
+    self._launch(name, blocks, *arguments, self._workspace)
+
+
+class _Dense(_Program):
+  """For fully-connected networks. Memory O(A·B)."""
+
+  def block(self, x1, x2):
+    values = self._gpu.download(self._forward(x1, x2)[0])
+    return np.triu(values) + np.triu(values, 1).T if x1 is x2 else values
+
+  def block_vjp(self, x1, x2, cotangent):
+    values, pull_back, _ = self.linearise(x1, x2)
+    return values, pull_back(cotangent)
+
+  def linearise(self, x1, x2):
+    values, left, left_tables, right, derivatives = self._forward(x1, x2)
+
+    def pull_back(cotangent):
+      weights, variances_bar = self._gpu.upload(cotangent), self._gpu.empty(len(x1), np.float64)
+      gradient = self._gpu.empty(x1.shape, np.float64)
+      self._run('kip_dense_variances_vjp', len(x1), left_tables, derivatives, weights, len(x1), len(x2), variances_bar)
+      self._run('kip_dense_vjp', x1.size, left, right, derivatives, weights, variances_bar, len(x1), len(x2), gradient)
+      return self._gpu.download(gradient).astype(self._dtype)
+
+    return ntk.Linearised(self._gpu.download(values), pull_back, left.nbytes + right.nbytes + derivatives.nbytes)
+
+  def derivatives_bytes(self, rows, columns):
+    return rows * columns * self._plan.derivatives * 8
+
+  def _forward(self, x1, x2):
+    left, left_tables = self._tables(x1)
+    right, right_tables = (left, left_tables) if x1 is x2 else self._tables(x2)
+    transposed = self._gpu.empty(x2.size, self._dtype)
+    self._run('kip_dense_transpose', x2.size, right, transposed, len(x2))
+    values = self._gpu.empty((len(x1), len(x2)), self._dtype)
+    derivatives = self._gpu.empty((self._plan.derivatives, len(x1), len(x2)), np.float64)
+    self._run('kip_dense_block', values.size, left, left_tables, transposed, right_tables, len(x1), len(x2), values, derivatives)
+    return values, left, left_tables, right, derivatives
+
+  def _tables(self, x):
+    images, tables = self._gpu.upload(x), self._gpu.empty((len(x), max(1, self._plan.table)), np.float64)
+    self._run('kip_dense_tables', len(x), images, tables, len(x))
+    return images, tables
+
+  def _run(self, name, work, *arguments):
+    self._launch(name, self._blocks(name, -(-work // self._plan.threads)), *arguments)
+
+
+def _from_planes(planes, shape):
+  """Images [N, H, W, D] from planes [N, D planes], whose rows are their even columns, then their odd ones."""
+  count, height, width, channels = shape
+  planes = planes.reshape(count, channels, height, 2, (width + 1) // 2)
+  return planes.transpose(0, 2, 4, 3, 1).reshape(count, height, -1, channels)[:, :, :width]

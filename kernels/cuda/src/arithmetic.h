@@ -1,0 +1,114 @@
+// What every part uses: the constants of the plan that `plan.py` writes before this, and the arc-cosine kernels of a ReLU layer.
+//
+// All of kernels/cuda/src is one program: `kernel.py` puts a plan, native/src/arc_cosine_coefficients.h and these files together, in order.
+// It has no #include, so that NVRTC needs no header, and asks of the machine only what the first lines below name; a CPU can play that part
+// (tests/kernels/emulator.h).
+#ifndef KIP_EMULATED
+#define KIP_KERNEL(blocks) extern "C" __global__ void __launch_bounds__(kThreads, blocks)
+#define KIP_SHARED(name) extern __shared__ double name[]
+
+namespace kip {
+inline int thread() { return threadIdx.x; }
+inline int block() { return blockIdx.x; }
+inline int blocks() { return gridDim.x; }
+inline void sync() { __syncthreads(); }
+
+// To 2^-22.9 and one unit in the last place; double to rounding.
+inline float inverse_root(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+inline float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+inline double inverse_root(double x) { return rsqrt(x); }
+inline double reciprocal(double x) { return 1 / x; }
+inline float square_root(float x) { return __fsqrt_rn(x); }
+inline double square_root(double x) { return __dsqrt_rn(x); }
+}  // namespace kip
+#endif
+
+namespace kip {
+
+inline constexpr double kPi = 3.14159265358979324;
+
+// What is no more than rounding, relative to what it is the difference of: identical images must not see the cusp of acos at c = 1.
+template <class T>
+inline constexpr T kRounding = sizeof(T) == 4 ? T(5e-7) : T(4e-15);
+
+inline constexpr double kReadoutShare = 1.0 / double(kReadoutCount);  // of each entry in the readout's mean
+inline constexpr Real kScale = Real(kWeight / 9);                     // of a convolution
+
+template <class T>
+inline T larger(T a, T b) {
+  return a > b ? a : b;
+}
+template <class T>
+inline T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+
+template <class T>
+struct Angle {
+  T sine;       // over pi
+  T dot, rest;  // rest = 1/2 - dot
+  T dot_slope;  // -d(dot)/d(gap), and 0 where the sine is 0
+};
+
+// As in native/src/relu.h: gap = (1 - c) / pi, dot = (pi - acos c) / 2 pi. is_signed: whether the cosine can be negative.
+template <class T>
+inline Angle<T> angle(T gap, bool is_signed) {
+  constexpr int degree = sizeof(ArcCosine<T>::powers) / sizeof(T) - 1;
+  const T far = T(2 / kPi) - gap;
+  const T sine2 = is_signed ? larger(gap * far, T(0)) : gap * far;
+  const T inverse = sine2 > 0 ? inverse_root(sine2) : T(0);
+  const T near = is_signed ? smaller(far, gap) : gap, z = sizeof(T) == 8 ? 1 - T(2 * kPi) * near : near;
+  T value = ArcCosine<T>::powers[degree];
+#pragma unroll
+  for (int i = degree - 1; i >= 0; --i) value = value * z + ArcCosine<T>::powers[i];
+  const T sine = sine2 * inverse, part = sine * value, other = T(0.5) - part;
+  const bool obtuse = is_signed && far < gap;
+  return {sine, obtuse ? part : other, obtuse ? other : part, inverse * T(0.5 / kPi)};
+}
+
+// The adjoint of a ReLU at one point: nt_bar = n_bar + t_bar and t_bar of its input; adds s1 s1_bar to sigma.
+template <class T>
+inline void pull_back(T n_bar, T t_bar, T n, T dot, T dot_slope, T sine_slope, T& nt_bar_in, T& t_bar_in, T& sigma) {
+  const T slope = t_bar * dot_slope;
+  nt_bar_in = (n_bar + t_bar) * dot + slope;
+  t_bar_in = t_bar * dot;
+  sigma += n_bar * sine_slope - slope * n;
+}
+
+// After the readout: hidden Dense + ReLU layers and the output. The kernel, and its derivatives by n, t and (times them) the deviations.
+struct Head {
+  double kernel, n_bar, t_bar, sigma[kHidden + 1];
+
+  // q1, q2: the variances of the hidden layers' inputs. rounding: of n / (pi sqrt(q1 q2)).
+  template <class Q>
+  Head(double n, double t, const Q* q1, const Q* q2, double rounding) {
+    double saved[kHidden + 1][4];
+    for (int l = 0; l < kHidden; ++l) {
+      n = n * kWeight + kBias, t = t * kWeight + n;
+      const double product = double(q1[l]) * double(q2[l]), inverse = product > 0 ? 1 / (kPi * square_root(product)) : 0;
+      const double gap = 1 / kPi - n * inverse;
+      const Angle<double> a = angle<double>(larger(gap, -gap) < rounding ? 0 : gap, true);
+      saved[l][0] = n, saved[l][1] = a.dot, saved[l][2] = t * (a.dot_slope * inverse), saved[l][3] = square_root(product) / 2 * a.sine;
+      n = n * a.dot + saved[l][3], t = t * a.dot;
+    }
+    kernel = n * kWeight + kBias;
+    if (!kNngp) kernel += t * kWeight;
+    n_bar = kWeight, t_bar = kNngp ? 0 : kWeight;
+    for (int l = kHidden - 1; l >= 0; --l) {
+      double nt_bar_in, t_bar_in;
+      sigma[l] = 0;
+      pull_back(n_bar, t_bar, saved[l][0], saved[l][1], saved[l][2], saved[l][3], nt_bar_in, t_bar_in, sigma[l]);
+      n_bar = nt_bar_in * kWeight, t_bar = t_bar_in * kWeight;
+    }
+  }
+};
+
+}  // namespace kip

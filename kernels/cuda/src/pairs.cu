@@ -1,0 +1,198 @@
+// Kernels of pairs of images, and images' tables. A block of threads takes one pair (or image) at a time, and has a workspace of its own.
+//
+// A table has an image's pixels, a plane a channel; at each level the deviations (q / 2)^1/2 of each ReLU's input, and, where n is held as
+// m, q / 2 entering the level, and, after a pooling, half of the spread; then the variances q of hidden layers' inputs.
+// A pair's derivatives are those by the first image's pixels, and by its deviations (and hidden variances), each times the deviation.
+namespace kip {
+
+struct Shared {
+  double *sums, *seeds;  // [2 kThreads], [2]
+  Real* exchange;
+
+  Shared(double* shared, Real* workspace) : sums(shared), seeds(shared + 2 * kThreads) {
+    exchange = kExchangeShared ? reinterpret_cast<Real*>(shared + 2 * kThreads + 2) : workspace + kWorkspace - kExchangeSize;
+  }
+
+  // What all threads' numbers add up to, in a fixed order, for thread 0.
+  template <int kCount>
+  void add_up(double& a, double& b) const {
+    sums[2 * thread()] = a, sums[2 * thread() + 1] = b;
+    sync();
+    if (thread()) return;
+    a = b = 0;
+    for (int k = 0; k < kCount; ++k) a += sums[2 * k], b += sums[2 * k + 1];
+  }
+
+  // Thread 0's numbers to all.
+  void spread(double& a, double& b) const {
+    if (!thread()) seeds[0] = a, seeds[1] = b;
+    sync();
+    a = seeds[0], b = seeds[1];
+  }
+};
+
+template <int kPatches>
+inline constexpr int kBusy = kPatches < kThreads ? kPatches : kThreads;
+
+template <int p>
+inline void pair_forward(const Real* left, const Real* right, const Shared& shared, Real* bands, double& n, double& t) {
+  if constexpr (p < kPairCount) {
+    using Level = Sweep<false, p>;
+    Level sweep(left, right, shared.exchange, bands);
+    sweep.forward();
+    if constexpr (Level::kLast) {
+      n = sweep.n_sum, t = sweep.t_sum;
+      shared.add_up<kBusy<Level::kPatches>>(n, t);
+    } else {
+      pair_forward<p + 1>(left, right, shared, bands, n, t);
+    }
+  }
+}
+
+template <int p>
+inline void pair_backward(const Real* left, const Real* right, const Shared& shared, Real* bands, Real n_bar, Real t_bar,
+                          Real* derivatives) {
+  if constexpr (p >= 0) {
+    {
+      Sweep<false, p> sweep(left, right, shared.exchange, bands);
+      sweep.backward(n_bar, t_bar);
+      sweep.store(derivatives);
+    }
+    pair_backward<p - 1>(left, right, shared, bands, n_bar, t_bar, derivatives);
+  }
+}
+
+// Pairs i, j of left images [rows] and right ones [columns], but for those with j < i - diagonal: values[i, j].
+template <bool kBackward>
+inline void for_each_pair(const Real* left, const Real* right, int rows, int columns, int diagonal, Real* values, Real* derivatives,
+                          Real* workspace, double* memory) {
+  Real* bands = workspace + block() * kWorkspace;
+  const Shared shared(memory, bands);
+  for (long long unit = block(); unit < (long long)rows * columns; unit += blocks()) {
+    const int i = int(unit / columns), j = int(unit % columns);
+    if (j < i - diagonal) continue;
+    const Real *x1 = left + (long long)i * kTable, *x2 = right + (long long)j * kTable;
+    double n = 0, t = 0;
+    pair_forward<0>(x1, x2, shared, bands, n, t);
+    if (!thread()) {
+      const Head head(n * kReadoutShare, t * kReadoutShare, x1 + kTable - kHidden, x2 + kTable - kHidden, kRounding<Real> / 8);
+      values[unit] = Real(head.kernel);
+      n = head.n_bar * kReadoutShare, t = head.t_bar * kReadoutShare;
+      if constexpr (kBackward)
+        for (int l = 0; l < kHidden; ++l) derivatives[unit * kDerivatives + kDerivatives - kHidden + l] = Real(head.sigma[l]);
+    }
+    if constexpr (kBackward) {
+      shared.spread(n, t);
+      pair_backward<kPairCount - 1>(x1, x2, shared, bands, Real(n), Real(t), derivatives + unit * kDerivatives);
+    }
+  }
+}
+
+template <int p>
+inline void self_forward(Real* table, const Shared& shared, Real* bands, double& n) {
+  if constexpr (p < kSelfCount) {
+    using Level = Sweep<true, p>;
+    Level sweep(table, table, shared.exchange, bands);
+    sweep.forward_self(table, bands + kDiagonals);
+    if constexpr (Level::kLast) {
+      double unused = 0;
+      n = sweep.n_sum;
+      shared.add_up<kBusy<Level::kPatches>>(n, unused);
+    } else {
+      self_forward<p + 1>(table, shared, bands, n);
+    }
+  }
+}
+
+template <int p>
+inline void self_backward(const Real* table, const Shared& shared, Real* bands, Real n_bar, const double* sums, double* gradient) {
+  if constexpr (p >= 0) {
+    {
+      Sweep<true, p> sweep(table, table, shared.exchange, bands);
+      sweep.backward_self(n_bar, sums);
+      if constexpr (p == 0) sweep.add_pixels(gradient);
+    }
+    self_backward<p - 1>(table, shared, bands, n_bar, sums, gradient);
+  }
+}
+
+inline void fill_hidden(Real* table, double n) {
+  Real q = Real(n * kReadoutShare);
+  for (int l = 0; l < kHidden; ++l) {
+    q = q * Real(kWeight) + Real(kBias);
+    table[kTable - kHidden + l] = q;
+    q /= 2;
+  }
+}
+
+// tables [count, kTable] of images [count, H, W, D].
+KIP_KERNEL(1) kip_tables(const Real* images, Real* tables, int count, Real* workspace) {
+  KIP_SHARED(memory);
+  Real* bands = workspace + block() * kWorkspace;
+  const Shared shared(memory, bands);
+  for (int image = block(); image < count; image += blocks()) {
+    const Real* pixels = images + (long long)image * kHeight * kWidth * kChannels;
+    Real* table = tables + (long long)image * kTable;
+    for (int e = thread(); e < kHeight * kWidth; e += kThreads) {
+      Real* to = table + at(kWidth, e / kWidth, e % kWidth);
+      for (int c = 0; c < kChannels; ++c) to[c * plane_size(kHeight, kWidth)] = pixels[e * kChannels + c];
+    }
+    sync();
+    double n = 0;
+    self_forward<0>(table, shared, bands, n);
+    if (!thread()) fill_hidden(table, n);
+    sync();
+  }
+}
+
+// values [rows, columns] of the block, but for those with j < i - diagonal.
+KIP_KERNEL(kForwardBlocks) kip_block(const Real* __restrict__ left, const Real* __restrict__ right, int rows, int columns, int diagonal,
+                               Real* __restrict__ values, Real* __restrict__ workspace) {
+  KIP_SHARED(memory);
+  for_each_pair<false>(left, right, rows, columns, diagonal, values, nullptr, workspace, memory);
+}
+
+// values [rows, columns] of the block, and every pair's derivatives [rows, columns, kDerivatives].
+KIP_KERNEL(kBackwardBlocks) kip_derivatives(const Real* __restrict__ left, const Real* __restrict__ right, int rows, int columns,
+                                      Real* __restrict__ values, Real* __restrict__ derivatives, Real* __restrict__ workspace) {
+  KIP_SHARED(memory);
+  for_each_pair<true>(left, right, rows, columns, rows, values, derivatives, workspace, memory);
+}
+
+// Adds sum_j cotangent[i, j] derivatives[i, j] to sums [rows, kDerivatives]: j in order, whatever part of a block this is.
+KIP_KERNEL(1) kip_contract(const Real* __restrict__ derivatives, const Real* __restrict__ cotangent, int rows, int columns,
+                     double* __restrict__ sums) {
+  for (long long e = (long long)block() * kThreads + thread(); e < (long long)rows * kDerivatives; e += (long long)blocks() * kThreads) {
+    const long long i = e / kDerivatives;
+    const Real* from = derivatives + i * columns * kDerivatives + e % kDerivatives;
+    double sum = sums[e];
+#pragma unroll 8
+    for (int j = 0; j < columns; ++j) sum += double(cotangent[i * columns + j]) * double(from[j * (long long)kDerivatives]);
+    sums[e] = sum;
+  }
+}
+
+// gradient [count, D planes] by the images: what `sums` has by their pixels, and through their tables.
+KIP_KERNEL(1) kip_tables_vjp(Real* tables, const double* sums, double* gradient, int count, Real* workspace) {
+  KIP_SHARED(memory);
+  Real* bands = workspace + block() * kWorkspace;
+  const Shared shared(memory, bands);
+  for (int image = block(); image < count; image += blocks()) {
+    Real* table = tables + (long long)image * kTable;
+    const double* from = sums + (long long)image * kDerivatives;
+    double* to = gradient + (long long)image * kPixels;
+    for (int e = thread(); e < kPixels; e += kThreads) to[e] = from[e];
+    double n = 0;
+    self_forward<0>(table, shared, bands, n);
+    double n_bar = 0;
+    for (int l = kHidden - 1; l >= 0; --l) {
+      const double q = table[kTable - kHidden + l];
+      n_bar = ((q > 0 ? from[kDerivatives - kHidden + l] / (2 * q) : 0) + n_bar / 2) * kWeight;
+    }
+    sync();
+    self_backward<kSelfCount - 1>(table, shared, bands, Real(n_bar * kReadoutShare), from, to);
+    sync();
+  }
+}
+
+}  // namespace kip

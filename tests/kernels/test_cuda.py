@@ -1,0 +1,130 @@
+"""What is the CUDA kernel's own: threads and blocks, parts of a block, memory, NVRTC; a CPU plays the GPU's part (see emulator.py)."""
+
+import numpy as np
+import pytest
+
+from kernels import architectures
+from kernels import ntk
+from kernels.cuda import kernel as cuda
+from kernels.cuda import plan as planning
+from kernels.native import build
+import emulator
+import kernel_cases
+import nvrtc
+
+IMAGE = {'convnet2': (9, 7, 2), 'fc2': (5, 4, 2), 'pool_first_global_hidden': (6, 5, 1)}
+
+GPU = cuda._gpu
+
+compiled = pytest.mark.skipif(not build.compiler(), reason='no C++ compiler')
+
+
+def _kernel(monkeypatch, architecture, dtype='float32', **machine):
+  monkeypatch.setattr(cuda, '_gpu', lambda: emulator.Emulator(**machine))
+  case = kernel_cases.CASES.get(architecture)
+  return ntk.make_kernel(case.architecture if case else architecture, implementation='cuda', dtype=dtype)
+
+
+def _images(architecture, *counts):
+  rng = np.random.default_rng(0)
+  return [*(rng.standard_normal((n, *IMAGE[architecture])) for n in counts), rng.standard_normal(counts)]
+
+
+def _error(value, expected):
+  return np.abs(value - expected).max() / np.abs(expected).max()
+
+
+@compiled
+@pytest.mark.parametrize('architecture', IMAGE)
+def test_real_threads_and_blocks_give_the_same(monkeypatch, architecture):
+  """A missing barrier would show as another value."""
+  x1, x2, cotangent = _images(architecture, 2, 3)
+  expected = _kernel(monkeypatch, architecture, 'float64').block_vjp(x1, x2, cotangent)
+  results = [_kernel(monkeypatch, architecture, 'float64', threads=32, blocks=blocks).block_vjp(x1, x2, cotangent) for blocks in (1, 2)]
+  for one, two, value in zip(*results, expected):
+    np.testing.assert_array_equal(one, two)
+    assert _error(one, value) <= 1e-12
+
+
+@compiled
+@pytest.mark.parametrize('architecture', IMAGE)
+def test_parts_of_a_block_and_kept_derivatives_give_the_same_bits(monkeypatch, architecture):
+  x1, x2, cotangent = _images(architecture, 2, 7)
+  block, gradient = _kernel(monkeypatch, architecture).block_vjp(x1, x2, cotangent)
+  for kept_bytes in (1, 9000):  # one column at a time; some
+    kernel = _kernel(monkeypatch, architecture, kept_bytes=kept_bytes)
+    for value, expected in zip(kernel.block_vjp(x1, x2, cotangent), (block, gradient)):
+      np.testing.assert_array_equal(value, expected)
+    value, pulled = kernel.block_vjp(x1, x2, np.sin)
+    np.testing.assert_allclose(value, block, rtol=1e-6)
+    assert _error(pulled, _kernel(monkeypatch, architecture).block_vjp(x1, x2, np.sin)[1]) <= 1e-6
+
+
+@compiled
+def test_parts_of_the_second_images(monkeypatch):
+  x, y, cotangent = _images('convnet2', 6, 5)
+  kernel = _kernel(monkeypatch, 'convnet2')
+  expected = kernel.block(x, x), kernel.block(x, y), *kernel.block_vjp(x, y, cotangent)
+  monkeypatch.setattr(cuda, '_TABLE_BYTES', 1)  # one at a time
+  for value, whole in zip((kernel.block(x, x), kernel.block(x, y), *kernel.block_vjp(x, y, cotangent)), expected):
+    np.testing.assert_array_equal(value, whole)
+
+
+@compiled
+def test_what_does_not_fit_in_shared_memory_gives_the_same_bits(monkeypatch):
+  x1, x2, cotangent = _images('convnet2', 2, 3)
+  results = [_kernel(monkeypatch, 'convnet2', shared_bytes=size).block_vjp(x1, x2, cotangent) for size in (2 ** 20, 0)]
+  for fits, does_not in zip(*results):
+    np.testing.assert_array_equal(fits, does_not)
+
+
+@compiled
+@pytest.mark.parametrize('stages, shape', [
+    ([{'convs': 6, 'pool': True}, {'convs': 1, 'pool': False}], (8, 6, 1)),  # more convolutions than are unrolled
+    ([{'convs': 1, 'pool': True}], (4, 5, 9)),  # more channels
+])
+def test_unusual_networks(monkeypatch, stages, shape):
+  rng = np.random.default_rng(0)
+  x1, x2, cotangent = rng.standard_normal((2, *shape)), rng.standard_normal((3, *shape)), rng.standard_normal((2, 3))
+  monkeypatch.setattr(cuda, '_gpu', emulator.Emulator)
+  block, gradient = ntk.make_kernel({'stages': stages}, implementation='cuda', dtype='float64').block_vjp(x1, x2, cotangent)
+  peer = 'native' if build.is_built() else 'jax'
+  expected = ntk.make_kernel({'stages': stages}, implementation=peer, dtype='float64').block_vjp(x1, x2, cotangent)
+  assert _error(block, expected[0]) <= 1e-12
+  assert _error(gradient, expected[1]) <= 1e-10
+
+
+@pytest.mark.parametrize('width', [16, 32, 64])
+def test_threads_do_not_meet_in_a_bank_of_shared_memory(width):
+  columns, stride = width // 2, planning._stride(width, 2)
+  banks = [(lane // columns * 4 * stride + lane % columns) % 32 for lane in range(32)]
+  assert stride > columns and len(set(banks)) == 32
+
+
+def test_without_a_gpu(monkeypatch):
+  monkeypatch.setattr(cuda, 'is_available', lambda: False)
+  monkeypatch.setattr(cuda, '_gpu', GPU)
+  with pytest.raises(ValueError, match='the CUDA kernel needs CuPy and a GPU with its driver; `make cuda` installs CuPy'):
+    ntk.make_kernel('convnet', implementation='cuda')
+  assert 'cuda' not in ntk.available()
+
+
+@compiled
+def test_auto_takes_a_gpu_and_names_it(monkeypatch):
+  monkeypatch.setattr(cuda, 'is_available', lambda: True)
+  monkeypatch.setattr(cuda, '_gpu', emulator.Emulator)
+  kernel = ntk.make_kernel('convnet')
+  assert (kernel.implementation, kernel.device) == ('cuda', 'emulator')
+
+
+NVRTC = nvrtc.library()
+
+
+@pytest.mark.skipif(NVRTC is None, reason='NVRTC is not installed (nvidia-cuda-nvrtc-cu12: `make cuda`)')
+@pytest.mark.parametrize('gpu', ['sm_75', 'sm_90'])
+@pytest.mark.parametrize('architecture, shape, dtype', [
+    ('convnet', (32, 32, 3), 'float32'), ('myrtle5', (9, 7, 2), 'float64'), ('fc2', (8, 8, 1), 'float32')])
+def test_nvrtc_compiles_the_source(architecture, shape, dtype, gpu):
+  plan = planning.make_plan(architectures.get(architecture), shape, dtype, 'ntk', planning.THREADS, 2 ** 16)
+  cubin, log = nvrtc.compile_source(NVRTC, plan.source, [*cuda._OPTIONS, f'--gpu-architecture={gpu}'])
+  assert cubin.startswith(b'\x7fELF') and 'warning' not in log

@@ -1,0 +1,67 @@
+"""The events hold the row and the set, and a snapshot that is evaluated twice is there once."""
+
+import io
+import os
+import struct
+
+import numpy as np
+from PIL import Image
+from tensorboardX.proto import event_pb2
+
+from data import preprocess
+from data import store
+from nodes import run_directory
+from nodes import tensorboard
+
+ROW = {'step': 3, 'krr_test_accuracy': 0.75, 'nn_selected_on': None, 'nn_seeds': 2, 'train_loss': 0.125, 'wall_seconds': 7.0}
+
+
+def _events(path):
+  """Of TensorFlow's record format: length, its checksum, the event, its checksum."""
+  with open(path, 'rb') as file:
+    while header := file.read(12):
+      yield event_pb2.Event.FromString(file.read(struct.unpack('<Q', header[:8])[0]))
+      file.read(4)
+
+
+def _values(directory):
+  """{(tag, step): [value, ...]} over all files, in TensorBoard's order."""
+  found = {}
+  for name in sorted(os.listdir(directory.tensorboard)):
+    assert 'tfevents' in name
+    for event in _events(os.path.join(directory.tensorboard, name)):
+      for value in event.summary.value:
+        found.setdefault((value.tag, event.step), []).append(value)
+  return found
+
+
+def test_a_row_and_its_set_once(tmp_path):
+  """Two images of one grey each, in the space of (x - 10) / 20; training images from 0 to 40."""
+  directory = run_directory.RunDirectory(str(tmp_path))
+  train = np.linspace(-0.5, 1.5, 2 * 4 * 4, dtype=np.float32).reshape(2, 4, 4, 1)
+  prepared = store.Prepared('', '', '', train, None, train, None, 2, preprocess.Transform(np.array([10.0]), np.array([20.0])))
+  images = np.array([0.5, 1.0], np.float32)[:, None, None, None] * np.ones((2, 4, 4, 1), np.float32)  # pixels 20 and 30
+  labels = np.array([[0.9, -0.1], [-0.4, 0.2]])
+  for step in (3, 12, 3):
+    tensorboard.write(directory, {**ROW, 'step': step}, images, labels, prepared)
+  assert sorted(os.listdir(directory.tensorboard)) == ['events.out.tfevents.0000000003', 'events.out.tfevents.0000000012']
+  found = _values(directory)
+  assert {tag for tag, _ in found} == {'test/krr_test_accuracy', 'test/nn_seeds', 'train/train_loss', 'run/wall_seconds', 'images', 'labels'}
+  assert all(len(values) == 1 and step in (3, 12) for (_, step), values in found.items())
+  assert found['test/krr_test_accuracy', 12][0].simple_value == 0.75 and found['train/train_loss', 3][0].simple_value == 0.125
+  picture = np.asarray(Image.open(io.BytesIO(found['images', 3][0].image.encoded_image_string)))
+  height, width = picture.shape[:2]
+  assert abs(int(picture[height // 2, width // 4, 0]) - 255 * 20 / 40) <= 1
+  assert abs(int(picture[height // 2, 3 * width // 4, 0]) - 255 * 30 / 40) <= 1
+  heat = Image.open(io.BytesIO(found['labels', 3][0].image.encoded_image_string))
+  assert min(heat.size) > 300
+
+
+def test_whitened_images_are_shown_as_kernels_see_them_too(tmp_path):
+  directory = run_directory.RunDirectory(str(tmp_path))
+  images = np.random.default_rng(0).normal(size=(4, 3, 3, 1)).astype(np.float32)
+  prepared = store.Prepared('', '', '', images, None, images, None, 2, preprocess.fit(images, 0.1))
+  tensorboard.write(directory, ROW, images, np.eye(2)[[0, 0, 1, 1]] - 0.5, prepared)
+  found = _values(directory)
+  images, whitened = (found[tag, 3][0].image.encoded_image_string for tag in ('images', 'images_whitened'))
+  assert images != whitened
