@@ -6,8 +6,8 @@ a cotangent that depends on the block: what distillation does. The error is that
 Tangents evaluates in float64; the vjp's cotangent is zero elsewhere, so that its whole gradient is checked. Without Neural Tangents the JAX
 kernel in float64 takes its place there, and there are no ratios.
 
-The whole table takes about a quarter of an hour. Parts of it (--architectures, --images) may be measured one by one: the file keeps the
-other rows.
+The whole table takes long, most of it Neural Tangents' compilation. Parts of it (--architectures, --images, --implementations) may be
+measured one by one: the file keeps the other rows.
 """
 
 import argparse
@@ -92,9 +92,10 @@ class NeuralTangents:
   def __init__(self, name: str, architecture, images: np.ndarray, more: np.ndarray, blocks):
     self.name = name
     self._functions = dict(zip(('forward', 'vjp'), _neural_tangents(architecture)))
-    self.shapes, best = {}, dict.fromkeys(self._functions, np.inf)
-    self._arguments = {}
+    self.shapes, self._arguments, best = {}, {}, dict.fromkeys(self._functions, np.inf)
     for a, b in blocks:
+      if min(len(images) - a, len(more) - b) < 0:
+        break
       arguments = jnp.asarray(images[:a]), jnp.asarray(more[:b])
       try:
         seconds = {quantity: self._warm(function, arguments) for quantity, function in self._functions.items()}
@@ -150,22 +151,23 @@ def measure(name: str, image: tuple[int, int, int], implementations: list[str], 
     for c in timed:
       for quantity, run in c.runs().items():
         seconds[c.name, quantity].append(_seconds(run))
-  for peer in peers:
-    seconds[peer.name, 'step'] = seconds[peer.name, 'vjp']  # its vjp yields the block for nothing
+    for peer in peers:
+      seconds[peer.name, 'step'] = seconds[peer.name, 'vjp']  # its vjp yields the block for nothing
   milliseconds = {(c.name, quantity): 1e3 * statistics.median(seconds[c.name, quantity]) / np.prod(c.shapes[quantity])
                   for c in timed for quantity in QUANTITIES}
   rows, work = [], operations(architecture, image)
   for c in timed:
     block_error = gradient_error = float('nan')
-    if c not in peers:
+    if c in candidates:
       block_error = max(_error(result[:CHECKED, :CHECKED], expected[0])
                         for result in (c.results['forward'], c.results['vjp'][0], c.results['step'][0]))
       gradient_error = max(_error(c.results[quantity][1][:CHECKED], expected[1]) for quantity in ('vjp', 'step'))
     times = [milliseconds[c.name, quantity] for quantity in QUANTITIES]
-    ratios = [milliseconds[peer.name, quantity] / milliseconds[c.name, quantity] for peer in peers for quantity in QUANTITIES]
+    ratios = [milliseconds[peer.name, quantity] / milliseconds[c.name, quantity] if peer else None
+              for peer in peers or (None, None) for quantity in QUANTITIES]
     share = None if c in peers else work / (times[0] * 1e-3) / peak
-    rows.append(Row(name, '{}x{}x{}'.format(*image), c.name, threads, '{}x{}'.format(*c.shapes['vjp']), *times,
-                    *(ratios or [None] * 2 * len(QUANTITIES)), block_error, gradient_error, share, peak / 1e9, os.getloadavg()[0]))
+    rows.append(Row(name, '{}x{}x{}'.format(*image), c.name, threads, '{}x{}'.format(*c.shapes['vjp']), *times, *ratios,
+                    block_error, gradient_error, share, peak / 1e9, os.getloadavg()[0]))
   return rows
 
 
@@ -228,14 +230,26 @@ def heading(unit: str = 'ms') -> str:
 def line(row: Row, units_a_ms: float = 1.0) -> str:
   """A row in print."""
   times = ''.join(f'{ms * units_a_ms:11.4g}' for ms in (row.forward_ms, row.vjp_ms, row.step_ms))
-  pairs = ((getattr(row, f'{q}_ratio'), getattr(row, f'{q}_ratio_to_single')) for q in QUANTITIES)
-  ratios = ''.join(f'{_ratio(best) + " / " + _ratio(single):>13}' for best, single in pairs)
+  ratios = ((getattr(row, f'{q}_ratio'), getattr(row, f'{q}_ratio_to_single')) for q in QUANTITIES)
+  ratios = ''.join(f'{"-" if best is None else _ratio(best) + " / " + _ratio(single):>13}' for best, single in ratios)
   errors = '' if row.peak_share is None else f'{row.block_error:9.0e}{row.gradient_error:8.0e}{row.peak_share:9.0%}'
   return f'{row.architecture:9}{row.image:9}{row.implementation:18}{row.block:>9}{times}{ratios}{errors}'
 
 
-def _ratio(value: float | None) -> str:
-  return '-' if value is None else f'{value:.0f}' if value >= 10 else f'{value:.2g}'
+def _ratio(value: float) -> str:
+  return f'{value:.0f}' if value >= 10 else f'{value:.2g}'
+
+
+def _keep(path: str, rows: list[Row]) -> None:
+  """Puts `rows` in place of those of the same architecture, image and implementation."""
+  key = lambda row: (row['architecture'], row['image'], row['implementation'])
+  kept = {}
+  if os.path.exists(path):
+    with open(path, encoding='utf-8') as file:
+      kept = {key(row): row for row in json.load(file)}
+  kept.update((key(row), row) for row in map(dataclasses.asdict, rows))
+  with open(path, 'w', encoding='utf-8') as file:
+    json.dump(list(kept.values()), file, indent=1)
 
 
 def main():
@@ -254,21 +268,8 @@ def main():
   for name in args.architectures.split(','):
     for image in args.images.split(','):
       rows = measure(name, tuple(map(int, image.split('x'))), implementations, args.threads, args.runs, peak)
-      for row in rows:
-        print(line(row), flush=True)
+      print(*map(line, rows), sep='\n', flush=True)
       _keep(args.json, rows)
-
-
-def _keep(path: str, rows: list[Row]) -> None:
-  """Puts `rows` in place of those of the same architecture, image and implementation."""
-  key = lambda row: (row['architecture'], row['image'], row['implementation'])
-  kept = {}
-  if os.path.exists(path):
-    with open(path, encoding='utf-8') as file:
-      kept = {key(row): row for row in json.load(file)}
-  kept.update((key(row), row) for row in map(dataclasses.asdict, rows))
-  with open(path, 'w', encoding='utf-8') as file:
-    json.dump(list(kept.values()), file, indent=1)
 
 
 if __name__ == '__main__':

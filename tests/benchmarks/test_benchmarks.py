@@ -28,7 +28,7 @@ def test_a_table_of_kernels_without_neural_tangents(monkeypatch):
   assert row.block_error <= 1e-6 and row.gradient_error <= 5e-6
   assert row.peak_share == pytest.approx(kernels.operations(kernels.architectures.get('fc1'), (4, 4, 1)) / (row.forward_ms * 1e-3) / 1e9)
   printed = kernels.line(row, 1e3)
-  assert f'{1e3 * row.vjp_ms:11.4g}' in printed and printed.count('- / -') == 3
+  assert f'{1e3 * row.vjp_ms:11.4g}' in printed and printed.count(' -') == 3
   assert len(kernels.heading('µs').splitlines()[0]) == len(printed)
 
 

@@ -1,5 +1,7 @@
 """What is the native kernel's own: instruction sets, threads, memory, and what happens where it is not built."""
 
+import hypothesis
+from hypothesis import strategies as st
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from kernels import architectures
 from kernels import ntk
 from kernels.native import build
 from kernels.native import kernel as native
+from dense_oracle import dense_ntk
 
 IMAGE = {'convnet': (9, 8, 3), 'myrtle5': (8, 9, 1), 'fc2': (5, 4, 2)}
 
@@ -106,6 +109,43 @@ def test_a_cotangent_that_is_a_function(monkeypatch, kept_bytes):
 
 
 @built
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.given(height=st.integers(1, 9), width=st.integers(1, 9), depth=st.integers(2, 5), convs=st.lists(st.integers(0, 2), max_size=3),
+                  readout=st.sampled_from(architectures.READOUTS), hidden=st.integers(0, 1), b_std=st.sampled_from([0.0, 0.1]),
+                  blank=st.booleans(), seed=st.integers(0, 2 ** 32 - 1))
+def test_any_size_and_network(height, width, depth, convs, readout, hidden, b_std, blank, seed):
+  """Against all pixel pairs in long double; `blank`: one image is zero, where only K is defined without a bias."""
+  hypothesis.assume(b_std or any(convs))  # else the mean of an image, which may be all cancellation, decides alone
+  pools = min(len(convs), min(height, width).bit_length() - 1)
+  stages = [{'convs': n, 'pool': i < pools} for i, n in enumerate(convs)]
+  architecture = architectures.get({'stages': stages, 'readout': readout, 'hidden': hidden, 'b_std': b_std})
+  rng = np.random.default_rng(seed)
+  x1, x2 = rng.standard_normal((2, height, width, depth)), rng.standard_normal((3, height, width, depth))
+  x2[0] = 0 if blank else x1[0]
+  cotangent = rng.standard_normal((2, 3))
+  block, gradient = _kernel(architecture, 'float64').block_vjp(x1, x2, cotangent)
+  single_block, single_gradient = _kernel(architecture).block_vjp(x1.astype(np.float32), x2.astype(np.float32), cotangent)
+  expected = np.array([[dense_ntk(architecture, a, b) for b in x2] for a in x1])
+  assert _relative_error(block, expected) <= 1e-10
+  assert _relative_error(single_block, expected) <= 1e-6
+  assert np.isfinite(gradient).all() and _relative_error(single_gradient, gradient) <= 5e-6
+
+
+@built
+def test_zero_variances_are_neural_tangents():
+  """Without a bias: dot is 1/4 where a variance is 0."""
+  x1, x2 = _images('convnet', 1, 2, dtype='float64')
+  x1[:, :5], x2[0, :, 3:] = 0, 0
+  architecture = architectures.get({'stages': [{'convs': 2, 'pool': True}, {'convs': 1, 'pool': False}], 'b_std': 0.0})
+  cotangent = np.array([[1.0, -0.5]])
+  expected = ntk.make_kernel(architecture, implementation='reference', dtype='float64').block_vjp(x1, x2, cotangent)
+  for dtype, tolerances in (('float32', (1e-6, 5e-6)), ('float64', (1e-10, 1e-8))):
+    block, gradient = _kernel(architecture, dtype).block_vjp(x1, x2, cotangent)
+    assert _relative_error(block, expected[0]) <= tolerances[0]
+    assert _relative_error(gradient, expected[1]) <= tolerances[1]
+
+
+@built
 def test_sums_in_rounds_are_the_sum():
   """More right images than one round of units takes (64 MB of pieces): the parts' gradients add up."""
   kernel = ntk.make_kernel('conv1', implementation='native', dtype='float64', threads=2)
@@ -129,7 +169,10 @@ def test_not_built(monkeypatch, tmp_path):
   native._load.cache_clear()
   with pytest.raises(ValueError, match='the native kernel is not built; build it by `python -m kernels.native.build`'):
     _kernel('convnet')
+  said = []
+  monkeypatch.setattr(ntk.logging, 'log_first_n', lambda level, message, times: said.append((message, times)))
   assert ntk.make_kernel('convnet').implementation == 'jax'
+  assert [times for _, times in said] == [1] and 'using the JAX kernel' in said[0][0]
   native._load.cache_clear()
 
 

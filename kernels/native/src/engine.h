@@ -50,7 +50,8 @@ class Head {
     for (std::size_t l = hidden_.size(); l-- > 0;) {
       const Hidden& h = hidden_[l];
       V nt_bar_in, t_bar_in;
-      pull_back<true, Relu<false, false>>(n_bar, t_bar, h.n, h.dot, h.dot_slope, h.sine_slope, nt_bar_in, t_bar_in, sigma[plan_.hidden_variances() + l]);
+      pull_back<true, Relu<false, false>>(n_bar, t_bar, h.n, h.dot, h.dot_slope, h.sine_slope, nt_bar_in, t_bar_in,
+                                          sigma[plan_.hidden_variances() + l]);
       n_bar = nt_bar_in * w_, t_bar = t_bar_in * w_;
     }
   }
@@ -184,46 +185,16 @@ class VarianceEngine {
   // The tables of images [H, W, D]: the variance of each ReLU's input, and the pooled values.
   const Buffer<V>& forward(const V* pixels) {
     images_ = {pixels, inverse_.data(), deviation_.data(), table_.data() + plan_.variances};
-    lines_.set_images(images_, images_);
-    readout_.clear();
-    double sum[kLanes<T>] = {}, unused[kLanes<T>] = {};
-    for (int p = 0; p < levels(); ++p) {
-      const Level& level = plan_.levels[p];
-      forward_diagonal(p);
-      const auto through = [&](Offset d, auto& to) {
-        if (d.dy || d.dx) return lines_.forward(p, d, bands_.band(p), to);
-        if (to.distances()) return;  // 0
-        for (int y = 0; y < level.height; ++y) {
-          const AddToCells<V, false> out{to.row(y), to.share};
-          const V* row = plane_row(plane_, level, y);
-          for (int x = 0; x < out.cells.count; ++x) out.template emit<false>(x, 2 * row[x], V{});
-        }
-      };
-      if (p + 1 < levels()) {
-        bands_.clear(p + 1);
-        level.for_each_offset([&](Offset d) {
-          PoolingCells<V> to(level, plan_.levels[p + 1], d, bands_.band(p + 1), spare_.data());
-          through(d, to);
-        });
-      } else if (plan_.network.hidden) {
-        level.for_each_offset([&](Offset d) {
-          readout_.begin(level.rectangle(d).width);
-          through(d, readout_);
-          readout_.flush(sum, unused);
-        });
-      }
-    }
-    V q;
+    V q[1];
     if (plan_.fully_connected()) {
-      V n[1];
-      dot_products([&](int, Index e) { return pixels[e]; }, pixels, plan_.image_size(), n);
-      q = n[0] * T(plan_.dot_product_share());
+      dot_products([&](int, Index e) { return pixels[e]; }, pixels, plan_.image_size(), q);
+      q[0] *= T(plan_.dot_product_share());
     } else {
-      for (int lane = 0; lane < kLanes<T>; ++lane) q[lane] = plan_.network.hidden ? T(sum[lane] * plan_.readout_share()) : T(0);
+      q[0] = readout_variance();
     }
     for (Index e = plan_.hidden_variances(); e < plan_.variances; ++e) {
-      table_[e] = q * T(plan_.network.w) + T(plan_.network.b);
-      q = table_[e] * T(0.5);
+      table_[e] = q[0] * T(plan_.network.w) + T(plan_.network.b);
+      q[0] = table_[e] * T(0.5);
     }
     return table_;
   }
@@ -268,6 +239,43 @@ class VarianceEngine {
   ThreeRows<V> three(const Level& level, int y) {
     return {y ? plane_row(plane_, level, y - 1) : zeros_.data(), plane_row(plane_, level, y),
             y + 1 < level.height ? plane_row(plane_, level, y + 1) : zeros_.data()};
+  }
+
+  // Fills the tables of all levels; the variance after the readout, where hidden layers ask for it.
+  V readout_variance() {
+    lines_.set_images(images_, images_);
+    readout_.clear();
+    double sum[kLanes<T>] = {}, unused[kLanes<T>] = {};
+    for (int p = 0; p < levels(); ++p) {
+      const Level& level = plan_.levels[p];
+      forward_diagonal(p);
+      const auto through = [&](Offset d, auto& to) {
+        if (d.dy || d.dx) return lines_.forward(p, d, bands_.band(p), to);
+        if (to.distances()) return;  // 0
+        for (int y = 0; y < level.height; ++y) {
+          const AddToCells<V, false> out{to.row(y), to.share};
+          const V* row = plane_row(plane_, level, y);
+          for (int x = 0; x < out.cells.count; ++x) out.template emit<false>(x, 2 * row[x], V{});
+        }
+      };
+      if (p + 1 < levels()) {
+        bands_.clear(p + 1);
+        level.for_each_offset([&](Offset d) {
+          PoolingCells<V> to(level, plan_.levels[p + 1], d, bands_.band(p + 1), spare_.data());
+          through(d, to);
+        });
+      } else if (plan_.network.hidden) {
+        level.for_each_offset([&](Offset d) {
+          readout_.begin(level.rectangle(d).width);
+          through(d, readout_);
+          readout_.flush(sum, unused);
+        });
+      }
+    }
+    V q{};
+    if (plan_.network.hidden)
+      for (int lane = 0; lane < kLanes<T>; ++lane) q[lane] = T(sum[lane] * plan_.readout_share());
+    return q;
   }
 
   // At offset 0 the cosine is 1: the variances themselves. Leaves the level's output in plane_.

@@ -52,7 +52,8 @@ class BoxSums {
  public:
   // kGhosts: there is a column -1.
   template <bool kGhosts>
-  KIP_INLINE BoxSums(ThreeRows<V> rows, std::bool_constant<kGhosts>) : rows_(rows), left_(kGhosts ? rows.column(-1) : V{}), here_(rows.column(0)) {}
+  KIP_INLINE BoxSums(ThreeRows<V> rows, std::bool_constant<kGhosts>)
+      : rows_(rows), left_(kGhosts ? rows.column(-1) : V{}), here_(rows.column(0)) {}
 
   // Sets those around columns x and x + 1, to be called for x = 0, 2, ...
   KIP_INLINE void two(int x, V& first, V& second) {
@@ -68,9 +69,9 @@ class BoxSums {
 };
 
 // Calls f(x, 3x3 box sum around x) for x < width.
-template <bool kGhosts = false, class V, class F>
+template <class V, class F>
 KIP_INLINE inline void for_each_box(ThreeRows<V> a, int width, F f) {
-  BoxSums<V> sums(a, std::bool_constant<kGhosts>{});
+  BoxSums<V> sums(a, std::false_type{});
   for (int i = 0; i < width / 2; ++i) {
     V first, second;
     sums.two(2 * i, first, second);
@@ -79,10 +80,10 @@ KIP_INLINE inline void for_each_box(ThreeRows<V> a, int width, F f) {
   if (width % 2) f(width - 1, sums.one(width - 1));
 }
 
-// Calls f(x, box sum of a, box sum of b). kGhosts: a has a column -1.
-template <bool kGhosts = false, class V, class F>
+// Calls f(x, box sum of a, box sum of b).
+template <class V, class F>
 KIP_INLINE inline void for_each_box(ThreeRows<V> a, ThreeRows<V> b, int width, F f) {
-  BoxSums<V> a_sums(a, std::bool_constant<kGhosts>{}), b_sums(b, std::false_type{});
+  BoxSums<V> a_sums(a, std::false_type{}), b_sums(b, std::false_type{});
   for (int i = 0; i < width / 2; ++i) {
     V a_first, a_second, b_first, b_second;
     a_sums.two(2 * i, a_first, a_second);
@@ -122,9 +123,12 @@ struct Relu {
   static constexpr bool kFirst = kFirst_, kZeros = kZeros_;
 };
 
-// Calls f(x, input) for the convolution's output at each x.
+// Calls f(x, inputs) for the convolution's output at each x: two at a time, inputs[j] being that at x + j, and one in the end. A chain of
+// operations through one point is so long that a processor's window holds few of them; two side by side keep it busy, if `f` stores
+// nothing until both are done.
 template <bool kNtk, class Kind, class L, class V, class F>
 KIP_INLINE inline void for_each_input(ThreeRows<V> m, ThreeRows<V> t, int width, Scalar<V> scale, ReluRow<L, V> relu, F f) {
+  constexpr bool kSumsOfT = kNtk && !Kind::kFirst;
   const auto at = [&](int x, V box_m, V box_t) KIP_INLINE {
     Input<V> input;
     const V s1 = spread<V>(relu.deviation1[x]), s2 = relu.deviation2[x], radial = s1 - s2;
@@ -133,16 +137,31 @@ KIP_INLINE inline void for_each_input(ThreeRows<V> m, ThreeRows<V> t, int width,
     input.inverse = spread<V>(relu.inverse1[x]) * relu.inverse2[x];
     input.deviation = s1 * s2;
     input.n = 2 * input.deviation - chord;
-    input.t = Kind::kFirst || !kNtk ? input.n : box_t * scale + input.n;
+    input.t = kSumsOfT ? box_t * scale + input.n : input.n;
     input.gap = chord * input.inverse;
     if (Kind::kZeros) input.gap = input.inverse > V{} ? input.gap : spread<V>(Scalar<V>(1 / kPi));
-    f(x, input);
+    return input;
   };
-  if constexpr (Kind::kFirst || !kNtk) {
-    for_each_box<true>(m, width, [&](int x, V box) KIP_INLINE { at(x, box, box); });
-  } else {
-    for_each_box<true>(m, t, width, at);
+  BoxSums<V> m_sums(m, std::true_type{}), t_sums(kSumsOfT ? t : m, std::false_type{});
+  for (int i = 0; i < width / 2; ++i) {
+    V box_m[2], box_t[2] = {};
+    m_sums.two(2 * i, box_m[0], box_m[1]);
+    if (kSumsOfT) t_sums.two(2 * i, box_t[0], box_t[1]);
+    const Input<V> inputs[] = {at(2 * i, box_m[0], box_t[0]), at(2 * i + 1, box_m[1], box_t[1])};
+    f(2 * i, inputs);
   }
+  if (const int x = width - 1; width % 2) {
+    const Input<V> inputs[] = {at(x, m_sums.one(x), kSumsOfT ? t_sums.one(x) : V{})};
+    f(x, inputs);
+  }
+}
+
+// Their angles.
+template <class Kind, class V, int kCount>
+KIP_INLINE inline std::array<Angle<V>, kCount> angles(const Input<V> (&inputs)[kCount]) {
+  std::array<Angle<V>, kCount> result;
+  for (int j = 0; j < kCount; ++j) result[j] = angle<Kind::kFirst>(inputs[j].gap);
+  return result;
 }
 
 // Where a row of a level's output goes, or where its cotangents come from: entry x to or from n[x % 2][x / 2], for x < count.
@@ -178,15 +197,25 @@ struct AddToCells {
 // Convolution and ReLU of a row.
 template <bool kNtk, class Kind, bool kSave, class L, class V, class Out>
 void forward_row(ThreeRows<V> m, ThreeRows<V> t, int width, Scalar<V> scale, ReluRow<L, V> relu, Out out, Saved<V> saved) {
-  for_each_input<kNtk, Kind>(m, t, width, scale, relu, [&](int x, const Input<V>& in) KIP_INLINE {
-    const Angle<V> a = angle<Kind::kFirst>(in.gap);
-    const V base = Out::kDistances ? in.m + in.n * a.rest : in.n - in.n * a.rest, sine_slope = in.deviation * a.sine;
-    out.template emit<kNtk>(x, Out::kDistances ? base - sine_slope : base + sine_slope, in.t - in.t * a.rest);
-    if constexpr (kSave) {
-      saved.n[x] = in.n;
-      saved.dot[x] = 1 - a.rest;
-      saved.sine_slope[x] = sine_slope;
-      if constexpr (kNtk) saved.dot_slope[x] = in.t * (a.dot_slope * in.inverse);
+  for_each_input<kNtk, Kind>(m, t, width, scale, relu, [&](int x, const auto& inputs) KIP_INLINE {
+    const auto all = angles<Kind>(inputs);
+    constexpr int kCount = std::tuple_size_v<decltype(angles<Kind>(inputs))>;
+    V n_out[kCount], t_out[kCount];
+    for (int j = 0; j < kCount; ++j) {
+      const Input<V>& in = inputs[j];
+      const V turned = in.n * all[j].rest, sine_slope = in.deviation * all[j].sine;
+      n_out[j] = Out::kDistances ? in.m + turned - sine_slope : in.n - turned + sine_slope;
+      t_out[j] = in.t - in.t * all[j].rest;
+    }
+    for (int j = 0; j < kCount; ++j) {
+      const Input<V>& in = inputs[j];
+      out.template emit<kNtk>(x + j, n_out[j], t_out[j]);
+      if constexpr (kSave) {
+        saved.n[x + j] = in.n;
+        saved.dot[x + j] = 1 - all[j].rest;
+        saved.sine_slope[x + j] = in.deviation * all[j].sine;
+        if constexpr (kNtk) saved.dot_slope[x + j] = in.t * (all[j].dot_slope * in.inverse);
+      }
     }
   });
 }
@@ -210,11 +239,21 @@ KIP_INLINE inline void pull_back(V n_bar, V t_bar, V n, V dot, V dot_slope, V si
 template <bool kNtk, class Kind, class L, class V>
 void turn_row(ThreeRows<V> m, ThreeRows<V> t, Scalar<V> scale, ReluRow<L, V> relu, Cells<V> cells, V* __restrict nt_bar_in,
               V* __restrict t_bar_in, V* __restrict sigma) {
-  for_each_input<kNtk, Kind>(m, t, cells.count, scale, relu, [&](int x, const Input<V>& in) KIP_INLINE {
-    const Angle<V> a = angle<Kind::kFirst>(in.gap);
-    const V n_bar = cells.n[x & 1][x >> 1], t_bar = kNtk ? cells.t[x & 1][x >> 1] : V{};
-    pull_back<kNtk, Kind>(n_bar, t_bar, in.n, 1 - a.rest, kNtk ? in.t * (a.dot_slope * in.inverse) : V{}, in.deviation * a.sine,
-                          nt_bar_in[x], t_bar_in[x], sigma[x]);
+  for_each_input<kNtk, Kind>(m, t, cells.count, scale, relu, [&](int x, const auto& inputs) KIP_INLINE {
+    const auto all = angles<Kind>(inputs);
+    constexpr int kCount = std::tuple_size_v<decltype(angles<Kind>(inputs))>;
+    V nt_bar[kCount], t_bar[kCount], more[kCount] = {};
+    for (int j = 0; j < kCount; ++j) {
+      const Input<V>& in = inputs[j];
+      const V n_bar_out = cells.n[(x + j) & 1][(x + j) >> 1], t_bar_out = kNtk ? cells.t[(x + j) & 1][(x + j) >> 1] : V{};
+      pull_back<kNtk, Kind>(n_bar_out, t_bar_out, in.n, 1 - all[j].rest, kNtk ? in.t * (all[j].dot_slope * in.inverse) : V{},
+                            in.deviation * all[j].sine, nt_bar[j], t_bar[j], more[j]);
+    }
+    for (int j = 0; j < kCount; ++j) {
+      nt_bar_in[x + j] = nt_bar[j];
+      if constexpr (kNtk && !Kind::kFirst) t_bar_in[x + j] = t_bar[j];
+      sigma[x + j] += more[j];
+    }
   });
   nt_bar_in[cells.count] = t_bar_in[cells.count] = V{};
 }

@@ -1,4 +1,4 @@
-"""A step of distillation, and how much of it is the kernel: `python -m benchmarks.step --data=FOLDER`.
+"""A step of distillation, and how much of it is the kernel: `python -m benchmarks.kernel_share --data=FOLDER`.
 
 ConvNet, CIFAR-10 (standardised; the folder holds its parquet files), 10 support images, 5000 targets a step: a coordinator and its workers
 as processes that talk over Courier, nothing evaluated. Each worker notes the seconds that it spends in its kernel and in its residuals; the
@@ -19,7 +19,7 @@ sys.path[:0] = [_ROOT]  # workers run this file itself
 
 from nodes import run_directory  # pylint: disable=wrong-import-position
 
-_NOTES = 'KIP_STEP_NOTES'  # environment: folder where workers note what they do
+_NOTES = 'KIP_KERNEL_NOTES'  # environment: folder where workers note what they do
 _FIRST = 2  # the step from whose end on is measured
 
 
@@ -54,7 +54,9 @@ class _Timed:
 def _work() -> int:
   """A worker's process: as launch.py's, but for the notes."""
   from programs import placement
-  os.environ.update(placement.environment(1))
+  from programs import supervisor
+  if not supervisor.is_child():
+    os.environ.update(placement.launcher_environment())
   from kernels import ntk
   from programs import hosts
   from programs import start
@@ -70,8 +72,8 @@ def measure(data: str, workers: int, steps: int, folder: str) -> dict[str, float
   workdir = f'--workdir={folder}/run'
   settings = {'run.data.name': 'cifar10', 'run.data.dir': data, 'run.num_steps': last, 'system.num_workers': workers,
               'system.snapshot_steps': (_FIRST,), 'system.final_evaluation_timeout': 1.0, 'system.evaluation.nn_steps': 0}
-  coordinator = subprocess.Popen([sys.executable, 'launch.py', '--role=coordinator', '--host=localhost', workdir, '--config=configs/base.py',
-                                  *(f'--config.{name}={value}' for name, value in settings.items())], cwd=_ROOT)
+  coordinator = subprocess.Popen([sys.executable, 'launch.py', '--role=coordinator', '--host=localhost', workdir,
+                                  '--config=configs/base.py', *(f'--config.{name}={value}' for name, value in settings.items())], cwd=_ROOT)
   nodes = [subprocess.Popen([sys.executable, os.path.abspath(__file__), '--role=worker', workdir, f'--name=worker{i}', '--threads=1'],
                             cwd=_ROOT, env={**os.environ, _NOTES: folder}) for i in range(workers)]
   try:
@@ -94,7 +96,7 @@ def main():
   parser.add_argument('--data', required=True, help="folder with CIFAR-10's train.parquet and test.parquet")
   parser.add_argument('--workers', type=int, default=2, help='processes, of one thread each')
   parser.add_argument('--steps', type=int, default=10)
-  parser.add_argument('--json', default='benchmarks/step.json')
+  parser.add_argument('--json', default='benchmarks/kernel_share.json')
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
     result = measure(os.path.abspath(args.data), args.workers, args.steps, folder)
