@@ -220,7 +220,7 @@ try:
 except ImportError:
   pass
 else:
-  def compute(self, task):
+  def compute(self, task, inputs):
     raise ValueError('the dog ate task %d' % task.index)
   kernel_worker.KernelWorker._compute = compute
 ''')
