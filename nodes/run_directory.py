@@ -239,7 +239,8 @@ def _sweep(folder: str) -> None:
 def write_atomically(path: str, content: 'str | Callable[[Any], None]') -> None:
   """Replaces a file by `content`, text or a function that writes to a binary file: readers see the old one or the new one."""
   handle, scratch = tempfile.mkstemp(dir=os.path.dirname(path), prefix=_SCRATCH)
-  try:
+  with contextlib.ExitStack() as unless_replaced:
+    unless_replaced.callback(os.unlink, scratch)
     with os.fdopen(handle, 'wb') as file:
       if callable(content):
         content(file)
@@ -248,6 +249,4 @@ def write_atomically(path: str, content: 'str | Callable[[Any], None]') -> None:
       file.flush()
       os.fsync(file.fileno())
     os.replace(scratch, path)
-  except BaseException:
-    os.unlink(scratch)
-    raise
+    unless_replaced.pop_all()
