@@ -59,9 +59,8 @@ def play() -> int:
   if not (_ADDRESS.value or _await_address(run_directory.RunDirectory(start.WORKDIR.value).address, stop)):
     return 0 if stop.is_set() else 1
   run, _ = _joined()
-  gpus = placement.find_gpus(run.config['run']['implementation'], at_most=1)  # of several here each has to be given its own, as Slurm does
+  gpus = placement.take_gpu(run.config['run']['implementation'])  # of several here each has to be given its own, as Slurm does
   logging.info(gpus.remark)
-  os.environ.update(placement.environment(*gpus.names))
   return supervisor.supervise(_label(os.getpid()), stop)
 
 

@@ -3,7 +3,6 @@
     python -m programs.local --config=configs/digits.py --workdir=runs/local
 """
 
-import os
 import sys
 import threading
 
@@ -19,7 +18,7 @@ def main(argv: list[str]) -> int:
   """Runs to the end; returns the exit status."""
   try:
     start.parse(argv)
-    run = start.ready(take_gpu)
+    run = start.ready(placement.take_gpu)
   except start.BadInput as error:
     print(f'error: {error}', file=sys.stderr)
     return run_directory.BAD_INPUT_STATUS
@@ -28,13 +27,6 @@ def main(argv: list[str]) -> int:
   with terminal.shown(run.directory):
     distil(run, start.stop_event())
   return start.outcome(run.directory)
-
-
-def take_gpu(implementation: str) -> placement.Gpus:
-  """Puts this process on the first GPU for `run.implementation`, or on CPU. JAX must not have started."""
-  gpus = placement.find_gpus(implementation, at_most=1)
-  os.environ.update(placement.environment(*gpus.names))
-  return gpus
 
 
 def distil(run, stop: threading.Event) -> None:

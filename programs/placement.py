@@ -63,6 +63,13 @@ def find_gpus(implementation: str, at_most: int | None = None) -> Gpus:
   return Gpus(names, f'Kernels are computed on {found}: {", ".join(names)}.')
 
 
+def take_gpu(implementation: str) -> Gpus:
+  """Puts this process on the first GPU for `run.implementation`, or on CPU. JAX must not have started."""
+  gpus = find_gpus(implementation, at_most=1)
+  os.environ.update(environment(*gpus.names))
+  return gpus
+
+
 def no_gpus(implementation: str) -> Gpus:
   """In place of `find_gpus` in a process whose threads are the nodes and whose JAX keeps to the CPU."""
   del implementation
