@@ -21,6 +21,10 @@ PARAMETERIZATIONS = ('ntk', 'standard')
 
 Cotangent = np.ndarray | Callable[[np.ndarray], np.ndarray]
 
+# Images whose squared distance is below this part of the mean of their squared norms nearly coincide. After a pooling, float32 cannot tell
+# their 1 - c from rounding, and near the cusp of ReLU's dot the gradient does not fade with the difference: these few pairs take float64.
+_NEAR = 0.01
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
@@ -125,7 +129,9 @@ def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'flo
     implementation = _fastest() if parameterization == 'ntk' else 'reference'
   module, name = _CLASSES[implementation]
   extra = (parameterization, width) if implementation == 'reference' else ()
-  return _Checked(getattr(importlib.import_module(module), name)(architecture, dtype, threads, kind, *extra))
+  make = lambda dtype: getattr(importlib.import_module(module), name)(architecture, dtype, threads, kind, *extra)
+  pools = architecture.readout == 'global_average_pool' or any(stage.pool for stage in architecture.stages)
+  return _Checked(make(dtype), lambda: _Checked(make('float64')), pools and dtype == 'float32' and implementation != 'reference')
 
 
 def for_run(run: Mapping[str, Any], threads: int) -> Kernel:
@@ -195,10 +201,11 @@ class Library:
 
 
 class _Checked:
-  """Checks and casts what goes into an implementation, once for all of them."""
+  """Checks and casts what goes into an implementation, and has float64 for pairs of images that nearly coincide, once for all of them."""
 
-  def __init__(self, kernel: Kernel):
-    self._kernel = kernel
+  def __init__(self, kernel: Kernel, make_double: Callable[[], Kernel] | None = None, is_delicate: bool = False):
+    """`make_double`: the same kernel in float64; `is_delicate`: whether it is ever needed."""
+    self._kernel, self._make_double, self._is_delicate = kernel, make_double and functools.cache(make_double), is_delicate
     self.implementation, self.architecture, self.dtype = kernel.implementation, kernel.architecture, kernel.dtype
     self.instruction_set, self.device = getattr(kernel, 'instruction_set', ''), getattr(kernel, 'device', '')
 
@@ -206,10 +213,16 @@ class _Checked:
     return self._kernel.prepare(self._checked_images('x', x))
 
   def block(self, x1, x2):
-    return self._kernel.block(*self._images(x1, x2))
+    x1, x2 = self._images(x1, x2)
+    block = self._kernel.block(x1, x2)
+    near = self._near(x1, x2)
+    return self._mended(block, x1, x2, near) if near else block
 
   def block_vjp(self, x1, x2, cotangent):
     x1, x2 = self._images(x1, x2)
+    if self._near(x1, x2):
+      linearised = self.linearise(x1, x2)
+      return linearised.block, linearised.pull_back(cotangent(linearised.block) if callable(cotangent) else cotangent)
     checked = functools.partial(self._cotangent, (len(x1), len(x2)))
     return self._kernel.block_vjp(x1, x2, (lambda block: checked(cotangent(block))) if callable(cotangent) else checked(cotangent))
 
@@ -219,8 +232,37 @@ class _Checked:
       block, pull_back, nbytes = self._kernel.linearise(x1, x2)
     else:
       block, pull_back = self._kernel.block(x1, x2), lambda cotangent: self._kernel.block_vjp(x1, x2, cotangent)[1]
-      nbytes = (x2.images if isinstance(x2, Prepared) else x2).nbytes
+      nbytes = _pixels(x2).nbytes
+    near = self._near(x1, x2)
+    if near:
+      block, pull_back = self._mended(block, x1, x2, near), functools.partial(self._mended_gradient, pull_back, x1, x2, near)
     return Linearised(block, lambda cotangent: pull_back(self._cotangent(block.shape, cotangent)), nbytes)
+
+  def _near(self, x1, x2) -> list[tuple[int, int]]:
+    """Pairs that float32 is not enough for. Those of one image and itself are not among them: they are exact."""
+    if not self._is_delicate:
+      return []
+    a, b = (_pixels(x).reshape(len(x), -1) for x in (x1, x2))
+    squares = (np.einsum('np,np->n', a, a)[:, None] + np.einsum('np,np->n', b, b)) / 2
+    candidates = np.argwhere(squares - a @ b.T <= _NEAR * squares)
+    return [(i, j) for i, j in candidates if _nearly_coincide(a[i].astype(np.float64), b[j].astype(np.float64))]
+
+  def _mended(self, block, x1, x2, near):
+    """The block with its `near` entries by float64."""
+    block = np.array(block)
+    for i, j in near:
+      block[i, j] = block[j, i] if x1 is x2 and j < i else self._make_double().block(_pixels(x1)[i:i + 1], _pixels(x2)[j:j + 1])[0, 0]
+    return block
+
+  def _mended_gradient(self, pull_back, x1, x2, near, cotangent):
+    """The gradient, with what comes from `near` entries by float64."""
+    rest = np.array(cotangent)
+    for pair in near:
+      rest[pair] = 0
+    gradient = np.array(pull_back(rest))
+    for i, j in near:
+      gradient[i] += self._make_double().block_vjp(_pixels(x1)[i:i + 1], _pixels(x2)[j:j + 1], cotangent[i:i + 1, j:j + 1])[1][0]
+    return gradient
 
   def _cotangent(self, shape, value):
     value = np.asarray(value, self.dtype)
@@ -231,7 +273,7 @@ class _Checked:
   def _images(self, x1, x2):
     first = self._checked_images('x1', x1)
     images = [first, first if x2 is x1 else self._checked_images('x2', x2)]
-    shapes = [(x.images if isinstance(x, Prepared) else x).shape[1:] for x in images]
+    shapes = [_pixels(x).shape[1:] for x in images]
     if shapes[0] != shapes[1]:
       raise ValueError(f'x1 and x2: images must have the same [H, W, D], got {shapes[0]} and {shapes[1]}.')
     return images
@@ -248,3 +290,12 @@ class _Checked:
       raise ValueError(f'{name}: contains NaN or infinity in image {int(np.nonzero(~np.isfinite(x))[0][0])}.')
     self.architecture.check_image_size(*x.shape[1:3])
     return x
+
+
+def _pixels(x: Images) -> np.ndarray:
+  return x.images if isinstance(x, Prepared) else x
+
+
+def _nearly_coincide(a: np.ndarray, b: np.ndarray) -> bool:
+  """Of two images [P] in float64; not where they are the same. Each pair is judged alone: no tile may change what is done."""
+  return 0 < np.square(a - b).sum() <= _NEAR * (np.square(a).sum() + np.square(b).sum()) / 2

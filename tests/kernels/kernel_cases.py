@@ -85,6 +85,7 @@ def _flat(rng, shape, a, b):
 
 
 def _near(rng, shape, a, b):
-  """x2 = x1 + ε · noise, ε from 1e-4 to 1e-2."""
+  """x2 = x1 + ε · noise, ε from 1e-4 to 1e-1; float32 holds them exactly, as their differences are what counts."""
   x1, noise = _random(rng, shape, a, b)
-  return x1, x1 + np.geomspace(1e-4, 1e-2, b)[:, None, None, None] * noise
+  x2 = x1 + np.geomspace(1e-4, 1e-1, b)[:, None, None, None] * noise
+  return tuple(x.astype(np.float32).astype(np.float64) for x in (x1, x2))
