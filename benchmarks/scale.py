@@ -12,6 +12,7 @@ With --real, one and then two real workers, of one thread each, on the real CIFA
 
 import argparse
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -42,6 +43,8 @@ REPEATS = 30 # of a kernel's task, for its spread
 PAIRS = (10, 64)  # of such a task
 BUSY = 0.8  # of the simulated workers' cores, from which on they are the limit
 PROCESSES = 2  # of simulated workers
+
+_encode = tasks.encode  # the workers' own is replaced
 
 
 class Costs(NamedTuple):
@@ -80,7 +83,7 @@ class Row(NamedTuple):
 CASES = [Case(10, 5000, 1, 10, 250, 1, 0), Case(10, 5000, 8, 10, 125, 1, 0), Case(10, 5000, 32, 10, 50, 1, 0),
          Case(10, 50_000, 32, 10, 250, 1, 0), Case(10, 50_000, 128, 10, 125, 1, 0),
          Case(500, 5000, 1, 500, 250, 4, 0), Case(500, 5000, 8, 125, 125, 1, 0), Case(500, 5000, 32, 100, 50, 1, 0),
-         Case(500, 5000, 32, 100, 125, 10, 18), Case(500, 5000, 128, 25, 125, 10, 9),
+         Case(500, 5000, 32, 100, 125, 10, 18), Case(500, 5000, 32, 50, 125, 10, 9), Case(500, 5000, 128, 25, 125, 10, 9),
          Case(500, 50_000, 32, 100, 250, 20, 13), Case(500, 50_000, 128, 25, 250, 20, 14), Case(500, 50_000, 256, 25, 250, 10, 14)]
 
 
@@ -105,14 +108,30 @@ def measured_costs(microseconds: float) -> Costs:
   return Costs(forward.mean() * scale, derivatives.mean() * scale, pull_back.mean() * scale, list(derivatives / derivatives.mean()))
 
 
+class _Counting:
+  """A coordinator whose calls are counted."""
+
+  def __init__(self, coordinator: Any):
+    self._coordinator = coordinator
+    self.calls = self.bytes_up = self.bytes_down = 0
+
+  def __getattr__(self, method):
+    def call(*args):
+      value = getattr(self._coordinator, method)(*args)
+      self.calls += 1
+      self.bytes_up += sum(len(argument) for argument in args if isinstance(argument, bytes))
+      self.bytes_down += len(value) if isinstance(value, bytes) else len(value.get('inputs', b'')) if isinstance(value, dict) else 0
+      return value
+    return call
+
+
 class _Simulated(kernel_worker.KernelWorker):
-  """A worker whose kernel sleeps."""
+  """A worker whose kernel sleeps; its pieces are encoded already."""
 
   def __init__(self, coordinator: Any, name: str, costs: Costs, seed: int):
     super().__init__(coordinator, name, 1, '', threading.Event())
     self._costs, self._random = costs, np.random.default_rng(seed)
     self._kernel = self  # to `prepare` images
-    self.calls = self.bytes_up = self.bytes_down = 0
 
   def prepare(self, images: np.ndarray) -> np.ndarray:
     return images
@@ -125,38 +144,23 @@ class _Simulated(kernel_worker.KernelWorker):
     rate = 1 / (self._costs.derivatives + self._costs.pull_back)
     return json.dumps({'fingerprint': {'implementation': 'simulated'}, 'pairs_per_second': rate})
 
-  def _fetch(self, task, name, rows):
-    value = super()._fetch(task, name, rows)
-    self.calls += 1
-    self.bytes_down += value.nbytes
-    return value
+  def _target_images(self, task, start, stop):
+    return None
 
-  def _work(self, task, lease, inputs):
-    self._turn_to(task)
-    try:
-      self._support(task, task.support_range)
-      if task.phase in tasks.SUPPORT_PHASES:
-        for columns in self._tiles(task) if self._two_halves else [task.target_range]:
-          self._support(task, columns)
-      if task.phase == tasks.TARGETS:
-        self._cached('alpha', lambda: self._fetch(task, 'alpha', task.support_range))
-    except tasks.Stale:
-      return None
+  def _compute(self, task, inputs):
+    (self._begun.get(task) or self._ahead.submit(self._begin, task)).result()
+    if task.phase in tasks.SUPPORT_PHASES:
+      for columns in self._tiles(task) if self._two_halves else [task.target_range]:
+        self._support(task, columns)
     time.sleep(self._seconds(task))
-    parts, checksum = _piece(task.phase, task.support_range, task.target_range if task.phase in tasks.SUPPORT_PHASES else
-                             (0, task.target_range[1] - task.target_range[0]), self._num_support)
-    for i, part in enumerate(parts):
-      answer = self._coordinator.complete(self._name, list(task), lease, i, len(parts), part, checksum)
-    self.calls += len(parts) + (answer is None)  # then it asks by `lease`
-    self.bytes_up += sum(map(len, parts))
-    self.bytes_down += sum(value.nbytes for value in inputs.values())
-    return answer
+    return _piece(task.phase, task.support_range, task.target_range if task.phase in tasks.SUPPORT_PHASES else
+                  (0, task.target_range[1] - task.target_range[0]), self._num_support)
 
   def _seconds(self, task: tasks.Task) -> float:
     costs, pairs = self._costs, task.pairs
-    kept = self._kept.pop(self._ranges(task), None)
+    kept = self._kept.pop(self._key(task), None)
     if task.phase in (tasks.TARGET_BLOCKS, tasks.SUPPORT_BLOCKS) and self._two_halves:
-      self._kept[self._ranges(task)] = True
+      self._kept[self._key(task)] = True
       a_pair = costs.derivatives
     elif task.phase == tasks.SUPPORT_BLOCKS:
       a_pair = costs.forward
@@ -167,18 +171,18 @@ class _Simulated(kernel_worker.KernelWorker):
 
 
 @functools.lru_cache(maxsize=None)
-def _piece(phase: str, support: tasks.Range, targets: tasks.Range, num_support: int) -> tuple[list[bytes], int]:
+def _piece(phase: str, support: tasks.Range, targets: tasks.Range, num_support: int) -> tuple[list[bytes], bytes]:
   """A piece of the right size, encoded."""
   rows, columns = support[1] - support[0], targets[1] - targets[0]
   gradient = np.zeros((rows, *IMAGE), np.float32)
   if phase == tasks.SUPPORT_BLOCKS:
-    return tasks.encode({'block': np.eye(num_support, dtype=np.float32)[slice(*support), slice(*targets)]})
+    return _encode({'block': np.eye(num_support, dtype=np.float32)[slice(*support), slice(*targets)]})
   if phase == tasks.TARGET_BLOCKS:
-    return tasks.encode({'block': np.zeros((rows, columns), np.float32)})
+    return _encode({'block': np.zeros((rows, columns), np.float32)})
   if phase == tasks.TARGETS:
     alpha_bar = np.zeros((num_support, CLASSES))
-    return tasks.encode({'loss': np.float64(0), 'correct': np.int64(0), 'alpha_bar': alpha_bar, 'gradient': gradient})
-  return tasks.encode({'gradient': gradient})
+    return _encode({'loss': np.float64(0), 'correct': np.int64(0), 'alpha_bar': alpha_bar, 'gradient': gradient})
+  return _encode({'gradient': gradient})
 
 
 def _serve(workdir: str, cache: str, port: int, seconds: float, out: Any) -> None:
@@ -209,15 +213,17 @@ def _simulate(port: int, names: list[str], cores: set[int], costs: Costs, over: 
   os.sched_setaffinity(0, cores)
   import courier
   stop = threading.Event()
+  tasks.encode = lambda piece: piece
 
   def client():
-    return Retrying(courier.Client(f'localhost:{port}', call_timeout=60, wait_for_ready=False), 60, stop,
-                    lambda error: type(error).__name__ == 'StatusNotOk')
-  workers = [_Simulated(client(), name, costs, seed) for seed, name in enumerate(names, int(names[0][1:]))]
+    return _Counting(Retrying(courier.Client(f'localhost:{port}', call_timeout=60, wait_for_ready=False), 60, stop,
+                              lambda error: type(error).__name__ == 'StatusNotOk'))
+  clients = [client() for _ in names]
+  workers = [_Simulated(client, name, costs, seed) for client, seed, name in zip(clients, itertools.count(int(names[0][1:])), names)]
   for worker in workers:
     threading.Thread(target=worker.run, daemon=True).start()
   over.wait()
-  out.put((time.process_time(), *(sum(getattr(worker, name) for worker in workers) for name in ('calls', 'bytes_up', 'bytes_down'))))
+  out.put((time.process_time(), *(sum(getattr(client, name) for client in clients) for name in ('calls', 'bytes_up', 'bytes_down'))))
   out.close()
   out.join_thread()
   os._exit(0)  # threads are still asking

@@ -152,16 +152,18 @@ class Coordinator:
     """Part of a file of the prepared data; see `store.fetch`."""
     return store.read_chunk(self._prepared.key, self._cache, folder, file, offset)
 
-  def lease(self, worker: str, hello: str) -> dict[str, Any] | None:
-    """Work, within a few seconds.
+  def lease(self, worker: str, hello: str, holding: list[int]) -> dict[str, Any] | None:
+    """Work: within a few seconds, or at once for who has some.
 
     Args:
       worker: its name.
       hello: JSON with the worker's `fingerprint` {name: value} and measured `pairs_per_second`.
+      holding: the leases that it has not handed in yet.
 
     Returns:
-      None (ask again), `{'stop': reason}`, or `{'task': tuple(Task), 'lease': id, 'inputs': {name: array}}`, with what no other task needs:
-      for SUPPORT_VJP its part of the `cotangent` of K_ss, for TARGET_VJP its rows of `alpha` [S, C] and of the `residual` [T, C].
+      None (ask again), `{'stop': reason}`, or `{'task': tuple(Task), 'lease': id, 'more': whether to ask for another ahead,
+      'inputs': bytes}`, packed, with what no other task needs: for SUPPORT_VJP its part of the `cotangent` of K_ss, for TARGET_VJP its
+      rows of `alpha` [S, C] and of the `residual` [T, C].
     """
     if self._hellos.get(worker) != hello:
       refusal = self._greet(worker, json.loads(hello))
@@ -172,18 +174,20 @@ class Coordinator:
     if self._over:
       self._released.add(worker)
       return {'stop': 'the run is over.'}
-    return self._lease(worker, _LONG_POLL)
+    return self._lease(worker, 0.0 if holding else _LONG_POLL, holding)
 
-  def fetch(self, generation: int, step: int, name: str, start: int, stop: int) -> np.ndarray | None:
-    """Rows of what the step's tasks share: `images` [S, H, W, D] in the kernel's dtype, `alpha` [S, C]. None if the step is over."""
+  def fetch(self, generation: int, step: int, name: str, start: int, stop: int) -> bytes | None:
+    """Packed rows of what the step's tasks share: `images` [S, H, W, D] in the kernel's dtype, `alpha` [S, C]. None if the step is over."""
     with self._lock:
-      return self._inputs[name][start:stop] if (generation, step) == (self._generation, self._step) else None
+      rows = self._inputs[name][start:stop] if (generation, step) == (self._generation, self._step) else None
+    return rows if rows is None else tasks.pack({name: rows})
 
-  def complete(self, worker: str, task: list[Any], lease: int, part: int, parts: int, data: bytes, checksum: int) -> dict[str, Any] | None:
+  def complete(self, worker: str, task: list[Any], lease: int, part: int, parts: int, data: bytes, checksum: bytes,
+               holding: list[int]) -> dict[str, Any] | None:
     """Takes part `part` of `parts` of a piece (`tasks.encode`), each with the whole piece's checksum. Idempotent.
 
     Returns:
-      The worker's next task, as `lease` does, if this part was the last and there is one; else None.
+      More work, as `lease` does for who is then `holding` these, if this part was the last and there is some; else None.
     """
     task = _task(task)
     self._clients[worker] = time.monotonic()
@@ -202,7 +206,7 @@ class Coordinator:
       self._board.fail(task, lease, f'{bad[0]} contains NaN or infinity')
       return None
     self._board.complete(task, lease, worker, piece)
-    return self._lease(worker, 0.0) if worker in self._hellos and not self._over else None
+    return self._lease(worker, 0.0, holding) if worker in self._hellos and not self._over else None
 
   def fail(self, worker: str, task: list[Any], lease: int, message: str) -> None:
     """Takes note of an error in a worker."""
@@ -516,9 +520,9 @@ class Coordinator:
     with self._lock:
       self._inputs[name] = value
 
-  def _lease(self, worker: str, wait: float) -> dict[str, Any] | None:
+  def _lease(self, worker: str, wait: float, holding: list[int]) -> dict[str, Any] | None:
     """Work within `wait` seconds, as the RPC gives it out."""
-    lease = self._board.lease(worker, wait, self._rates[worker])
+    lease = self._board.lease(worker, wait, self._rates[worker], holding)
     if lease is None:
       return None
     task, inputs = lease.task, {}
@@ -530,7 +534,7 @@ class Coordinator:
         inputs = {'cotangent': self._inputs['cotangent'][rows, columns]}
       elif task.phase == tasks.TARGET_VJP:
         inputs = {'alpha': self._inputs['alpha'][rows], 'residual': self._inputs['residual'][columns]}
-    return {'task': tuple(task), 'lease': lease.id, 'inputs': inputs}
+    return {'task': tuple(task), 'lease': lease.id, 'more': self._board.has_ahead(worker), 'inputs': tasks.pack(inputs)}
 
   def _greet(self, worker: str, hello: dict[str, Any]) -> str | None:
     """Checks who asks; a reason to refuse, or None."""

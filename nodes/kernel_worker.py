@@ -24,7 +24,11 @@ _CALIBRATION_SECONDS = 80.0  # by the rate so far, which a single pair makes loo
 
 
 class KernelWorker:
-  """One worker. Holds nothing between tasks that it could not fetch again."""
+  """One worker. Holds nothing between tasks that it could not fetch again.
+
+  While the kernel computes a task, two threads of its own hand in the one before, ask for the one after, and fetch and make what that
+  begins with.
+  """
 
   def __init__(self, coordinator: Any, name: str, threads: int, cache: str, stop: threading.Event):
     """
@@ -36,10 +40,11 @@ class KernelWorker:
       stop: set when the process is to stop.
     """
     self._coordinator, self._name, self._threads, self._cache, self._stop_event = coordinator, name, threads, cache, stop
-    self._ahead = futures.ThreadPoolExecutor(1)
-    self._inputs: dict[Any, Any] = {}
-    self._inputs_of = None  # (generation, step)
-    self._kept: dict[Any, list[ntk.Linearised | None]] = {}  # of the same step's first halves, tile by tile
+    self._talk, self._ahead = futures.ThreadPoolExecutor(1), futures.ThreadPoolExecutor(1)
+    self._begun: dict[tasks.Task, futures.Future] = {}  # what the next task begins with
+    self._lock = threading.RLock()  # of the inputs
+    self._inputs: dict[Any, Any] = {}  # (generation, step, name) -> value
+    self._kept: dict[Any, list[ntk.Linearised | None]] = {}  # (generation, step, ranges) -> of a first half, tile by tile
 
   def run(self) -> None:
     """Works until told to stop. Raises CoordinatorLost where the run's coordinator is not there any more."""
@@ -51,16 +56,30 @@ class KernelWorker:
       except Exception as error:  # whatever it is: the user must hear of it where the run is followed
         self._coordinator.broken(self._name, f'{type(error).__name__}: {error}')
         raise
-      answer = None
-      while not self._stop_event.is_set():
-        answer = answer or self._coordinator.lease(self._name, hello)
-        if answer and 'stop' in answer:
-          logging.info('%s ends: %s', self._name, answer['stop'])
-          return
-        if answer:
-          answer = self._work(tasks.Task(*answer['task']), answer['lease'], answer['inputs'])
+      self._take_part(hello)
     except Stopping:
       return
+    finally:
+      for thread in (self._talk, self._ahead):
+        thread.shutdown()
+
+  def _take_part(self, hello: str) -> None:
+    """Computes task after task. Where there is enough to do, the next one is at hand when one is done."""
+    answer = following = None  # the task in hand, and the future of the one after it
+    while not self._stop_event.is_set():
+      answer = answer or self._coordinator.lease(self._name, hello, [])
+      if answer is None:
+        continue
+      if 'stop' in answer:
+        logging.info('%s ends: %s', self._name, answer['stop'])
+        return
+      if following is None and answer['more']:
+        following = self._talk.submit(self._ask_ahead, hello, answer)
+      piece = self._work(tasks.Task(*answer['task']), answer['lease'], tasks.unpack(answer['inputs']))
+      done, answer = answer, following and following.result()
+      following = self._talk.submit(self._hand_in, done, piece, answer)
+      if answer is None:
+        answer, following = following.result(), None
 
   def _prepare(self) -> str:
     """Data and kernel; gives what `Coordinator.lease` wants to know."""
@@ -74,52 +93,84 @@ class KernelWorker:
     self._train = ntk.Library(self._kernel, self._prepared.train_images)
     return json.dumps({'fingerprint': self._fingerprint(), 'pairs_per_second': self._calibrate()})
 
-  def _work(self, task: tasks.Task, lease: int, inputs: dict[str, np.ndarray]) -> dict[str, Any] | None:
-    """Computes a task's piece and hands it back; gives the coordinator's answer, which may be the next task."""
-    answer = None
+  def _ask_ahead(self, hello: str, in_hand: dict[str, Any]) -> dict[str, Any] | None:
+    """The coordinator's answer, which may be the task after the one in hand."""
+    return self._look_ahead(self._coordinator.lease(self._name, hello, [in_hand['lease']]))
+
+  def _hand_in(self, done: dict[str, Any], piece: dict[str, np.ndarray] | None, in_hand: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Hands in the piece of a task, if there is one; gives the coordinator's answer, which may be the task after the one in hand."""
+    answer, holding = None, [in_hand['lease']] if in_hand and 'lease' in in_hand else []
+    if piece is not None:
+      parts, checksum = tasks.encode(piece)
+      for i, part in enumerate(parts):
+        answer = self._coordinator.complete(self._name, list(done['task']), done['lease'], i, len(parts), part, checksum, holding)
+    return self._look_ahead(answer)
+
+  def _look_ahead(self, answer: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Begins with what the task of an answer begins with."""
+    if answer and 'task' in answer:
+      task = tasks.Task(*answer['task'])
+      self._begun[task] = self._ahead.submit(self._begin, task)
+    return answer
+
+  def _begin(self, task: tasks.Task) -> 'ntk.Images | None':
+    """Fetches what a task needs; gives the target images of its first tile."""
+    self._forget_others(task)
+    self._support(task, task.support_range)
+    if task.phase == tasks.TARGETS:
+      self._alpha(task)
+    return self._target_images(task, *self._tiles(task)[0]) if task.phase in (tasks.TARGETS, tasks.TARGET_BLOCKS) else None
+
+  def _work(self, task: tasks.Task, lease: int, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """A task's piece; None where it is not wanted any more, or could not be computed, and the coordinator knows."""
     if task.run_id != self._run_id:
       raise CoordinatorLost('another run answers in its place.', was_there=True)
     try:
-      parts, checksum = tasks.encode(self._compute(task, inputs))
-      for i, part in enumerate(parts):
-        answer = self._coordinator.complete(self._name, list(task), lease, i, len(parts), part, checksum)
+      return self._compute(task, inputs)
     except tasks.Stale:
-      pass
+      return None
     except (CoordinatorLost, Stopping):
       raise
     except Exception as error:  # whatever it is: the coordinator tries the task elsewhere, then stops the run with this message
       logging.exception('%s failed at %s', self._name, task)
       self._coordinator.fail(self._name, list(task), lease, f'{type(error).__name__}: {error}')
-    return answer
+      return None
+    finally:
+      self._begun.pop(task, None)
 
   def _compute(self, task: tasks.Task, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The piece of a task: `block`, `gradient`, `factor`, or all a group of targets contributes."""
-    self._turn_to(task)
+    first = (self._begun.get(task) or self._ahead.submit(self._begin, task)).result()
     support = self._support(task, task.support_range)
     if task.phase == tasks.TARGETS:
-      return self._targets(task, support)
+      return self._targets(task, support, first)
     if task.phase == tasks.LABEL_SOLVE:
       return {'factor': self._factor(task.target_range, support)}
     if self._two_halves:
       if task.phase in (tasks.SUPPORT_BLOCKS, tasks.TARGET_BLOCKS):
-        return {'block': self._first_half(task, support)}
+        return {'block': self._first_half(task, support, first)}
       return {'gradient': self._second_half(task, support, inputs)}
     other = support if task.target_range == task.support_range else self._support(task, task.target_range)
     if task.phase == tasks.SUPPORT_BLOCKS:
       return {'block': self._kernel.block(support, other)}
     return {'gradient': self._kernel.block_vjp(support, other, inputs['cotangent'])[1]}
 
-  def _turn_to(self, task: tasks.Task) -> None:
-    """Forgets what belongs to other steps."""
-    if self._inputs_of != (task.generation, task.step):
-      self._inputs, self._kept, self._inputs_of = {}, {}, (task.generation, task.step)
+  def _forget_others(self, task: tasks.Task) -> None:
+    """Drops what belongs to other steps."""
+    with self._lock:
+      for values in (self._inputs, self._kept):
+        for key in [key for key in list(values) if key[:2] != (task.generation, task.step)]:
+          del values[key]
 
   def _support(self, task: tasks.Task, images: tasks.Range) -> ntk.Prepared:
     """Support images, in the form that spares their variances being computed for every block. Where tasks are about parts of the support,
     this worker fetches no others."""
     if self._two_halves:
-      return self._cached(('images', images), lambda: self._kernel.prepare(self._fetch(task, 'images', images)))
-    return self._cached('images', lambda: self._kernel.prepare(self._fetch(task, 'images', (0, self._num_support))))[slice(*images)]
+      return self._cached(task, ('images', images), lambda: self._kernel.prepare(self._fetch(task, 'images', images)))
+    return self._cached(task, 'images', lambda: self._kernel.prepare(self._fetch(task, 'images', (0, self._num_support))))[slice(*images)]
+
+  def _alpha(self, task: tasks.Task) -> np.ndarray:
+    return self._cached(task, 'alpha', lambda: self._fetch(task, 'alpha', task.support_range))
 
   def _tiles(self, task: tasks.Task) -> list[tasks.Range]:
     """Of a task's target range: they are summed in this order."""
@@ -127,28 +178,25 @@ class KernelWorker:
     return [(first + start, first + stop) for start, stop in tasks.ranges(last - first, self._run['plan']['target_tile'])]
 
   def _target_images(self, task: tasks.Task, start: int, stop: int) -> 'ntk.Images':
-    batch = self._batch(task.step)
+    batch = self._batch(task)
     if self._augment:
       return augment.target_images(self._run, self._prepared, task.step, batch, start, stop, self._threads)
     return self._train[batch[start:stop]]
 
-  def _target_tiles(self, task: tasks.Task):
+  def _target_tiles(self, task: tasks.Task, first: 'ntk.Images'):
     """Yields (start, stop, images) of each tile; while it is used, the images of the next are made: a GPU need not wait for them."""
-    make = lambda tile: self._ahead.submit(self._target_images, task, *tile)
-    tiles = self._tiles(task)
-    coming = make(tiles[0])
+    tiles, images = self._tiles(task), first
     for tile, following in zip(tiles, [*tiles[1:], None]):
-      images = coming.result()
-      coming = following and make(following)
+      coming = following and self._ahead.submit(self._target_images, task, *following)
       yield *tile, images
+      images = coming and coming.result()
 
-  def _targets(self, task: tasks.Task, support: ntk.Prepared) -> dict[str, np.ndarray]:
+  def _targets(self, task: tasks.Task, support: ntk.Prepared, first: 'ntk.Images') -> dict[str, np.ndarray]:
     """Rows of K_ts, their residual and their cotangent in one pass, tile by tile, summed in order in float64."""
-    alpha = self._cached('alpha', lambda: self._fetch(task, 'alpha', task.support_range))
-    batch = self._batch(task.step)
+    alpha, batch = self._alpha(task), self._batch(task)
     loss, correct, alpha_bar = 0.0, 0, np.zeros_like(alpha)
     gradient = np.zeros(support.images.shape, np.float64)
-    for start, stop, x_t in self._target_tiles(task):
+    for start, stop, x_t in self._target_tiles(task, first):
       y_t = sampling.centred_one_hot(self._prepared.train_labels[batch[start:stop]], self._prepared.num_classes)
       residual = None
 
@@ -163,35 +211,39 @@ class KernelWorker:
       alpha_bar += residual.alpha_bar
     return {'loss': np.float64(loss), 'correct': np.int64(correct), 'alpha_bar': alpha_bar, 'gradient': gradient.astype(self._kernel.dtype)}
 
-  def _first_half(self, task: tasks.Task, support: ntk.Prepared) -> np.ndarray:
+  def _first_half(self, task: tasks.Task, support: ntk.Prepared, first: 'ntk.Images | None') -> np.ndarray:
     """The block of a task; what its derivatives need is kept for the second half, as far as there is room."""
     blocks, kept = [], []
-    free = tasks.KEPT_BYTES - sum(tile.nbytes for tiles in self._kept.values() for tile in tiles if tile)
-    for columns in self._tiles(task):
-      tile = self._linearise(task, support, columns)
+    free = tasks.KEPT_BYTES - sum(tile.nbytes for tiles in list(self._kept.values()) for tile in tiles if tile)
+    of_support = task.phase == tasks.SUPPORT_BLOCKS
+    for *_, images in self._support_tiles(task) if of_support else self._target_tiles(task, first):
+      tile = self._kernel.linearise(support, images)
       blocks.append(tile.block)
       kept.append(tile if tile.nbytes <= free else None)
       free -= tile.nbytes if kept[-1] else 0
-    self._kept[self._ranges(task)] = kept
+    self._kept[self._key(task)] = kept
     return np.concatenate(blocks, axis=1)
+
+  def _support_tiles(self, task: tasks.Task):
+    """Yields (start, stop, images) of each tile of a task whose target range is of the support set."""
+    return ((*columns, self._support(task, columns)) for columns in self._tiles(task))
 
   def _second_half(self, task: tasks.Task, support: ntk.Prepared, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """The gradient by the task's support images, tile by tile, summed in order in float64."""
     gradient, first = np.zeros(support.images.shape, np.float64), task.target_range[0]
     tiles = self._tiles(task)
-    for (start, stop), tile in zip(tiles, self._kept.pop(self._ranges(task), None) or [None] * len(tiles)):
-      tile = tile or self._linearise(task, support, (start, stop))
+    of_support = task.phase == tasks.SUPPORT_VJP
+    for (start, stop), tile in zip(tiles, self._kept.pop(self._key(task), None) or [None] * len(tiles)):
+      tile = tile or self._kernel.linearise(support, (self._support(task, (start, stop)) if of_support else
+                                                      self._target_images(task, start, stop)))
       part = slice(start - first, stop - first)
-      gradient += tile.pull_back(inputs['cotangent'][:, part] if task.phase == tasks.SUPPORT_VJP else
+      gradient += tile.pull_back(inputs['cotangent'][:, part] if of_support else
                                  krr.cotangent(inputs['alpha'], inputs['residual'][part]))
     return gradient.astype(self._kernel.dtype)
 
-  def _linearise(self, task: tasks.Task, support: ntk.Prepared, columns: tasks.Range) -> ntk.Linearised:
-    of_support = task.phase in tasks.SUPPORT_PHASES
-    return self._kernel.linearise(support, self._support(task, columns) if of_support else self._target_images(task, *columns))
-
-  def _ranges(self, task: tasks.Task) -> tuple[bool, tasks.Range, tasks.Range]:
-    return task.phase in tasks.SUPPORT_PHASES, task.target_range, task.support_range
+  def _key(self, task: tasks.Task) -> tuple:
+    """Of both halves of a task."""
+    return task.generation, task.step, task.phase in tasks.SUPPORT_PHASES, task.target_range, task.support_range
 
   def _factor(self, target_range: tasks.Range, images: ntk.Prepared) -> np.ndarray:
     """R of the rows of [K_ts, y_t] of training images, never augmented."""
@@ -201,21 +253,24 @@ class KernelWorker:
     y_t = sampling.centred_one_hot(self._prepared.train_labels[first:last], self._prepared.num_classes)
     return label_solve.factor(np.concatenate(blocks, axis=1), y_t)
 
-  def _batch(self, step: int) -> np.ndarray:
-    return self._cached(('batch', step), lambda: sampling.targets(
-        self._run['seed'], step, self._prepared.train_labels, self._run['targets_per_step']))
+  def _batch(self, task: tasks.Task) -> np.ndarray:
+    return self._cached(task, 'batch', lambda: sampling.targets(
+        self._run['seed'], task.step, self._prepared.train_labels, self._run['targets_per_step']))
 
   def _fetch(self, task: tasks.Task, name: str, rows: tasks.Range) -> np.ndarray:
     """Rows of what the coordinator publishes for a step. Raises Stale where the step is over."""
-    value = self._coordinator.fetch(task.generation, task.step, name, *rows)
-    if value is None:
+    data = self._coordinator.fetch(task.generation, task.step, name, *rows)
+    if data is None:
       raise tasks.Stale()
-    return value
+    return tasks.unpack(data)[name]
 
-  def _cached(self, name: Any, make: Callable[[], Any]) -> Any:
-    if name not in self._inputs:
-      self._inputs[name] = make()
-    return self._inputs[name]
+  def _cached(self, task: tasks.Task, name: Any, make: Callable[[], Any]) -> Any:
+    """What tasks of its step share."""
+    key = (task.generation, task.step, name)
+    with self._lock:
+      if key not in self._inputs:
+        self._inputs[key] = make()
+      return self._inputs[key]
 
   def _fingerprint(self) -> dict[str, str]:
     """All that can change the bits of a result, apart from the run's configuration."""

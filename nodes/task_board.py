@@ -5,7 +5,7 @@ import math
 import statistics
 import threading
 import time
-from typing import Callable, NamedTuple
+from typing import Callable, Container, NamedTuple
 
 import numpy as np
 
@@ -46,9 +46,11 @@ class WorkerCounts(NamedTuple):
 class TaskBoard:
   """`post` tasks, `extend` them, let workers `lease` and `complete`, `take` the pieces in plan order.
 
-  A worker has one task at a time: who asks for another holds none any more. A lease that is lost so, or passes its deadline, is given out
-  again; when nothing else is left, so is a task that takes unusually long. The first answer counts and later ones change nothing. A task
-  whose computation raises is tried MAX_ERRORS times in all; lost leases are counted apart.
+  A worker says what it holds when it asks for more: a task of which it says nothing is lost. So is one that passes its deadline; such
+  tasks are given out again, and when nothing else is left, so is a task that takes unusually long. The first answer counts and later ones
+  change nothing. A task whose computation raises is tried MAX_ERRORS times in all; lost leases are counted apart.
+
+  Who holds a task already may have another ahead, as long as there is one left for each of the others.
 
   A step in two halves: the second half of a task goes to who did the first, and is cheap there; to others when that one is slow or gone.
   """
@@ -64,7 +66,7 @@ class TaskBoard:
     self._pending: dict[str | None, dict[Task, None]] = {}  # by owner, in plan order
     self._owners: dict[tuple[bool, Range, Range], str] = {}  # who did the first half of a task on these ranges
     self._leases: dict[int, Lease] = {}
-    self._held: dict[str, Lease] = {}  # by worker
+    self._held: dict[str, dict[int, Lease]] = {}  # by worker, the one in work first
     self._late: dict[int, Lease] = {}  # lost, but an answer may come yet
     self._errors: collections.Counter[Task] = collections.Counter()
     self._lost: collections.Counter[Task] = collections.Counter()
@@ -95,13 +97,14 @@ class TaskBoard:
         self._put(task, first)
       self._work.notify_all()
 
-  def lease(self, worker: str, wait: float, pairs_per_second: float = 0.0) -> Lease | None:
-    """A task for `worker`, or None if there is none within `wait` seconds. `pairs_per_second` is its speed, where known."""
+  def lease(self, worker: str, wait: float, pairs_per_second: float = 0.0, holding: Container[int] = ()) -> Lease | None:
+    """A task for `worker`, which is `holding` these leases, or None if there is none within `wait` seconds. `pairs_per_second` is its
+    speed, where known."""
     end = self._clock() + wait
     with self._work:
       self._workers.setdefault(worker, WorkerCounts())
-      if worker in self._held:
-        self._take_back(self._held[worker], 'lost_leases')
+      for lease in [lease for lease in reversed(self._held.get(worker, {}).values()) if lease.id not in holding]:
+        self._take_back(lease, 'lost_leases')
       while True:
         now = self._last_sign = self._heard[worker] = self._clock()
         if now >= self._oldest() + self._lease_seconds:
@@ -112,11 +115,16 @@ class TaskBoard:
           usual = self._usual.get(task.phase) or (task.pairs / pairs_per_second if pairs_per_second else 0.0)
           lease = Lease(self._next_lease, task, worker, now, now + max(self._lease_seconds, _DEADLINE_FACTOR * usual))
           self._next_lease += 1
-          self._leases[lease.id] = self._held[worker] = lease
+          self._leases[lease.id] = self._held.setdefault(worker, {})[lease.id] = lease
           return lease
         if now >= end:
           return None
         self._work.wait(max(0.001, min(end, self._next_change(now, end)) - now))
+
+  def has_ahead(self, worker: str) -> bool:
+    """Whether `worker`, which holds a task, may have another now."""
+    with self._work:
+      return bool(self._pending.get(worker)) or self._has_enough(worker)
 
   def complete(self, task: Task, lease_id: int, worker: str, piece: Piece) -> bool:
     """Takes a piece. False where it was of no use: another answer came first, or the phase is over."""
@@ -136,6 +144,7 @@ class TaskBoard:
         durations = self._durations[task.phase]
         durations.append(seconds)
         self._usual[task.phase] = statistics.median(durations)
+        self._turn_to_next(lease.worker, now)
       counts = self._workers.get(worker, WorkerCounts())
       self._workers[worker] = WorkerCounts(counts.tasks + 1, counts.pairs + task.pairs, counts.seconds + seconds)
       if task == self._awaited:
@@ -193,10 +202,12 @@ class TaskBoard:
               **{name: self._totals[name] for name in ('lost_leases', 'expired_leases', 'second_leases', 'duplicate_answers')}}
 
   def _next(self, worker: str, now: float) -> Task | None:
-    """What to give out: the worker's own; else what nobody has, or will have soon; else the task that has been in work unusually long, if
-    nobody else tries it too."""
-    task = self._pop(worker) or self._pop(None)
-    if task is not None:
+    """What to give out: the worker's own; else what is nobody's; else what nobody will have soon; else the task that has been in work
+    unusually long, if nobody else tries it too."""
+    task = self._pop(worker)
+    if task is None and self._has_enough(worker):
+      task = self._pop(None)
+    if task is not None or worker in self._held:
       return task
     for owner in [owner for owner, waiting in self._pending.items() if waiting and now >= self._away_at(owner)]:
       task = self._pop(owner)
@@ -207,6 +218,11 @@ class TaskBoard:
       return None
     self._totals['second_leases'] += 1
     return min(slow, key=lambda lease: lease.start).task
+
+  def _has_enough(self, worker: str) -> bool:
+    """Whether `worker` may have what is nobody's: ahead only if that is left for others too, and no sooner done by them."""
+    waiting, held = self._pending.get(None, {}), self._held.get(worker)
+    return not held or (len(waiting) >= len(self._held) and next(iter(held.values())).task.pairs <= next(iter(waiting)).pairs)
 
   def _put(self, task: Task, first: bool = False) -> None:
     """Makes a task pending."""
@@ -228,7 +244,8 @@ class TaskBoard:
 
   def _away_at(self, owner: str) -> float:
     """When a worker is no longer expected to ask for its next task soon."""
-    return self._slow_at(self._held[owner]) if owner in self._held else self._heard[owner] + _AWAY_SECONDS
+    held = self._held.get(owner)
+    return self._slow_at(next(iter(held.values()))) if held else self._heard[owner] + _AWAY_SECONDS
 
   def _open(self) -> list[Lease]:
     """Leases of tasks that are not done and in one worker's hands only."""
@@ -252,9 +269,18 @@ class TaskBoard:
 
   def _release(self, lease_id: int) -> Lease | None:
     lease = self._leases.pop(lease_id, None)
-    if lease is not None and self._held.get(lease.worker) is lease:
-      del self._held[lease.worker]
+    if lease is not None:
+      held = self._held[lease.worker]
+      del held[lease_id]
+      if not held:
+        del self._held[lease.worker]
     return lease
+
+  def _turn_to_next(self, worker: str, now: float) -> None:
+    """The task that the worker had ahead is in work from now on."""
+    for lease in list(self._held.get(worker, {}).values())[:1]:
+      del self._leases[lease.id]  # to the end, as they stand in order of `start`
+      self._leases[lease.id] = self._held[worker][lease.id] = lease._replace(start=now, deadline=now + lease.deadline - lease.start)
 
   def _take_back(self, lease: Lease, why: str) -> None:
     self._late[lease.id] = self._release(lease.id)

@@ -47,8 +47,8 @@ def test_a_worker_that_would_compute_other_bits_is_refused(make_run, tmp_path, m
   monkeypatch.setattr(coordinator_node, '_LONG_POLL', 0.0)
   for allow in (False, True):
     coordinator = _coordinator(make_run(tmp_path / str(allow), {**FC1, 'system.allow_mixed': allow}))
-    assert coordinator.lease('first', _hello()) is None
-    answer = coordinator.lease('second', _hello(device='B'))
+    assert coordinator.lease('first', _hello(), []) is None
+    answer = coordinator.lease('second', _hello(device='B'), [])
     assert answer is None if allow else 'device: B instead of A' in answer['stop'] and 'system.allow_mixed' in answer['stop']
 
 
@@ -58,16 +58,16 @@ def test_answers_from_another_life_or_step_are_dropped(make_run, tmp_path, monke
   coordinator._step = 4
   task = tasks.Task(coordinator._run_id, coordinator._generation, 4, tasks.TARGETS, 0, (0, 5), (0, 6))
   coordinator._board.post([task])
-  lease = coordinator.lease('w', _hello())
+  lease = coordinator.lease('w', _hello(), [])
   assert tasks.Task(*lease['task']) == task
   parts, digest = tasks.encode({'x': np.ones(3)})
   for stale in (task._replace(step=3), task._replace(generation=task.generation + 1), task._replace(run_id='other')):
-    coordinator.complete('w', list(stale), lease['lease'], 0, 1, parts[0], digest)
+    coordinator.complete('w', list(stale), lease['lease'], 0, 1, parts[0], digest, [])
     assert coordinator._board.take(task, 0) is None
   coordinator._inputs = {'alpha': np.ones(2)}
   assert coordinator.fetch(coordinator._generation, 3, 'alpha', 0, 2) is None
-  assert coordinator.fetch(coordinator._generation, 4, 'alpha', 0, 2).tolist() == [1, 1]
-  coordinator.complete('w', list(task), lease['lease'], 0, 1, parts[0], digest)
+  assert tasks.unpack(coordinator.fetch(coordinator._generation, 4, 'alpha', 0, 2))['alpha'].tolist() == [1, 1]
+  coordinator.complete('w', list(task), lease['lease'], 0, 1, parts[0], digest, [])
   assert coordinator._board.take(task, 0)['x'].tolist() == [1, 1, 1]
 
 
@@ -78,12 +78,12 @@ def test_parts_may_arrive_twice_and_in_any_order(make_run, tmp_path, monkeypatch
   coordinator._step = 0
   task = tasks.Task(coordinator._run_id, coordinator._generation, 0, tasks.TARGETS, 0, (0, 5), (0, 6))
   coordinator._board.post([task])
-  lease = coordinator.lease('w', _hello())['lease']
+  lease = coordinator.lease('w', _hello(), [])['lease']
   parts, digest = tasks.encode({'x': np.arange(30)})
   assert len(parts) > 2
   order = [1, 1, *range(2, len(parts)), 1, 0, 0, len(parts) - 1]
   for i in order:
-    coordinator.complete('w', list(task), lease, i, len(parts), parts[i], digest)
+    coordinator.complete('w', list(task), lease, i, len(parts), parts[i], digest, [])
   assert coordinator._board.take(task, 0)['x'].tolist() == list(range(30))
   assert not coordinator._parts
 
@@ -93,7 +93,7 @@ def test_a_resumed_run_wants_the_hardware_it_began_on(make_run, tmp_path):
   local.distil(run, threading.Event())
   coordinator = _coordinator(run)
   coordinator._restore()
-  assert 'device: B instead of' in coordinator.lease('w', _hello(device='B'))['stop']
+  assert 'device: B instead of' in coordinator.lease('w', _hello(device='B'), [])['stop']
   coordinator._system['num_workers'] = 1
   with pytest.raises(coordinator_node.RunFailed, match='no worker can start; the last one said: this worker would compute other bits'):
     coordinator._check_progress()

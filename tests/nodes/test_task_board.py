@@ -274,6 +274,51 @@ def test_a_worker_that_waits_gets_what_another_leaves():
   assert board.lease('b', 20).task.phase == tasks.TARGET_VJP
 
 
+def test_who_holds_a_task_gets_another_ahead_while_there_is_one_for_everybody(board):
+  board.post(_tasks(5))
+  a, b = board.lease('a', 0), board.lease('b', 0)
+  ahead = board.lease('a', 0, holding=[a.id])
+  assert ahead.task.index == 2
+  assert board.lease('b', 0, holding=[b.id]).task.index == 3
+  assert board.lease('a', 0, holding=[a.id, ahead.id]) is None  # the last one is for who has nothing to do
+  assert board.lease('c', 0).task.index == 4
+  assert board.counters()['lost_leases'] == 0
+
+
+def test_a_second_half_is_ahead_of_its_owner_alone(board):
+  board.post(_tasks(3, phase=tasks.TARGET_BLOCKS))
+  assert [_done(board, worker) for worker in 'aab'] == [0, 1, 2]
+  board.extend(_tasks(3, phase=tasks.TARGET_VJP), first=True)
+  a = board.lease('a', 0)
+  assert board.lease('a', 0, holding=[a.id]).task.index == 1
+  b = board.lease('b', 0)
+  assert b.task.index == 2 and board.lease('b', 0, holding=[b.id]) is None and board.lease('c', 0) is None
+
+
+def test_a_task_ahead_that_a_worker_says_nothing_of_is_given_to_others(board):
+  board.post(_tasks(3))
+  a = board.lease('a', 0)
+  ahead = board.lease('a', 0, holding=[a.id])
+  assert board.lease('a', 0, holding=[a.id]).task == ahead.task  # it never got the answer
+  assert board.lease('a', 0).task == a.task  # it was started again
+  assert board.lease('b', 0).task == ahead.task
+  assert board.counters()['lost_leases'] == 3
+
+
+def test_a_task_ahead_is_in_work_when_the_one_before_is_done(board, clock):
+  board.post(_tasks(3))
+  a = board.lease('a', 0)
+  ahead = board.lease('a', 0, holding=[a.id])
+  clock.now += 4
+  board.complete(a.task, a.id, 'a', _piece(0))
+  clock.now += 29
+  assert board.lease('b', 0).task.index == 2
+  assert board.lease('c', 0).task == ahead.task  # slow: twice the usual four seconds are over
+  clock.now += 2
+  board.complete(ahead.task, ahead.id, 'a', _piece(1))
+  assert board.counters()['workers']['a']['seconds'] == 4 + 31
+
+
 @pytest.mark.parametrize('num_support, num_targets, tile, group, part', [
     (1, 1, 1, 1, 1), (7, 33, 3, 10, 5), (10, 100, 50, 7, 10), (12, 5, 4, 9, 7)])
 def test_the_plan_covers_every_pair_once(num_support, num_targets, tile, group, part):
