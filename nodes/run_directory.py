@@ -5,9 +5,9 @@ import fcntl
 import json
 import os
 import shlex
-import tempfile
 import time
 from typing import Any, Callable, Mapping
+import uuid
 
 from absl import logging
 
@@ -238,15 +238,15 @@ def _sweep(folder: str) -> None:
 
 def write_atomically(path: str, content: 'str | Callable[[Any], None]') -> None:
   """Replaces a file by `content`, text or a function that writes to a binary file: readers see the old one or the new one."""
-  handle, scratch = tempfile.mkstemp(dir=os.path.dirname(path), prefix=_SCRATCH)
-  with contextlib.ExitStack() as unless_replaced:
+  # Not tempfile's, which none but the owner may read.
+  scratch = os.path.join(os.path.dirname(path), f'{_SCRATCH}{uuid.uuid4().hex}')
+  with open(scratch, 'xb') as file, contextlib.ExitStack() as unless_replaced:
     unless_replaced.callback(os.unlink, scratch)
-    with os.fdopen(handle, 'wb') as file:
-      if callable(content):
-        content(file)
-      else:
-        file.write(content.encode())
-      file.flush()
-      os.fsync(file.fileno())
+    if callable(content):
+      content(file)
+    else:
+      file.write(content.encode())
+    file.flush()
+    os.fsync(file.fileno())
     os.replace(scratch, path)
     unless_replaced.pop_all()

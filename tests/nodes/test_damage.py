@@ -150,6 +150,9 @@ def test_two_coordinators_do_not_write_at_once(tmp_path, monkeypatch):
 def test_writing_atomically(tmp_path, fails):
   path = str(tmp_path / 'file')
   run_directory.write_atomically(path, 'old')
+  (tmp_path / 'plain').touch()
+  assert os.stat(path).st_mode == os.stat(tmp_path / 'plain').st_mode  # who may read other new files may read these
+  os.remove(tmp_path / 'plain')
 
   def write(file):
     if fails == 'halfway':
