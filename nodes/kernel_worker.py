@@ -99,12 +99,14 @@ class KernelWorker:
 
   def _hand_in(self, done: dict[str, Any], piece: dict[str, np.ndarray] | None, in_hand: dict[str, Any] | None) -> dict[str, Any] | None:
     """Hands in the piece of a task, if there is one; gives the coordinator's answer, which may be the task after the one in hand."""
-    answer, holding = None, [in_hand['lease']] if in_hand and 'lease' in in_hand else []
-    if piece is not None:
+    holding = [in_hand['lease']] if in_hand and 'lease' in in_hand else []
+
+    def send():
       parts, checksum = tasks.encode(piece)
       for i, part in enumerate(parts):
         answer = self._coordinator.complete(self._name, list(done['task']), done['lease'], i, len(parts), part, checksum, holding)
-    return self._look_ahead(answer)
+      return answer
+    return self._look_ahead(None if piece is None else self._or_fail(tasks.Task(*done['task']), done['lease'], send))
 
   def _look_ahead(self, answer: dict[str, Any] | None) -> dict[str, Any] | None:
     """Begins with what the task of an answer begins with."""
@@ -125,8 +127,14 @@ class KernelWorker:
     """A task's piece; None where it is not wanted any more, or could not be computed, and the coordinator knows."""
     if task.run_id != self._run_id:
       raise CoordinatorLost('another run answers in its place.', was_there=True)
+    piece = self._or_fail(task, lease, lambda: self._compute(task, inputs))
+    self._begun.pop(task, None)
+    return piece
+
+  def _or_fail(self, task: tasks.Task, lease: int, function: Callable[[], Any]) -> Any:
+    """What a function about a task gives; None where that is not wanted any more, or fails, and the coordinator knows."""
     try:
-      return self._compute(task, inputs)
+      return function()
     except tasks.Stale:
       return None
     except (CoordinatorLost, Stopping):
@@ -135,8 +143,6 @@ class KernelWorker:
       logging.exception('%s failed at %s', self._name, task)
       self._coordinator.fail(self._name, list(task), lease, f'{type(error).__name__}: {error}')
       return None
-    finally:
-      self._begun.pop(task, None)
 
   def _compute(self, task: tasks.Task, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The piece of a task: `block`, `gradient`, `factor`, or all a group of targets contributes."""

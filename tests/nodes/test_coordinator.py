@@ -182,6 +182,21 @@ def test_a_run_that_is_another_is_not_worked_for(make_run, tmp_path):
     worker._work(tasks.Task('that', 1, 0, tasks.TARGETS, 0, (0, 5), (0, 6)), 0, {})
 
 
+def test_a_piece_damaged_on_its_way_is_computed_again(make_run, tmp_path, monkeypatch, caplog):
+  encode, spoilt = tasks.encode, []
+
+  def spoil(piece):
+    parts, checksum = encode(piece)
+    if 'loss' in piece and not spoilt:
+      spoilt.append(checksum)
+      return parts, checksum[::-1]
+    return parts, checksum
+  monkeypatch.setattr(tasks, 'encode', spoil)
+  run = make_run(tmp_path, FC1)
+  local.distil(run, threading.Event())
+  assert run.directory.read_status()['state'] == 'finished' and spoilt and 'a piece arrived damaged' in caplog.text
+
+
 def test_a_piece_with_nan_stops_the_run_naming_the_task(make_run, tmp_path, monkeypatch):
   compute = kernel_worker.KernelWorker._compute
 
