@@ -214,17 +214,23 @@ class _Checked:
 
   def block(self, x1, x2):
     x1, x2 = self._images(x1, x2)
-    block = self._kernel.block(x1, x2)
-    near = self._near(x1, x2)
-    return self._mended(block, x1, x2, near) if near else block
+    return self._mended(self._kernel.block(x1, x2), x1, x2, self._near(x1, x2))
 
   def block_vjp(self, x1, x2, cotangent):
     x1, x2 = self._images(x1, x2)
-    if self._near(x1, x2):
-      linearised = self.linearise(x1, x2)
-      return linearised.block, linearised.pull_back(cotangent(linearised.block) if callable(cotangent) else cotangent)
+    near = self._near(x1, x2)
     checked = functools.partial(self._cotangent, (len(x1), len(x2)))
-    return self._kernel.block_vjp(x1, x2, (lambda block: checked(cotangent(block))) if callable(cotangent) else checked(cotangent))
+    if not near:
+      return self._kernel.block_vjp(x1, x2, (lambda block: checked(cotangent(block))) if callable(cotangent) else checked(cotangent))
+    mended = value = None
+
+    def rest(block):
+      nonlocal mended, value
+      mended = self._mended(block, x1, x2, near)
+      value = checked(cotangent(mended) if callable(cotangent) else cotangent)
+      return _without(value, near)
+    gradient = self._kernel.block_vjp(x1, x2, rest)[1]
+    return mended, self._mended_gradient(gradient, x1, x2, near, value)
 
   def linearise(self, x1, x2):
     x1, x2 = self._images(x1, x2)
@@ -234,9 +240,11 @@ class _Checked:
       block, pull_back = self._kernel.block(x1, x2), lambda cotangent: self._kernel.block_vjp(x1, x2, cotangent)[1]
       nbytes = _pixels(x2).nbytes
     near = self._near(x1, x2)
-    if near:
-      block, pull_back = self._mended(block, x1, x2, near), functools.partial(self._mended_gradient, pull_back, x1, x2, near)
-    return Linearised(block, lambda cotangent: pull_back(self._cotangent(block.shape, cotangent)), nbytes)
+
+    def checked_pull_back(cotangent):
+      cotangent = self._cotangent(block.shape, cotangent)
+      return self._mended_gradient(pull_back(_without(cotangent, near)), x1, x2, near, cotangent)
+    return Linearised(self._mended(block, x1, x2, near), checked_pull_back, nbytes)
 
   def _near(self, x1, x2) -> list[tuple[int, int]]:
     """Pairs that float32 is not enough for. Those of one image and itself are not among them: they are exact."""
@@ -249,17 +257,14 @@ class _Checked:
 
   def _mended(self, block, x1, x2, near):
     """The block with its `near` entries by float64."""
-    block = np.array(block)
+    block = np.array(block) if near else block
     for i, j in near:
       block[i, j] = block[j, i] if x1 is x2 and j < i else self._make_double().block(_pixels(x1)[i:i + 1], _pixels(x2)[j:j + 1])[0, 0]
     return block
 
-  def _mended_gradient(self, pull_back, x1, x2, near, cotangent):
-    """The gradient, with what comes from `near` entries by float64."""
-    rest = np.array(cotangent)
-    for pair in near:
-      rest[pair] = 0
-    gradient = np.array(pull_back(rest))
+  def _mended_gradient(self, gradient, x1, x2, near, cotangent):
+    """A gradient that lacks the `near` entries' part, with that by float64."""
+    gradient = np.array(gradient) if near else gradient
     for i, j in near:
       gradient[i] += self._make_double().block_vjp(_pixels(x1)[i:i + 1], _pixels(x2)[j:j + 1], cotangent[i:i + 1, j:j + 1])[1][0]
     return gradient
@@ -294,6 +299,14 @@ class _Checked:
 
 def _pixels(x: Images) -> np.ndarray:
   return x.images if isinstance(x, Prepared) else x
+
+
+def _without(cotangent: np.ndarray, near: list[tuple[int, int]]) -> np.ndarray:
+  """The cotangent, 0 at some entries."""
+  cotangent = np.array(cotangent)
+  for pair in near:
+    cotangent[pair] = 0
+  return cotangent
 
 
 def _nearly_coincide(a: np.ndarray, b: np.ndarray) -> bool:

@@ -29,7 +29,7 @@ CASES = {
     'convnet_odd': Case('convnet', (9, 11, 2), 'random', dtypes=('float32',)),
     'convnet2_digits': Case('convnet2', (28, 28, 1), 'digits', (1, 1)),
     'convnet_smooth': Case('convnet', (32, 32, 3), 'smooth', (1, 2), dtypes=('float32',)),
-    'convnet_near': Case('convnet3', (16, 16, 3), 'near', (1, 5)),
+    'convnet_near': Case('convnet3', (8, 8, 3), 'near', (1, 5)),
     'convnet2_odd_flat': Case('convnet2', (9, 7, 2), 'flat', cheap=True),
     'myrtle5': Case('myrtle5', (9, 7, 2), 'smooth'),
     'myrtle5_flat': Case('myrtle5', (9, 7, 2), 'flat'),
