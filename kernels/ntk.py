@@ -246,27 +246,33 @@ class _Checked:
       return self._mended_gradient(pull_back(_without(cotangent, near)), x1, x2, near, cotangent)
     return Linearised(self._mended(block, x1, x2, near), checked_pull_back, nbytes)
 
-  def _near(self, x1, x2) -> list[tuple[int, int]]:
-    """Pairs that float32 is not enough for. Those of one image and itself are not among them: they are exact."""
+  def _near(self, x1, x2) -> list[tuple[int, np.ndarray]]:
+    """Pairs that float32 is not enough for: rows that have some, and their columns. An image and itself are none: they are exact."""
     if not self._is_delicate:
       return []
     a, b = (_pixels(x).reshape(len(x), -1) for x in (x1, x2))
     squares = (np.einsum('np,np->n', a, a)[:, None] + np.einsum('np,np->n', b, b)) / 2
-    candidates = np.argwhere(squares - a @ b.T <= _NEAR * squares)
-    return [(i, j) for i, j in candidates if _nearly_coincide(a[i].astype(np.float64), b[j].astype(np.float64))]
+    candidates = squares - a @ b.T <= _NEAR * squares
+    rows = [(i, [j for j in np.flatnonzero(candidates[i]) if _nearly_coincide(a[i].astype(np.float64), b[j].astype(np.float64))])
+            for i in np.flatnonzero(candidates.any(axis=1))]
+    return [(i, np.array(columns)) for i, columns in rows if columns]
 
   def _mended(self, block, x1, x2, near):
     """The block with its `near` entries by float64."""
     block = np.array(block) if near else block
-    for i, j in near:
-      block[i, j] = block[j, i] if x1 is x2 and j < i else self._make_double().block(_pixels(x1)[i:i + 1], _pixels(x2)[j:j + 1])[0, 0]
+    for i, columns in near:
+      block[i, columns] = self._make_double().block(_pixels(x1)[i:i + 1], _pixels(x2)[_padded(columns)])[0, :len(columns)]
+    for i, columns in near if x1 is x2 else ():
+      block[columns, i] = block[i, columns]
     return block
 
   def _mended_gradient(self, gradient, x1, x2, near, cotangent):
     """A gradient that lacks the `near` entries' part, with that by float64."""
     gradient = np.array(gradient) if near else gradient
-    for i, j in near:
-      gradient[i] += self._make_double().block_vjp(_pixels(x1)[i:i + 1], _pixels(x2)[j:j + 1], cotangent[i:i + 1, j:j + 1])[1][0]
+    for i, columns in near:
+      row = np.zeros((1, len(_padded(columns))))
+      row[0, :len(columns)] = cotangent[i, columns]
+      gradient[i] += self._make_double().block_vjp(_pixels(x1)[i:i + 1], _pixels(x2)[_padded(columns)], row)[1][0]
     return gradient
 
   def _cotangent(self, shape, value):
@@ -301,12 +307,17 @@ def _pixels(x: Images) -> np.ndarray:
   return x.images if isinstance(x, Prepared) else x
 
 
-def _without(cotangent: np.ndarray, near: list[tuple[int, int]]) -> np.ndarray:
+def _without(cotangent: np.ndarray, near: list[tuple[int, np.ndarray]]) -> np.ndarray:
   """The cotangent, 0 at some entries."""
   cotangent = np.array(cotangent)
-  for pair in near:
-    cotangent[pair] = 0
+  for i, columns in near:
+    cotangent[i, columns] = 0
   return cotangent
+
+
+def _padded(columns: np.ndarray) -> np.ndarray:
+  """As many columns as vectors have lanes, or a multiple: some twice. Few shapes are few compilations, too."""
+  return np.resize(columns, -(-len(columns) // 8) * 8)
 
 
 def _nearly_coincide(a: np.ndarray, b: np.ndarray) -> bool:
