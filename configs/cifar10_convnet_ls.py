@@ -3,8 +3,8 @@
     python launch.py --config=configs/cifar10_convnet_ls.py --workdir=runs/cifar10_convnet_ls --lp_launch_type=local_mp
 
 Published test accuracy for 1, 10, 50 images a class: 26.09, 53.59, 65.89 % (MSE .042288, .034978, .029552).
-Measured for 10 images, seed 0, CIFAR-10 (JPEG copy), 2 busy cores of an AMD EPYC: 12.96 -> 26.77 % (MSE .04241) in 363 s; see
-RESULTS.md. The others, and on a GPU: not measured.
+Measured for 1 and 10 images, CIFAR-10 (JPEG copy): 27.26 +- 0.78 % of three seeds, 144 to 375 s on 2 busy cores; 52.53 % (MSE .03530) in
+13 minutes on 2 cores of an Intel Xeon; see RESULTS.md. For 50, and on a GPU: not measured.
 """
 
 from configs import base
