@@ -258,7 +258,7 @@ class TaskBoard:
 
   def _next_change(self, now: float, end: float) -> float:
     """When time alone may bring up a task."""
-    away = [self._away_at(owner) for owner, waiting in self._pending.items() if waiting]
+    away = [self._away_at(owner) for owner, waiting in self._pending.items() if owner and waiting]
     if not away and now < self._oldest() + self._patience:
       return min(end, self._oldest() + self._patience)
     return min([end, *away, *(lease.deadline for lease in self._leases.values()), *map(self._slow_at, self._open())])

@@ -285,6 +285,15 @@ def test_who_holds_a_task_gets_another_ahead_while_there_is_one_for_everybody(bo
   assert board.counters()['lost_leases'] == 0
 
 
+def test_who_may_not_have_a_task_ahead_may_wait_for_one():
+  """As a call does that got through twice."""
+  board = task_board.TaskBoard(lease_seconds=30)
+  board.post(_tasks(3))
+  a, _ = board.lease('a', 0), board.lease('b', 0)
+  assert board.lease('a', 0.05, holding=[a.id]) is None
+  assert board.lease('c', 0).task.index == 2
+
+
 def test_a_second_half_is_ahead_of_its_owner_alone(board):
   board.post(_tasks(3, phase=tasks.TARGET_BLOCKS))
   assert [_done(board, worker) for worker in 'aab'] == [0, 1, 2]
