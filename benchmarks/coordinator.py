@@ -29,6 +29,7 @@ import portpicker
 
 from benchmarks import steps
 from data import sampling
+from kernels import architectures
 from kernels import krr
 from kernels import ntk
 from nodes import coordinator as coordinator_node
@@ -47,8 +48,8 @@ _TIMEOUT = 60.0
 
 
 class NoKernel:
-  """In place of a kernel: K_ss the identity, K_ts and all gradients constant."""
-  implementation, instruction_set, device, dtype = 'none', '', '', np.dtype('float32')
+  """In place of an implementation: K_ss the identity, K_ts and all gradients constant."""
+  implementation, architecture, dtype = 'none', architectures.get('convnet'), np.dtype('float32')
 
   def __init__(self, microseconds: float):
     self._microseconds, self._made = microseconds, {}
@@ -111,7 +112,8 @@ def coordinate(port: int, workdir: str, cache: str, answer) -> None:
 def work(port: int, cache: str, microseconds: float, answer) -> None:
   """The worker's process: works until told to stop; sends its seconds a step."""
   clock, compute = steps.Clock(), kernel_worker.KernelWorker._compute
-  ntk.for_run = lambda run, threads: NoKernel(microseconds)
+  kernel = NoKernel(microseconds)
+  ntk.for_run = lambda run, threads: ntk.Checked(kernel, lambda: kernel, is_delicate=True)
   for watched in (('sample', sampling, 'targets'), ('images', ntk.Library, '__getitem__'), ('residual', krr, 'residual'),
                   ('residual', krr, 'cotangent'), ('encode', tasks, 'encode'), ('kernel', NoKernel, 'work')):
     clock.watch(*watched)

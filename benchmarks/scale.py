@@ -43,6 +43,7 @@ REPEATS = 30 # of a kernel's task, for its spread
 PAIRS = (10, 64)  # of such a task
 BUSY = 0.8  # of the simulated workers' cores, from which on they are the limit
 PROCESSES = 2  # of simulated workers
+KEPT = 80 * 2 ** 30 // 4 // 22_000  # pairs of which a worker can keep the derivatives: a quarter of an 80 GiB GPU, 22 kB each
 
 _encode = tasks.encode  # the workers' own is replaced
 
@@ -148,26 +149,22 @@ class _Simulated(kernel_worker.KernelWorker):
     return None
 
   def _compute(self, task, inputs):
-    (self._begun.get(task) or self._ahead.submit(self._begin, task)).result()
-    if task.phase in tasks.SUPPORT_PHASES:
-      for columns in self._tiles(task) if self._two_halves else [task.target_range]:
-        self._support(task, columns)
+    self._beginning(task, inputs)
     time.sleep(self._seconds(task))
     return _piece(task.phase, task.support_range, task.target_range if task.phase in tasks.SUPPORT_PHASES else
                   (0, task.target_range[1] - task.target_range[0]), self._num_support)
 
   def _seconds(self, task: tasks.Task) -> float:
     costs, pairs = self._costs, task.pairs
-    kept = self._kept.pop(self._key(task), None)
+    kept = self._kept.pop(self._key(task), 0)
     if task.phase in (tasks.TARGET_BLOCKS, tasks.SUPPORT_BLOCKS) and self._two_halves:
-      self._kept[self._key(task)] = True
-      a_pair = costs.derivatives
+      self._kept[self._key(task)] = min(pairs, KEPT - sum(self._kept.values()))
+      seconds = pairs * costs.derivatives
     elif task.phase == tasks.SUPPORT_BLOCKS:
-      a_pair = costs.forward
-      pairs = pairs / 2 if task.target_range == task.support_range else pairs
+      seconds = pairs * costs.forward / (2 if task.target_range == task.support_range else 1)
     else:
-      a_pair = costs.pull_back if kept else costs.derivatives + costs.pull_back
-    return pairs * a_pair * self._random.choice(self._costs.spread)
+      seconds = pairs * costs.pull_back + (pairs - kept) * costs.derivatives
+    return seconds * self._random.choice(self._costs.spread)
 
 
 @functools.lru_cache(maxsize=None)

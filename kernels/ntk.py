@@ -1,5 +1,6 @@
 """Kernel blocks and their gradients: `make_kernel` picks an implementation; all obey the contract of `Kernel`."""
 
+from concurrent import futures
 import dataclasses
 import functools
 import importlib
@@ -18,6 +19,8 @@ IMPLEMENTATIONS = ('auto', *_CLASSES)
 DTYPES = ('float32', 'float64')
 KINDS = ('ntk', 'nngp')
 PARAMETERIZATIONS = ('ntk', 'standard')
+
+KEPT_BYTES = 2 ** 31  # of memory, where derivatives are kept there, for all that is linearised and not yet pulled back
 
 Cotangent = np.ndarray | Callable[[np.ndarray], np.ndarray]
 
@@ -70,12 +73,14 @@ class Kernel(Protocol):
     architecture: the network.
     dtype: of images, blocks and gradients.
     instruction_set, device: of the CPU, and the GPU's model, where the implementation chooses one; else ''.
+    kept_bytes: for which there is room in all that has been linearised and not yet pulled back. The caller keeps count.
   """
   implementation: str
   architecture: architectures.Architecture
   dtype: np.dtype
   instruction_set: str
   device: str
+  kept_bytes: int
 
   def prepare(self, x: np.ndarray) -> Prepared:
     """Images x [N, H, W, D] in the form in which they may be given again and again, to this kernel, in place of an array."""
@@ -131,7 +136,7 @@ def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'flo
   extra = (parameterization, width) if implementation == 'reference' else ()
   make = lambda dtype: getattr(importlib.import_module(module), name)(architecture, dtype, threads, kind, *extra)
   pools = architecture.readout == 'global_average_pool' or any(stage.pool for stage in architecture.stages)
-  return _Checked(make(dtype), lambda: _Checked(make('float64')), pools and dtype == 'float32' and implementation != 'reference')
+  return Checked(make(dtype), lambda: Checked(make('float64')), pools and dtype == 'float32' and implementation != 'reference')
 
 
 def for_run(run: Mapping[str, Any], threads: int) -> Kernel:
@@ -200,46 +205,50 @@ class Library:
     return Prepared(np.asarray(self._images[chosen], self._kernel.dtype), [q[chosen] for q in self._variances], self._maker)
 
 
-class _Checked:
+class Checked:
   """Checks and casts what goes into an implementation, and has float64 for pairs of images that nearly coincide, once for all of them."""
 
   def __init__(self, kernel: Kernel, make_double: Callable[[], Kernel] | None = None, is_delicate: bool = False):
     """`make_double`: the same kernel in float64; `is_delicate`: whether it is ever needed."""
     self._kernel, self._make_double, self._is_delicate = kernel, make_double and functools.cache(make_double), is_delicate
+    self._search = futures.ThreadPoolExecutor(1)  # beside the kernel: a fast GPU would wait for it
     self.implementation, self.architecture, self.dtype = kernel.implementation, kernel.architecture, kernel.dtype
     self.instruction_set, self.device = getattr(kernel, 'instruction_set', ''), getattr(kernel, 'device', '')
+    self.kept_bytes = getattr(kernel, 'kept_bytes', KEPT_BYTES)
 
   def prepare(self, x):
     return self._kernel.prepare(self._checked_images('x', x))
 
   def block(self, x1, x2):
     x1, x2 = self._images(x1, x2)
-    return self._mended(self._kernel.block(x1, x2), x1, x2, self._near(x1, x2))
+    near = self._search.submit(self._near, x1, x2)
+    return self._mended(self._kernel.block(x1, x2), x1, x2, near.result())
 
   def block_vjp(self, x1, x2, cotangent):
     x1, x2 = self._images(x1, x2)
-    near = self._near(x1, x2)
+    near = self._search.submit(self._near, x1, x2)
     checked = functools.partial(self._cotangent, (len(x1), len(x2)))
-    if not near:
-      return self._kernel.block_vjp(x1, x2, (lambda block: checked(cotangent(block))) if callable(cotangent) else checked(cotangent))
+    if not callable(cotangent) and not near.result():
+      return self._kernel.block_vjp(x1, x2, checked(cotangent))
     mended = value = None
 
     def rest(block):
       nonlocal mended, value
-      mended = self._mended(block, x1, x2, near)
+      mended = self._mended(block, x1, x2, near.result())
       value = checked(cotangent(mended) if callable(cotangent) else cotangent)
-      return _without(value, near)
+      return _without(value, near.result())
     gradient = self._kernel.block_vjp(x1, x2, rest)[1]
-    return mended, self._mended_gradient(gradient, x1, x2, near, value)
+    return mended, self._mended_gradient(gradient, x1, x2, near.result(), value)
 
   def linearise(self, x1, x2):
     x1, x2 = self._images(x1, x2)
+    search = self._search.submit(self._near, x1, x2)
     if hasattr(self._kernel, 'linearise'):
       block, pull_back, nbytes = self._kernel.linearise(x1, x2)
     else:
       block, pull_back = self._kernel.block(x1, x2), lambda cotangent: self._kernel.block_vjp(x1, x2, cotangent)[1]
       nbytes = _pixels(x2).nbytes
-    near = self._near(x1, x2)
+    near = search.result()
 
     def checked_pull_back(cotangent):
       cotangent = self._cotangent(block.shape, cotangent)
@@ -252,7 +261,7 @@ class _Checked:
       return []
     a, b = (_pixels(x).reshape(len(x), -1) for x in (x1, x2))
     squares = (np.einsum('np,np->n', a, a)[:, None] + np.einsum('np,np->n', b, b)) / 2
-    candidates = squares - a @ b.T <= _NEAR * squares
+    candidates = squares - a @ b.T <= 1.01 * _NEAR * squares  # a little more than asked for: these sums are float32's
     rows = [(i, [j for j in np.flatnonzero(candidates[i]) if _nearly_coincide(a[i].astype(np.float64), b[j].astype(np.float64))])
             for i in np.flatnonzero(candidates.any(axis=1))]
     return [(i, np.array(columns)) for i, columns in rows if columns]
@@ -261,9 +270,11 @@ class _Checked:
     """The block with its `near` entries by float64."""
     block = np.array(block) if near else block
     for i, columns in near:
-      block[i, columns] = self._make_double().block(_pixels(x1)[i:i + 1], _pixels(x2)[_padded(columns)])[0, :len(columns)]
-    for i, columns in near if x1 is x2 else ():
-      block[columns, i] = block[i, columns]
+      columns = columns[columns > i] if x1 is x2 else columns
+      if len(columns):
+        block[i, columns] = self._make_double().block(_pixels(x1)[i:i + 1], _pixels(x2)[_padded(columns)])[0, :len(columns)]
+        if x1 is x2:
+          block[columns, i] = block[i, columns]
     return block
 
   def _mended_gradient(self, gradient, x1, x2, near, cotangent):
@@ -309,7 +320,7 @@ def _pixels(x: Images) -> np.ndarray:
 
 def _without(cotangent: np.ndarray, near: list[tuple[int, np.ndarray]]) -> np.ndarray:
   """The cotangent, 0 at some entries."""
-  cotangent = np.array(cotangent)
+  cotangent = np.array(cotangent) if near else cotangent
   for i, columns in near:
     cotangent[i, columns] = 0
   return cotangent

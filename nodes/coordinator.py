@@ -13,6 +13,7 @@ from kernels import precision  # pylint: disable=unused-import
 
 from absl import logging
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -115,7 +116,7 @@ class Coordinator:
     self._checkpoints = Checkpoints(self._directory.checkpoints)
     self._rounds: SupportState | None = None  # of Label Solve, see _target_factor
     self._optimizer = optimizers.make(self._run['optimizer'], self._run['learning_rate'])
-    self._update = jax.jit(self._optimizer.update)
+    self._update = jax.jit(self._updated)
     self._dtype = np.dtype(self._run['kernel_dtype'])
     self._run_id = _run_id(self._config)
     self._generation = self._directory.next_generation()
@@ -162,8 +163,8 @@ class Coordinator:
 
     Returns:
       None (ask again), `{'stop': reason}`, or `{'task': tuple(Task), 'lease': id, 'more': whether to ask for another ahead,
-      'inputs': bytes}`, packed, with what no other task needs: for SUPPORT_VJP its part of the `cotangent` of K_ss, for TARGET_VJP its
-      rows of `alpha` [S, C] and of the `residual` [T, C].
+      'inputs': bytes}`, packed, in the kernel's dtype, with what no other task of the worker is likely to need: for SUPPORT_VJP its part of
+      the `cotangent` of K_ss, for TARGET_BLOCKS its `images`, for TARGET_VJP its rows of `alpha` [S, C] and of the `residual` [T, C].
     """
     if self._hellos.get(worker) != hello:
       refusal = self._greet(worker, json.loads(hello))
@@ -365,7 +366,9 @@ class Coordinator:
     self._begin(state)
     support, blocks, pull_backs = (self._tasks(phase, num_support) for phase in (
         tasks.SUPPORT_BLOCKS, tasks.TARGET_BLOCKS, tasks.TARGET_VJP))
-    self._board.post([*support, *blocks])
+    # Many images are sent for K_ss: while everybody is at work, not while all wait for their first task.
+    early = min(2 * self._system['num_workers'], len(blocks) // 2)
+    self._board.post([*blocks[:early], *support, *blocks[early:]])
     solution = self._solve(state, self._k_ss(support, num_support))
     batch = sampling.targets(self._run['seed'], state.step, self._prepared.train_labels, self._run['targets_per_step'])
     y_t = sampling.centred_one_hot(self._prepared.train_labels[batch], self._prepared.num_classes)
@@ -508,13 +511,18 @@ class Coordinator:
     parameters = _parameters(self._run, state.images, state.labels)
     gradients = _parameters(self._run, gradient.images, gradient.labels)
     with jax.default_device(jax.local_devices(backend='cpu')[0]):  # also in a process whose kernels are on a GPU
-      updates, optimizer = jax.device_get(self._update(gradients, state.optimizer, parameters))
-    factors = {'images': 1.0, 'labels': self._run['label_learning_rate_factor']}
-    moved = {name: value + factors[name] * updates[name] for name, value in parameters.items()}
-    for name, value in moved.items():
-      if not np.isfinite(value).all():
+      moved, optimizer, is_finite = jax.device_get(self._update(gradients, state.optimizer, parameters))
+    for name in moved:
+      if not is_finite[name]:
         raise RunFailed(f'step {state.step}: the update makes the {name} NaN or infinite; lower run.learning_rate.')
     return SupportState(state.step + 1, moved['images'], moved.get('labels', state.labels), optimizer)
+
+  def _updated(self, gradients: dict[str, Any], optimizer: Any, parameters: dict[str, Any]) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """Parameters and the optimiser's state after an update, and whether they are finite, by name: traced, so in one pass over memory."""
+    factors = {'images': 1.0, 'labels': self._run['label_learning_rate_factor']}
+    updates, optimizer = self._optimizer.update(gradients, optimizer, parameters)
+    moved = {name: value + factors[name] * updates[name] for name, value in parameters.items()}
+    return moved, optimizer, {name: jnp.isfinite(value).all() for name, value in moved.items()}
 
   def _publish(self, name: str, value: np.ndarray) -> None:
     with self._lock:
@@ -532,9 +540,12 @@ class Coordinator:
         return None
       if task.phase == tasks.SUPPORT_VJP:
         inputs = {'cotangent': self._inputs['cotangent'][rows, columns]}
+      elif task.phase == tasks.TARGET_BLOCKS:
+        inputs = {'images': self._inputs['images'][rows]}
       elif task.phase == tasks.TARGET_VJP:
         inputs = {'alpha': self._inputs['alpha'][rows], 'residual': self._inputs['residual'][columns]}
-    return {'task': tuple(task), 'lease': lease.id, 'more': self._board.has_ahead(worker), 'inputs': tasks.pack(inputs)}
+    inputs = tasks.pack({name: value.astype(self._dtype, copy=False) for name, value in inputs.items()})
+    return {'task': tuple(task), 'lease': lease.id, 'more': self._board.has_ahead(worker), 'inputs': inputs}
 
   def _greet(self, worker: str, hello: dict[str, Any]) -> str | None:
     """Checks who asks; a reason to refuse, or None."""

@@ -112,24 +112,29 @@ class KernelWorker:
     """Begins with what the task of an answer begins with."""
     if answer and 'task' in answer:
       task = tasks.Task(*answer['task'])
-      self._begun[task] = self._ahead.submit(self._begin, task)
+      self._begun[task] = self._ahead.submit(self._begin, task, tasks.unpack(answer['inputs']))
     return answer
 
-  def _begin(self, task: tasks.Task) -> 'ntk.Images | None':
+  def _begin(self, task: tasks.Task, inputs: dict[str, np.ndarray]) -> 'ntk.Images | None':
     """Fetches what a task needs; gives the target images of its first tile."""
     self._forget_others(task)
-    self._support(task, task.support_range)
+    self._support(task, task.support_range, inputs.get('images'))
+    if self._two_halves and task.phase in tasks.SUPPORT_PHASES:
+      for columns in self._tiles(task):
+        self._support(task, columns)
     if task.phase == tasks.TARGETS:
       self._alpha(task)
     return self._target_images(task, *self._tiles(task)[0]) if task.phase in (tasks.TARGETS, tasks.TARGET_BLOCKS) else None
+
+  def _beginning(self, task: tasks.Task, inputs: dict[str, np.ndarray]) -> 'ntk.Images | None':
+    """What `_begin` gives, begun ahead or now."""
+    return (self._begun.pop(task, None) or self._ahead.submit(self._begin, task, inputs)).result()
 
   def _work(self, task: tasks.Task, lease: int, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
     """A task's piece; None where it is not wanted any more, or could not be computed, and the coordinator knows."""
     if task.run_id != self._run_id:
       raise CoordinatorLost('another run answers in its place.', was_there=True)
-    piece = self._or_fail(task, lease, lambda: self._compute(task, inputs))
-    self._begun.pop(task, None)
-    return piece
+    return self._or_fail(task, lease, lambda: self._compute(task, inputs))
 
   def _or_fail(self, task: tasks.Task, lease: int, function: Callable[[], Any]) -> Any:
     """What a function about a task gives; None where that is not wanted any more, or fails, and the coordinator knows."""
@@ -146,7 +151,7 @@ class KernelWorker:
 
   def _compute(self, task: tasks.Task, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The piece of a task: `block`, `gradient`, `factor`, or all a group of targets contributes."""
-    first = (self._begun.get(task) or self._ahead.submit(self._begin, task)).result()
+    first = self._beginning(task, inputs)
     support = self._support(task, task.support_range)
     if task.phase == tasks.TARGETS:
       return self._targets(task, support, first)
@@ -168,11 +173,12 @@ class KernelWorker:
         for key in [key for key in list(values) if key[:2] != (task.generation, task.step)]:
           del values[key]
 
-  def _support(self, task: tasks.Task, images: tasks.Range) -> ntk.Prepared:
+  def _support(self, task: tasks.Task, images: tasks.Range, given: np.ndarray | None = None) -> ntk.Prepared:
     """Support images, in the form that spares their variances being computed for every block. Where tasks are about parts of the support,
-    this worker fetches no others."""
+    this worker fetches no others, and none that are `given`."""
     if self._two_halves:
-      return self._cached(task, ('images', images), lambda: self._kernel.prepare(self._fetch(task, 'images', images)))
+      return self._cached(task, ('images', images), lambda: self._kernel.prepare(
+          self._fetch(task, 'images', images) if given is None else given))
     return self._cached(task, 'images', lambda: self._kernel.prepare(self._fetch(task, 'images', (0, self._num_support))))[slice(*images)]
 
   def _alpha(self, task: tasks.Task) -> np.ndarray:
@@ -220,7 +226,7 @@ class KernelWorker:
   def _first_half(self, task: tasks.Task, support: ntk.Prepared, first: 'ntk.Images | None') -> np.ndarray:
     """The block of a task; what its derivatives need is kept for the second half, as far as there is room."""
     blocks, kept = [], []
-    free = tasks.KEPT_BYTES - sum(tile.nbytes for tiles in list(self._kept.values()) for tile in tiles if tile)
+    free = self._kernel.kept_bytes - sum(tile.nbytes for tiles in list(self._kept.values()) for tile in tiles if tile)
     of_support = task.phase == tasks.SUPPORT_BLOCKS
     for *_, images in self._support_tiles(task) if of_support else self._target_tiles(task, first):
       tile = self._kernel.linearise(support, images)

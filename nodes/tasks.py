@@ -13,7 +13,6 @@ import xxhash
 
 PART_BYTES = 2 ** 22
 _ALIGNMENT = 64
-KEPT_BYTES = 2 ** 31  # of a step's derivatives, by a worker, between the two halves of its tasks; what is more is computed again
 
 # The phases of a step of KIP.
 SUPPORT_BLOCKS = 'support_blocks'  # tiles of K_ss on and above the diagonal

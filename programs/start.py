@@ -12,6 +12,7 @@ import psutil
 from configs import base
 from data import DataError
 from data import store
+from kernels import ntk
 from nodes import command_line
 from nodes import initial_support
 from nodes import run_directory
@@ -119,7 +120,7 @@ def _check_memory(config: dict[str, Any], prepared: store.Prepared, num_workers:
   worker = 4 * images + 4 * block + 2 ** 29  # and half a GiB for the kernel's own tiles
   if tasks.support_per_task(run, support):
     coordinator += 2 * 8 * support * run['targets_per_step']
-    worker += tasks.KEPT_BYTES
+    worker += ntk.KEPT_BYTES
   if run['method'] != 'kip':
     width = support + prepared.num_classes
     rows = min(run['targets_per_step'], plan['target_tile'] * plan['target_tiles_per_task'])

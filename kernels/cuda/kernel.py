@@ -117,6 +117,7 @@ class CudaKernel:
     self._kind = kind
     self._gpu = _gpu()
     self.device = self._gpu.name
+    self.kept_bytes = 2 * self._gpu.kept_bytes
     self._programs = {}
 
   def prepare(self, x: np.ndarray) -> ntk.Prepared:

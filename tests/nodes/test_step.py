@@ -20,7 +20,6 @@ from kernels import reference
 from nodes import checkpoints
 from nodes import coordinator as coordinator_node
 from nodes import kernel_worker
-from nodes import tasks
 from nodes.remote import Retrying
 from programs import local
 
@@ -117,8 +116,8 @@ def test_target_tasks_of_parts_of_the_support_add_up_to_those_in_one_pass(
     make_run, tmp_path, monkeypatch, architecture, part, dtype, tolerance, more):
   """Ragged parts; workers that keep nothing between the halves give the same bits as those that do."""
   results = []
-  for per_task, kept in ((0, 0), (part, tasks.KEPT_BYTES), (part, 0)):
-    monkeypatch.setattr(tasks, 'KEPT_BYTES', kept)
+  for per_task, kept in ((0, 0), (part, ntk.KEPT_BYTES), (part, 0)):
+    monkeypatch.setattr(ntk, 'KEPT_BYTES', kept)
     run = make_run(tmp_path / f'{per_task} {kept}', {'run.architecture': architecture, 'run.kernel_dtype': dtype,
                                                     'run.plan.support_per_task': per_task, **more})
     with working(run) as coordinator:
@@ -130,6 +129,21 @@ def test_target_tasks_of_parts_of_the_support_add_up_to_those_in_one_pass(
   for a, b, c in zip(gradient, split, again):
     assert np.abs(a - b).max() <= tolerance * np.abs(a).max()
     assert b.tobytes() == c.tobytes()
+
+
+def test_a_task_brings_the_images_it_is_about(make_run, tmp_path, monkeypatch):
+  """Where tasks are about parts of the support, nothing is fetched but the columns of K_ss, tile by tile, once."""
+  fetched, fetch = [], coordinator_node.Coordinator.fetch
+
+  def note(self, generation, step, name, start, stop):
+    fetched.append((name, start, stop))
+    return fetch(self, generation, step, name, start, stop)
+  monkeypatch.setattr(coordinator_node.Coordinator, 'fetch', note)
+  run = make_run(tmp_path, {'run.architecture': 'fc1', 'run.plan.support_per_task': 4})
+  with working(run, workers=1) as coordinator:
+    state = coordinator_node.initial_state(run.config['run'], coordinator._prepared, optax.adam(0.04))
+    coordinator._loss_and_gradient(state)
+  assert fetched == [('images', 0, 5), ('images', 5, 6)]
 
 
 @pytest.mark.parametrize('architecture, more', [

@@ -25,6 +25,7 @@ from programs import start
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CLUSTER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'cluster.sh')
 CIFAR = os.path.join(ROOT, '..', 'shared', 'data', 'cifar10')
+NEEDS_CIFAR = pytest.mark.skipif(not os.path.isdir(CIFAR), reason='CIFAR-10 is not beside this checkout (../shared/data)')
 
 if 'KIP_TEST_SLURM' not in os.environ:
   pytest.skip('takes minutes; run it by make test-slurm', allow_module_level=True)
@@ -72,15 +73,18 @@ def _assert_as_local(tmp_path, workdir, cache, snapshots):
   assert [row['step'] for row in rows] == snapshots
 
 
-def test_jobs_survive_all_and_end_in_the_same_bits(tmp_path, cluster, cache):
-  """The digits: a worker cancelled, workers added, a node lost, the coordinator requeued."""
-  workdir, num_steps = tmp_path / 'run', 80
+@pytest.mark.parametrize('config, num_steps, options', [
+    ('digits', 80, ['--config.run.plan.target_tile=25', '--config.system.evaluation.nn_steps=0']),
+    pytest.param('cifar10_fc1', 150, [f'--config.run.data.dir={CIFAR}'], marks=NEEDS_CIFAR)])
+def test_jobs_survive_all_and_end_in_the_same_bits(tmp_path, cluster, cache, config, num_steps, options):
+  """A worker cancelled, workers added, a node lost, the coordinator requeued."""
+  workdir = tmp_path / 'run'
   done = subprocess.run(
-      [sys.executable, 'launch.py', '--cluster=slurm', '--config=configs/digits.py', f'--workdir={workdir}', '--host=localhost',
+      [sys.executable, 'launch.py', '--cluster=slurm', f'--config=configs/{config}.py', f'--workdir={workdir}', '--host=localhost',
        f'--config.system.cache_dir={cache}', f'--config.run.num_steps={num_steps}', '--config.system.num_workers=4',
-       '--config.run.plan.target_tile=25', '--config.system.evaluation.nn_steps=0', '--config.system.snapshot_steps=0,1',
-       '--config.system.log_seconds=0.1', '--config.system.checkpoint_seconds=1', '--config.system.lease_seconds=20',
-       '--slurm_worker_options=--cpus-per-task=1'], cwd=ROOT, capture_output=True, text=True, check=False)
+       '--config.system.snapshot_steps=0,1', '--config.system.log_seconds=0.1', '--config.system.checkpoint_seconds=1',
+       '--config.system.lease_seconds=20', '--slurm_worker_options=--cpus-per-task=1', *options],
+      cwd=ROOT, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stdout + done.stderr
   coordinator, array = re.search(r'coordinator (\d+), .* workers (\d+)\.', done.stdout).groups()
   status = lambda: run_directory.RunDirectory(str(workdir)).read_status() or {'step': -1, 'generation': 0, 'state': None}
@@ -109,7 +113,7 @@ def test_jobs_survive_all_and_end_in_the_same_bits(tmp_path, cluster, cache):
   _assert_as_local(tmp_path, workdir, cache, [0, 1, num_steps])
 
 
-@pytest.mark.skipif(not os.path.isdir(CIFAR), reason='CIFAR-10 is not beside this checkout (../shared/data)')
+@NEEDS_CIFAR
 def test_steps_of_an_allocation_end_in_the_same_bits(tmp_path, cluster, cache):
   """FC1 on CIFAR-10, stopped in mid-run and gone on with; each time the command's status is the run's."""
   workdir, num_steps = tmp_path / 'run', 12
