@@ -181,24 +181,30 @@ void store_block(Vector<T> values, Index i, Index tile, Index count, T* block) {
 // Fully-connected networks: matrix products, several left images at a time so that each value loaded is used as often.
 inline constexpr int kGroup = 8;
 
-// Adds sum_j weights[g, j] rows[j, e] to sums[g, e], for g < groups and e from `first` for as many as there are lanes (up to `size`).
+inline constexpr int kColumns = kVectorBytes == 64 ? 3 : 1;  // vectors of a row at a time: with the group's, as many sums as registers
+
+// Adds sum_j weights[i, j] rows[j, e] to sums[i, e] for all i, and e from `first` for kColumns vectors (up to `size`).
 template <class T>
-void add_weighted_rows(const T* weights, Index stride, int groups, const T* rows, Index count, Index size, Index first, double* sums,
-                       Index sums_stride) {
-  constexpr Index kRun = 64;
-  const int lanes = static_cast<int>(std::min<Index>(kLanes<T>, size - first));
+void add_weighted_rows(const T* weights, Index images, const T* rows, Index count, Index size, Index first, double* sums, Index stride) {
+  constexpr Index kRun = 64, kWidth = kColumns * kLanes<T>;
+  const Index width = std::min(kWidth, size - first);
+  Buffer<Vector<T>> packed(kRun * kColumns);  // where they lie, the same columns of all rows may share a few lines of the cache
   for (Index begin = 0; begin < count; begin += kRun) {
-    Vector<T> run[kGroup] = {};
-    for (Index j = begin; j < std::min(begin + kRun, count); ++j) {
-      Vector<T> row{};
-      if (lanes == kLanes<T>)
-        std::memcpy(&row, rows + j * size + first, sizeof(row));
-      else
-        std::memcpy(&row, rows + j * size + first, lanes * sizeof(T));
-      for (int g = 0; g < kGroup; ++g) run[g] += spread<Vector<T>>(weights[std::min(g, groups - 1) * stride + j]) * row;
+    const Index run = std::min(kRun, count - begin);
+    for (Index j = 0; j < run; ++j) std::memcpy(packed.data() + j * kColumns, rows + (begin + j) * size + first, width * sizeof(T));
+    for (Index i = 0; i < images; i += kGroup) {
+      const T* from[kGroup];
+      for (int g = 0; g < kGroup; ++g) from[g] = weights + std::min(i + g, images - 1) * count + begin;
+      Vector<T> total[kGroup][kColumns] = {};
+      for (Index j = 0; j < run; ++j)
+        for (int g = 0; g < kGroup; ++g)
+          for (int c = 0; c < kColumns; ++c) total[g][c] += spread<Vector<T>>(from[g][j]) * packed[j * kColumns + c];
+      for (int g = 0; g < std::min<Index>(kGroup, images - i); ++g) {
+        T values[kWidth];
+        std::memcpy(values, total[g], sizeof(values));
+        for (Index e = 0; e < width; ++e) sums[(i + g) * stride + first + e] += values[e];
+      }
     }
-    for (int g = 0; g < groups; ++g)
-      for (int lane = 0; lane < lanes; ++lane) sums[g * sums_stride + first + lane] += run[g][lane];
   }
 }
 
@@ -318,11 +324,9 @@ void compute_dense_vjp(const Plan& plan, const Plan& variance_plan, ImageSet<T> 
                         T* piece = pieces.data() + (i * tiles + tile) * variances;
                         contract(lanes_of(sigma), variances, lanes.values, [&](Index e, double sum) { piece[e] = T(sum); });
                       });
-  const Index groups = (x1.count + kGroup - 1) / kGroup, columns = (size + kLanes<T> - 1) / kLanes<T>;
-  parallel_for(threads, groups * columns, [&](std::size_t, Index unit) {
-    const Index i = unit / columns * kGroup;
-    add_weighted_rows(weights.data() + i * x2.count, x2.count, static_cast<int>(std::min<Index>(kGroup, x1.count - i)), x2.pixels, x2.count,
-                      size, unit % columns * kLanes<T>, sums.data() + i * count, count);
+  constexpr Index kWidth = kColumns * kLanes<T>;
+  parallel_for(threads, (size + kWidth - 1) / kWidth, [&](std::size_t, Index unit) {
+    add_weighted_rows(weights.data(), x1.count, x2.pixels, x2.count, size, unit * kWidth, sums.data(), count);
   });
   for (Index i = 0; i < x1.count; ++i)
     for (Index tile = 0; tile < tiles; ++tile)
