@@ -1,20 +1,22 @@
 """Kernel implementations against Neural Tangents, measured in the same run: `python -m benchmarks.kernels`.
 
 For each architecture and image size: Neural Tangents jitted, warmed, on all cores, at the best of several block sizes and a single pair at
-a time; each implementation on raw images (variances and their gradient included), the runs of all interleaved; medians. `step` is a vjp at
-a cotangent that depends on the block: what distillation does. The error is that of the very block timed, on the entries that Neural
-Tangents evaluates in float64; the vjp's cotangent is zero elsewhere, so that its whole gradient is checked. Without Neural Tangents the JAX
-kernel in float64 takes its place there, and there are no ratios.
+a time; each implementation on raw images (variances and their gradient included), with XLA's threads as in a run, the runs of all
+interleaved; medians. `step` is a vjp at a cotangent that depends on the block: what distillation does. The error is that of the very block
+timed, on the entries that Neural Tangents evaluates in float64; the vjp's cotangent is zero elsewhere, so that its whole gradient is
+checked. Without Neural Tangents the JAX kernel in float64 takes its place there, and there are no ratios.
 
 The whole table takes long, most of it Neural Tangents' compilation. Parts of it (--architectures, --images, --implementations) may be
 measured one by one: the file keeps the other rows.
 """
 
 import argparse
+from concurrent import futures
 import dataclasses
 import functools
 import importlib.util
 import json
+import multiprocessing
 import os
 import statistics
 import time
@@ -66,12 +68,13 @@ class Row:
 
 
 class Candidate:
-  """A kernel and the block it is timed on."""
+  """A kernel and the one of `blocks` it is timed on."""
+  quantities = QUANTITIES
 
-  def __init__(self, name: str, kernel, images: np.ndarray, more: np.ndarray):
+  def __init__(self, name: str, kernel, images: np.ndarray, more: np.ndarray, blocks):
     self.name, self._kernel = name, kernel
     a_pair = 0.0
-    for shape in BLOCKS:
+    for shape in blocks:
       if np.prod(shape) * a_pair > ENOUGH_SECONDS:
         break
       self.shape = shape
@@ -88,13 +91,47 @@ class Candidate:
             'vjp': lambda: self._kernel.block_vjp(self._x1, self._x2, self.cotangent),
             'step': lambda: self._kernel.block_vjp(self._x1, self._x2, lambda block: self.cotangent)}
 
+  def seconds(self, quantity: str) -> float:
+    return _seconds(self.runs()[quantity])
+
+
+class CandidateElsewhere:
+  """A candidate in a process of its own, where each of the kernel's threads has one of XLA's, as in a run. Here Neural Tangents has them."""
+  quantities = QUANTITIES
+
+  def __init__(self, name: str, *arguments):
+    self.name = name
+    self._process = futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), _settle, (name, *arguments))
+    self.shapes, self.results = self._process.submit(_settled).result()
+
+  def seconds(self, quantity: str) -> float:
+    return self._process.submit(_seconds_here, quantity).result()
+
+
+_here: Candidate | None = None  # in such a process
+
+
+def _settle(name: str, architecture, threads: int, images: np.ndarray, more: np.ndarray, blocks) -> None:
+  global _here
+  os.environ['NPROC'] = '1'  # JAX has not started
+  _here = Candidate(name, ntk.make_kernel(architecture, implementation=name, threads=threads), images, more, blocks)
+
+
+def _settled():
+  return _here.shapes, _here.results
+
+
+def _seconds_here(quantity: str) -> float:
+  return _here.seconds(quantity)
+
 
 class NeuralTangents:
   """The peer: its kernel function, jitted, in float32, at the best of `blocks` for each quantity."""
+  quantities = QUANTITIES[:2]
 
   def __init__(self, name: str, architecture, images: np.ndarray, more: np.ndarray, blocks):
     self.name = name
-    self._functions = dict(zip(('forward', 'vjp'), _neural_tangents(architecture)))
+    self._functions = dict(zip(self.quantities, _neural_tangents(architecture)))
     self.shapes, self._arguments, best = {}, {}, dict.fromkeys(self._functions, np.inf)
     for a, b in blocks:
       if min(len(images) - a, len(more) - b) < 0:
@@ -115,9 +152,8 @@ class NeuralTangents:
     jax.block_until_ready(function(*arguments))
     return _seconds(lambda: jax.block_until_ready(function(*arguments)))
 
-  def runs(self) -> dict[str, Callable]:
-    run = lambda quantity: lambda: jax.block_until_ready(self._functions[quantity](*self._arguments[quantity]))
-    return {quantity: run(quantity) for quantity in self._functions}
+  def seconds(self, quantity: str) -> float:
+    return _seconds(lambda: jax.block_until_ready(self._functions[quantity](*self._arguments[quantity])))
 
 
 @functools.cache
@@ -147,13 +183,13 @@ def measure(name: str, image: tuple[int, int, int], implementations: list[str], 
   expected = oracle.block_vjp(x1[:CHECKED], x2[:CHECKED], COTANGENT)
   peers = [NeuralTangents('neural tangents', architecture, x1, x2, REFERENCE_BLOCKS),
            NeuralTangents('  one pair', architecture, x1, x2, REFERENCE_BLOCKS[:1])] if with_peer else []
-  candidates = [Candidate(label, kernel, x1, x2) for label, kernel in _kernels(architecture, implementations, threads)]
+  candidates = list(_candidates(architecture, implementations, threads, x1, x2))
   timed = [*peers, *candidates]
   seconds = {(c.name, quantity): [] for c in timed for quantity in QUANTITIES}
   for _ in range(runs):
     for c in timed:
-      for quantity, run in c.runs().items():
-        seconds[c.name, quantity].append(_seconds(run))
+      for quantity in c.quantities:
+        seconds[c.name, quantity].append(c.seconds(quantity))
     for peer in peers:
       seconds[peer.name, 'step'] = seconds[peer.name, 'vjp']  # its vjp yields the block for nothing
   milliseconds = {(c.name, quantity): 1e3 * statistics.median(seconds[c.name, quantity]) / np.prod(c.shapes[quantity])
@@ -197,16 +233,18 @@ def peak_flops(size: int = 2048) -> float:
   return 2 * size ** 3 / min(_seconds(lambda: jax.block_until_ready(product(a, a))) for _ in range(10))
 
 
-def _kernels(architecture, implementations, threads):
+def _candidates(architecture, implementations, threads, *images):
   for implementation in implementations:
-    kernel = ntk.make_kernel(architecture, implementation=implementation, threads=threads)
-    yield implementation, kernel
+    if implementation == 'jax' and jax.default_backend() == 'cpu':
+      yield CandidateElsewhere(implementation, architecture, threads, *images, BLOCKS)
+      continue
+    yield Candidate(implementation, ntk.make_kernel(architecture, implementation=implementation, threads=threads), *images, BLOCKS)
     if implementation == 'native':
       forced = os.environ.get('KIP_INSTRUCTION_SET')
       for name in ('avx2', 'portable'):
         os.environ['KIP_INSTRUCTION_SET'] = name
         try:
-          yield f'native {name}', ntk.make_kernel(architecture, implementation='native', threads=threads)
+          yield Candidate(f'native {name}', ntk.make_kernel(architecture, implementation='native', threads=threads), *images, BLOCKS)
         except ValueError:  # this machine lacks it
           pass
       os.environ.pop('KIP_INSTRUCTION_SET')

@@ -80,12 +80,12 @@ class Row(NamedTuple):
 
 
 # S = 10: a piece's gradient is small, so targets alone are cut. S = 500: in one pass where workers are few, else by parts of the support
-# too, into slightly fewer tasks than a whole number for each worker.
+# too, into slightly fewer tasks than a whole number for each worker, those of K_ss as large as the others.
 CASES = [Case(10, 5000, 1, 10, 250, 1, 0), Case(10, 5000, 8, 10, 125, 1, 0), Case(10, 5000, 32, 10, 50, 1, 0),
          Case(10, 50_000, 32, 10, 250, 1, 0), Case(10, 50_000, 128, 10, 125, 1, 0),
          Case(500, 5000, 1, 500, 250, 4, 0), Case(500, 5000, 8, 125, 125, 1, 0), Case(500, 5000, 32, 100, 50, 1, 0),
-         Case(500, 5000, 32, 100, 125, 10, 18), Case(500, 5000, 128, 25, 125, 10, 9),
-         Case(500, 50_000, 32, 100, 250, 20, 13), Case(500, 50_000, 128, 25, 250, 20, 14), Case(500, 50_000, 256, 25, 250, 10, 14)]
+         Case(500, 5000, 32, 45, 125, 20, 9), Case(500, 5000, 128, 25, 125, 20, 9),
+         Case(500, 50_000, 32, 100, 250, 20, 13), Case(500, 50_000, 128, 50, 250, 20, 14), Case(500, 50_000, 256, 50, 250, 20, 10)]
 
 
 def measured_costs(microseconds: float) -> Costs:
