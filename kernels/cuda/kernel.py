@@ -3,6 +3,9 @@
 CuPy is what compiles (NVRTC), launches and holds memory. The contract is NumPy in and out, so that JAX has no part in it, and its memory
 pool none of the GPU's; a handler of XLA's foreign function interface would need a C++ compiler or a binary for each CUDA version, and
 cuda.core has no arrays: both would be more code here. A process that uses this kernel may keep JAX on the CPU (JAX_PLATFORMS=cpu).
+
+Pallas cannot keep a pair on chip: its Triton lowering (JAX 0.5.3 and 0.12.0) refuses slices and rolls of a value, with which a convolution
+shifts a band by a pixel, and sizes that are no powers of two, as images of 28 pixels have; the Mosaic one is for Hopper and later alone.
 """
 
 import ctypes
