@@ -24,14 +24,15 @@ _FIRST = 2  # the step from whose end on is measured
 
 
 class _Timed:
-  """A kernel that notes the end of every call, the seconds it took, and those of them that the cotangent took."""
+  """A kernel that notes the end of every call, the seconds it took, and those of them that the cotangent took. Not of `prepare`: that goes
+  on beside the call before."""
 
   def __init__(self, kernel, path: str):
     self._kernel, self._file = kernel, open(path, 'a', encoding='utf-8', buffering=1)
 
   def __getattr__(self, name):
     value = getattr(self._kernel, name)
-    return value if name not in ('prepare', 'block', 'block_vjp') else lambda *arguments: self._call(value, *arguments)
+    return value if name not in ('block', 'block_vjp') else lambda *arguments: self._call(value, *arguments)
 
   def _call(self, method, *arguments):
     elsewhere = 0.0
