@@ -1,7 +1,7 @@
 """How a run scales with its workers: `python -m benchmarks.scale`.
 
-The real coordinator serves over real Courier, on all cores; simulated workers, threads of a few processes on all but the first core, ask
-for tasks, fetch what a real one fetches, sleep for as long as the kernel would take, and send pieces of the real size. The sleep is a task's
+The real coordinator serves over real Courier, on all cores; simulated workers, coroutines in a process for each core but the first, ask for
+tasks, fetch what a real one fetches, sleep for as long as the kernel would take, and send pieces of the real size. The sleep is a task's
 pairs times --microseconds, times a factor from the spread of the native kernel's own times, measured first. Efficiency is the kernel's time
 of a step in one worker and one pass, over workers times the step's time by the coordinator's clock.
 
@@ -11,11 +11,13 @@ With --real, one and then two real workers, of one thread each, on the real CIFA
 """
 
 import argparse
+import asyncio
 import functools
 import itertools
 import json
 import multiprocessing
 import os
+import queue as queues
 import socket
 import tempfile
 import threading
@@ -42,10 +44,7 @@ WARM_UP, STEPS = 2, 3  # steps that are not counted, and that are at least
 REPEATS = 30 # of a kernel's task, for its spread
 PAIRS = (10, 64)  # of such a task
 BUSY = 0.8  # of the simulated workers' cores, from which on they are the limit
-PROCESSES = 2  # of simulated workers
 KEPT = 80 * 2 ** 30 // 4 // 22_000  # pairs of which a worker can keep the derivatives: a quarter of an 80 GiB GPU, 22 kB each
-
-_encode = tasks.encode  # the workers' own is replaced
 
 
 class Costs(NamedTuple):
@@ -79,13 +78,13 @@ class Row(NamedTuple):
   busy: float
 
 
-# S = 10: a piece's gradient is small, so targets alone are cut. S = 500: in one pass where workers are few, else by parts of the support
-# too, into slightly fewer tasks than a whole number for each worker, those of K_ss as large as the others.
+# S = 10: a piece's gradient is small, so targets alone are cut. S = 500: by parts of the support too, into slightly fewer tasks than a whole
+# number for each worker, those of K_ss up to twice as large as the others; in one pass for comparison.
 CASES = [Case(10, 5000, 1, 10, 250, 1, 0), Case(10, 5000, 8, 10, 125, 1, 0), Case(10, 5000, 32, 10, 50, 1, 0),
          Case(10, 50_000, 32, 10, 250, 1, 0), Case(10, 50_000, 128, 10, 125, 1, 0),
-         Case(500, 5000, 1, 500, 250, 4, 0), Case(500, 5000, 8, 125, 125, 1, 0), Case(500, 5000, 32, 100, 50, 1, 0),
-         Case(500, 5000, 32, 45, 125, 20, 9), Case(500, 5000, 128, 25, 125, 20, 9),
-         Case(500, 50_000, 32, 100, 250, 20, 13), Case(500, 50_000, 128, 50, 250, 20, 14), Case(500, 50_000, 256, 50, 250, 20, 10)]
+         Case(500, 5000, 1, 500, 250, 4, 0), Case(500, 5000, 8, 125, 125, 1, 0), Case(500, 5000, 8, 63, 125, 10, 25),
+         Case(500, 5000, 32, 100, 50, 1, 0), Case(500, 5000, 32, 72, 125, 20, 9), Case(500, 5000, 128, 50, 125, 20, 9),
+         Case(500, 50_000, 32, 100, 250, 20, 18), Case(500, 50_000, 128, 84, 250, 20, 14), Case(500, 50_000, 256, 72, 250, 20, 10)]
 
 
 def measured_costs(microseconds: float) -> Costs:
@@ -109,56 +108,77 @@ def measured_costs(microseconds: float) -> Costs:
   return Costs(forward.mean() * scale, derivatives.mean() * scale, pull_back.mean() * scale, list(derivatives / derivatives.mean()))
 
 
-class _Counting:
-  """A coordinator whose calls are counted."""
+class _Simulated:
+  """A worker whose kernel sleeps: what `KernelWorker` does, as a coroutine, so that one core has room for hundreds."""
 
-  def __init__(self, coordinator: Any):
-    self._coordinator = coordinator
+  def __init__(self, client: Any, name: str, costs: Costs, seed: int):
+    self._client, self._name, self._costs, self._random = client, name, costs, np.random.default_rng(seed)
+    self._ahead = asyncio.Lock()  # one after the other
+    self._fetched: dict[Any, bytes] = {}  # (step, name, rows) -> answer
+    self._kept: dict[Any, int] = {}  # (step, of the support, ranges) -> pairs whose derivatives are kept
     self.calls = self.bytes_up = self.bytes_down = 0
 
-  def __getattr__(self, method):
-    def call(*args):
-      value = getattr(self._coordinator, method)(*args)
-      self.calls += 1
-      self.bytes_up += sum(len(argument) for argument in args if isinstance(argument, bytes))
-      self.bytes_down += len(value) if isinstance(value, bytes) else len(value.get('inputs', b'')) if isinstance(value, dict) else 0
-      return value
-    return call
-
-
-class _Simulated(kernel_worker.KernelWorker):
-  """A worker whose kernel sleeps; its pieces are encoded already."""
-
-  def __init__(self, coordinator: Any, name: str, costs: Costs, seed: int):
-    super().__init__(coordinator, name, 1, '', threading.Event())
-    self._costs, self._random = costs, np.random.default_rng(seed)
-    self._kernel = self  # to `prepare` images
-
-  def prepare(self, images: np.ndarray) -> np.ndarray:
-    return images
-
-  def _prepare(self) -> str:
-    description = json.loads(self._coordinator.describe())
-    self._run, self._run_id = description['run'], description['run_id']
-    self._num_support = self._run['images_per_class'] * CLASSES
-    self._two_halves = tasks.support_per_task(self._run, self._num_support) > 0
+  async def run(self) -> None:
+    """Works for ever."""
+    description = json.loads(await self._call('describe'))
+    self._num_support = description['run']['images_per_class'] * CLASSES
+    self._target_tile = description['run']['plan']['target_tile']
+    self._two_halves = tasks.support_per_task(description['run'], self._num_support) > 0
     rate = 1 / (self._costs.derivatives + self._costs.pull_back)
-    return json.dumps({'fingerprint': {'implementation': 'simulated'}, 'pairs_per_second': rate})
+    hello = json.dumps({'fingerprint': {'implementation': 'simulated'}, 'pairs_per_second': rate})
+    in_hand, coming = [], None
+    while True:
+      if coming and not in_hand:
+        in_hand, coming = await coming, None
+      if not in_hand:
+        in_hand = self._given(await self._call('lease', self._name, hello, []))
+        continue
+      task, lease, begun = in_hand.pop(0)
+      await begun
+      await asyncio.sleep(self._seconds(task))
+      if coming:
+        in_hand += await coming
+      coming = asyncio.ensure_future(self._hand_in(task, lease, [lease for _, lease, _ in in_hand]))
 
-  def _target_images(self, task, start, stop):
-    return None
+  async def _hand_in(self, task: tasks.Task, lease: int, holding: list[int]) -> list[Any]:
+    parts, checksum = _piece(task.phase, task.support_range, task.target_range if task.phase in tasks.SUPPORT_PHASES else
+                             (0, task.target_range[1] - task.target_range[0]), self._num_support)
+    for i, part in enumerate(parts):
+      answer = await self._call('complete', self._name, list(task), lease, i, len(parts), part, checksum, holding)
+    return self._given(answer)
 
-  def _compute(self, task, inputs):
-    self._beginning(task, inputs)
-    time.sleep(self._seconds(task))
-    return _piece(task.phase, task.support_range, task.target_range if task.phase in tasks.SUPPORT_PHASES else
-                  (0, task.target_range[1] - task.target_range[0]), self._num_support)
+  def _given(self, answer: dict[str, Any] | None) -> list[Any]:
+    given = [(tasks.Task(*task), lease) for task, lease, _ in (answer or {}).get('tasks', ())]
+    return [(task, lease, asyncio.ensure_future(self._begin(task))) for task, lease in given]
+
+  async def _begin(self, task: tasks.Task) -> None:
+    """Fetches what a real worker fetches."""
+    for values in (self._fetched, self._kept):
+      for key in [key for key in values if key[0] != task.step]:
+        del values[key]
+    wanted = []
+    if not self._two_halves:
+      wanted = [('images', 0, self._num_support)] + ([('alpha', *task.support_range)] if task.phase == tasks.TARGETS else [])
+    elif task.phase in tasks.SUPPORT_PHASES:
+      wanted = [('images', *rows) for rows in (task.support_range, *tasks.ranges(self._num_support, self._target_tile))]
+    async with self._ahead:
+      for name, start, stop in wanted:
+        if (task.step, name, start, stop) not in self._fetched:
+          self._fetched[task.step, name, start, stop] = await self._call('fetch', task.generation, task.step, name, start, stop)
+
+  async def _call(self, method: str, *args: Any) -> Any:
+    value = await asyncio.wrap_future(getattr(self._client.futures, method)(*args))
+    self.calls += 1
+    self.bytes_up += sum(len(argument) for argument in args if isinstance(argument, bytes))
+    self.bytes_down += len(value) if isinstance(value, bytes) else sum(map(len, value.get('inputs', ()))) if isinstance(value, dict) else 0
+    return value
 
   def _seconds(self, task: tasks.Task) -> float:
     costs, pairs = self._costs, task.pairs
-    kept = self._kept.pop(self._key(task), 0)
+    key = (task.step, task.phase in tasks.SUPPORT_PHASES, task.target_range, task.support_range)
+    kept = self._kept.pop(key, 0)
     if task.phase in (tasks.TARGET_BLOCKS, tasks.SUPPORT_BLOCKS) and self._two_halves:
-      self._kept[self._key(task)] = min(pairs, KEPT - sum(self._kept.values()))
+      self._kept[key] = min(pairs, KEPT - sum(self._kept.values()))
       seconds = pairs * costs.derivatives
     elif task.phase == tasks.SUPPORT_BLOCKS:
       seconds = pairs * costs.forward / (2 if task.target_range == task.support_range else 1)
@@ -173,13 +193,13 @@ def _piece(phase: str, support: tasks.Range, targets: tasks.Range, num_support: 
   rows, columns = support[1] - support[0], targets[1] - targets[0]
   gradient = np.zeros((rows, *IMAGE), np.float32)
   if phase == tasks.SUPPORT_BLOCKS:
-    return _encode({'block': np.eye(num_support, dtype=np.float32)[slice(*support), slice(*targets)]})
+    return tasks.encode({'block': np.eye(num_support, dtype=np.float32)[slice(*support), slice(*targets)]})
   if phase == tasks.TARGET_BLOCKS:
-    return _encode({'block': np.zeros((rows, columns), np.float32)})
+    return tasks.encode({'block': np.zeros((rows, columns), np.float32)})
   if phase == tasks.TARGETS:
     alpha_bar = np.zeros((num_support, CLASSES))
-    return _encode({'loss': np.float64(0), 'correct': np.int64(0), 'alpha_bar': alpha_bar, 'gradient': gradient})
-  return _encode({'gradient': gradient})
+    return tasks.encode({'loss': np.float64(0), 'correct': np.int64(0), 'alpha_bar': alpha_bar, 'gradient': gradient})
+  return tasks.encode({'gradient': gradient})
 
 
 def _serve(workdir: str, cache: str, port: int, seconds: float, out: Any) -> None:
@@ -209,21 +229,19 @@ def _simulate(port: int, names: list[str], cores: set[int], costs: Costs, over: 
   """A process of simulated workers: tells its CPU seconds, calls, bytes up and down when `over` is set."""
   os.sched_setaffinity(0, cores)
   import courier
-  stop = threading.Event()
-  tasks.encode = lambda piece: piece
+  workers = [_Simulated(courier.Client(f'localhost:{port}', call_timeout=60), name, costs, seed)
+             for seed, name in zip(itertools.count(int(names[0][1:])), names)]
 
-  def client():
-    return _Counting(Retrying(courier.Client(f'localhost:{port}', call_timeout=60, wait_for_ready=False), 60, stop,
-                              lambda error: type(error).__name__ == 'StatusNotOk'))
-  clients = [client() for _ in names]
-  workers = [_Simulated(client, name, costs, seed) for client, seed, name in zip(clients, itertools.count(int(names[0][1:])), names)]
-  for worker in workers:
-    threading.Thread(target=worker.run, daemon=True).start()
-  over.wait()
-  out.put((time.process_time(), *(sum(getattr(client, name) for client in clients) for name in ('calls', 'bytes_up', 'bytes_down'))))
-  out.close()
-  out.join_thread()
-  os._exit(0)  # threads are still asking
+  async def work():
+    working = [asyncio.ensure_future(worker.run()) for worker in workers]
+    await asyncio.get_running_loop().run_in_executor(None, over.wait)
+    for failed in [worker for worker in working if worker.done()]:
+      failed.result()
+    out.put((time.process_time(), *(sum(getattr(worker, name) for worker in workers) for name in ('calls', 'bytes_up', 'bytes_down'))))
+    out.close()
+    out.join_thread()
+    os._exit(0)  # calls are still waiting
+  asyncio.run(work())
 
 
 def _work(port: int, name: str, folder: str) -> None:
@@ -244,7 +262,7 @@ def measure_real(workers: int, folder: str, data: str) -> float:
   real = [spawn.Process(target=_work, args=(port, f'w{i}', folder), daemon=True) for i in range(workers)]
   for process in real:
     process.start()
-  a_step = served.get()[0]
+  a_step = _told(served, server)[0]
   for process in (server, *real):
     process.kill()
   return a_step
@@ -272,6 +290,17 @@ def _start(config: Any, workers: int, folder: str, seconds: float) -> tuple[int,
   return port, server, served
 
 
+def _told(queue: Any, process: Any) -> Any:
+  """What a process puts into a queue. Raises RuntimeError where it ends without."""
+  while True:
+    is_alive = process.is_alive()
+    try:
+      return queue.get(timeout=1)
+    except queues.Empty:
+      if not is_alive:
+        raise RuntimeError('a process of the benchmark has ended; see above.') from None
+
+
 def measure(case: Case, costs: Costs, folder: str, seconds: float) -> Row:
   """Runs a case for about `seconds`."""
   config = base.get_config()
@@ -282,24 +311,25 @@ def measure(case: Case, costs: Costs, folder: str, seconds: float) -> Row:
   kernel = _kernel_seconds(case, costs)
   port, server, served = _start(config, case.workers, folder, seconds)
   cores = sorted(os.sched_getaffinity(0))
+  of_workers = set(cores[1:]) or {cores[0]}
   spawn = multiprocessing.get_context('spawn')
   told, over = spawn.Queue(), spawn.Event()
   names = [f'w{i}' for i in range(case.workers)]
-  size = -(-len(names) // PROCESSES)
-  simulated = [spawn.Process(target=_simulate, args=(port, names[i:i + size], set(cores[1:]) or {cores[0]}, costs, over, told), daemon=True)
+  size = -(-len(names) // len(of_workers))
+  simulated = [spawn.Process(target=_simulate, args=(port, names[i:i + size], of_workers, costs, over, told), daemon=True)
                for i in range(0, len(names), size)]
   begin = time.monotonic()
   for process in simulated:
     process.start()
-  a_step, cpu, all_steps = served.get()
+  a_step, cpu, all_steps = _told(served, server)
   elapsed = time.monotonic() - begin
   over.set()
-  totals = np.sum([told.get() for _ in simulated], axis=0)
+  totals = np.sum([_told(told, process) for process in simulated], axis=0)
   for process in (server, *simulated):
     process.join(20)
     process.kill()
   calls, up, down = totals[1:] / all_steps
-  return Row(kernel / case.workers / a_step, a_step, cpu, calls, up, down, totals[0] / elapsed / max(1, len(cores) - 1))
+  return Row(kernel / case.workers / a_step, a_step, cpu, calls, up, down, totals[0] / elapsed / len(of_workers))
 
 
 def _kernel_seconds(case: Case, costs: Costs) -> float:

@@ -33,17 +33,15 @@ class Solution(NamedTuple):
 
 
 class Residual(NamedTuple):
-  """What one target tile of `b` images contributes.
+  """What `b` targets contribute.
 
   Attributes:
     loss: its share of the loss.
     correct: how many of its images are predicted right (arg-max).
-    alpha_bar: K_bs^T R, its share of the cotangent of alpha, [S, C].
     scaled: R, the cotangent of the predictions, [b, C].
   """
   loss: float
   correct: int
-  alpha_bar: np.ndarray
   scaled: np.ndarray
 
 
@@ -78,23 +76,30 @@ def solve(k_ss: np.ndarray, y_s: np.ndarray, ridge: float) -> Solution:
     return Solution(scipy.linalg.cho_solve((factor, True), np.asarray(y_s, np.float64)), factor, ridge)
 
 
-def residual(k_st: np.ndarray, alpha: np.ndarray, y_t: np.ndarray, num_targets: int) -> Residual:
-  """Loss and cotangents of one target tile.
+def predictions(k_st: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+  """P = K_ts alpha, [b, C], of a block K(support, targets), [S, b]; or what a part of the support, rows of both, adds to it."""
+  with _BLAS.limit(limits=1):
+    return np.asarray(k_st, np.float64).T @ alpha
+
+
+def residual(predictions: np.ndarray, y_t: np.ndarray, num_targets: int) -> Residual:
+  """Loss and cotangent of the predictions, [b, C], of `b` targets.
 
   Args:
-    k_st: block K(support, tile), [S, b].
-    alpha: [S, C].
-    y_t: labels of the tile, [b, C].
+    predictions: [b, C].
+    y_t: labels, [b, C].
     num_targets: `T`, all targets of the step: the loss is a mean over T * C entries.
   """
+  errors = predictions - y_t
+  scaled = errors / (num_targets * y_t.shape[1])
+  return Residual(loss=0.5 * float(np.sum(errors * scaled)),
+                  correct=int(np.sum(predictions.argmax(axis=1) == y_t.argmax(axis=1))), scaled=scaled)
+
+
+def alpha_bar(k_st: np.ndarray, scaled: np.ndarray) -> np.ndarray:
+  """K_st R, what a block [S, b] adds to the cotangent of alpha, [S, C]."""
   with _BLAS.limit(limits=1):
-    k_st = np.asarray(k_st, np.float64)
-    predictions = k_st.T @ alpha
-    errors = predictions - y_t
-    scaled = errors / (num_targets * y_t.shape[1])
-    return Residual(loss=0.5 * float(np.sum(errors * scaled)),
-                    correct=int(np.sum(predictions.argmax(axis=1) == y_t.argmax(axis=1))),
-                    alpha_bar=k_st @ scaled, scaled=scaled)
+    return np.asarray(k_st, np.float64) @ scaled
 
 
 def cotangent(alpha: np.ndarray, scaled: np.ndarray) -> np.ndarray:

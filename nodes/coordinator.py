@@ -3,6 +3,7 @@ checkpoints, and ends the run."""
 
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import threading
@@ -36,6 +37,7 @@ from nodes.task_board import TaskFailed
 
 _POLL = 0.5  # seconds between looks at the stop event while a phase runs
 _LONG_POLL = 2.0  # seconds a request for work may wait for some
+_IN_HAND = 2  # tasks that a worker may have: one in work and one ahead
 _EVALUATOR = 'evaluator'
 _LINGER = 10.0  # seconds the finished coordinator stays to tell the others to stop
 _STALL = 30.0  # seconds without a piece that are worth a word
@@ -122,6 +124,7 @@ class Coordinator:
     self._generation = self._directory.next_generation()
     self._lock = threading.Lock()
     self._inputs: dict[str, np.ndarray] = {}  # of the current step, what workers fetch
+    self._sent: dict[tuple[str, int, int], bytes] = {}  # rows of it, packed
     self._step = -1
     self._parts: dict[int, dict[int, bytes]] = {}  # lease -> part -> content, of pieces that are still arriving
     self._arrived: set[int] = set()  # leases of the current step whose piece is complete
@@ -162,9 +165,10 @@ class Coordinator:
       holding: the leases that it has not handed in yet.
 
     Returns:
-      None (ask again), `{'stop': reason}`, or `{'task': tuple(Task), 'lease': id, 'more': whether to ask for another ahead,
-      'inputs': bytes}`, packed, in the kernel's dtype, with what no other task of the worker is likely to need: for SUPPORT_VJP its part of
-      the `cotangent` of K_ss, for TARGET_BLOCKS its `images`, for TARGET_VJP its rows of `alpha` [S, C] and of the `residual` [T, C].
+      None (ask again), `{'stop': reason}`, or `{'tasks': [(tuple(Task), lease id, indices)], 'inputs': [packed arrays]}`, so many tasks that
+      the worker has one in work and another ahead, where there is enough to do. The inputs, in the kernel's dtype, are what tasks of other
+      answers are not likely to need: for SUPPORT_VJP its part of the `cotangent` of K_ss, for TARGET_BLOCKS its `images`, for TARGET_VJP its
+      rows of `alpha` [S, C] and of the `residual` [T, C].
     """
     if self._hellos.get(worker) != hello:
       refusal = self._greet(worker, json.loads(hello))
@@ -175,20 +179,20 @@ class Coordinator:
     if self._over:
       self._released.add(worker)
       return {'stop': 'the run is over.'}
-    return self._lease(worker, 0.0 if holding else _LONG_POLL, holding)
+    return self._lease(worker, holding)
 
   def fetch(self, generation: int, step: int, name: str, start: int, stop: int) -> bytes | None:
     """Packed rows of what the step's tasks share: `images` [S, H, W, D] in the kernel's dtype, `alpha` [S, C]. None if the step is over."""
     with self._lock:
-      rows = self._inputs[name][start:stop] if (generation, step) == (self._generation, self._step) else None
-    return rows if rows is None else tasks.pack({name: rows})
+      return self._packed(name, start, stop) if (generation, step) == (self._generation, self._step) else None
 
   def complete(self, worker: str, task: list[Any], lease: int, part: int, parts: int, data: bytes, checksum: bytes,
                holding: list[int]) -> dict[str, Any] | None:
     """Takes part `part` of `parts` of a piece (`tasks.encode`), each with the whole piece's checksum. Idempotent.
 
     Returns:
-      More work, as `lease` does for who is then `holding` these, if this part was the last and there is some; else None.
+      More work, as `lease` does for who is then `holding` these, if this part was the last and there is some; else None. Who holds none
+      waits for it for a few seconds.
     """
     task = _task(task)
     self._clients[worker] = time.monotonic()
@@ -207,7 +211,7 @@ class Coordinator:
       self._board.fail(task, lease, f'{bad[0]} contains NaN or infinity')
       return None
     self._board.complete(task, lease, worker, piece)
-    return self._lease(worker, 0.0, holding) if worker in self._hellos and not self._over else None
+    return self._lease(worker, holding) if worker in self._hellos and not self._over else None
 
   def fail(self, worker: str, task: list[Any], lease: int, message: str) -> None:
     """Takes note of an error in a worker."""
@@ -366,34 +370,40 @@ class Coordinator:
     self._begin(state)
     support, blocks, pull_backs = (self._tasks(phase, num_support) for phase in (
         tasks.SUPPORT_BLOCKS, tasks.TARGET_BLOCKS, tasks.TARGET_VJP))
-    # Many images are sent for K_ss: while everybody is at work, not while all wait for their first task.
-    early = min(2 * self._system['num_workers'], len(blocks) // 2)
-    self._board.post([*blocks[:early], *support, *blocks[early:]])
+    # Nothing can be solved without K_ss, so its tasks are the first of their workers; but many images are sent for them, so those of the
+    # other workers, who all wait, go out before.
+    early = _IN_HAND * (max(0, self._system['num_workers'] - len(support)) // 2)
+    late = blocks[early:]
+    self._board.post([*blocks[:early], *itertools.chain(*zip(support, late)), *support[len(late):], *late[len(support):]])
     solution = self._solve(state, self._k_ss(support, num_support))
     batch = sampling.targets(self._run['seed'], state.step, self._prepared.train_labels, self._run['targets_per_step'])
     y_t = sampling.centred_one_hot(self._prepared.train_labels[batch], self._prepared.num_classes)
-    residual, alpha_bar = np.empty_like(y_t), np.zeros_like(solution.alpha)
-    self._publish('alpha', solution.alpha)
+    residual, alpha_bar = np.empty_like(y_t, self._dtype), np.zeros_like(solution.alpha)
+    self._publish('alpha', solution.alpha.astype(self._dtype))
     self._publish('residual', residual)
     loss, correct = 0.0, 0
     ranges = sum(task.target_range == blocks[0].target_range for task in blocks)
     for first in range(0, len(blocks), ranges):
-      rows = np.concatenate([self._piece(task)['block'] for task in blocks[first:first + ranges]])
-      group = slice(*blocks[first].target_range)
-      part = krr.residual(rows, solution.alpha, y_t[group], len(batch))
+      group, pieces, predictions = slice(*blocks[first].target_range), [], 0.0
+      for task in blocks[first:first + ranges]:
+        pieces.append(self._piece(task)['block'])
+        predictions += krr.predictions(pieces[-1], solution.alpha[slice(*task.support_range)])
+      part = krr.residual(predictions, y_t[group], len(batch))
       residual[group] = part.scaled
       loss += part.loss
       correct += part.correct
-      alpha_bar += part.alpha_bar
-      if with_gradient:
+      for task, block in zip(blocks[first:], pieces):
+        alpha_bar[slice(*task.support_range)] += krr.alpha_bar(block, part.scaled)
+      if with_gradient and first + ranges < len(blocks):
         self._board.extend(pull_backs[first:first + ranges], first=True)
     metrics = self._metrics(loss, correct)
     if not with_gradient:
       return metrics, None
     cotangent, label_gradient = krr.pull_back(solution, alpha_bar)
     self._publish('cotangent', cotangent)
-    pull_backs += self._tasks(tasks.SUPPORT_VJP, num_support)
-    self._board.extend([task for task in pull_backs if task.phase == tasks.SUPPORT_VJP], first=True)
+    support = self._tasks(tasks.SUPPORT_VJP, num_support)
+    self._board.extend([*support, *pull_backs[-ranges:]], first=True)
+    pull_backs += support
     gradient = np.zeros_like(state.images)
     for task in pull_backs:
       gradient[slice(*task.support_range)] += self._piece(task)['gradient']
@@ -407,7 +417,7 @@ class Coordinator:
   def _begin(self, state: SupportState) -> None:
     """From here on, this step is the one that workers may ask for."""
     with self._lock:
-      self._step, self._inputs = state.step, {'images': state.images.astype(self._dtype)}
+      self._step, self._inputs, self._sent = state.step, {'images': state.images.astype(self._dtype)}, {}
       self._parts, self._arrived = {}, set()
 
   def _solution(self, state: SupportState) -> tuple[np.ndarray, krr.Solution]:
@@ -528,24 +538,39 @@ class Coordinator:
     with self._lock:
       self._inputs[name] = value
 
-  def _lease(self, worker: str, wait: float, holding: list[int]) -> dict[str, Any] | None:
-    """Work within `wait` seconds, as the RPC gives it out."""
-    lease = self._board.lease(worker, wait, self._rates[worker], holding)
-    if lease is None:
-      return None
-    task, inputs = lease.task, {}
-    rows, columns = slice(*task.support_range), slice(*task.target_range)
-    with self._lock:
-      if task.step != self._step:
-        return None
-      if task.phase == tasks.SUPPORT_VJP:
-        inputs = {'cotangent': self._inputs['cotangent'][rows, columns]}
-      elif task.phase == tasks.TARGET_BLOCKS:
-        inputs = {'images': self._inputs['images'][rows]}
-      elif task.phase == tasks.TARGET_VJP:
-        inputs = {'alpha': self._inputs['alpha'][rows], 'residual': self._inputs['residual'][columns]}
-    inputs = tasks.pack({name: value.astype(self._dtype, copy=False) for name, value in inputs.items()})
-    return {'task': tuple(task), 'lease': lease.id, 'more': self._board.has_ahead(worker), 'inputs': inputs}
+  def _lease(self, worker: str, holding: list[int]) -> dict[str, Any] | None:
+    """Work, as the RPC gives it out; who holds none waits for it."""
+    given, sent = [], {}  # inputs, each once, by identity
+    while len(holding) + len(given) < _IN_HAND:
+      leases = [*holding, *(lease for _, lease, _ in given)]
+      lease = self._board.lease(worker, 0.0 if leases else _LONG_POLL, self._rates[worker], leases)
+      if lease is None:
+        break
+      with self._lock:
+        if lease.task.step != self._step:
+          break
+        inputs = self._inputs_of(lease.task)
+      sent.update((id(data), data) for data in inputs)
+      given.append((tuple(lease.task), lease.id, [list(sent).index(id(data)) for data in inputs]))
+    return {'tasks': given, 'inputs': list(sent.values())} if given else None
+
+  def _inputs_of(self, task: tasks.Task) -> list[bytes]:
+    """What is sent with a task of the current step."""
+    if task.phase == tasks.SUPPORT_VJP:
+      cotangent = self._inputs['cotangent'][slice(*task.support_range), slice(*task.target_range)]
+      return [tasks.pack({'cotangent': cotangent.astype(self._dtype)})]
+    if task.phase == tasks.TARGET_BLOCKS:
+      return [self._packed('images', *task.support_range)]
+    if task.phase == tasks.TARGET_VJP:
+      return [self._packed('alpha', *task.support_range), self._packed('residual', *task.target_range)]
+    return []
+
+  def _packed(self, name: str, start: int, stop: int) -> bytes:
+    """Rows of an input of the current step, which go to many."""
+    key = name, start, stop
+    if key not in self._sent:
+      self._sent[key] = tasks.pack({name: self._inputs[name][start:stop]})
+    return self._sent[key]
 
   def _greet(self, worker: str, hello: dict[str, Any]) -> str | None:
     """Checks who asks; a reason to refuse, or None."""

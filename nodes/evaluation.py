@@ -38,7 +38,7 @@ def krr_test(kernel: ntk.Kernel, images: np.ndarray, labels: np.ndarray, ridge: 
   for start, end in tasks.ranges(len(classes), tile):
     check()
     y = sampling.centred_one_hot(classes[start:end], labels.shape[1])
-    result = krr.residual(kernel.block(support, test[start:end]), solution.alpha, y, len(classes))
+    result = krr.residual(krr.predictions(kernel.block(support, test[start:end]), solution.alpha), y, len(classes))
     correct += result.correct
     error += result.loss
   return correct / len(classes), error

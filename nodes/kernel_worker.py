@@ -1,11 +1,12 @@
 """Leases tasks, computes kernel blocks and their cotangent pieces, and hands them back."""
 
 from concurrent import futures
+import itertools
 import json
 import platform
 import threading
 import time
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 from absl import logging
 import numpy as np
@@ -23,11 +24,18 @@ from nodes.remote import Stopping
 _CALIBRATION_SECONDS = 80.0  # by the rate so far, which a single pair makes look far too slow
 
 
+class _Given(NamedTuple):
+  """A task in this worker's hand, and what came with it."""
+  task: tasks.Task
+  lease: int
+  inputs: dict[str, np.ndarray]
+
+
 class KernelWorker:
   """One worker. Holds nothing between tasks that it could not fetch again.
 
-  While the kernel computes a task, two threads of its own hand in the one before, ask for the one after, and fetch and make what that
-  begins with.
+  While the kernel computes a task, two threads of its own hand in the one before, which brings the one after, and fetch and make what
+  that begins with.
   """
 
   def __init__(self, coordinator: Any, name: str, threads: int, cache: str, stop: threading.Event):
@@ -41,7 +49,7 @@ class KernelWorker:
     """
     self._coordinator, self._name, self._threads, self._cache, self._stop_event = coordinator, name, threads, cache, stop
     self._talk, self._ahead = futures.ThreadPoolExecutor(1), futures.ThreadPoolExecutor(1)
-    self._begun: dict[tasks.Task, futures.Future] = {}  # what the next task begins with
+    self._begun: dict[tasks.Task, futures.Future] = {}  # what the tasks in hand begin with
     self._lock = threading.RLock()  # of the inputs
     self._inputs: dict[Any, Any] = {}  # (generation, step, name) -> value
     self._kept: dict[Any, list[ntk.Linearised | None]] = {}  # (generation, step, ranges) -> of a first half, tile by tile
@@ -65,21 +73,23 @@ class KernelWorker:
 
   def _take_part(self, hello: str) -> None:
     """Computes task after task. Where there is enough to do, the next one is at hand when one is done."""
-    answer = following = None  # the task in hand, and the future of the one after it
+    in_hand: list[_Given] = []
+    coming: futures.Future | None = None  # what the answer to the last piece brings
     while not self._stop_event.is_set():
-      answer = answer or self._coordinator.lease(self._name, hello, [])
-      if answer is None:
+      if coming and not in_hand:
+        in_hand, coming = coming.result(), None
+      if not in_hand:
+        answer = self._coordinator.lease(self._name, hello, [])
+        if answer and 'stop' in answer:
+          logging.info('%s ends: %s', self._name, answer['stop'])
+          return
+        in_hand = self._given(answer)
         continue
-      if 'stop' in answer:
-        logging.info('%s ends: %s', self._name, answer['stop'])
-        return
-      if following is None and answer['more']:
-        following = self._talk.submit(self._ask_ahead, hello, answer)
-      piece = self._work(tasks.Task(*answer['task']), answer['lease'], tasks.unpack(answer['inputs']))
-      done, answer = answer, following and following.result()
-      following = self._talk.submit(self._hand_in, done, piece, answer)
-      if answer is None:
-        answer, following = following.result(), None
+      given = in_hand.pop(0)
+      piece = self._work(given)
+      if coming:
+        in_hand += coming.result()
+      coming = self._talk.submit(self._hand_in, given, piece, [other.lease for other in in_hand])
 
   def _prepare(self) -> str:
     """Data and kernel; gives what `Coordinator.lease` wants to know."""
@@ -93,27 +103,25 @@ class KernelWorker:
     self._train = ntk.Library(self._kernel, self._prepared.train_images)
     return json.dumps({'fingerprint': self._fingerprint(), 'pairs_per_second': self._calibrate()})
 
-  def _ask_ahead(self, hello: str, in_hand: dict[str, Any]) -> dict[str, Any] | None:
-    """The coordinator's answer, which may be the task after the one in hand."""
-    return self._look_ahead(self._coordinator.lease(self._name, hello, [in_hand['lease']]))
-
-  def _hand_in(self, done: dict[str, Any], piece: dict[str, np.ndarray] | None, in_hand: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Hands in the piece of a task, if there is one; gives the coordinator's answer, which may be the task after the one in hand."""
-    holding = [in_hand['lease']] if in_hand and 'lease' in in_hand else []
-
+  def _hand_in(self, given: _Given, piece: dict[str, np.ndarray] | None, holding: list[int]) -> list[_Given]:
+    """Hands in the piece of a task, if there is one; what the coordinator gives for it to who is then `holding` these leases."""
     def send():
       parts, checksum = tasks.encode(piece)
       for i, part in enumerate(parts):
-        answer = self._coordinator.complete(self._name, list(done['task']), done['lease'], i, len(parts), part, checksum, holding)
+        answer = self._coordinator.complete(self._name, list(given.task), given.lease, i, len(parts), part, checksum, holding)
       return answer
-    return self._look_ahead(None if piece is None else self._or_fail(tasks.Task(*done['task']), done['lease'], send))
+    return self._given(None if piece is None else self._or_fail(given, send))
 
-  def _look_ahead(self, answer: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Begins with what the task of an answer begins with."""
-    if answer and 'task' in answer:
-      task = tasks.Task(*answer['task'])
-      self._begun[task] = self._ahead.submit(self._begin, task, tasks.unpack(answer['inputs']))
-    return answer
+  def _given(self, answer: dict[str, Any] | None) -> list[_Given]:
+    """The tasks of an answer, and begins with what they begin with."""
+    if answer is None:
+      return []
+    inputs = [tasks.unpack(data) for data in answer['inputs']]
+    given = [_Given(tasks.Task(*task), lease, dict(itertools.chain(*(inputs[i].items() for i in indices))))
+             for task, lease, indices in answer['tasks']]
+    for task, _, inputs in given:
+      self._begun[task] = self._ahead.submit(self._begin, task, inputs)
+    return given
 
   def _begin(self, task: tasks.Task, inputs: dict[str, np.ndarray]) -> 'ntk.Images | None':
     """Fetches what a task needs; gives the target images of its first tile."""
@@ -130,13 +138,13 @@ class KernelWorker:
     """What `_begin` gives, begun ahead or now."""
     return (self._begun.pop(task, None) or self._ahead.submit(self._begin, task, inputs)).result()
 
-  def _work(self, task: tasks.Task, lease: int, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+  def _work(self, given: _Given) -> dict[str, np.ndarray] | None:
     """A task's piece; None where it is not wanted any more, or could not be computed, and the coordinator knows."""
-    if task.run_id != self._run_id:
+    if given.task.run_id != self._run_id:
       raise CoordinatorLost('another run answers in its place.', was_there=True)
-    return self._or_fail(task, lease, lambda: self._compute(task, inputs))
+    return self._or_fail(given, lambda: self._compute(given.task, given.inputs))
 
-  def _or_fail(self, task: tasks.Task, lease: int, function: Callable[[], Any]) -> Any:
+  def _or_fail(self, given: _Given, function: Callable[[], Any]) -> Any:
     """What a function about a task gives; None where that is not wanted any more, or fails, and the coordinator knows."""
     try:
       return function()
@@ -145,8 +153,8 @@ class KernelWorker:
     except (CoordinatorLost, Stopping):
       raise
     except Exception as error:  # whatever it is: the coordinator tries the task elsewhere, then stops the run with this message
-      logging.exception('%s failed at %s', self._name, task)
-      self._coordinator.fail(self._name, list(task), lease, f'{type(error).__name__}: {error}')
+      logging.exception('%s failed at %s', self._name, given.task)
+      self._coordinator.fail(self._name, list(given.task), given.lease, f'{type(error).__name__}: {error}')
       return None
 
   def _compute(self, task: tasks.Task, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -213,14 +221,15 @@ class KernelWorker:
       residual = None
 
       def cotangent(block, y_t=y_t):
-        nonlocal residual
-        residual = krr.residual(block, alpha, y_t, len(batch))
+        nonlocal residual, alpha_bar
+        block = block.astype(np.float64)
+        residual = krr.residual(krr.predictions(block, alpha), y_t, len(batch))
+        alpha_bar += krr.alpha_bar(block, residual.scaled)
         return krr.cotangent(alpha, residual.scaled)
 
       gradient += self._kernel.block_vjp(support, x_t, cotangent)[1]
       loss += residual.loss
       correct += residual.correct
-      alpha_bar += residual.alpha_bar
     return {'loss': np.float64(loss), 'correct': np.int64(correct), 'alpha_bar': alpha_bar, 'gradient': gradient.astype(self._kernel.dtype)}
 
   def _first_half(self, task: tasks.Task, support: ntk.Prepared, first: 'ntk.Images | None') -> np.ndarray:

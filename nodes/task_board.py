@@ -18,6 +18,7 @@ MAX_LOST = 20  # leases of one task that came to nothing
 _DEADLINE_FACTOR = 5  # of the usual time of that kind of task
 _SLOW_FACTOR, _SLOW_SECONDS = 2, 1.0  # a task that takes longer than both is given to an idle worker too
 _AWAY_SECONDS = 1.0  # without a word, after which others take a worker's tasks
+_LOOK = 0.5  # seconds between an idle worker's looks at what time alone may bring up
 _HISTORY = 64
 
 Piece = dict[str, np.ndarray]
@@ -58,8 +59,9 @@ class TaskBoard:
   def __init__(self, lease_seconds: float, clock: Callable[[], float] = time.monotonic):
     self._lease_seconds, self._clock = lease_seconds, clock
     self._patience = min(lease_seconds, _SLOW_SECONDS)
-    lock = threading.RLock()
-    self._work, self._piece = threading.Condition(lock), threading.Condition(lock)  # what workers wait for, and who takes the pieces
+    self._lock = threading.RLock()
+    self._piece = threading.Condition(self._lock)  # what who takes the pieces waits for
+    self._idle: dict[str, threading.Condition] = {}  # what each worker that has no work waits for: each its own, so that few wake in vain
     self._tasks: dict[Task, Piece | None] = {}  # in plan order; {} once it is taken
     self._missing = 0
     self._awaited: Task | None = None
@@ -81,7 +83,7 @@ class TaskBoard:
 
   def post(self, tasks: list[Task]) -> None:
     """Starts a phase; what was left of the one before is forgotten."""
-    with self._work:
+    with self._lock:
       for of_this_phase in (self._tasks, self._pending, self._leases, self._held, self._late, self._errors, self._lost, self._owners):
         of_this_phase.clear()
       self._missing, self._failure = 0, None
@@ -90,18 +92,17 @@ class TaskBoard:
 
   def extend(self, tasks: list[Task], first: bool = False) -> None:
     """Adds tasks to those posted; `first`: given out before these."""
-    with self._work:
+    with self._lock:
       self._tasks.update(dict.fromkeys(tasks))
       self._missing += len(tasks)
       for task in reversed(tasks) if first else tasks:
         self._put(task, first)
-      self._work.notify_all()
 
   def lease(self, worker: str, wait: float, pairs_per_second: float = 0.0, holding: Container[int] = ()) -> Lease | None:
     """A task for `worker`, which is `holding` these leases, or None if there is none within `wait` seconds. `pairs_per_second` is its
     speed, where known."""
     end = self._clock() + wait
-    with self._work:
+    with self._lock:
       self._workers.setdefault(worker, WorkerCounts())
       for lease in [lease for lease in reversed(self._held.get(worker, {}).values()) if lease.id not in holding]:
         self._take_back(lease, 'lost_leases')
@@ -112,6 +113,8 @@ class TaskBoard:
             self._take_back(lease, 'expired_leases')
         task = self._next(worker, now)
         if task is not None:
+          if self._pending.get(None):
+            self._wake()
           usual = self._usual.get(task.phase) or (task.pairs / pairs_per_second if pairs_per_second else 0.0)
           lease = Lease(self._next_lease, task, worker, now, now + max(self._lease_seconds, _DEADLINE_FACTOR * usual))
           self._next_lease += 1
@@ -119,16 +122,14 @@ class TaskBoard:
           return lease
         if now >= end:
           return None
-        self._work.wait(max(0.001, min(end, self._next_change(now, end)) - now))
-
-  def has_ahead(self, worker: str) -> bool:
-    """Whether `worker`, which holds a task, may have another now."""
-    with self._work:
-      return bool(self._pending.get(worker)) or self._has_enough(worker)
+        waiting = self._idle[worker] = threading.Condition(self._lock)
+        waiting.wait(min(end - now, _LOOK))
+        if self._idle.get(worker) is waiting:
+          del self._idle[worker]
 
   def complete(self, task: Task, lease_id: int, worker: str, piece: Piece) -> bool:
     """Takes a piece. False where it was of no use: another answer came first, or the phase is over."""
-    with self._work:
+    with self._lock:
       self._last_sign = self._heard[worker] = now = self._clock()
       lease = self._release(lease_id) or self._late.pop(lease_id, None)
       if task not in self._tasks or self._tasks[task] is not None:
@@ -153,7 +154,7 @@ class TaskBoard:
 
   def fail(self, task: Task, lease_id: int, message: str) -> None:
     """Takes note that computing `task` raised in a worker."""
-    with self._work:
+    with self._lock:
       self._last_sign = self._clock()
       lease = self._release(lease_id)
       if lease is None or task not in self._tasks or self._tasks[task] is not None:
@@ -163,7 +164,6 @@ class TaskBoard:
         self._fail(f'{_name(task)} failed {MAX_ERRORS} times, last in worker {lease.worker}: {message}')
       else:
         self._put(task)
-        self._work.notify_all()
 
   def take(self, task: Task, wait: float) -> Piece | None:
     """The piece of a task, which the board then forgets, or None if it is not there within `wait` seconds.
@@ -183,12 +183,12 @@ class TaskBoard:
 
   def silence(self) -> float:
     """Seconds for which no worker has asked or answered, and none was computing within its deadline."""
-    with self._work:
+    with self._lock:
       return max(0.0, self._clock() - max([self._last_sign, *(lease.deadline for lease in self._leases.values())]))
 
   def stall(self) -> tuple[float, str]:
     """Seconds since the phase last got on, and what it waits for."""
-    with self._work:
+    with self._lock:
       now, missing = self._clock(), [task for task, piece in self._tasks.items() if piece is None]
       held = [f'{lease.task.index} with {lease.worker} for {now - lease.start:.0f} s' for lease in self._leases.values()
               if self._tasks[lease.task] is None]
@@ -197,7 +197,7 @@ class TaskBoard:
 
   def counters(self) -> dict[str, object]:
     """Totals since the board was made: `workers` {name: {tasks, pairs, seconds}}, and what became of leases and answers."""
-    with self._work:
+    with self._lock:
       return {'workers': {name: counts._asdict() for name, counts in sorted(self._workers.items())},
               **{name: self._totals[name] for name in ('lost_leases', 'expired_leases', 'second_leases', 'duplicate_answers')}}
 
@@ -225,13 +225,20 @@ class TaskBoard:
     return not held or (len(waiting) >= len(self._held) and next(iter(held.values())).task.pairs <= next(iter(waiting)).pairs)
 
   def _put(self, task: Task, first: bool = False) -> None:
-    """Makes a task pending."""
+    """Makes a task pending, and wakes who may do it."""
     owner = self._owners.get(_ranges(task))
     waiting = self._pending.setdefault(owner, {})
     if first:
       self._pending[owner] = {task: None, **waiting}
     else:
       waiting[task] = None
+    self._wake(owner)
+
+  def _wake(self, worker: str | None = None) -> None:
+    """Wakes a worker that waits for work: this one, or the first."""
+    waiting = self._idle.pop(next(iter(self._idle), None) if worker is None else worker, None)
+    if waiting:
+      waiting.notify()
 
   def _pop(self, owner: str | None) -> Task | None:
     waiting = self._pending.get(owner, {})
@@ -255,13 +262,6 @@ class TaskBoard:
   def _oldest(self) -> float:
     """The start of the oldest lease. Nothing happens to a lease before `_patience` has passed; looking at each of them takes time."""
     return next(iter(self._leases.values())).start if self._leases else math.inf
-
-  def _next_change(self, now: float, end: float) -> float:
-    """When time alone may bring up a task."""
-    away = [self._away_at(owner) for owner, waiting in self._pending.items() if owner and waiting]
-    if not away and now < self._oldest() + self._patience:
-      return min(end, self._oldest() + self._patience)
-    return min([end, *away, *(lease.deadline for lease in self._leases.values()), *map(self._slow_at, self._open())])
 
   def _slow_at(self, lease: Lease) -> float:
     usual = self._usual.get(lease.task.phase)
@@ -294,7 +294,6 @@ class TaskBoard:
                  'kills them (see their output) or takes longer than system.lease_seconds.')
     elif not any(other.task == task for other in self._leases.values()):
       self._put(task, first=True)
-      self._work.notify_all()
 
   def _fail(self, message: str) -> None:
     self._failure = message

@@ -46,3 +46,20 @@ def test_what_a_step_costs_beside_the_kernel(tmp_path):
   assert set(milliseconds) == {'step', 'kernel', *coordinator.PARTS}
   assert all(value > 0 for part, value in milliseconds.items() if part != 'write')
   assert milliseconds['solve'] + milliseconds['move'] + milliseconds['wait'] < milliseconds['step']
+
+
+@pytest.mark.parametrize('support_per_task', [0, 3])
+def test_what_a_step_sends(tmp_path, monkeypatch, support_per_task):
+  """By BUILD.md's formulas, in the middle of a run."""
+  scale = pytest.importorskip('benchmarks.scale')
+  pytest.importorskip('courier')
+  monkeypatch.setattr(scale, 'IMAGES', 100)
+  num_support, num_targets, per_task = 10, 80, 20
+  case = scale.Case(num_support, num_targets, 3, 5, 10, 2, support_per_task)
+  row = scale.measure(case, scale.Costs(1e-6, 3e-6, 1e-6, [1.0]), str(tmp_path), 3.0)
+  images, groups = 4 * num_support * 32 * 32 * 3, num_targets // per_task
+  up = (groups + 1) * images + 4 * num_support * num_targets if support_per_task else (groups + num_support // 5) * images
+  assert row.bytes_up == pytest.approx(up, rel=0.1)
+  down = (groups + num_support // 5) * images + 40 * num_targets * 4 if support_per_task else 3 * images
+  assert row.bytes_down == pytest.approx(down, rel=0.1)
+  assert 0 < row.efficiency < 1 and 0 < row.cpu and row.seconds > scale._kernel_seconds(case, scale.Costs(1e-6, 3e-6, 1e-6, [1.0])) / 3

@@ -32,8 +32,9 @@ def test_tiles_add_up_to_the_gradient_of_the_loss(sizes, tile):
   loss, (d_ss, d_st, d_y) = jax.value_and_grad(_loss, argnums=(0, 1, 2))(k_ss, k_st, y_s, y_t)
 
   solution = krr.solve(k_ss, y_s, RIDGE)
-  pieces = [krr.residual(k_st[:, i:i + tile], solution.alpha, y_t[i:i + tile], len(y_t)) for i in range(0, len(y_t), tile)]
-  cotangent, y_bar = krr.pull_back(solution, sum(piece.alpha_bar for piece in pieces))
+  blocks = [k_st[:, i:i + tile] for i in range(0, len(y_t), tile)]
+  pieces = [krr.residual(krr.predictions(block, solution.alpha), y_t[tile * i:tile * (i + 1)], len(y_t)) for i, block in enumerate(blocks)]
+  cotangent, y_bar = krr.pull_back(solution, sum(krr.alpha_bar(block, piece.scaled) for block, piece in zip(blocks, pieces)))
 
   np.testing.assert_allclose(sum(piece.loss for piece in pieces), loss, rtol=1e-12)
   k_st_bar = np.concatenate([krr.cotangent(solution.alpha, piece.scaled) for piece in pieces], axis=1)
@@ -42,10 +43,16 @@ def test_tiles_add_up_to_the_gradient_of_the_loss(sizes, tile):
   np.testing.assert_allclose(cotangent, d_ss + d_ss.T, rtol=1e-8, atol=1e-12)
 
 
+def test_parts_of_the_support_add_up_to_the_predictions():
+  _, k_st, alpha, _ = _problem(7, 5, 3)
+  parts = krr.predictions(k_st[:2], alpha[:2]) + krr.predictions(k_st[2:], alpha[2:])
+  np.testing.assert_allclose(parts, k_st.T @ alpha, rtol=1e-13)
+
+
 def test_accuracy_counts_the_largest_output():
   block = np.eye(3)
   y = np.array([[1., 0.], [0., 1.], [0., 1.]])
-  assert krr.residual(block, np.array([[2., 1.], [0., 3.], [1., 0.]]), y, 3).correct == 2
+  assert krr.residual(krr.predictions(block, np.array([[2., 1.], [0., 3.], [1., 0.]])), y, 3).correct == 2
 
 
 def test_a_singular_kernel_is_refused_with_its_smallest_eigenvalue():

@@ -58,16 +58,17 @@ def test_answers_from_another_life_or_step_are_dropped(make_run, tmp_path, monke
   coordinator._step = 4
   task = tasks.Task(coordinator._run_id, coordinator._generation, 4, tasks.TARGETS, 0, (0, 5), (0, 6))
   coordinator._board.post([task])
-  lease = coordinator.lease('w', _hello(), [])
-  assert tasks.Task(*lease['task']) == task
+  answer = coordinator.lease('w', _hello(), [])
+  [(given, lease, _)] = answer['tasks']
+  assert tasks.Task(*given) == task and answer['inputs'] == []
   parts, digest = tasks.encode({'x': np.ones(3)})
   for stale in (task._replace(step=3), task._replace(generation=task.generation + 1), task._replace(run_id='other')):
-    coordinator.complete('w', list(stale), lease['lease'], 0, 1, parts[0], digest, [])
+    coordinator.complete('w', list(stale), lease, 0, 1, parts[0], digest, [])
     assert coordinator._board.take(task, 0) is None
   coordinator._inputs = {'alpha': np.ones(2)}
   assert coordinator.fetch(coordinator._generation, 3, 'alpha', 0, 2) is None
   assert tasks.unpack(coordinator.fetch(coordinator._generation, 4, 'alpha', 0, 2))['alpha'].tolist() == [1, 1]
-  coordinator.complete('w', list(task), lease['lease'], 0, 1, parts[0], digest, [])
+  coordinator.complete('w', list(task), lease, 0, 1, parts[0], digest, [])
   assert coordinator._board.take(task, 0)['x'].tolist() == [1, 1, 1]
 
 
@@ -78,7 +79,7 @@ def test_parts_may_arrive_twice_and_in_any_order(make_run, tmp_path, monkeypatch
   coordinator._step = 0
   task = tasks.Task(coordinator._run_id, coordinator._generation, 0, tasks.TARGETS, 0, (0, 5), (0, 6))
   coordinator._board.post([task])
-  lease = coordinator.lease('w', _hello(), [])['lease']
+  [(_, lease, _)] = coordinator.lease('w', _hello(), [])['tasks']
   parts, digest = tasks.encode({'x': np.arange(30)})
   assert len(parts) > 2
   order = [1, 1, *range(2, len(parts)), 1, 0, 0, len(parts) - 1]
@@ -179,7 +180,7 @@ def test_a_run_that_is_another_is_not_worked_for(make_run, tmp_path):
   worker = kernel_worker.KernelWorker(None, 'w', 1, run.cache, threading.Event())
   worker._run_id = 'this'
   with pytest.raises(CoordinatorLost, match='another run answers'):
-    worker._work(tasks.Task('that', 1, 0, tasks.TARGETS, 0, (0, 5), (0, 6)), 0, {})
+    worker._work(kernel_worker._Given(tasks.Task('that', 1, 0, tasks.TARGETS, 0, (0, 5), (0, 6)), 0, {}))
 
 
 def test_a_piece_damaged_on_its_way_is_computed_again(make_run, tmp_path, monkeypatch, caplog):
