@@ -60,6 +60,6 @@ def test_what_a_step_sends(tmp_path, monkeypatch, support_per_task):
   images, groups = 4 * num_support * 32 * 32 * 3, num_targets // per_task
   up = (groups + 1) * images + 4 * num_support * num_targets if support_per_task else (groups + num_support // 5) * images
   assert row.bytes_up == pytest.approx(up, rel=0.1)
-  down = (groups + num_support // 5) * images + 40 * num_targets * 4 if support_per_task else 3 * images
+  down = (groups + num_support // 5 + 1) * images + 40 * num_targets * 4 if support_per_task else 3 * images
   assert row.bytes_down == pytest.approx(down, rel=0.1)
   assert 0 < row.efficiency < 1 and 0 < row.cpu and row.seconds > scale._kernel_seconds(case, scale.Costs(1e-6, 3e-6, 1e-6, [1.0])) / 3

@@ -282,3 +282,31 @@ def test_the_export_says_what_was_made(make_run, tmp_path, labels):
   assert distilled.settings['step'] == 2 and distilled.settings['run'] == run.config['run']
   assert distilled.settings['label_offset'] == pytest.approx(-1 / 3)
   assert distilled.transform.mean.shape == (2,)
+
+
+def test_a_worker_gets_two_tasks_and_what_they_share_once(make_run, tmp_path):
+  coordinator = _coordinator(make_run(tmp_path, FC1))
+  coordinator._step = 0
+  coordinator._inputs = {'alpha': np.arange(6.), 'residual': np.arange(5.)}
+  posted = [tasks.Task(coordinator._run_id, coordinator._generation, 0, tasks.TARGET_VJP, i, (0, 5), rows)
+            for i, rows in enumerate([(0, 2), (2, 4), (4, 6)])]
+  coordinator._board.post(posted)
+  answer = coordinator.lease('w', _hello(), [])
+  assert [tuple(posted[0]), tuple(posted[1])] == [task for task, *_ in answer['tasks']]
+  assert len(answer['inputs']) == 3
+  for (_, _, indices), alpha in zip(answer['tasks'], ([0, 1], [2, 3])):
+    inputs = {name: value.tolist() for i in indices for name, value in tasks.unpack(answer['inputs'][i]).items()}
+    assert inputs == {'alpha': alpha, 'residual': [0, 1, 2, 3, 4]}
+  assert coordinator.lease('w', _hello(), [lease for _, lease, _ in answer['tasks']]) is None
+
+
+def test_who_hands_in_its_last_piece_waits_for_work(make_run, tmp_path):
+  coordinator = _coordinator(make_run(tmp_path, FC1))
+  coordinator._step = 0
+  first, second = (tasks.Task(coordinator._run_id, coordinator._generation, 0, tasks.LABEL_SOLVE, i, (0, 5), (0, 6)) for i in (0, 1))
+  coordinator._board.post([first])
+  [(_, lease, _)] = coordinator.lease('w', _hello(), [])['tasks']
+  parts, digest = tasks.encode({'x': np.ones(3)})
+  threading.Timer(0.2, coordinator._board.extend, ([second],)).start()
+  answer = coordinator.complete('w', list(first), lease, 0, 1, parts[0], digest, [])
+  assert [task for task, *_ in answer['tasks']] == [tuple(second)]

@@ -1,6 +1,8 @@
 """The board with a fake clock: leases, expiry, duplicates, errors, order."""
 
+from concurrent import futures
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -236,6 +238,21 @@ def test_a_waiting_worker_wakes_when_work_arrives():
   board.post(_tasks(1))
   thread.join(10)
   assert got[0].task.index == 0
+
+
+@pytest.mark.parametrize('names', ['abcde', 'aabcd'])
+def test_each_task_wakes_a_worker(names):
+  """With the second names, the first call was lost on its way and made again."""
+  board, num_workers = task_board.TaskBoard(lease_seconds=30), len(set(names))
+  with futures.ThreadPoolExecutor(len(names)) as workers:
+    waiting = [workers.submit(board.lease, name, 3) for name in names]
+    while len(board._idle) < num_workers:
+      time.sleep(0.01)
+    start = time.monotonic()
+    board.post(_tasks(num_workers))
+    leases = [future.result() for _, future in zip(range(num_workers), futures.as_completed(waiting))]
+    assert time.monotonic() - start < 2  # long before their calls are over
+  assert {lease.worker for lease in leases} == set(names) and {lease.task.index for lease in leases} == set(range(num_workers))
 
 
 def _done(board, worker):
