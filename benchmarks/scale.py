@@ -160,7 +160,7 @@ class _Simulated:
     if not self._two_halves:
       wanted = [('images', 0, self._num_support)] + ([('alpha', *task.support_range)] if task.phase == tasks.TARGETS else [])
     elif task.phase in tasks.SUPPORT_PHASES:
-      wanted = [('images', *rows) for rows in (task.support_range, *tasks.ranges(self._num_support, self._target_tile))]
+      wanted = [('images', *columns) for columns in tasks.ranges(self._num_support, self._target_tile)]
     async with self._ahead:
       for name, start, stop in wanted:
         if (task.step, name, start, stop) not in self._fetched:

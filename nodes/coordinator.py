@@ -167,8 +167,8 @@ class Coordinator:
     Returns:
       None (ask again), `{'stop': reason}`, or `{'tasks': [(tuple(Task), lease id, indices)], 'inputs': [packed arrays]}`, so many tasks that
       the worker has one in work and another ahead, where there is enough to do. The inputs, in the kernel's dtype, are what tasks of other
-      answers are not likely to need: for SUPPORT_VJP its part of the `cotangent` of K_ss, for TARGET_BLOCKS its `images`, for TARGET_VJP its
-      rows of `alpha` [S, C] and of the `residual` [T, C].
+      answers are not likely to need: in a step of two halves, for SUPPORT_BLOCKS and TARGET_BLOCKS its `images`, for TARGET_VJP its rows of
+      `alpha` [S, C] and of the `residual` [T, C]; in any, for SUPPORT_VJP its part of the `cotangent` of K_ss.
     """
     if self._hellos.get(worker) != hello:
       refusal = self._greet(worker, json.loads(hello))
@@ -559,7 +559,7 @@ class Coordinator:
     if task.phase == tasks.SUPPORT_VJP:
       cotangent = self._inputs['cotangent'][slice(*task.support_range), slice(*task.target_range)]
       return [tasks.pack({'cotangent': cotangent.astype(self._dtype)})]
-    if task.phase == tasks.TARGET_BLOCKS:
+    if task.phase in (tasks.SUPPORT_BLOCKS, tasks.TARGET_BLOCKS) and tasks.support_per_task(self._run, len(self._inputs['images'])):
       return [self._packed('images', *task.support_range)]
     if task.phase == tasks.TARGET_VJP:
       return [self._packed('alpha', *task.support_range), self._packed('residual', *task.target_range)]
