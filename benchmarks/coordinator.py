@@ -2,7 +2,8 @@
 
 The real coordinator, and one real worker in a process of its own that talks to it through Courier; only its kernel is a stand-in that
 returns blocks and gradients of the right shape at once. So a step lasts as long as everything else takes. Its parts, medians over the
-steps: what the coordinator's main thread does, and what the worker does while that one waits, one after the other, or (images) ahead.
+steps: what the coordinator's main thread does, and what the worker does while that one waits, one after the other, or (images) ahead;
+`complete` waits for the next task, too.
 
 Then the same with a stand-in that sleeps for as long as a kernel would take (where steps are short enough): what is left of a step
 without that sleep, and its share of it. Some work goes on meanwhile, as it does beside a GPU.
@@ -43,7 +44,7 @@ CASES = ((1, 250, 1), (1, 250, 5), (10, 250, 1), (10, 250, 5), (50, 250, 1), (50
 MICROSECONDS = 5.0  # a pair, of a kernel that takes its time
 WARM_UP = 3  # steps
 SECONDS = 15.0  # of steps with a kernel that takes its time
-PARTS = ('solve', 'move', 'write', 'wait', 'lease', 'fetch', 'sample', 'images', 'residual', 'encode', 'complete')
+PARTS = ('solve', 'move', 'write', 'wait', 'fetch', 'sample', 'images', 'residual', 'encode', 'complete')
 _TIMEOUT = 60.0
 
 
