@@ -81,7 +81,7 @@ class _Proxy:
 
 
 def _kernel_worker(module):
-  _around(module.KernelWorker, '_work', lambda self, *_: self._name, lambda self, task, *_: task.phase, _TASK_SECONDS)
+  _around(module.KernelWorker, '_work', lambda self, *_: self._name, lambda self, given: given.task.phase, _TASK_SECONDS)
 
 
 def _evaluator(module):
