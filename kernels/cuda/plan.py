@@ -11,6 +11,7 @@ _COEFFICIENTS = pathlib.Path(__file__).parent.parent / 'native' / 'src' / 'arc_c
 
 THREADS = 512  # a block, at most
 _WARP = 32
+_RESERVED_BYTES = 1024  # of a processor's shared memory, for each of its blocks
 _RESIDENT = {'kForwardBlocks': 768, 'kBackwardBlocks': 512}  # threads of a processor (in float32) that registers must be found for
 
 
@@ -23,9 +24,11 @@ class Level:
     distances: whether one lies here or after: covariances are then held as half squared distances.
     deviations, halves: where an image's table has what belongs to the level.
     sigma: where a pair's derivatives have it.
-    band: where a block's workspace has what enters the level.
+    band: where a block's workspace has what enters the level: for each group of the level before a part of its own, of which the first
+      becomes their sum.
     rows: of the patch, 2 pixels wide, that a thread owns.
     stride: from the even columns of an exchanged row to the odd ones, and from those to the next row.
+    groups, members: of threads, each at an offset of its own where a plane has too few patches for all; threads of a group.
   """
   height: int
   width: int
@@ -40,6 +43,8 @@ class Level:
   band: int
   rows: int
   stride: int
+  groups: int
+  members: int
 
   @property
   def plane(self) -> int:
@@ -52,7 +57,7 @@ class Level:
   @property
   def exchange(self) -> int:
     """Numbers in the planes through which threads see their neighbours' values."""
-    return 6 * (-(-self.height // self.rows) * self.rows + 2) * 2 * self.stride
+    return self.groups * 6 * (-(-self.height // self.rows) * self.rows + 2) * 2 * self.stride
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +117,11 @@ def make_plan(architecture: architectures.Architecture, shape: tuple[int, int, i
   patches = -(-height // 2) * -(-width // 2)
   threads = min(threads, -(-patches // _WARP) * _WARP)
   everything = architecture.readout == 'global_average_pool'
-  pair, table, derivatives, pair_bands = _levels(convs, sizes, channels, everything, len(convs) - 1, ntk=True)
+  pair, table, derivatives, pair_bands = _levels(convs, sizes, channels, everything, len(convs) - 1, threads, ntk=True)
   last = len(convs) - 1
   if not architecture.hidden:  # variances are wanted up to the last ReLU, there at offset 0 only
     last = max((p for p, count in enumerate(convs) if count), default=-1)
-  own, _, _, own_bands = _levels(convs, sizes, channels, everything and architecture.hidden > 0, last, ntk=False)
+  own, _, _, own_bands = _levels(convs, sizes, channels, everything and architecture.hidden > 0, last, threads, ntk=False)
   diagonal = max((level.plane for level in own), default=0)
   bands = max(pair_bands, own_bands)
   exchange = max(level.exchange for level in pair + own)
@@ -124,22 +129,29 @@ def make_plan(architecture: architectures.Architecture, shape: tuple[int, int, i
   exchange_shared = sums_bytes + exchange * itemsize <= shared_bytes
   workspace = bands + 2 * diagonal + exchange * (not exchange_shared)
   last_height, last_width = sizes[-1]
-  constants['int'] |= dict(kThreads=threads, kPairCount=len(pair), kSelfCount=len(own))
-  constants['int'] |= {name: min(16, max(1, resident * 4 // itemsize // threads)) for name, resident in _RESIDENT.items()}
+  blocks = {name: min(16, max(1, resident * 4 // itemsize // threads)) for name, resident in _RESIDENT.items()}
+  constants['int'] |= dict(kThreads=threads, kPairCount=len(pair), kSelfCount=len(own)) | blocks
+  margin = 2 * width + 16  # around a table in shared memory: a thread may read, though not use, what lies there
+  block_bytes = sums_bytes + itemsize * (exchange + table + architecture.hidden + 2 * margin)
+  table_shared = max(blocks.values()) * (block_bytes + _RESERVED_BYTES) <= shared_bytes + _RESERVED_BYTES
   constants['long long'] = dict(
       kPixels=channels * plane_size(height, width), kTable=table + architecture.hidden, kDerivatives=derivatives + architecture.hidden,
-      kDiagonal=diagonal, kDiagonals=bands, kWorkspace=workspace, kExchangeSize=exchange,
+      kDiagonal=diagonal, kDiagonals=bands, kWorkspace=workspace, kExchangeSize=exchange, kMargin=margin,
       kReadoutCount=(last_height * last_width) ** (2 if everything else 1))
-  constants['bool'] |= dict(kExchangeShared=exchange_shared)
+  constants['bool'] |= dict(kExchangeShared=exchange_shared, kTableShared=table_shared)
   levels = ''.join(f'inline constexpr Level {name}[] = {{{", ".join(map(_literal, levels))}}};\n'
                    for name, levels in (('kPairLevels', pair), ('kSelfLevels', own or pair[:1])))
   return Plan(_text(real, constants, 'sweep.h', 'pairs.cu', levels=levels), threads, table + architecture.hidden,
               derivatives + architecture.hidden, channels * plane_size(height, width), workspace, workspace * itemsize,
-              sums_bytes + exchange * itemsize * exchange_shared)
+              block_bytes if table_shared else sums_bytes + exchange * itemsize * exchange_shared)
 
 
-def _levels(convs, sizes, channels, everything, last, ntk):
-  """The levels up to `last`; and the sizes of a table, of derivatives (both but for hidden layers), and of all bands."""
+def _levels(convs, sizes, channels, everything, last, threads, ntk):
+  """The levels up to `last`; and the sizes of a table, of derivatives (both but for hidden layers), and of all bands.
+
+  Args:
+    ntk: whether these are a pair's levels, not an image's with itself, whose offsets take turns (offset 0 is a special one).
+  """
   table = derivatives = channels * plane_size(*sizes[0])
   starts = []
   for p, (count, size) in enumerate(zip(convs, sizes)):
@@ -154,13 +166,17 @@ def _levels(convs, sizes, channels, everything, last, ntk):
     if above:
       radii = min(2 * above.radius_y + 1, height - 1), min(2 * above.radius_x + 1, width - 1)
     deviations, halves, sigma, distances = starts[p]
+    members = -(-(-(-height // 2) * -(-width // 2)) // _WARP) * _WARP
     above = Level(height, width, convs[p], *radii, has_ntk=any(convs[:p]), distances=distances, deviations=deviations, halves=halves,
-                  sigma=sigma, band=0, rows=2, stride=_stride(width, 2))
+                  sigma=sigma, band=0, rows=2, stride=_stride(width, 2), groups=1, members=members)
+    if ntk:
+      above = dataclasses.replace(above, groups=max(1, min(threads // members, above.offsets)))
     levels.append(above)
   levels, bands = levels[::-1], 0
   for p, level in enumerate(levels[1:], 1):
-    levels[p] = dataclasses.replace(level, band=bands)
-    bands += level.offsets * level.plane * (1 + (ntk and level.has_ntk))
+    margin = (2 * level.radius_x + 3) * level.plane  # a thread may read, though not use, a row of offsets before a band or behind
+    levels[p] = dataclasses.replace(level, band=bands + margin)
+    bands += levels[p - 1].groups * level.offsets * level.plane * (1 + (ntk and level.has_ntk)) + 2 * margin
   return levels, table, derivatives, bands
 
 

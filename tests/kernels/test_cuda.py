@@ -13,6 +13,7 @@ import kernel_cases
 import nvrtc
 
 IMAGE = {'convnet2': (9, 7, 2), 'fc2': (5, 4, 2), 'pool_first_global_hidden': (6, 5, 1)}
+GROUPS = (14, 15, 1)  # 64 threads, of which 32 are enough for the second level
 
 GPU = cuda._gpu
 
@@ -21,7 +22,7 @@ compiled = pytest.mark.skipif(not build.compiler(), reason='no C++ compiler')
 
 def _kernel(monkeypatch, architecture, dtype='float32', **machine):
   monkeypatch.setattr(cuda, '_gpu', lambda: emulator.Emulator(**machine))
-  case = kernel_cases.CASES.get(architecture)
+  case = None if isinstance(architecture, dict) else kernel_cases.CASES.get(architecture)
   return ntk.make_kernel(case.architecture if case else architecture, implementation='cuda', dtype=dtype)
 
 
@@ -35,12 +36,13 @@ def _error(value, expected):
 
 
 @compiled
-@pytest.mark.parametrize('architecture', IMAGE)
-def test_real_threads_and_blocks_give_the_same(monkeypatch, architecture):
+@pytest.mark.parametrize('architecture, shape, threads', [*((name, shape, 32) for name, shape in IMAGE.items()), ('convnet2', GROUPS, 64)])
+def test_real_threads_and_blocks_give_the_same(monkeypatch, architecture, shape, threads):
   """A missing barrier would show as another value."""
+  monkeypatch.setitem(IMAGE, architecture, shape)
   x1, x2, cotangent = _images(architecture, 2, 3)
   expected = _kernel(monkeypatch, architecture, 'float64').block_vjp(x1, x2, cotangent)
-  results = [_kernel(monkeypatch, architecture, 'float64', threads=32, blocks=blocks).block_vjp(x1, x2, cotangent) for blocks in (1, 2)]
+  results = [_kernel(monkeypatch, architecture, 'float64', threads=threads, blocks=blocks).block_vjp(x1, x2, cotangent) for blocks in (1, 2)]
   for one, two, value in zip(*results, expected):
     np.testing.assert_array_equal(one, two)
     assert _error(one, value) <= 1e-12
@@ -92,6 +94,17 @@ def test_unusual_networks(monkeypatch, stages, shape):
   expected = ntk.make_kernel({'stages': stages}, implementation=peer, dtype='float64').block_vjp(x1, x2, cotangent)
   assert _error(block, expected[0]) <= 1e-12
   assert _error(gradient, expected[1]) <= 1e-10
+
+
+@compiled
+def test_groups_of_threads_that_do_not_fill_a_block(monkeypatch):
+  """At 14x14, 49 patches: three groups of 64, and a warp that is idle."""
+  rng = np.random.default_rng(0)
+  x1, x2, cotangent = rng.standard_normal((1, 28, 28, 1)), rng.standard_normal((2, 28, 28, 1)), rng.standard_normal((1, 2))
+  stages = {'stages': [{'convs': 1, 'pool': True}, {'convs': 2, 'pool': True}]}
+  whole, one = (_kernel(monkeypatch, stages, 'float64', threads=threads).block_vjp(x1, x2, cotangent) for threads in (224, 1))
+  for value, expected in zip(whole, one):
+    assert _error(value, expected) <= 1e-12
 
 
 @pytest.mark.parametrize('width', [16, 32, 64])

@@ -7,10 +7,19 @@ namespace kip {
 
 struct Shared {
   double *sums, *seeds;  // [2 kThreads], [2]
-  Real* exchange;
+  Real *exchange, *table;
 
   Shared(double* shared, Real* workspace) : sums(shared), seeds(shared + 2 * kThreads) {
     exchange = kExchangeShared ? reinterpret_cast<Real*>(shared + 2 * kThreads + 2) : workspace + kWorkspace - kExchangeSize;
+    table = exchange + kExchangeSize + kMargin;
+  }
+
+  // The second image's table, which every offset reads: where the plan has room, a copy.
+  const Real* hold(const Real* right) const {
+    if constexpr (!kTableShared) return right;
+    for (int e = thread() - kMargin; e < kTable + kMargin; e += kThreads) table[e] = right[e];
+    sync();
+    return table;
   }
 
   // What all threads' numbers add up to, in a fixed order, for thread 0.
@@ -31,9 +40,6 @@ struct Shared {
   }
 };
 
-template <int kPatches>
-inline constexpr int kBusy = kPatches < kThreads ? kPatches : kThreads;
-
 template <int p>
 inline void pair_forward(const Real* left, const Real* right, const Shared& shared, Real* bands, double& n, double& t) {
   if constexpr (p < kPairCount) {
@@ -42,7 +48,7 @@ inline void pair_forward(const Real* left, const Real* right, const Shared& shar
     sweep.forward();
     if constexpr (Level::kLast) {
       n = sweep.n_sum, t = sweep.t_sum;
-      shared.add_up<kBusy<Level::kPatches>>(n, t);
+      shared.add_up<Level::kBusy>(n, t);
     } else {
       pair_forward<p + 1>(left, right, shared, bands, n, t);
     }
@@ -71,7 +77,7 @@ inline void for_each_pair(const Real* left, const Real* right, int rows, int col
   for (long long unit = block(); unit < (long long)rows * columns; unit += blocks()) {
     const int i = int(unit / columns), j = int(unit % columns);
     if (j < i - diagonal) continue;
-    const Real *x1 = left + (long long)i * kTable, *x2 = right + (long long)j * kTable;
+    const Real *x1 = left + (long long)i * kTable, *x2 = shared.hold(right + (long long)j * kTable);
     double n = 0, t = 0;
     pair_forward<0>(x1, x2, shared, bands, n, t);
     if (!thread()) {
@@ -97,7 +103,7 @@ inline void self_forward(Real* table, const Shared& shared, Real* bands, double&
     if constexpr (Level::kLast) {
       double unused = 0;
       n = sweep.n_sum;
-      shared.add_up<kBusy<Level::kPatches>>(n, unused);
+      shared.add_up<Level::kBusy>(n, unused);
     } else {
       self_forward<p + 1>(table, shared, bands, n);
     }
@@ -126,7 +132,7 @@ inline void fill_hidden(Real* table, double n) {
 }
 
 // tables [count, kTable] of images [count, H, W, D].
-KIP_KERNEL(1) kip_tables(const Real* images, Real* tables, int count, Real* workspace) {
+KIP_KERNEL(kBackwardBlocks) kip_tables(const Real* images, Real* tables, int count, Real* workspace) {
   KIP_SHARED(memory);
   Real* bands = workspace + block() * kWorkspace;
   const Shared shared(memory, bands);

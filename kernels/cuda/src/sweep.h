@@ -41,30 +41,33 @@ class Sweep {
   static constexpr int kHeight = kLevel.height, kWidth = kLevel.width, kConvs = kLevel.convs, kRows = kLevel.rows;
   static constexpr int kPlane = plane_size(kHeight, kWidth), kHalf = (kWidth + 1) / 2;
   static constexpr int kPatchRows = (kHeight + kRows - 1) / kRows, kPatches = kPatchRows * kHalf;
-  static constexpr int kTimes = (kPatches + kThreads - 1) / kThreads, kOwn = kTimes * kRows * 2;
+  static constexpr int kGroups = kLevel.groups, kMembers = kGroups > 1 ? kLevel.members : kThreads;
+  static constexpr int kTimes = (kPatches + kMembers - 1) / kMembers, kOwn = kTimes * kRows * 2;
+  static constexpr int kBusy = kGroups == 1 && kPatches < kThreads ? kPatches : kThreads;  // threads that may have sums
   static constexpr int kLayers = kConvs ? kConvs : 1;  // arrays may not be empty
   static constexpr int kUnroll = kOwn <= 16 && kConvs <= 4 ? kLayers : 1;
   static constexpr bool kWhole = kHeight % kRows == 0 && kWidth % 2 == 0;  // patches cover the plane exactly
   static constexpr int kStride = kLevel.stride, kExchange = (kPatchRows * kRows + 2) * 2 * kStride;
-  static constexpr int kRing = 2 * (kHeight + kWidth) + 4, kRingTimes = (kRing + kThreads - 1) / kThreads;
+  static constexpr int kRing = 2 * (kHeight + kWidth) + 4, kRingTimes = (kRing + kMembers - 1) / kMembers;
   static constexpr bool kPositive = kBias > 1e-30;  // whether no variance can vanish
 
-  // left, right: the images' tables. exchange: 6 planes. bands: the workspace.
+  // left, right: the images' tables. exchange: 6 planes a group. bands: the workspace.
   Sweep(const Real* left, const Real* right, Real* exchange, Real* bands)
       : left_(left), right_(right), exchange_(exchange), band_(bands + kLevel.band), next_band_(bands + kNext.band) {
+    const bool is_member = kGroups * kMembers == kThreads || group() < kGroups;
     for (int k = 0; k < kTimes; ++k) {
-      const int patch = thread() + k * kThreads;
-      const bool exists = kPatches % kThreads == 0 || patch < kPatches;
+      const int patch = member() + k * kMembers;
+      const bool exists = is_member && (kPatches % kMembers == 0 || patch < kPatches);
       y_[k] = exists ? patch / kHalf * kRows : kNowhere, x_[k] = patch % kHalf * 2;
       own_[k] = exists ? at(kWidth, y_[k], x_[k]) : 0, place_[k] = exists ? position(y_[k], x_[k]) : 0;
     }
     for (int k = 0; k < kRingTimes; ++k) {
-      const int e = thread() + k * kThreads, side = e - 2 * (kWidth + 2);
-      ring_y_[k] = e >= kRing ? kNowhere : side >= 0 ? side / 2 : e < kWidth + 2 ? -1 : kHeight;
+      const int e = member() + k * kMembers, side = e - 2 * (kWidth + 2);
+      ring_y_[k] = !is_member || e >= kRing ? kNowhere : side >= 0 ? side / 2 : e < kWidth + 2 ? -1 : kHeight;
       ring_x_[k] = side >= 0 ? (side % 2 ? kWidth : -1) : e % (kWidth + 2) - 1;
     }
     sync();
-    for (int e = thread(); e < 6 * kExchange; e += kThreads) exchange_[e] = 0;
+    for (int e = thread(); e < kGroups * 6 * kExchange; e += kThreads) exchange_[e] = 0;
   }
 
   // The readout's sums of n and t over this thread's pixels.
@@ -75,6 +78,10 @@ class Sweep {
     sync();
     load_own();
     for_each_offset([&](Offset d) { stream<false>(d); });
+    sync();
+    if (kLast || kGroups == 1) return;
+    for (int e = thread(); e < kNextSize; e += kThreads)
+      for (int g = 1; g < kGroups; ++g) next_band_[e] += next_band_[g * kNextSize + e];
     sync();
   }
 
@@ -89,7 +96,9 @@ class Sweep {
   }
 
   // Cotangents of the pixels (at the first level) and of the deviations, each times the deviation, to their places in `derivatives`.
-  void store(Real* derivatives) const {
+  void store(Real* derivatives) {
+    if constexpr (kGroups > 1) add_up_sigma();
+    if (group()) return;
     for_each_pixel([&](int i, int y, int x) {
       if (p == 0)
         for (int c = 0; c < kChannels; ++c) derivatives[c * kPlane + at(kWidth, y, x)] = pixel_bar_[c][i];
@@ -181,10 +190,22 @@ class Sweep {
  private:
   // Threads, patches and pixels.
 
+  static int group() { return kGroups > 1 ? thread() / kMembers : 0; }
+  static int member() { return kGroups > 1 ? thread() % kMembers : thread(); }
+
+  // Calls f(offset) for each offset of this thread's group, as often as any group has one: for what is missing with one that has no pixel.
   template <class F>
   static void for_each_offset(F f) {
-    for (int dy = -kLevel.radius_y; dy <= kLevel.radius_y; ++dy)
-      for (int dx = -kLevel.radius_x; dx <= kLevel.radius_x; ++dx) f(Offset{dy, dx});
+    constexpr int columns = 2 * kLevel.radius_x + 1;
+    if constexpr (kGroups > 1) {
+      for (int first = 0; first < offsets(kLevel); first += kGroups) {
+        const int index = first + group();
+        f(index < offsets(kLevel) ? Offset{index / columns - kLevel.radius_y, index % columns - kLevel.radius_x} : Offset{kHeight, 0});
+      }
+    } else {
+      for (int dy = -kLevel.radius_y; dy <= kLevel.radius_y; ++dy)
+        for (int dx = -kLevel.radius_x; dx <= kLevel.radius_x; ++dx) f(Offset{dy, dx});
+    }
   }
 
   // Calls f(k) for each patch of this thread.
@@ -220,13 +241,15 @@ class Sweep {
 
   static int offset_index(Offset d) { return (d.dy + kLevel.radius_y) * (2 * kLevel.radius_x + 1) + d.dx + kLevel.radius_x; }
   static constexpr int offsets(Level level) { return (2 * level.radius_y + 1) * (2 * level.radius_x + 1); }
+  static constexpr int kNextT = (2 * kNext.radius_y + 1) * (2 * kNext.radius_x + 1) * plane_size(kNext.height, kNext.width);
+  static constexpr int kNextSize = kNextT * (kNtk && kNext.has_ntk ? 2 : 1);  // of the next band, of n and then t
 
   // An offset, as this thread's pixels see it.
   struct View {
     Offset d;
     bool live[kTimes];             // whether a patch has a pixel y for which y + d exists
     bool valid[kOwn];              // whether a pixel is one
-    const Real* right[kTimes][2];  // where the second table has y + d (or something else), for the first pixel of a patch's columns
+    int right[kTimes][2];          // where the second table has y + d (or something else), for the first pixel of a patch's columns
     int ring[kRingTimes];          // where it has y + d for the places around the plane, -1 where it has none
   };
 
@@ -241,7 +264,7 @@ class Sweep {
       });
 #pragma unroll
       for (int c = 0; c < 2; ++c)
-        v.right[k][c] = right_ + own_[k] + (v.live[k] ? 2 * kHalf * d.dy + ((c + d.dx) & 1) * kHalf + ((c + d.dx) >> 1) : 0);
+        v.right[k][c] = own_[k] + (v.live[k] ? 2 * kHalf * d.dy + ((c + d.dx) & 1) * kHalf + ((c + d.dx) >> 1) : 0);
     });
     for (int k = 0; k < kRingTimes; ++k) {
       const int y = ring_y_[k] + d.dy, x = ring_x_[k] + d.dx;
@@ -275,14 +298,14 @@ class Sweep {
 
   void clear_next() {
     if (kLast) return;
-    constexpr int size = offsets(kNext) * plane_size(kNext.height, kNext.width) * (kNtk && kNext.has_ntk ? 2 : 1);
-    for (int e = thread(); e < size; e += kThreads) next_band_[e] = 0;
+    for (int e = thread(); e < kGroups * kNextSize; e += kThreads) next_band_[e] = 0;
   }
 
   // Planes of neighbours.
 
   // which: 0 has ghosts around it, 1 and 2 have zeros. Two sets take turns: to write one, none need wait for all to have read the other.
-  Real* plane(int which) const { return exchange_ + (3 * set_ + which) * kExchange; }
+  Real* plane(int which, int group) const { return exchange_ + (6 * group + 3 * set_ + which) * kExchange; }
+  Real* plane(int which) const { return plane(which, group()); }
 
   static int position(int y, int x) { return (2 * (y + 1) + (x & 1)) * kStride + ((x + 1) >> 1); }
 
@@ -316,11 +339,24 @@ class Sweep {
   template <class F>
   void for_each_place(F f) const {
     for_each_patch([&](int k) {
-      if (kPatches % kThreads && y_[k] == kNowhere) return;
+      if ((kPatches % kMembers || kGroups * kMembers < kThreads) && y_[k] == kNowhere) return;
       for_each_in_patch(k, [&](int i, int r, int c) {
         if (kWhole || contains(y_[k] + r, x_[k] + c)) f(i, place_[k] + (2 * r + c) * kStride + c);
       });
     });
+  }
+
+  // What all groups gathered for the deviations, to the first one.
+  void add_up_sigma() {
+    for (int l = 0; l < kConvs; ++l) {
+      for_each_place([&](int i, int place) { plane(0)[place] = sigma_[l][i]; });
+      sync();
+      if (!group())
+        for_each_place([&](int i, int place) {
+          for (int g = 1; g < kGroups; ++g) sigma_[l][i] += plane(0, g)[place];
+        });
+      set_ ^= 1;
+    }
   }
 
   // A convolution of variances, or of their cotangents.
@@ -335,9 +371,11 @@ class Sweep {
     set_ ^= 1;
   }
 
-  // Hands layer l's input round; v and t become its box sums. A tap that only one image has counts q / 2 of it: a variance that enters the
-  // level is halved in the table, a later one is twice the deviation's square, halved by the ReLU.
-  void exchange(int l, const View& view, Real (&v)[kOwn], Real (&t)[kOwn]) {
+  // Hands layer l's input round; v and t become its box sums, with which it calls f(index) for each pixel. A tap that only one image has
+  // counts q / 2 of it: a variance that enters the level is halved in the table, a later one is twice the deviation's square, halved by the
+  // ReLU.
+  template <class F>
+  void exchange(int l, const View& view, Real (&v)[kOwn], Real (&t)[kOwn], F f) {
     const bool with_t = kNtk && (l || kLevel.has_ntk);
     Real *v_plane = plane(0), *t_plane = plane(1);
     for_each_place([&](int i, int place) {
@@ -360,12 +398,15 @@ class Sweep {
       if (!view.live[k]) return;
       box(v_plane, place_[k], v + k * kRows * 2);
       if (with_t) box(t_plane, place_[k], t + k * kRows * 2);
+      for_each_in_patch(k, [&](int i, int, int) { f(i); });
     });
     set_ ^= 1;
   }
 
-  // The adjoint of the convolution before which n_bar (n_bar + t_bar of its output) and t_bar stand, times `scale`.
-  void exchange_back(bool with_t, Real scale, const View& view, Real (&n_bar)[kOwn], Real (&t_bar)[kOwn]) {
+  // The adjoint of the convolution before which n_bar (n_bar + t_bar of its output) and t_bar stand, times `scale`; then f(index) for each
+  // pixel.
+  template <class F>
+  void exchange_back(bool with_t, Real scale, const View& view, Real (&n_bar)[kOwn], Real (&t_bar)[kOwn], F f) {
     Real *n_plane = plane(1), *t_plane = plane(2);
     for_each_place([&](int i, int place) {
       n_plane[place] = n_bar[i];
@@ -379,6 +420,7 @@ class Sweep {
       for_each_in_patch(k, [&](int i, int, int) {
         n_bar[i] = view.valid[i] ? n_bar[i] * scale : Real(0);
         t_bar[i] = view.valid[i] ? t_bar[i] * scale : Real(0);
+        f(i);
       });
     });
     set_ ^= 1;
@@ -386,34 +428,47 @@ class Sweep {
 
   // Pooling.
 
-  Real* next_t() const { return next_band_ + offsets(kNext) * plane_size(kNext.height, kNext.width); }
+  // Whether an offset is odd along either axis: a thread's way through a window is compiled for each case.
+  template <bool y, bool x>
+  struct Parity {
+    static constexpr bool kOddY = y, kOddX = x;
+  };
 
-  // Calls f(b, a, cell) for the parts of a 2x2 window at (y, x) that the next level wants: along an axis with an odd offset, part 0 is the
-  // even pixel's, part 1 the odd one's; else part 0 is both together. cell: where in the next band they are.
   template <class F>
-  static void for_each_cell(int y, int x, Offset d, F f) {
+  static void with_parity(Offset d, F f) {
+    if (d.dy & 1)
+      d.dx & 1 ? f(Parity<true, true>()) : f(Parity<true, false>());
+    else
+      d.dx & 1 ? f(Parity<false, true>()) : f(Parity<false, false>());
+  }
+
+  // Calls f(b, a, cell, is_wanted) for the parts of a 2x2 window at (y, x): along an axis with an odd offset, part 0 is the even pixel's,
+  // part 1 the odd one's; else part 0 is both together. is_wanted: by the next level; cell: where in the next band the part is, or,
+  // in its margins too, something else.
+  template <class P, class F>
+  static void for_each_cell(P, int y, int x, Offset d, F f) {
     const int top = y >> 1, left = x >> 1, own = at(kNext.width, top, left);
 #pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      const int dy = (d.dy >> 1) + b;
-      if ((b && !(d.dy & 1)) || dy < -kNext.radius_y || dy > kNext.radius_y) continue;
+    for (int b = 0; b <= P::kOddY; ++b) {
 #pragma unroll
-      for (int a = 0; a < 2; ++a) {
-        const int dx = (d.dx >> 1) + a;
-        if ((a && !(d.dx & 1)) || dx < -kNext.radius_x || dx > kNext.radius_x) continue;
+      for (int a = 0; a <= P::kOddX; ++a) {
+        const int dy = (d.dy >> 1) + b, dx = (d.dx >> 1) + a;
+        bool is_wanted = dy >= -kNext.radius_y && dy <= kNext.radius_y && dx >= -kNext.radius_x && dx <= kNext.radius_x;
+        const int index = (dy + kNext.radius_y) * (2 * kNext.radius_x + 1) + dx + kNext.radius_x;
         // An odd last row or column, of either image, is dropped.
-        if (kHeight % 2 && (top >= kNext.height || top + dy >= kNext.height)) continue;
-        if (kWidth % 2 && (left >= kNext.width || left + dx >= kNext.width)) continue;
-        f(b, a, ((dy + kNext.radius_y) * (2 * kNext.radius_x + 1) + dx + kNext.radius_x) * plane_size(kNext.height, kNext.width) + own);
+        if (kHeight % 2) is_wanted = is_wanted && top < kNext.height && top + dy < kNext.height;
+        if (kWidth % 2) is_wanted = is_wanted && left < kNext.width && left + dx < kNext.width;
+        f(b, a, index * plane_size(kNext.height, kNext.width) + own, is_wanted);
       }
     }
   }
 
   // Part (b, a) of a 2x2 window of values.
-  static Real part(const Real* v, int b, int a, Offset d) {
+  template <class P>
+  static Real part(P, const Real* v, int b, int a) {
     const Real* row = v + 2 * b;
-    const Real here = d.dx & 1 ? row[a] : row[0] + row[1];
-    return d.dy & 1 ? here : here + (d.dx & 1 ? v[2 + a] : v[2] + v[3]);
+    const Real here = P::kOddX ? row[a] : row[0] + row[1];
+    return P::kOddY ? here : here + (P::kOddX ? v[2 + a] : v[2] + v[3]);
   }
 
   // Pools a plane into the next band; v and t become 0 where they are not valid.
@@ -423,14 +478,23 @@ class Sweep {
       for_each_in_patch(k, [&](int i, int, int) {
         if (!view.valid[i]) v[i] = t[i] = 0;
       });
+      with_parity(view.d, [&](auto parity) {
 #pragma unroll
-      for (int r = 0; r < kRows; r += 2) {
-        const Real *n = v + (k * kRows + r) * 2, *ntk = t + (k * kRows + r) * 2;
-        for_each_cell(y_[k] + r, x_[k], view.d, [&](int b, int a, int cell) {
-          next_band_[cell] += part(n, b, a, view.d) * Real(1.0 / 16);
-          if (kNtk && kNext.has_ntk) next_t()[cell] += part(ntk, b, a, view.d) * Real(1.0 / 16);
-        });
-      }
+        for (int r = 0; r < kRows; r += 2) {
+          const Real *n = v + (k * kRows + r) * 2, *ntk = t + (k * kRows + r) * 2;
+          Real* const band = next_band_ + group() * kNextSize;
+          Real before[2][2][2];  // all are read before any is written: one wait
+          for_each_cell(parity, y_[k] + r, x_[k], view.d, [&](int b, int a, int cell, bool) {
+            before[b][a][0] = band[cell];
+            if (kNtk && kNext.has_ntk) before[b][a][1] = band[cell + kNextT];
+          });
+          for_each_cell(parity, y_[k] + r, x_[k], view.d, [&](int b, int a, int cell, bool is_wanted) {
+            if (!is_wanted) return;
+            band[cell] = before[b][a][0] + part(parity, n, b, a) * Real(1.0 / 16);
+            if (kNtk && kNext.has_ntk) band[cell + kNextT] = before[b][a][1] + part(parity, ntk, b, a) * Real(1.0 / 16);
+          });
+        }
+      });
     });
   }
 
@@ -442,19 +506,23 @@ class Sweep {
       if constexpr (kLast) {
         for_each_in_patch(k, [&](int i, int, int) { n_bar[i] = n_bar_, t_bar[i] = t_bar_; });
       } else {
+        with_parity(view.d, [&](auto parity) {
+          using P = decltype(parity);
 #pragma unroll
-        for (int r = 0; r < kRows; r += 2) {
-          for_each_cell(y_[k] + r, x_[k], view.d, [&](int b, int a, int cell) {
-            const Real n = next_band_[cell], ntk = kNtk && kNext.has_ntk ? next_t()[cell] : Real(0);
+          for (int r = 0; r < kRows; r += 2) {
+            for_each_cell(parity, y_[k] + r, x_[k], view.d, [&](int b, int a, int cell, bool is_wanted) {
+              Real n = next_band_[cell], ntk = kNtk && kNext.has_ntk ? next_band_[kNextT + cell] : Real(0);
+              if (!is_wanted) n = ntk = 0;
 #pragma unroll
-            for (int row = 0; row < 2; ++row)
+              for (int row = 0; row < 2; ++row)
 #pragma unroll
-              for (int column = 0; column < 2; ++column) {
-                const int i = (k * kRows + r + row) * 2 + column;
-                if ((!(view.d.dy & 1) || row == b) && (!(view.d.dx & 1) || column == a)) n_bar[i] = n, t_bar[i] = ntk;
-              }
-          });
-        }
+                for (int column = 0; column < 2; ++column) {
+                  const int i = (k * kRows + r + row) * 2 + column;
+                  if ((!P::kOddY || row == b) && (!P::kOddX || column == a)) n_bar[i] = n, t_bar[i] = ntk;
+                }
+            });
+          }
+        });
       }
       for_each_in_patch(k, [&](int i, int, int) {
         if (!view.valid[i]) n_bar[i] = t_bar[i] = 0;
@@ -470,7 +538,7 @@ class Sweep {
     for_each_patch([&](int k) {
       if (!view.live[k]) return;
       for_each_in_patch(k, [&](int i, int r, int c) {
-        const Real* right = view.right[k][c] + 2 * kHalf * r;
+        const Real* right = right_ + view.right[k][c] + 2 * kHalf * r;
         if constexpr (p == 0) {
           for (int channel = 0; channel < kChannels; ++channel) {
             const Real x2 = right[channel * kPlane], difference = x1_[channel][i] - x2;
@@ -508,51 +576,43 @@ class Sweep {
       for_each_patch([&](int k) {
         if (!view.live[k]) return;
         for_each_in_patch(k, [&](int i, int r, int c) {
-          const Real s = view.right[k][c][kLevel.deviations + l * kPlane + 2 * kHalf * r];
+          const Real s = right_[view.right[k][c] + kLevel.deviations + l * kPlane + 2 * kHalf * r];
           s2[i] = view.valid[i] ? s : Real(1);
         });
       });
       if (turn) leaving(view, n_bar, t_bar);
-      exchange(l, view, v, t);
-      for_each_patch([&](int k) {
-        if (!view.live[k]) return;
-        for_each_in_patch(k, [&](int i, int, int) {
-          const Real s1 = s1_[l][i], radial = s1 - s2[i], m = v[i] * kScale;
-          // sqrt(q1 q2) (1 - cosine): the distance without the difference in length.
-          const Real chord = larger(m - radial * radial, Real(0));
-          const Real deviation = s1 * s2[i], n = 2 * deviation - chord, t_in = first_ntk || !kNtk ? n : t[i] * kScale + n;
-          const bool positive = kPositive || deviation > 0;
-          const Real inverse = positive ? reciprocal(deviation) * Real(0.5 / kPi) : Real(0);
-          const Angle<Real> a = angle<Real>(positive ? chord * inverse : Real(1 / kPi), first_ntk);
-          const Real sine_slope = deviation * a.sine, dot_slope = t_in * (a.dot_slope * inverse);
-          if (turn) {
-            pull_back(n_bar[i], t_bar[i], n, a.dot, dot_slope, sine_slope, n_bar[i], t_bar[i], sigma_[l][i]);
-          } else {
-            v[i] = kDistancesOut || l + 1 < kConvs ? m / 2 + (n * a.rest - sine_slope) : n * a.dot + sine_slope;
-            t[i] = t_in * a.dot;
-            if (kBackward) {
-              n_saved[l][i] = n, dot_saved[l][i] = a.dot;
-              dot_slope_saved[l][i] = dot_slope, sine_slope_saved[l][i] = sine_slope;
-            }
+      exchange(l, view, v, t, [&](int i) {
+        const Real s1 = s1_[l][i], radial = s1 - s2[i], m = v[i] * kScale;
+        // sqrt(q1 q2) (1 - cosine): the distance without the difference in length.
+        const Real chord = larger(m - radial * radial, Real(0));
+        const Real deviation = s1 * s2[i], n = 2 * deviation - chord, t_in = first_ntk || !kNtk ? n : t[i] * kScale + n;
+        const bool positive = kPositive || deviation > 0;
+        const Real inverse = positive ? reciprocal(deviation) * Real(0.5 / kPi) : Real(0);
+        const Angle<Real> a = angle<Real>(positive ? chord * inverse : Real(1 / kPi), first_ntk);
+        const Real sine_slope = deviation * a.sine, dot_slope = t_in * (a.dot_slope * inverse);
+        if (turn) {
+          pull_back(n_bar[i], t_bar[i], n, a.dot, dot_slope, sine_slope, n_bar[i], t_bar[i], sigma_[l][i]);
+        } else {
+          v[i] = kDistancesOut || l + 1 < kConvs ? m / 2 + (n * a.rest - sine_slope) : n * a.dot + sine_slope;
+          t[i] = t_in * a.dot;
+          if (kBackward) {
+            n_saved[l][i] = n, dot_saved[l][i] = a.dot;
+            dot_slope_saved[l][i] = dot_slope, sine_slope_saved[l][i] = sine_slope;
           }
-        });
+        }
       });
     }
     if constexpr (kBackward) {
 #pragma unroll(kUnroll)
       for (int l = kConvs - 2; l >= 0; --l) {
-        exchange_back(kNtk, kScale, view, n_bar, t_bar);
-        for_each_patch([&](int k) {
-          if (!view.live[k]) return;
-          for_each_in_patch(k, [&](int i, int, int) {
-            pull_back(n_bar[i], t_bar[i], n_saved[l][i], dot_saved[l][i], dot_slope_saved[l][i], sine_slope_saved[l][i], n_bar[i], t_bar[i],
-                      sigma_[l][i]);
-          });
+        exchange_back(kNtk, kScale, view, n_bar, t_bar, [&](int i) {
+          pull_back(n_bar[i], t_bar[i], n_saved[l][i], dot_saved[l][i], dot_slope_saved[l][i], sine_slope_saved[l][i], n_bar[i], t_bar[i],
+                    sigma_[l][i]);
         });
       }
       // The pooling below shares out sixteenths; the input is a mean over channels.
       constexpr double share = p ? 1.0 / 16 : 1.0 / kChannels;
-      if (kConvs) exchange_back(kHasNtk, Real(kWeight / 9 * share), view, n_bar, t_bar);
+      if (kConvs) exchange_back(kHasNtk, Real(kWeight / 9 * share), view, n_bar, t_bar, [](int) {});
       entered(view, Real(kConvs ? 1 : share), n_bar, t_bar);
     } else if constexpr (kLast) {
       Real n_part = 0, t_part = 0;
@@ -571,7 +631,7 @@ class Sweep {
       for_each_in_patch(k, [&](int i, int r, int c) {
         if constexpr (p == 0) {
           for (int channel = 0; channel < kChannels; ++channel)
-            pixel_bar_[channel][i] += n_bar[i] * share * view.right[k][c][channel * kPlane + 2 * kHalf * r];
+            pixel_bar_[channel][i] += n_bar[i] * share * right_[view.right[k][c] + channel * kPlane + 2 * kHalf * r];
         } else if (view.valid[i]) {
           Real* to = band_ + offset_index(view.d) * kPlane + own_[k] + step(r, c);
           to[0] = n_bar[i] * share;
