@@ -77,10 +77,10 @@ inline void for_each_pair(const Real* left, const Real* right, int rows, int col
   for (long long unit = block(); unit < (long long)rows * columns; unit += blocks()) {
     const int i = int(unit / columns), j = int(unit % columns);
     if (j < i - diagonal) continue;
-    const Real *x1 = left + (long long)i * kTable, *x2 = shared.hold(right + (long long)j * kTable);
+    const Real *x1 = left + (long long)i * kTable, *x2 = right + (long long)j * kTable, *held = shared.hold(x2);
     double n = 0, t = 0;
-    pair_forward<0>(x1, x2, shared, bands, n, t);
-    if (!thread()) {
+    pair_forward<0>(x1, held, shared, bands, n, t);
+    if (!thread()) {  // the others may hold the next pair's table already
       const Head head(n * kReadoutShare, t * kReadoutShare, x1 + kTable - kHidden, x2 + kTable - kHidden, kRounding<Real> / 8);
       values[unit] = Real(head.kernel);
       n = head.n_bar * kReadoutShare, t = head.t_bar * kReadoutShare;
@@ -89,7 +89,7 @@ inline void for_each_pair(const Real* left, const Real* right, int rows, int col
     }
     if constexpr (kBackward) {
       shared.spread(n, t);
-      pair_backward<kPairCount - 1>(x1, x2, shared, bands, Real(n), Real(t), derivatives + unit * kDerivatives);
+      pair_backward<kPairCount - 1>(x1, held, shared, bands, Real(n), Real(t), derivatives + unit * kDerivatives);
     }
   }
 }
