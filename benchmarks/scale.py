@@ -132,7 +132,7 @@ class _Simulated:
       if coming and not in_hand:
         in_hand, coming = await coming, None
       if not in_hand:
-        in_hand = self._given(await self._call('lease', self._name, hello, []))
+        in_hand = self._given(await self._call('lease', self._name, hello))
         continue
       task, lease, begun = in_hand.pop(0)
       await begun

@@ -156,13 +156,12 @@ class Coordinator:
     """Part of a file of the prepared data; see `store.fetch`."""
     return store.read_chunk(self._prepared.key, self._cache, folder, file, offset)
 
-  def lease(self, worker: str, hello: str, holding: list[int]) -> dict[str, Any] | None:
-    """Work: within a few seconds, or at once for who has some.
+  def lease(self, worker: str, hello: str) -> dict[str, Any] | None:
+    """Work for who has none: within a few seconds.
 
     Args:
       worker: its name.
       hello: JSON with the worker's `fingerprint` {name: value} and measured `pairs_per_second`.
-      holding: the leases that it has not handed in yet.
 
     Returns:
       None (ask again), `{'stop': reason}`, or `{'tasks': [(tuple(Task), lease id, indices)], 'inputs': [packed arrays]}`, so many tasks that
@@ -179,7 +178,7 @@ class Coordinator:
     if self._over:
       self._released.add(worker)
       return {'stop': 'the run is over.'}
-    return self._lease(worker, holding)
+    return self._lease(worker, [])
 
   def fetch(self, generation: int, step: int, name: str, start: int, stop: int) -> bytes | None:
     """Packed rows of what the step's tasks share: `images` [S, H, W, D] in the kernel's dtype, `alpha` [S, C]. None if the step is over."""

@@ -79,7 +79,7 @@ class KernelWorker:
       if coming and not in_hand:
         in_hand, coming = coming.result(), None
       if not in_hand:
-        answer = self._coordinator.lease(self._name, hello, [])
+        answer = self._coordinator.lease(self._name, hello)
         if answer and 'stop' in answer:
           logging.info('%s ends: %s', self._name, answer['stop'])
           return

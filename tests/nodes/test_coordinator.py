@@ -47,8 +47,8 @@ def test_a_worker_that_would_compute_other_bits_is_refused(make_run, tmp_path, m
   monkeypatch.setattr(coordinator_node, '_LONG_POLL', 0.0)
   for allow in (False, True):
     coordinator = _coordinator(make_run(tmp_path / str(allow), {**FC1, 'system.allow_mixed': allow}))
-    assert coordinator.lease('first', _hello(), []) is None
-    answer = coordinator.lease('second', _hello(device='B'), [])
+    assert coordinator.lease('first', _hello()) is None
+    answer = coordinator.lease('second', _hello(device='B'))
     assert answer is None if allow else 'device: B instead of A' in answer['stop'] and 'system.allow_mixed' in answer['stop']
 
 
@@ -58,7 +58,7 @@ def test_answers_from_another_life_or_step_are_dropped(make_run, tmp_path, monke
   coordinator._step = 4
   task = tasks.Task(coordinator._run_id, coordinator._generation, 4, tasks.TARGETS, 0, (0, 5), (0, 6))
   coordinator._board.post([task])
-  answer = coordinator.lease('w', _hello(), [])
+  answer = coordinator.lease('w', _hello())
   [(given, lease, _)] = answer['tasks']
   assert tasks.Task(*given) == task and answer['inputs'] == []
   parts, digest = tasks.encode({'x': np.ones(3)})
@@ -79,7 +79,7 @@ def test_parts_may_arrive_twice_and_in_any_order(make_run, tmp_path, monkeypatch
   coordinator._step = 0
   task = tasks.Task(coordinator._run_id, coordinator._generation, 0, tasks.TARGETS, 0, (0, 5), (0, 6))
   coordinator._board.post([task])
-  [(_, lease, _)] = coordinator.lease('w', _hello(), [])['tasks']
+  [(_, lease, _)] = coordinator.lease('w', _hello())['tasks']
   parts, digest = tasks.encode({'x': np.arange(30)})
   assert len(parts) > 2
   order = [1, 1, *range(2, len(parts)), 1, 0, 0, len(parts) - 1]
@@ -94,7 +94,7 @@ def test_a_resumed_run_wants_the_hardware_it_began_on(make_run, tmp_path):
   local.distil(run, threading.Event())
   coordinator = _coordinator(run)
   coordinator._restore()
-  assert 'device: B instead of' in coordinator.lease('w', _hello(device='B'), [])['stop']
+  assert 'device: B instead of' in coordinator.lease('w', _hello(device='B'))['stop']
   coordinator._system['num_workers'] = 1
   with pytest.raises(coordinator_node.RunFailed, match='no worker can start; the last one said: this worker would compute other bits'):
     coordinator._check_progress()
@@ -291,13 +291,13 @@ def test_a_worker_gets_two_tasks_and_what_they_share_once(make_run, tmp_path):
   posted = [tasks.Task(coordinator._run_id, coordinator._generation, 0, tasks.TARGET_VJP, i, (0, 5), rows)
             for i, rows in enumerate([(0, 2), (2, 4), (4, 6)])]
   coordinator._board.post(posted)
-  answer = coordinator.lease('w', _hello(), [])
+  answer = coordinator.lease('w', _hello())
   assert [tuple(posted[0]), tuple(posted[1])] == [task for task, *_ in answer['tasks']]
   assert len(answer['inputs']) == 3
   for (_, _, indices), alpha in zip(answer['tasks'], ([0, 1], [2, 3])):
     inputs = {name: value.tolist() for i in indices for name, value in tasks.unpack(answer['inputs'][i]).items()}
     assert inputs == {'alpha': alpha, 'residual': [0, 1, 2, 3, 4]}
-  assert coordinator.lease('w', _hello(), [lease for _, lease, _ in answer['tasks']]) is None
+  assert coordinator._lease('w', [lease for _, lease, _ in answer['tasks']]) is None
 
 
 def test_who_hands_in_its_last_piece_waits_for_work(make_run, tmp_path):
@@ -305,7 +305,7 @@ def test_who_hands_in_its_last_piece_waits_for_work(make_run, tmp_path):
   coordinator._step = 0
   first, second = (tasks.Task(coordinator._run_id, coordinator._generation, 0, tasks.LABEL_SOLVE, i, (0, 5), (0, 6)) for i in (0, 1))
   coordinator._board.post([first])
-  [(_, lease, _)] = coordinator.lease('w', _hello(), [])['tasks']
+  [(_, lease, _)] = coordinator.lease('w', _hello())['tasks']
   parts, digest = tasks.encode({'x': np.ones(3)})
   threading.Timer(0.2, coordinator._board.extend, ([second],)).start()
   answer = coordinator.complete('w', list(first), lease, 0, 1, parts[0], digest, [])
