@@ -3,7 +3,8 @@
 // At a fixed offset d, covariances n and t, indexed by the pixel y of the first image, form a plane. A thread owns patches of it, `rows` by
 // 2 pixels: the same ones at every offset, so that what it gathers for the first image (its pixels' and deviations' cotangents) stays in
 // registers, in a fixed order, and 2x2 windows of a pooling lie within a thread. Neighbours' values come through planes in shared memory,
-// written by all, read by all: one barrier for each convolution or its adjoint. The mathematics is that of native/src/lines.h: n is held
+// written by all, read by all: one barrier for each convolution or its adjoint. Where a plane has few patches, a block's threads are several
+// groups, each at an offset of its own, with planes and sums of its own. The mathematics is that of native/src/lines.h: n is held
 // as m = (q1 + q2) / 2 - n up to the last convolution, and taps that only one image has count q / 2 of it.
 //
 // Between levels, covariances at all offsets, and then their cotangents in their place, lie in the block's workspace, which a cache holds.
