@@ -29,7 +29,8 @@ class Level:
       becomes their sum.
     rows: of the patch, 2 pixels wide, that a thread owns.
     stride: from the even columns of an exchanged row to the odd ones, and from those to the next row.
-    groups, members: of threads, each at an offset of its own where a plane has too few patches for all; threads of a group.
+    groups: of threads, each at an offset of its own: more than one where a plane has too few patches for all threads.
+    members: threads of a group.
   """
   height: int
   width: int
@@ -115,8 +116,7 @@ def make_plan(architecture: architectures.Architecture, shape: tuple[int, int, i
     if stage.pool:
       convs.append(0)
       sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
-  patches = -(-height // 2) * -(-width // 2)
-  threads = min(threads, -(-patches // _WARP) * _WARP)
+  threads = min(threads, _enough_threads(height, width))
   everything = architecture.readout == 'global_average_pool'
   pair, table, derivatives, pair_bands = _levels(convs, sizes, channels, everything, len(convs) - 1, threads, ntk=True)
   last = len(convs) - 1
@@ -167,11 +167,11 @@ def _levels(convs, sizes, channels, everything, last, threads, ntk):
     if above:
       radii = min(2 * above.radius_y + 1, height - 1), min(2 * above.radius_x + 1, width - 1)
     deviations, halves, sigma, distances = starts[p]
-    members = -(-(-(-height // 2) * -(-width // 2)) // _WARP) * _WARP
     above = Level(height, width, convs[p], *radii, has_ntk=any(convs[:p]), distances=distances, deviations=deviations, halves=halves,
-                  sigma=sigma, band=0, rows=2, stride=_stride(width, 2), groups=1, members=members)
-    if ntk:
-      above = dataclasses.replace(above, groups=max(1, min(threads // members, above.offsets)))
+                  sigma=sigma, band=0, rows=2, stride=_stride(width, 2), groups=1, members=threads)
+    groups = min(threads // _enough_threads(height, width), above.offsets)
+    if ntk and groups > 1:
+      above = dataclasses.replace(above, groups=groups, members=_enough_threads(height, width))
     levels.append(above)
   levels, bands = levels[::-1], 0
   for p, level in enumerate(levels[1:], 1):
@@ -179,6 +179,11 @@ def _levels(convs, sizes, channels, everything, last, threads, ntk):
     levels[p] = dataclasses.replace(level, band=bands + margin)
     bands += levels[p - 1].groups * level.offsets * level.plane * (1 + (ntk and level.has_ntk)) + 2 * margin
   return levels, table, derivatives, bands
+
+
+def _enough_threads(height: int, width: int) -> int:
+  """Whole warps in which each patch of a plane has a thread of its own."""
+  return -(-(-(-height // 2) * -(-width // 2)) // _WARP) * _WARP
 
 
 def _stride(width: int, rows: int) -> int:

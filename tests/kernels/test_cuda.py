@@ -22,13 +22,13 @@ compiled = pytest.mark.skipif(not build.compiler(), reason='no C++ compiler')
 
 def _kernel(monkeypatch, architecture, dtype='float32', **machine):
   monkeypatch.setattr(cuda, '_gpu', lambda: emulator.Emulator(**machine))
-  case = None if isinstance(architecture, dict) else kernel_cases.CASES.get(architecture)
+  case = kernel_cases.CASES.get(architecture)
   return ntk.make_kernel(case.architecture if case else architecture, implementation='cuda', dtype=dtype)
 
 
-def _images(architecture, *counts):
+def _images(shape, *counts):
   rng = np.random.default_rng(0)
-  return [*(rng.standard_normal((n, *IMAGE[architecture])) for n in counts), rng.standard_normal(counts)]
+  return [*(rng.standard_normal((n, *shape)) for n in counts), rng.standard_normal(counts)]
 
 
 def _error(value, expected):
@@ -39,8 +39,7 @@ def _error(value, expected):
 @pytest.mark.parametrize('architecture, shape, threads', [*((name, shape, 32) for name, shape in IMAGE.items()), ('convnet2', GROUPS, 64)])
 def test_real_threads_and_blocks_give_the_same(monkeypatch, architecture, shape, threads):
   """A missing barrier would show as another value."""
-  monkeypatch.setitem(IMAGE, architecture, shape)
-  x1, x2, cotangent = _images(architecture, 2, 3)
+  x1, x2, cotangent = _images(shape, 2, 3)
   expected = _kernel(monkeypatch, architecture, 'float64').block_vjp(x1, x2, cotangent)
   results = [_kernel(monkeypatch, architecture, 'float64', threads=threads, blocks=blocks).block_vjp(x1, x2, cotangent) for blocks in (1, 2)]
   for one, two, value in zip(*results, expected):
@@ -51,7 +50,7 @@ def test_real_threads_and_blocks_give_the_same(monkeypatch, architecture, shape,
 @compiled
 @pytest.mark.parametrize('architecture', IMAGE)
 def test_parts_of_a_block_and_kept_derivatives_give_the_same_bits(monkeypatch, architecture):
-  x1, x2, cotangent = _images(architecture, 2, 7)
+  x1, x2, cotangent = _images(IMAGE[architecture], 2, 7)
   block, gradient = _kernel(monkeypatch, architecture).block_vjp(x1, x2, cotangent)
   for kept_bytes in (1, 9000):  # one column at a time; some
     kernel = _kernel(monkeypatch, architecture, kept_bytes=kept_bytes)
@@ -64,7 +63,7 @@ def test_parts_of_a_block_and_kept_derivatives_give_the_same_bits(monkeypatch, a
 
 @compiled
 def test_parts_of_the_second_images(monkeypatch):
-  x, y, cotangent = _images('convnet2', 6, 5)
+  x, y, cotangent = _images(IMAGE['convnet2'], 6, 5)
   kernel = _kernel(monkeypatch, 'convnet2')
   expected = kernel.block(x, x), kernel.block(x, y), *kernel.block_vjp(x, y, cotangent)
   monkeypatch.setattr(cuda, '_TABLE_BYTES', 1)  # one at a time
@@ -74,7 +73,7 @@ def test_parts_of_the_second_images(monkeypatch):
 
 @compiled
 def test_what_does_not_fit_in_shared_memory_gives_the_same_bits(monkeypatch):
-  x1, x2, cotangent = _images('convnet2', 2, 3)
+  x1, x2, cotangent = _images(IMAGE['convnet2'], 2, 3)
   results = [_kernel(monkeypatch, 'convnet2', shared_bytes=size).block_vjp(x1, x2, cotangent) for size in (2 ** 20, 0)]
   for fits, does_not in zip(*results):
     np.testing.assert_array_equal(fits, does_not)
@@ -86,8 +85,7 @@ def test_what_does_not_fit_in_shared_memory_gives_the_same_bits(monkeypatch):
     ([{'convs': 1, 'pool': True}], (4, 5, 9)),  # more channels
 ])
 def test_unusual_networks(monkeypatch, stages, shape):
-  rng = np.random.default_rng(0)
-  x1, x2, cotangent = rng.standard_normal((2, *shape)), rng.standard_normal((3, *shape)), rng.standard_normal((2, 3))
+  x1, x2, cotangent = _images(shape, 2, 3)
   monkeypatch.setattr(cuda, '_gpu', emulator.Emulator)
   block, gradient = ntk.make_kernel({'stages': stages}, implementation='cuda', dtype='float64').block_vjp(x1, x2, cotangent)
   peer = 'native' if build.is_built() else 'jax'
@@ -99,10 +97,9 @@ def test_unusual_networks(monkeypatch, stages, shape):
 @compiled
 def test_groups_of_threads_that_do_not_fill_a_block(monkeypatch):
   """At 14x14, 49 patches: three groups of 64, and a warp that is idle."""
-  rng = np.random.default_rng(0)
-  x1, x2, cotangent = rng.standard_normal((1, 28, 28, 1)), rng.standard_normal((2, 28, 28, 1)), rng.standard_normal((1, 2))
-  stages = {'stages': [{'convs': 1, 'pool': True}, {'convs': 2, 'pool': True}]}
-  whole, one = (_kernel(monkeypatch, stages, 'float64', threads=threads).block_vjp(x1, x2, cotangent) for threads in (224, 1))
+  x1, x2, cotangent = _images((28, 28, 1), 1, 2)
+  network = architectures.get({'stages': [{'convs': 1, 'pool': True}, {'convs': 2, 'pool': True}]})
+  whole, one = (_kernel(monkeypatch, network, 'float64', threads=threads).block_vjp(x1, x2, cotangent) for threads in (224, 1))
   for value, expected in zip(whole, one):
     assert _error(value, expected) <= 1e-12
 

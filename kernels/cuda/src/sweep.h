@@ -42,7 +42,7 @@ class Sweep {
   static constexpr int kHeight = kLevel.height, kWidth = kLevel.width, kConvs = kLevel.convs, kRows = kLevel.rows;
   static constexpr int kPlane = plane_size(kHeight, kWidth), kHalf = (kWidth + 1) / 2;
   static constexpr int kPatchRows = (kHeight + kRows - 1) / kRows, kPatches = kPatchRows * kHalf;
-  static constexpr int kGroups = kLevel.groups, kMembers = kGroups > 1 ? kLevel.members : kThreads;
+  static constexpr int kGroups = kLevel.groups, kMembers = kLevel.members;
   static constexpr int kTimes = (kPatches + kMembers - 1) / kMembers, kOwn = kTimes * kRows * 2;
   static constexpr int kBusy = kGroups == 1 && kPatches < kThreads ? kPatches : kThreads;  // threads that may have sums
   static constexpr int kLayers = kConvs ? kConvs : 1;  // arrays may not be empty
