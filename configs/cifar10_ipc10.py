@@ -2,7 +2,8 @@
 
     python launch.py --config=configs/cifar10_ipc10.py --workdir=runs/cifar10_ipc10 --lp_launch_type=local_mp
 
-Time and accuracy: not measured, neither on 2 cores nor on a GPU.
+Measured without augmentation, CIFAR-10 (JPEG copy), on one H100: KRR 63.00 % at step 90 (4 minutes; run.plan.target_tile=1000), where it was
+stopped. To convergence: not measured.
 """
 
 from configs import kip_convnet

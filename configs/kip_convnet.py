@@ -3,7 +3,8 @@
     python launch.py --config=configs/kip_convnet.py --workdir=runs/mnist_ipc1 --lp_launch_type=local_mp
 
 The papers' figures are those at convergence, after 50,000 updates at most: --config.run.num_steps says how far to go, and a run that is
-there goes on by the same command with more. Which augmentations they use is published, their strengths are not: these are ours.
+there goes on by the same command with more. They keep the learning rate constant; a schedule is set in a configuration file of one's own,
+in `with config.ignore_type():` as in configs/own_architecture.py. Which augmentations they use is published, their strengths are not: these are ours.
 """
 
 from configs import base
