@@ -59,7 +59,8 @@ def main(argv: list[str]) -> int:
     print(f'error: {error}', file=sys.stderr)
     return run_directory.BAD_INPUT_STATUS
   isolation.restart_isolated()
-  logging.info(run.memory)
+  for remark in run.remarks:
+    logging.info(remark)
   logging.info(run.gpus.remark)
   program = distill.make_program(run)
   with terminal.shown(run.directory):

@@ -23,6 +23,7 @@ import socket
 import tempfile
 import threading
 import time
+import traceback
 from typing import Any, NamedTuple
 
 from programs import placement
@@ -235,9 +236,14 @@ def _simulate(port: int, names: list[str], cores: set[int], costs: Costs, over: 
 
   async def work():
     working = [asyncio.ensure_future(worker.run()) for worker in workers]
-    await asyncio.get_running_loop().run_in_executor(None, over.wait)
+    ends = asyncio.get_running_loop().run_in_executor(None, over.wait)
+    await asyncio.wait([ends, *working], return_when=asyncio.FIRST_COMPLETED)
     for failed in [worker for worker in working if worker.done()]:
-      failed.result()
+      try:
+        failed.result()
+      except Exception:  # whatever it is: it ends this process, which waits for nothing else
+        traceback.print_exc()
+        os._exit(1)
     out.put((time.process_time(), *(sum(getattr(worker, name) for worker in workers) for name in ('calls', 'bytes_up', 'bytes_down'))))
     out.close()
     out.join_thread()
@@ -263,7 +269,7 @@ def measure_real(workers: int, folder: str, data: str) -> float:
   real = [spawn.Process(target=_work, args=(port, f'w{i}', folder), daemon=True) for i in range(workers)]
   for process in real:
     process.start()
-  a_step = _told(served, server)[0]
+  a_step = _told(served, server, *real)[0]
   for process in (server, *real):
     process.kill()
   return a_step
@@ -291,14 +297,14 @@ def _start(config: Any, workers: int, folder: str, seconds: float) -> tuple[int,
   return port, server, served
 
 
-def _told(queue: Any, process: Any) -> Any:
-  """What a process puts into a queue. Raises RuntimeError where it ends without."""
+def _told(queue: Any, *processes: Any) -> Any:
+  """What one of these processes puts into a queue. Raises RuntimeError where any of them ends before."""
   while True:
-    is_alive = process.is_alive()
+    are_alive = all(process.is_alive() for process in processes)
     try:
       return queue.get(timeout=1)
     except queues.Empty:
-      if not is_alive:
+      if not are_alive:
         raise RuntimeError('a process of the benchmark has ended; see above.') from None
 
 
@@ -322,7 +328,7 @@ def measure(case: Case, costs: Costs, folder: str, seconds: float) -> Row:
   begin = time.monotonic()
   for process in simulated:
     process.start()
-  a_step, cpu, all_steps = _told(served, server)
+  a_step, cpu, all_steps = _told(served, server, *simulated)
   elapsed = time.monotonic() - begin
   over.set()
   totals = np.sum([_told(told, process) for process in simulated], axis=0)

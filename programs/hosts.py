@@ -71,7 +71,8 @@ def _label(supervising: int) -> str:
 
 def _coordinate(stop: threading.Event) -> int:
   run = start.ready(None)
-  logging.info(run.memory)
+  for remark in run.remarks:
+    logging.info(remark)
   port = run.config['system']['port']
   distill.check_port(port)
   address = f'{_HOST.value or socket.getfqdn()}:{port or _free_port()}'

@@ -22,7 +22,8 @@ def main(argv: list[str]) -> int:
   except start.BadInput as error:
     print(f'error: {error}', file=sys.stderr)
     return run_directory.BAD_INPUT_STATUS
-  logging.info(run.memory)
+  for remark in run.remarks:
+    logging.info(remark)
   logging.info(run.gpus.remark)
   with terminal.shown(run.directory):
     distil(run, start.stop_event())

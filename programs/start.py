@@ -24,6 +24,9 @@ from programs import placement
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory: made if missing; one that holds a checkpoint resumes from it.')
 
 
+_BUSY = 0.9  # of the workers' time: a plan that leaves less than this for work is worth a word
+
+
 class Run(NamedTuple):
   """A run that may start.
 
@@ -31,13 +34,13 @@ class Run(NamedTuple):
     config: validated, plain values; `system.num_workers` is at least 1.
     directory: open, and locked by this process; of one that joins a run elsewhere neither, and None where it needs no more than an address.
     cache: folder that holds its prepared data.
-    memory: a line that tells what it needs.
+    remarks: lines that tell what it needs, and of a plan that does not suit its workers.
     gpus: for the kernels, of this host.
   """
   config: dict[str, Any]
   directory: run_directory.RunDirectory | None
   cache: str
-  memory: str = ''
+  remarks: tuple[str, ...] = ()
   gpus: placement.Gpus = placement.Gpus((), '')
 
 
@@ -70,13 +73,14 @@ def ready(find_gpus: Callable[[str], placement.Gpus] | None) -> Run:
     base.validate_with_data(config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:])
     config['system']['num_workers'] = placement.num_workers(config['system']['num_workers'], gpus.names)
     memory = _check_memory(config, prepared, config['system']['num_workers'] if find_gpus else 0)
+    plan = _remark_on_plan(config, prepared.num_classes)
     initial_support.make(config['run'], prepared, cache)
     directory = run_directory.RunDirectory(WORKDIR.value)
     directory.open(config, prepared.key)
     directory.write_command([os.path.basename(sys.executable), *sys.orig_argv[1:]])
   except (base.ConfigError, DataError, run_directory.RunDirectoryError) as error:
     raise BadInput(str(error)) from error
-  return Run(config, directory, cache, memory, gpus)
+  return Run(config, directory, cache, (memory, *plan), gpus)
 
 
 def stop_event() -> threading.Event:
@@ -132,6 +136,25 @@ def _check_memory(config: dict[str, Any], prepared: store.Prepared, num_workers:
     raise BadInput(f'this run needs about {needed / 2 ** 30:.1f} GiB of memory, {available / 2 ** 30:.1f} GiB are available: lower '
                    'run.images_per_class, run.plan.target_tile or system.num_workers, or raise run.plan.target_tiles_per_task.')
   return f'Memory: about {needed / 2 ** 30:.1f} GiB of {available / 2 ** 30:.1f} GiB available.'
+
+
+def _remark_on_plan(config: dict[str, Any], num_classes: int) -> list[str]:
+  """A line where its tasks about targets leave workers without one for a good part of a step."""
+  run, num_workers = config['run'], config['system']['num_workers']
+  support, targets = run['images_per_class'] * num_classes, run['targets_per_step']
+  part = tasks.support_per_task(run, support)
+  group = min(run['plan']['target_tile'] * run['plan']['target_tiles_per_task'], targets)
+  parts = -(-support // part) if part else 1
+  count = parts * -(-targets // group)
+  rounds = -(-count // num_workers)
+  pairs = support * (targets + support if part else targets)  # in two halves K_ss is computed beside them
+  busy = min(1.0, pairs / (rounds * num_workers * group * (part or support)))
+  if busy >= _BUSY:
+    return []
+  size = -(-targets // max(1, rounds * num_workers // parts))
+  better = f'of {size} targets each would do' if size < group else 'about fewer support images would do'
+  return [f'The plan makes {count} task{"s" * (count > 1)} about targets a step, so {num_workers} workers are busy for {busy:.0%} of it at most; tasks {better} '
+          "(run.plan; BUILD.md, 'How many workers'). A run keeps its plan: choose before it starts."]
 
 
 def _summary(directory: run_directory.RunDirectory, status: dict[str, Any]) -> str:
