@@ -50,17 +50,17 @@ def test_krr_on_ragged_tiles_is_the_formula(make_run, tmp_path):
 
 def test_mean_and_deviation_and_what_was_selected_on_what(make_run, tmp_path):
   changes = {**FC1, **NETWORK, 'system.evaluation.nn_seeds': 3, 'system.evaluation.nn_l2s': (0.0, 1e-3),
-             'system.evaluation.nn_architecture': 'conv1'}
+             'system.evaluation.nn_learning_rate_factors': (0.5,), 'system.evaluation.nn_architecture': 'conv1'}
   worth, prepared = _evaluation(make_run(tmp_path, changes))
   images, labels = _support(prepared)
   row = worth.finite_network(images, labels)
   held_out = prepared.train_images[-9:], prepared.train_labels[-9:]  # a tenth of 96
   result = finite_network.evaluate(
       architectures.get('conv1'), images, labels, held_out, (prepared.test_images, prepared.test_labels), width=8, steps=5, batch=100,
-      loss='mse', learning_rate_factors=(1.0,), l2s=(0.0, 1e-3), num_seeds=3, seed=0)
+      loss='mse', learning_rate_factors=(0.5,), l2s=(0.0, 1e-3), num_seeds=3, seed=0)
   a, b, c = result.test_accuracies
   mean = (a + b + c) / 3
-  assert row == {'nn_test_accuracy': pytest.approx(mean), 'nn_seeds': 3, 'nn_learning_rate_factor': 1.0, 'nn_l2': result.l2,
+  assert row == {'nn_test_accuracy': pytest.approx(mean), 'nn_seeds': 3, 'nn_learning_rate_factor': 0.5, 'nn_l2': result.l2,
                  'nn_test_accuracy_std': pytest.approx((((a - mean) ** 2 + (b - mean) ** 2 + (c - mean) ** 2) / 2) ** 0.5),
                  'nn_selected_on': 'the last 9 training images', 'nn_validation_accuracy': result.validation_accuracy}
 
