@@ -29,8 +29,6 @@ def submit(argv: Sequence[str]) -> int:
   """Submits the jobs, and prints their ids and how to follow, extend and stop the run. Inside an allocation: runs it to its end there, and
   gives its exit status. Raises BadInput."""
   run = start.ready(None)  # on this host: others may have no way to the data, and mistakes are told at once
-  for remark in run.remarks:
-    print(remark)
   workdir = run.directory.path
   run.directory.close()
   logs = os.path.join(workdir, 'logs')
