@@ -23,7 +23,6 @@ from programs import placement
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory: made if missing; one that holds a checkpoint resumes from it.')
 
-
 _BUSY = 0.9  # of the workers' time: a plan that leaves less than this for work is worth a word
 
 
@@ -152,9 +151,9 @@ def _remark_on_plan(config: dict[str, Any], num_classes: int) -> list[str]:
   if busy >= _BUSY:
     return []
   size = -(-targets // max(1, rounds * num_workers // parts))
-  better = f'of {size} targets each would do' if size < group else 'about fewer support images would do'
-  return [f'The plan makes {count} task{"s" * (count > 1)} about targets a step, so {num_workers} workers are busy for {busy:.0%} of it at most; tasks {better} '
-          "(run.plan; BUILD.md, 'How many workers'). A run keeps its plan: choose before it starts."]
+  better = f'of {size} targets each' if size < group else 'about fewer support images'
+  return [f'The plan makes {count} task{"s" * (count > 1)} about targets a step, so {num_workers} workers are busy for {busy:.0%} of it at most; '
+          f"tasks {better} would do (run.plan; BUILD.md, 'How many workers'). A run keeps its plan: choose before it starts."]
 
 
 def _summary(directory: run_directory.RunDirectory, status: dict[str, Any]) -> str:
