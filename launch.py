@@ -61,7 +61,6 @@ def main(argv: list[str]) -> int:
   isolation.restart_isolated()
   for remark in run.remarks:
     logging.info(remark)
-  logging.info(run.gpus.remark)
   program = distill.make_program(run)
   with terminal.shown(run.directory):
     manager = lp.launch(program, local_resources=distill.local_resources(run), terminal='current_terminal')

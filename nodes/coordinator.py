@@ -698,9 +698,8 @@ class Coordinator:
 
 
 def _plan(run: dict[str, Any], phase: str, num_support: int, targets: tasks.Range | None = None):
-  cut = run['plan']
-  return tasks.plan(phase, num_support, targets or (0, run['targets_per_step']), cut['support_tile'],
-                    cut['target_tile'] * cut['target_tiles_per_task'], tasks.support_per_task(run, num_support))
+  return tasks.plan(phase, num_support, targets or (0, run['targets_per_step']), run['plan']['support_tile'],
+                    tasks.targets_per_task(run), tasks.support_per_task(run, num_support))
 
 
 def _parameters(run: dict[str, Any], images: Any, labels: Any) -> dict[str, Any]:

@@ -72,6 +72,11 @@ def support_per_task(run: Mapping[str, Any], num_support: int) -> int:
   return configured if configured < num_support else 0
 
 
+def targets_per_task(run: Mapping[str, Any]) -> int:
+  """Target images of a task; the last one may have fewer."""
+  return run['plan']['target_tile'] * run['plan']['target_tiles_per_task']
+
+
 def plan(phase: str, num_support: int, targets: Range, support_tile: int, targets_per_task: int,
          support_per_task: int) -> list[tuple[Range, Range]]:
   """The (target_range, support_range) of every task of a phase, in the order in which their pieces are summed.

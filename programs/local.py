@@ -24,7 +24,6 @@ def main(argv: list[str]) -> int:
     return run_directory.BAD_INPUT_STATUS
   for remark in run.remarks:
     logging.info(remark)
-  logging.info(run.gpus.remark)
   with terminal.shown(run.directory):
     distil(run, start.stop_event())
   return start.outcome(run.directory)

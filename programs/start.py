@@ -33,7 +33,7 @@ class Run(NamedTuple):
     config: validated, plain values; `system.num_workers` is at least 1.
     directory: open, and locked by this process; of one that joins a run elsewhere neither, and None where it needs no more than an address.
     cache: folder that holds its prepared data.
-    remarks: lines that tell what it needs, and of a plan that does not suit its workers.
+    remarks: lines for the user: the memory it needs, a plan that does not suit its workers, where kernels are computed.
     gpus: for the kernels, of this host.
   """
   config: dict[str, Any]
@@ -79,7 +79,7 @@ def ready(find_gpus: Callable[[str], placement.Gpus] | None) -> Run:
     directory.write_command([os.path.basename(sys.executable), *sys.orig_argv[1:]])
   except (base.ConfigError, DataError, run_directory.RunDirectoryError) as error:
     raise BadInput(str(error)) from error
-  return Run(config, directory, cache, (memory, *plan), gpus)
+  return Run(config, directory, cache, tuple(filter(None, (memory, plan, gpus.remark))), gpus)
 
 
 def stop_event() -> threading.Event:
@@ -117,7 +117,7 @@ def _check_memory(config: dict[str, Any], prepared: store.Prepared, num_workers:
   run, plan = config['run'], config['run']['plan']
   support = run['images_per_class'] * prepared.num_classes
   images = 8 * support * prepared.train_images[0].size
-  tasks_a_step = -(-run['targets_per_step'] // (plan['target_tile'] * plan['target_tiles_per_task']))
+  tasks_a_step = len(tasks.ranges(run['targets_per_step'], tasks.targets_per_task(run)))
   block = 8 * support * plan['target_tile']
   coordinator = 10 * images + tasks_a_step * images // 2 + 6 * 8 * support ** 2
   worker = 4 * images + 4 * block + 2 ** 29  # and half a GiB for the kernel's own tiles
@@ -126,7 +126,7 @@ def _check_memory(config: dict[str, Any], prepared: store.Prepared, num_workers:
     worker += ntk.KEPT_BYTES
   if run['method'] != 'kip':
     width = support + prepared.num_classes
-    rows = min(run['targets_per_step'], plan['target_tile'] * plan['target_tiles_per_task'])
+    rows = min(run['targets_per_step'], tasks.targets_per_task(run))
     coordinator += 8 * width * (3 * tasks_a_step * min(rows, width) + 6 * width)
     worker += 3 * 8 * rows * width
   needed = coordinator + num_workers * worker + 2 ** 30
@@ -137,23 +137,22 @@ def _check_memory(config: dict[str, Any], prepared: store.Prepared, num_workers:
   return f'Memory: about {needed / 2 ** 30:.1f} GiB of {available / 2 ** 30:.1f} GiB available.'
 
 
-def _remark_on_plan(config: dict[str, Any], num_classes: int) -> list[str]:
-  """A line where its tasks about targets leave workers without one for a good part of a step."""
+def _remark_on_plan(config: dict[str, Any], num_classes: int) -> str:
+  """A line where its tasks about targets leave workers without one for a good part of a step; else none."""
   run, num_workers = config['run'], config['system']['num_workers']
   support, targets = run['images_per_class'] * num_classes, run['targets_per_step']
-  part = tasks.support_per_task(run, support)
-  group = min(run['plan']['target_tile'] * run['plan']['target_tiles_per_task'], targets)
-  parts = -(-support // part) if part else 1
-  count = parts * -(-targets // group)
+  part, group = tasks.support_per_task(run, support) or support, min(tasks.targets_per_task(run), targets)
+  parts = len(tasks.ranges(support, part))
+  count = parts * len(tasks.ranges(targets, group))
   rounds = -(-count // num_workers)
-  pairs = support * (targets + support if part else targets)  # in two halves K_ss is computed beside them
-  busy = min(1.0, pairs / (rounds * num_workers * group * (part or support)))
+  pairs = support * (targets + support if part < support else targets)  # in two halves K_ss is computed beside them
+  busy = pairs / (rounds * num_workers * group * part)
   if busy >= _BUSY:
-    return []
+    return ''
   size = -(-targets // max(1, rounds * num_workers // parts))
   better = f'of {size} targets each' if size < group else 'about fewer support images'
-  return [f'The plan makes {count} task{"s" * (count > 1)} about targets a step, so {num_workers} workers are busy for {busy:.0%} of it at most; '
-          f"tasks {better} would do (run.plan; BUILD.md, 'How many workers'). A run keeps its plan: choose before it starts."]
+  return (f'The plan makes {count} task{"s" * (count > 1)} about targets a step, so {num_workers} workers are busy for {busy:.0%} of it at most; '
+          f"tasks {better} would do (run.plan; BUILD.md, 'How many workers'). A run keeps its plan: choose before it starts.")
 
 
 def _summary(directory: run_directory.RunDirectory, status: dict[str, Any]) -> str:
