@@ -46,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
   run.optimizer = 'adam'  # any of optax's, or a dict with its arguments: {'name': 'sgd', 'momentum': 0.9}
   run.learning_rate = 0.04  # or an optax schedule: {'name': 'cosine_decay_schedule', 'init_value': 0.04, 'decay_steps': 1000}; see kip_convnet.py
   run.learn_labels = True  # move the labels with the images
-  run.label_learning_rate_factor = 1.0  # of the labels' learning rate to the images'
+  run.label_learning_rate_factor = 1.0  # of the labels' learning rate to the images'; 0.1: better for finite networks (digits, RESULTS.md)
   run.initial_images = 'real'  # or 'noise', a file such as distilled.npz (images, labels), or a released set's name (data/released.py)
   run.targets_per_step = 5000  # class-balanced, drawn anew each step: a multiple of the number of classes; or the whole training set
 
