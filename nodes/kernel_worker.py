@@ -1,6 +1,7 @@
 """Leases tasks, computes kernel blocks and their cotangent pieces, and hands them back."""
 
 from concurrent import futures
+import functools
 import itertools
 import json
 import platform
@@ -22,6 +23,12 @@ from nodes.remote import CoordinatorLost
 from nodes.remote import Stopping
 
 _CALIBRATION_SECONDS = 80.0  # by the rate so far, which a single pair makes look far too slow
+
+
+class _Targets(NamedTuple):
+  """A tile of the step's targets: images [b, H, W, D], centred labels [b, C]."""
+  images: ntk.Images
+  labels: np.ndarray
 
 
 class _Given(NamedTuple):
@@ -53,6 +60,9 @@ class KernelWorker:
     self._lock = threading.RLock()  # of the inputs
     self._inputs: dict[Any, Any] = {}  # (generation, step, name) -> value
     self._kept: dict[Any, list[ntk.Linearised | None]] = {}  # (generation, step, ranges) -> of a first half, tile by tile
+    self._first_tile: tuple[int, int, int] | None = None  # step, start, stop: with which this worker began its last step
+    self._foreseen: tuple[Any, Any] = (None, None)  # such a tile of the next step, and its images
+    self._batch = functools.lru_cache(maxsize=2)(self._sampled)
 
   def run(self) -> None:
     """Works until told to stop. Raises CoordinatorLost where the run's coordinator is not there any more."""
@@ -123,8 +133,8 @@ class KernelWorker:
       self._begun[task] = self._ahead.submit(self._begin, task, inputs)
     return given
 
-  def _begin(self, task: tasks.Task, inputs: dict[str, np.ndarray]) -> 'ntk.Images | None':
-    """Fetches what a task needs; gives the target images of its first tile."""
+  def _begin(self, task: tasks.Task, inputs: dict[str, np.ndarray]) -> _Targets | None:
+    """Fetches what a task needs; gives the targets of its first tile."""
     self._forget_others(task)
     self._support(task, task.support_range, inputs.get('images'))
     if self._two_halves and task.phase in tasks.SUPPORT_PHASES:
@@ -132,9 +142,9 @@ class KernelWorker:
         self._support(task, columns)
     if task.phase == tasks.TARGETS:
       self._alpha(task)
-    return self._target_images(task, *self._tiles(task)[0]) if task.phase in (tasks.TARGETS, tasks.TARGET_BLOCKS) else None
+    return self._first_targets(task.step, *self._tiles(task)[0]) if task.phase in (tasks.TARGETS, tasks.TARGET_BLOCKS) else None
 
-  def _beginning(self, task: tasks.Task, inputs: dict[str, np.ndarray]) -> 'ntk.Images | None':
+  def _beginning(self, task: tasks.Task, inputs: dict[str, np.ndarray]) -> _Targets | None:
     """What `_begin` gives, begun ahead or now."""
     return (self._begun.pop(task, None) or self._ahead.submit(self._begin, task, inputs)).result()
 
@@ -197,33 +207,48 @@ class KernelWorker:
     first, last = task.target_range
     return [(first + start, first + stop) for start, stop in tasks.ranges(last - first, self._run['plan']['target_tile'])]
 
-  def _target_images(self, task: tasks.Task, start: int, stop: int) -> 'ntk.Images':
-    batch = self._batch(task)
+  def _first_targets(self, *tile: int) -> _Targets:
+    """Of a task's first tile: step, start, stop. A worker that begins every step at the same place, as one alone does, makes the targets
+    there a step ahead: at the beginning of a step there is no kernel to do it beside."""
+    targets = self._foreseen[1] if self._foreseen[0] == tile else self._make_targets(*tile)
+    step, *place = tile
+    if not self._first_tile or self._first_tile[0] != step:
+      if self._first_tile == (step - 1, *place):
+        self._ahead.submit(self._foresee, step + 1, *place)
+      self._first_tile = tile
+    return targets
+
+  def _foresee(self, *tile: int) -> None:
+    self._foreseen = tile, self._make_targets(*tile)
+
+  def _make_targets(self, step: int, start: int, stop: int) -> _Targets:
+    batch = self._batch(step)
+    chosen = batch[start:stop]
+    labels = sampling.centred_one_hot(self._prepared.train_labels[chosen], self._prepared.num_classes)
     if self._augment:
-      return augment.target_images(self._run, self._prepared, task.step, batch, start, stop, self._threads)
-    return self._train[batch[start:stop]]
+      return _Targets(augment.target_images(self._run, self._prepared, step, batch, start, stop, self._threads), labels)
+    return _Targets(self._train[chosen], labels)
 
-  def _target_tiles(self, task: tasks.Task, first: 'ntk.Images'):
-    """Yields (start, stop, images) of each tile; while it is used, the images of the next are made: a GPU need not wait for them."""
-    tiles, images = self._tiles(task), first
-    for tile, following in zip(tiles, [*tiles[1:], None]):
-      coming = following and self._ahead.submit(self._target_images, task, *following)
-      yield *tile, images
-      images = coming and coming.result()
+  def _target_tiles(self, task: tasks.Task, first: _Targets):
+    """Yields the targets of each tile; while they are used, the next ones are made: a GPU need not wait for them."""
+    targets = first
+    for following in [*self._tiles(task)[1:], None]:
+      coming = following and self._ahead.submit(self._make_targets, task.step, *following)
+      yield targets
+      targets = coming and coming.result()
 
-  def _targets(self, task: tasks.Task, support: ntk.Prepared, first: 'ntk.Images') -> dict[str, np.ndarray]:
+  def _targets(self, task: tasks.Task, support: ntk.Prepared, first: _Targets) -> dict[str, np.ndarray]:
     """Rows of K_ts, their residual and their cotangent in one pass, tile by tile, summed in order in float64."""
-    alpha, batch = self._alpha(task), self._batch(task)
+    alpha = self._alpha(task)
     loss, correct, alpha_bar = 0.0, 0, np.zeros_like(alpha)
     gradient = np.zeros(support.images.shape, np.float64)
-    for start, stop, x_t in self._target_tiles(task, first):
-      y_t = sampling.centred_one_hot(self._prepared.train_labels[batch[start:stop]], self._prepared.num_classes)
+    for x_t, y_t in self._target_tiles(task, first):
       residual = None
 
       def cotangent(block, y_t=y_t):
         nonlocal residual, alpha_bar
         block = block.astype(np.float64)
-        residual = krr.residual(krr.predictions(block, alpha), y_t, len(batch))
+        residual = krr.residual(krr.predictions(block, alpha), y_t, self._run['targets_per_step'])
         alpha_bar += krr.alpha_bar(block, residual.scaled)
         return krr.cotangent(alpha, residual.scaled)
 
@@ -232,22 +257,21 @@ class KernelWorker:
       correct += residual.correct
     return {'loss': np.float64(loss), 'correct': np.int64(correct), 'alpha_bar': alpha_bar, 'gradient': gradient.astype(self._kernel.dtype)}
 
-  def _first_half(self, task: tasks.Task, support: ntk.Prepared, first: 'ntk.Images | None') -> np.ndarray:
+  def _first_half(self, task: tasks.Task, support: ntk.Prepared, first: _Targets | None) -> np.ndarray:
     """The block of a task; what its derivatives need is kept for the second half, as far as there is room."""
     blocks, kept = [], []
     free = self._kernel.kept_bytes - sum(tile.nbytes for tiles in list(self._kept.values()) for tile in tiles if tile)
-    of_support = task.phase == tasks.SUPPORT_BLOCKS
-    for *_, images in self._support_tiles(task) if of_support else self._target_tiles(task, first):
+    if task.phase == tasks.SUPPORT_BLOCKS:
+      tiles = (self._support(task, columns) for columns in self._tiles(task))
+    else:
+      tiles = (targets.images for targets in self._target_tiles(task, first))
+    for images in tiles:
       tile = self._kernel.linearise(support, images)
       blocks.append(tile.block)
       kept.append(tile if tile.nbytes <= free else None)
       free -= tile.nbytes if kept[-1] else 0
     self._kept[self._key(task)] = kept
     return np.concatenate(blocks, axis=1)
-
-  def _support_tiles(self, task: tasks.Task):
-    """Yields (start, stop, images) of each tile of a task whose target range is of the support set."""
-    return ((*columns, self._support(task, columns)) for columns in self._tiles(task))
 
   def _second_half(self, task: tasks.Task, support: ntk.Prepared, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """The gradient by the task's support images, tile by tile, summed in order in float64."""
@@ -256,7 +280,7 @@ class KernelWorker:
     of_support = task.phase == tasks.SUPPORT_VJP
     for (start, stop), tile in zip(tiles, self._kept.pop(self._key(task), None) or [None] * len(tiles)):
       tile = tile or self._kernel.linearise(support, (self._support(task, (start, stop)) if of_support else
-                                                      self._target_images(task, start, stop)))
+                                                      self._make_targets(task.step, start, stop).images))
       part = slice(start - first, stop - first)
       gradient += tile.pull_back(inputs['cotangent'][:, part] if of_support else
                                  krr.cotangent(inputs['alpha'], inputs['residual'][part]))
@@ -274,9 +298,8 @@ class KernelWorker:
     y_t = sampling.centred_one_hot(self._prepared.train_labels[first:last], self._prepared.num_classes)
     return label_solve.factor(np.concatenate(blocks, axis=1), y_t)
 
-  def _batch(self, task: tasks.Task) -> np.ndarray:
-    return self._cached(task, 'batch', lambda: sampling.targets(
-        self._run['seed'], task.step, self._prepared.train_labels, self._run['targets_per_step']))
+  def _sampled(self, step: int) -> np.ndarray:
+    return sampling.targets(self._run['seed'], step, self._prepared.train_labels, self._run['targets_per_step'])
 
   def _fetch(self, task: tasks.Task, name: str, rows: tasks.Range) -> np.ndarray:
     """Rows of what the coordinator publishes for a step. Raises Stale where the step is over."""
