@@ -24,7 +24,7 @@ from programs import supervisor
 
 isolation.enter_if_restarted()
 if not supervisor.is_child():  # else its parent has seen to it
-  os.environ.update(placement.launcher_environment())  # before JAX starts
+  os.environ.update(placement.launcher_environment())  # before NumPy and JAX start
 
 # pylint: disable=wrong-import-position
 from absl import flags

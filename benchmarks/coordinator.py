@@ -18,8 +18,11 @@ import tempfile
 import threading
 import time
 
-os.environ.update({'NPROC': '1', 'JAX_PLATFORMS': 'cpu'})  # before JAX starts
+from programs import placement
 
+os.environ.update(placement.environment())  # before NumPy and JAX start
+
+# pylint: disable=wrong-import-position
 from kernels import precision  # pylint: disable=unused-import
 
 from absl import logging

@@ -9,13 +9,16 @@ Exit status: 0 done, 1 there is no GPU to compute on.
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import tempfile
 import threading
 
-os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # before JAX starts: CuPy needs memory too
+from programs import placement
 
+if __name__ == '__main__':
+  FOUND = placement.take_gpu('auto')  # before NumPy and JAX start
+
+# pylint: disable=wrong-import-position
 from kernels import precision  # pylint: disable=unused-import
 
 from absl import logging
@@ -28,7 +31,6 @@ from nodes import coordinator
 from nodes import kernel_worker
 from nodes import remote
 from nodes import run_directory
-from programs import placement
 
 CASES = ('1x250x1', '1x1250x1', '50x250x5')  # images a class x target tile x target tiles a task
 TARGETS, NUM_IMAGES = 5000, 10_000
@@ -104,7 +106,7 @@ def step_line(row: Step) -> str:
           f'{row.seconds:10.3f}{row.microseconds_a_pair:11.2f}')
 
 
-def main() -> int:
+def main(found: placement.Gpus) -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--architectures', default='convnet,myrtle10')
   parser.add_argument('--image', default='32x32x3')
@@ -113,7 +115,6 @@ def main() -> int:
   parser.add_argument('--cases', default=' '.join(CASES), help='images a class x target tile x target tiles a task, of the steps')
   parser.add_argument('--json', default='benchmarks/gpu.json', help='where to write the tables as JSON')
   args = parser.parse_args()
-  found = placement.find_gpus('auto')
   names = args.implementations.split(',') if args.implementations else implementations()
   if not found.names or not names:
     print(f'error: nothing to measure. {found.remark}', file=sys.stderr)
@@ -158,4 +159,4 @@ def main() -> int:
 
 if __name__ == '__main__':
   logging.set_verbosity(logging.WARNING)
-  sys.exit(main())
+  sys.exit(main(FOUND))

@@ -22,6 +22,9 @@ import statistics
 import time
 from typing import Callable
 
+os.environ['OPENBLAS_NUM_THREADS'] = '1'  # before NumPy starts, as in a run
+
+# pylint: disable=wrong-import-position
 from kernels import precision  # pylint: disable=unused-import
 
 import jax

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from programs import placement
 
-os.environ.update(placement.environment())  # before JAX starts
+os.environ.update(placement.environment())  # before NumPy and JAX start
 
 # pylint: disable=wrong-import-position
 import numpy as np

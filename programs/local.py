@@ -3,13 +3,18 @@
     python -m programs.local --config=configs/digits.py --workdir=runs/local
 """
 
+import os
 import sys
 import threading
 
+from programs import placement
+
+os.environ.update(placement.launcher_environment())  # before NumPy starts, with as many threads as it finds here
+
+# pylint: disable=wrong-import-position
 from absl import logging
 
 from nodes import run_directory
-from programs import placement
 from programs import start
 from programs import terminal
 

@@ -2,8 +2,11 @@
 
 import os
 
-os.environ.update({'NPROC': '1', 'JAX_PLATFORMS': 'cpu'})  # before JAX starts, as in the program's own processes
+from programs import placement
 
+os.environ.update(placement.launcher_environment())  # before NumPy and JAX start, as in the program's own processes
+
+# pylint: disable=wrong-import-position
 import numpy as np
 from PIL import Image
 import pytest

@@ -146,6 +146,37 @@ def test_a_task_brings_the_images_it_is_about(make_run, tmp_path, monkeypatch):
   assert fetched == [('images', 0, 5), ('images', 5, 6)]
 
 
+@pytest.mark.parametrize('per_task', [0, 4])
+def test_a_worker_alone_makes_the_first_targets_of_a_step_before_it(make_run, tmp_path, monkeypatch, per_task):
+  """From the third step on, and none twice; a worker that begins elsewhere makes its own."""
+  events, make, begin = [], kernel_worker.KernelWorker._make_targets, coordinator_node.Coordinator._begin
+
+  def note(self, *tile):
+    events.append(tile)
+    return make(self, *tile)
+
+  def note_step(self, state):
+    events.append(state.step)
+    begin(self, state)
+  monkeypatch.setattr(kernel_worker.KernelWorker, '_make_targets', note)
+  monkeypatch.setattr(coordinator_node.Coordinator, '_begin', note_step)
+  run = make_run(tmp_path, {'run.architecture': 'fc1', 'run.targets_per_step': 12, 'run.plan.target_tile': 5,
+                            'run.plan.target_tiles_per_task': 1, 'run.plan.support_per_task': per_task})
+  with working(run, workers=1) as coordinator:
+    state = coordinator_node.initial_state(run.config['run'], coordinator._prepared, optax.adam(0.04))
+    for step in range(4):
+      coordinator._loss_and_gradient(state._replace(step=step))
+  tiles = [event for event in events if isinstance(event, tuple)]
+  if not per_task:  # parts of the support have the same targets
+    assert sorted(tiles) == sorted({(step, *tile) for step in range(4) for tile in ((0, 5), (5, 10), (10, 12))} | {(4, 0, 5)})
+  for step in range(4):
+    assert (events.index((step, 0, 5)) < events.index(step)) == (step >= 2)
+  worker = kernel_worker.KernelWorker(None, 'w', 1, run.cache, threading.Event())
+  monkeypatch.setattr(worker, '_make_targets', lambda *tile: tile)
+  for tile in ((0, 0, 5), (1, 0, 5), (2, 5, 10), (3, 5, 10), (4, 5, 10), (5, 0, 5)):
+    assert worker._first_targets(*tile) == tile
+
+
 @pytest.mark.parametrize('architecture, more', [
     ('convnet2', {}), ('fc1', {}), ('fc1', AUGMENTED), ('convnet2', {'run.plan.support_per_task': 4})],
                          ids=['convnet2', 'fc1', 'augmented', 'parts'])

@@ -98,14 +98,15 @@ def test_jax_keeps_off_the_gpu_where_it_has_no_cuda(machine):
   assert (environment['CUDA_VISIBLE_DEVICES'], environment['JAX_PLATFORMS']) == ('5', 'cpu')
 
 
-def test_a_process_of_its_own_is_placed_before_jax_starts(tmp_path):
-  """programs/local.py: what it imports at once leaves JAX alone, and `start.ready` asks for the GPU first."""
+def test_a_process_of_its_own_is_placed_before_its_libraries_start(tmp_path):
+  """programs/local.py: BLAS gets one thread, what is imported at once leaves JAX alone, and `start.ready` asks for the GPU first."""
   code = ("import os, sys\nfrom programs import local, placement, start\nplacement._gpus_of_the_machine = lambda: ('a', 'b')\n"
           "placement._has_any = lambda packages: True\n"
-          "def stop(config): print('jax' in sys.modules, os.environ['CUDA_VISIBLE_DEVICES'], os.environ['JAX_PLATFORMS']); os._exit(0)\n"
+          "import threadpoolctl\nthreads = {library['num_threads'] for library in threadpoolctl.threadpool_info()}\n"
+          "def stop(config): print('jax' in sys.modules, threads, os.environ['CUDA_VISIBLE_DEVICES'], os.environ['JAX_PLATFORMS']); os._exit(0)\n"
           "start.base.validate = stop\nlocal.main(sys.argv)\n")
-  for implementation, expected in (('auto', 'False a cuda,cpu'), ('native', 'False  cpu')):
-    environment = {name: value for name, value in os.environ.items() if name != 'CUDA_VISIBLE_DEVICES'}
+  for implementation, expected in (('auto', 'False {1} a cuda,cpu'), ('native', 'False {1}  cpu')):
+    environment = {name: value for name, value in os.environ.items() if name not in ON_CPU}
     done = subprocess.run([sys.executable, '-uc', code, '--config=configs/digits.py', f'--config.run.implementation={implementation}',
                            f'--workdir={tmp_path}'], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout == expected + '\n', done.stderr
