@@ -374,9 +374,9 @@ class Coordinator:
     early = _IN_HAND * (max(0, self._system['num_workers'] - len(support)) // 2)
     late = blocks[early:]
     self._board.post([*blocks[:early], *itertools.chain(*zip(support, late)), *support[len(late):], *late[len(support):]])
-    solution = self._solve(state, self._k_ss(support, num_support))
     batch = sampling.targets(self._run['seed'], state.step, self._prepared.train_labels, self._run['targets_per_step'])
     y_t = sampling.centred_one_hot(self._prepared.train_labels[batch], self._prepared.num_classes)
+    solution = self._solve(state, self._k_ss(support, num_support))
     residual, alpha_bar = np.empty_like(y_t, self._dtype), np.zeros_like(solution.alpha)
     self._publish('alpha', solution.alpha.astype(self._dtype))
     self._publish('residual', residual)

@@ -61,7 +61,7 @@ class KernelWorker:
     self._inputs: dict[Any, Any] = {}  # (generation, step, name) -> value
     self._kept: dict[Any, list[ntk.Linearised | None]] = {}  # (generation, step, ranges) -> of a first half, tile by tile
     self._first_tile: tuple[int, int, int] | None = None  # step, start, stop: with which this worker began its last step
-    self._foreseen: tuple[Any, Any] = (None, None)  # such a tile of the next step, and its images
+    self._foreseen: tuple[Any, Any] = (None, None)  # that tile of the next step, and its targets
     self._batch = functools.lru_cache(maxsize=2)(self._sampled)
 
   def run(self) -> None:
