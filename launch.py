@@ -31,6 +31,7 @@ from absl import flags
 from absl import logging
 import launchpad as lp
 
+from nodes import command_line
 from nodes import run_directory
 from programs import distill
 from programs import hosts
@@ -44,10 +45,10 @@ flags.FLAGS.set_default('lp_termination_notice_secs', supervisor.LAUNCHER_NOTICE
 
 
 def main(argv: list[str]) -> int:
-  if '--status' in argv:
-    return status.main(argv)
   try:
     start.parse(argv)
+    if status.STATUS.value or status.JSON.value:
+      return status.show()
     if hosts.ROLE.value:
       return hosts.play()
     if slurm_cluster.CLUSTER.value:
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     threads = flags.FLAGS.lp_launch_type == lp.LaunchType.LOCAL_MULTI_THREADING.value
     run = start.ready(placement.no_gpus if threads else placement.find_gpus)
     distill.check_port(run.config['system']['port'])
-  except start.BadInput as error:
+  except (start.BadInput, run_directory.RunDirectoryError) as error:
     print(f'error: {error}', file=sys.stderr)
     return run_directory.BAD_INPUT_STATUS
   isolation.restart_isolated()
@@ -63,7 +64,8 @@ def main(argv: list[str]) -> int:
     logging.info(remark)
   program = distill.make_program(run)
   with terminal.shown(run.directory):
-    manager = lp.launch(program, local_resources=distill.local_resources(run), terminal='current_terminal')
+    run.directory.begin()
+    manager = distill.launch(program, run)
     if not isolation.is_isolated() and not run.config['system']['accept_open_port']:
       logging.warning('%s is open to every host that can reach this one, and whoever connects can run code as you: no private network '
                       'could be made (see BUILD.md; system.accept_open_port=True ends this warning).', distill.coordinator_address(program))
@@ -72,4 +74,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv))
+  command_line.exit_with(main)

@@ -109,7 +109,7 @@ def coordinate(port: int, workdir: str, cache: str, answer) -> None:
   server.Stop()
   status = run_directory.RunDirectory(workdir).read_status()
   if status['state'] != run_directory.FINISHED:
-    raise RuntimeError(status['message'])
+    raise RuntimeError(status.get('message', status['state']))
   answer.send(clock.medians(WARM_UP))
 
 

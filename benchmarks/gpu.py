@@ -90,7 +90,7 @@ def measure_step(folder: str, implementation: str, images_per_class: int, tile: 
   thread.join()
   status = directory.read_status()
   if status['state'] != run_directory.FINISHED:
-    raise RuntimeError(status['message'])
+    raise RuntimeError(status.get('message', status['state']))
   pairs, seconds = steps.pairs(directory), clock.medians(warm_up)['step']
   return Step(implementation, images_per_class * steps.CLASSES, targets, tile, tiles, pairs, seconds, 1e6 * seconds / pairs)
 

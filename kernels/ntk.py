@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import os
+import threading
 from typing import Any, Callable, Mapping, NamedTuple, Protocol
 
 from absl import logging
@@ -182,7 +183,10 @@ def _fastest() -> str:
 
 
 class Library:
-  """A fixed set of images of which parts are used again and again: each image's variances are computed once, when first asked for."""
+  """A fixed set of images of which parts are used again and again: each image's variances are computed once, when first asked for.
+
+  Thread safe.
+  """
 
   def __init__(self, kernel: Kernel, images: np.ndarray):
     """`images` [N, H, W, D] may be memory-mapped; only what is asked for is read."""
@@ -190,18 +194,20 @@ class Library:
     self._known = np.zeros(len(images), bool)
     self._variances: list[np.ndarray] | None = None
     self._maker = None
+    self._lock = threading.Lock()
 
   def __getitem__(self, index: 'slice | np.ndarray') -> Prepared:
     chosen = np.arange(len(self._images))[index]
-    new = np.unique(chosen[~self._known[chosen]])
-    if len(new):
-      fresh = self._kernel.prepare(self._images[new])
-      if self._variances is None:
-        self._maker = fresh.kernel
-        self._variances = [np.empty((len(self._images),) + q.shape[1:], q.dtype) for q in fresh.variances]
-      for kept, q in zip(self._variances, fresh.variances):
-        kept[new] = q
-      self._known[new] = True
+    with self._lock:
+      new = np.unique(chosen[~self._known[chosen]])
+      if len(new):
+        fresh = self._kernel.prepare(self._images[new])
+        if self._variances is None:
+          self._maker = fresh.kernel
+          self._variances = [np.empty((len(self._images),) + q.shape[1:], q.dtype) for q in fresh.variances]
+        for kept, q in zip(self._variances, fresh.variances):
+          kept[new] = q
+        self._known[new] = True
     return Prepared(np.asarray(self._images[chosen], self._kernel.dtype), [q[chosen] for q in self._variances], self._maker)
 
 

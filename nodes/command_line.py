@@ -3,9 +3,10 @@
 import logging as python_logging
 import os
 import re
+import signal
 import sys
 import textwrap
-from typing import Sequence
+from typing import Callable, Sequence
 
 from absl import flags
 from absl import logging
@@ -60,6 +61,15 @@ def parse(argv: Sequence[str], expected: str) -> None:
     raise BadInput(f'the configuration cannot be used: {type(error).__name__}: {" ".join(str(error).split())}') from error
   if len(rest) > 1:
     raise BadInput(f'{rest[1]!r} is no flag; expected {expected}.')
+
+
+def exit_with(main: Callable[[list[str]], int]) -> None:
+  """Ends this process with the exit status that `main` gives for its arguments, or, in one line, on Ctrl-C."""
+  try:
+    sys.exit(main(sys.argv))
+  except KeyboardInterrupt:
+    print('Interrupted.', file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
 
 
 def log_plainly() -> None:

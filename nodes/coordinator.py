@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import threading
 import time
 from typing import Any, Callable, NamedTuple
@@ -41,6 +42,7 @@ _IN_HAND = 2  # tasks that a worker may have: one in work and one ahead
 _EVALUATOR = 'evaluator'
 _LINGER = 10.0  # seconds the finished coordinator stays to tell the others to stop
 _STALL = 30.0  # seconds without a piece that are worth a word
+_STATUS_SECONDS = 5.0  # at most so long between two writings of status.json
 _DISK_PATIENCE, _DISK_PAUSE = 60.0, 5.0  # seconds a write that fails is tried again, and between two tries
 _DIVERGED = 1e6  # a training loss of predictions that have nothing to do with labels in [-1, 1]
 
@@ -49,12 +51,13 @@ class RunFailed(RuntimeError):
   """The run cannot go on; the message is one line for the user."""
 
 
-class _NoWorkers(RunFailed):
-  """Nobody has asked for work for too long."""
-
-
 class _Stopped(Exception):
-  """The process was asked to stop."""
+  """The process was asked to stop; with a message, the run stops for a reason of its own."""
+
+
+# Errors whose message is for the user, without their type.
+EXPECTED = (RunFailed, TaskFailed, NoGoodCheckpoint, run_directory.RunDirectoryError,
+             krr.NotPositiveDefiniteError, OSError)
 
 
 class Metrics(NamedTuple):
@@ -103,8 +106,27 @@ class Coordinator:
       cache: folder of prepared data that has this run's.
       stop: set when the process is to stop: the run is then checkpointed and ends as 'stopped'.
       saved: called after each checkpoint.
+
+    Raises:
+      RunDirectoryError: another coordinator is at work in `workdir`; nothing there has been touched.
+      RunFailed: and any other error, which status.json tells of then.
     """
+    self._start = time.monotonic()
     self._directory = run_directory.RunDirectory(workdir)
+    self._claim = self._directory.claim()
+    self._generation = 0
+    try:
+      self._generation = self._directory.next_generation()
+      self._set_up(cache, stop, saved)
+    except Exception as error:
+      self._directory.write_status(
+          run_directory.FAILED, message=_in_words(error), generation=self._generation,
+          step=self._directory.checkpoint_step() or 0)
+      self._claim.close()
+      raise
+
+  def _set_up(self, cache: str, stop: threading.Event, saved: Callable[[], None]) -> None:
+    """Reads the configuration and opens the data; initialises all state."""
     self._saved = saved
     self._config = self._directory.read_config()
     if self._config is None:
@@ -121,7 +143,6 @@ class Coordinator:
     self._update = jax.jit(self._updated)
     self._dtype = np.dtype(self._run['kernel_dtype'])
     self._run_id = _run_id(self._config)
-    self._generation = self._directory.next_generation()
     self._lock = threading.Lock()
     self._inputs: dict[str, np.ndarray] = {}  # of the current step, what workers fetch
     self._sent: dict[tuple[str, int, int], bytes] = {}  # rows of it, packed
@@ -139,8 +160,10 @@ class Coordinator:
     self._evaluated = threading.Event()
     self._last_row: dict[str, Any] | None = None
     self._progress: dict[str, Any] = {}  # of the last progress line
-    self._start = time.monotonic()
+    self._end: float | None = None  # when the last update was computed
     self._earlier_seconds = 0.0
+    self._reached: tuple[int, float] = 0, 0.0  # the step the run has come to, and `wall_seconds` then
+    self._next_status = 0.0
     self._next_log = self._next_checkpoint = 0.0
     self._next_stall = _STALL
     self._saved_step = -1
@@ -239,8 +262,8 @@ class Coordinator:
     self._clients[_EVALUATOR] = time.monotonic()
     with self._lock:
       self._broken.pop(_EVALUATOR, None)
-    for step in self._directory.snapshot_steps():
-      if step not in done and step not in self._damaged and step <= self._run['num_steps']:
+    for step in self._snapshots_to_evaluate():
+      if step not in done:
         snapshot = self._read_snapshot(step)
         if snapshot is not None:
           return snapshot
@@ -257,6 +280,11 @@ class Coordinator:
     self._last_row = json.loads(row)
     if self._last_row['step'] == self._run['num_steps']:
       self._evaluated.set()
+
+  def _snapshots_to_evaluate(self) -> list[int]:
+    """Steps of the snapshots that are there and not known to be damaged."""
+    return [step for step in self._directory.snapshot_steps()
+            if step <= self._run['num_steps'] and step not in self._damaged]
 
   def _read_snapshot(self, step: int) -> dict[str, Any] | None:
     final = step == self._run['num_steps']
@@ -278,30 +306,32 @@ class Coordinator:
   def run(self) -> None:
     """Distils to the end, or until stopped; whatever happens, status.json tells."""
     try:
-      with self._directory.claimed():
-        state = self._distil(self._restore())
-        self._directory.write_status(run_directory.FINISHED, **self._status(state.step))
-    except _Stopped:
-      self._directory.write_status(run_directory.STOPPED, message='stopped; the same command goes on from the checkpoint',
-                                   **self._status(self._saved_step))
-      logging.info('Stopped at step %d, checkpointed.', self._saved_step)
-    except (RunFailed, TaskFailed, NoGoodCheckpoint, run_directory.RunDirectoryError, krr.NotPositiveDefiniteError, OSError) as error:
+      self._distil(self._restore())
+      self._write_status(run_directory.FINISHED, self._reached[0])
+    except _Stopped as error:
+      message = {'message': str(error)} if str(error) else {}
+      self._write_status(run_directory.STOPPED, self._saved_step, **message)
+      logging.info('Stopped at step %d, checkpointed%s.', self._saved_step, f': {error}' if message else '')
+    except EXPECTED as error:
       self._fail(str(error))
     except Exception as error:
-      self._fail(f'{type(error).__name__}: {error}')
+      self._fail(_in_words(error))
       raise
     finally:
+      self._claim.close()
       self._release()
 
   def _restore(self) -> SupportState:
     template = initial_state(self._run, self._prepared, self._optimizer, self._cache)
     restored = self._checkpoints.restore(template)
-    self._directory.write_status(run_directory.RUNNING, **self._status(0))
     if restored is None:
+      self._reached = 0, self._wall_seconds()
+      self._write_status(run_directory.RUNNING, 0)
       return template
     state, meta = restored
     self._earlier_seconds, self._fingerprint = meta['wall_seconds'], meta['fingerprint']
-    self._saved_step = state.step
+    self._saved_step, self._reached = state.step, (state.step, meta.get('reached_seconds', meta['wall_seconds']))
+    self._write_status(run_directory.RUNNING, state.step)
     logging.info('Resuming at step %d.', state.step)
     return state
 
@@ -318,16 +348,17 @@ class Coordinator:
           metrics, solved = self._label_solve(state, with_labels=state.step < num_steps)
         else:
           metrics, gradient = self._loss_and_gradient(state, with_gradient=state.step < num_steps)
-      except (_Stopped, _NoWorkers):
+      except _Stopped:
         self._save(state)
         raise
       if base.is_snapshot(state.step, num_steps, tuple(self._system['snapshot_steps'])):
+        self._save(state)  # first: no snapshot is of a step that the run could fall behind
         self._write_snapshot(state, metrics)
-        self._save(state)
       self._log(state, metrics)
       if state.step == num_steps:
         break
       state = self._move(state, gradient) if state.step != solve_step else state._replace(step=state.step + 1, labels=solved)
+      self._reached = state.step, self._wall_seconds()
       if time.monotonic() >= self._next_checkpoint:
         self._save(state)
     self._await_evaluation()
@@ -335,11 +366,11 @@ class Coordinator:
 
   def _loss_and_gradient(self, state: SupportState, with_gradient: bool = True) -> tuple[Metrics, Gradient | None]:
     """One pass of DESIGN 1.1's split: K_ss, solve, all targets (loss and cotangents), the vjp of K_ss."""
-    started, wall, pairs = time.monotonic(), self._wall_seconds(), self._pairs
+    started, pairs = time.monotonic(), self._pairs
     two_halves = tasks.support_per_task(self._run, len(state.images)) > 0
     metrics, gradient = (self._two_halves if two_halves else self._one_pass)(state, with_gradient)
     rate = (self._pairs - pairs) / (time.monotonic() - started)
-    return metrics._replace(wall_seconds=wall, kernel_pairs_per_second=rate), gradient
+    return metrics._replace(kernel_pairs_per_second=rate), gradient
 
   def _one_pass(self, state: SupportState, with_gradient: bool) -> tuple[Metrics, Gradient | None]:
     """All that a group of targets contributes comes in one piece; its gradient is of all support images."""
@@ -411,7 +442,7 @@ class Coordinator:
   def _metrics(self, loss: float, correct: int) -> Metrics:
     if not loss <= _DIVERGED:
       raise RunFailed(f'step {self._step}: the training diverges, its loss is {loss:.3g}; lower run.learning_rate or raise run.ridge.')
-    return Metrics(loss, correct / self._run['targets_per_step'], 0.0, 0.0)
+    return Metrics(loss, correct / self._run['targets_per_step'], self._reached[1], 0.0)
 
   def _begin(self, state: SupportState) -> None:
     """From here on, this step is the one that workers may ask for."""
@@ -442,24 +473,31 @@ class Coordinator:
 
   def _label_solve(self, state: SupportState, with_labels: bool = True) -> tuple[Metrics, np.ndarray | None]:
     """DESIGN 1.2: the loss of the state over the whole training set, and the labels [S, C] that make it least."""
-    started, wall, pairs = time.monotonic(), self._wall_seconds(), self._pairs
+    started, pairs = time.monotonic(), self._pairs
     k_ss, solution = self._solution(state)
     factor = self._target_factor(state)
     rate = (self._pairs - pairs) / (time.monotonic() - started)
-    metrics = Metrics(label_solve.loss(factor, solution.alpha, len(self._prepared.train_images)), None, wall, rate)
+    metrics = Metrics(label_solve.loss(factor, solution.alpha, len(self._prepared.train_images)), None,
+                      self._reached[1], rate)
     return metrics, label_solve.solve(k_ss, factor, self._run['ridge']) if with_labels else None
 
   def _target_factor(self, state: SupportState) -> np.ndarray:
-    """R of [K_ts, y_t], [S + C, S + C], in rounds of `targets_per_step` images, each ending with a checkpoint: its step counts rounds."""
+    """R of [K_ts, y_t], [S + C, S + C], in rounds of `targets_per_step` images, each ending with a checkpoint: its step counts rounds.
+
+    The checkpoints stand in a folder named by the images: rounds about others would be in the way.
+    """
     num_targets, size = len(self._prepared.train_images), self._run['targets_per_step']
-    os.makedirs(self._directory.label_solve, exist_ok=True)
-    checkpoints = Checkpoints(self._directory.label_solve)
+    name = hashlib.sha256(state.images.tobytes()).hexdigest()[:16]
+    folder = os.path.join(self._directory.label_solve, name)
+    os.makedirs(folder, exist_ok=True)
+    for other in os.listdir(self._directory.label_solve):
+      if other != name:
+        shutil.rmtree(os.path.join(self._directory.label_solve, other), ignore_errors=True)
+    checkpoints = Checkpoints(folder)
     if self._rounds is None:
       width = sum(state.labels.shape)
       start = SupportState(0, state.images, state.labels, {'factor': np.zeros((width, width))})
       self._rounds, meta = checkpoints.restore(start) or (start, {'wall_seconds': 0.0})
-      if self._rounds.images.tobytes() != state.images.tobytes():
-        self._rounds = start
       self._earlier_seconds = max(self._earlier_seconds, meta['wall_seconds'])
     while (first := self._rounds.step * size) < num_targets:
       last = min(first + size, num_targets)
@@ -495,18 +533,21 @@ class Coordinator:
       piece = self._board.take(task, _POLL)
       if piece is None:
         self._check_progress()
+        self._refresh_status(run_directory.RUNNING)
     self._pairs += task.pairs
     return piece
 
   def _check_progress(self) -> None:
-    """Says what a phase that does not get on is waiting for. Raises RunFailed where waiting is no use, _NoWorkers after worker_timeout."""
+    """Says what a phase that does not get on is waiting for.
+
+    Raises RunFailed where waiting is no use, _Stopped after worker_timeout.
+    """
     broken = [message for name, message in list(self._broken.items()) if name != _EVALUATOR]
     if len(broken) >= self._system['num_workers'] and not self._rates:
       raise RunFailed(f'no worker can start; the last one said: {broken[-1]}')
     silent, timeout = self._board.silence(), self._system['worker_timeout']
     if silent > timeout:
-      raise _NoWorkers(f'step {self._step}: no worker has been heard of for {silent:.0f} s (system.worker_timeout); '
-                       'the run is checkpointed and goes on when started again.')
+      raise _Stopped(f'no worker has been heard of for {silent:.0f} s (system.worker_timeout)')
     stalled, waits_for = self._board.stall()
     if stalled < _STALL:
       self._next_stall = _STALL
@@ -589,14 +630,17 @@ class Coordinator:
     return None
 
   def _say_cost(self, worker: str) -> None:
-    """What the run will take, once a worker has measured its speed."""
+    """What the rest of the run will take, once a worker has measured its speed."""
     rate = self._rates[worker] * self._system['num_workers']
     num_support = self._run['images_per_class'] * self._prepared.num_classes
-    pairs = pairs_to_go(self._run, num_support, len(self._prepared.train_images), 0)
-    steps = self._run['num_steps']
-    logging.info('%s joined: %.4g kernel pairs/s (%s). With %d such workers: %.3g pairs a step, about %.2g s a step, %s for %d steps.',
-                 worker, self._rates[worker], self._fingerprint['implementation'], self._system['num_workers'], pairs / steps,
-                 pairs / steps / rate, _duration(pairs / rate), steps)
+    steps = self._run['num_steps'] - self._reached[0]
+    pairs = pairs_to_go(self._run, num_support, len(self._prepared.train_images), self._reached[0])
+    estimate = 'all steps are done' if not steps else (
+        f'{pairs / steps:.3g} pairs a step, about {pairs / steps / rate:.2g} s a step, '
+        f'{_duration(pairs / rate)} for {_count(steps, "step")}')
+    logging.info('%s joined: %.4g kernel pairs/s (%s). With %d such workers: %s.',
+                 worker, self._rates[worker], self._fingerprint['implementation'],
+                 self._system['num_workers'], estimate)
 
   def _write_snapshot(self, state: SupportState, metrics: Metrics) -> None:
     images, labels = state.images.astype(np.float32), state.labels.astype(np.float32)
@@ -609,7 +653,8 @@ class Coordinator:
 
   def _save(self, state: SupportState) -> None:
     if state.step != self._saved_step:
-      meta = {'wall_seconds': self._wall_seconds(), 'fingerprint': self._fingerprint}
+      meta = {'wall_seconds': self._wall_seconds(), 'reached_seconds': self._reached[1],
+              'fingerprint': self._fingerprint}
       self._persist(f'the checkpoint of step {state.step}', lambda: self._checkpoints.save(state, meta))
       self._saved_step = state.step
       self._saved()
@@ -635,8 +680,11 @@ class Coordinator:
   def _await_evaluation(self) -> None:
     """Leaves when the last row is written, the time for it is over, or the process is asked to stop: the data are exported already."""
     self._board.post([])
-    end = time.monotonic() + self._system['final_evaluation_timeout']
+    self._end = time.monotonic()
+    end = self._end + self._system['final_evaluation_timeout']
+    self._next_status = 0.0
     while not self._evaluated.wait(_POLL):
+      self._refresh_status(run_directory.EVALUATING)
       if self._stop_event.is_set():
         raise _Stopped()
       if _EVALUATOR in self._broken:
@@ -670,7 +718,7 @@ class Coordinator:
 
   def _fail(self, message: str) -> None:
     logging.error('The run failed: %s', message)
-    self._directory.write_status(run_directory.FAILED, message=message, **self._status(self._saved_step))
+    self._write_status(run_directory.FAILED, max(self._saved_step, 0), message=message)
 
   def _log(self, state: SupportState, metrics: Metrics) -> None:
     if time.monotonic() < self._next_log and state.step < self._run['num_steps']:
@@ -681,20 +729,38 @@ class Coordinator:
     solved = state.step == base.label_solve_step(self._run)  # all of this update's work is done by now
     pairs = pairs_to_go(self._run, len(state.images), len(self._prepared.train_images), state.step + solved)
     seconds = pairs / metrics.kernel_pairs_per_second
-    alive = sorted(name for name, seen in list(self._clients.items()) if name != _EVALUATOR and time.monotonic() - seen < _STALL)
     logging.info('step %d/%d: loss %.5f%s%s, %.3g pairs/s by %d workers, %s to go', state.step, self._run['num_steps'], metrics.train_loss,
-                 accuracy, row, metrics.kernel_pairs_per_second, len(alive), _duration(seconds))
+                 accuracy, row, metrics.kernel_pairs_per_second, len(self._alive()), _duration(seconds))
     self._progress = {'train_loss': metrics.train_loss, 'kernel_pairs_per_second': metrics.kernel_pairs_per_second,
-                      'seconds_to_go': seconds, 'workers_alive': alive}
-    self._directory.write_status(run_directory.RUNNING, **self._status(state.step))
+                      'seconds_to_go': seconds}
+    self._write_status(run_directory.RUNNING, state.step)
 
-  def _status(self, step: int) -> dict[str, Any]:
-    return {'step': step, 'num_steps': self._run['num_steps'], 'generation': self._generation, 'wall_seconds': self._wall_seconds(),
-            'updated': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'), 'pid': os.getpid(),
-            **self._board.counters(), **self._progress, 'pairs': self._pairs, 'last_row': self._last_row}
+  def _alive(self) -> set[str]:
+    """Workers that have been heard of lately."""
+    return {name for name, seen in list(self._clients.items()) if name != _EVALUATOR and time.monotonic() - seen < _STALL}
+
+  def _refresh_status(self, state: str) -> None:
+    """Keeps status.json fresh while a step, or the last evaluation, takes long."""
+    if time.monotonic() >= self._next_status:
+      self._write_status(state, self._reached[0])
+
+  def _write_status(self, state: str, step: int, **fields: Any) -> None:
+    self._next_status = time.monotonic() + _STATUS_SECONDS
+    counters, alive = self._board.counters(), self._alive() if state in run_directory.LIVE else ()
+    counters['workers'] = {name: {**counts, 'alive': name in alive}
+                           for name, counts in counters['workers'].items()}
+    if state == run_directory.EVALUATING:
+      rows = {row['step'] for row in self._directory.read_metrics()}
+      due = self._snapshots_to_evaluate()
+      fields.update(evaluated=len(rows.intersection(due)), to_evaluate=len(due))
+    self._directory.write_status(
+        state, step=step, num_steps=self._run['num_steps'], generation=self._generation,
+        wall_seconds=self._wall_seconds(), pid=os.getpid(), **counters, **self._progress,
+        pairs=self._pairs, last_row=self._last_row, **fields)
 
   def _wall_seconds(self) -> float:
-    return self._earlier_seconds + time.monotonic() - self._start
+    """Seconds of computing, over all lives; the wait for the last evaluation is none."""
+    return self._earlier_seconds + (self._end or time.monotonic()) - self._start
 
 
 def _plan(run: dict[str, Any], phase: str, num_support: int, targets: tasks.Range | None = None):
@@ -715,6 +781,14 @@ def _run_id(config: dict[str, Any]) -> str:
   """Names what a run computes."""
   fields = {path: value for path, value in base.flatten({'run': config['run']}).items() if path not in ('run.num_steps', 'run.data.dir')}
   return hashlib.sha256(json.dumps([config['data_key'], fields], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _in_words(error: Exception) -> str:
+  return str(error) if isinstance(error, EXPECTED) else f'{type(error).__name__}: {error}'
+
+
+def _count(number: int, noun: str) -> str:
+  return f'{number} {noun}{"s" * (number != 1)}'
 
 
 def _duration(seconds: float) -> str:

@@ -57,7 +57,7 @@ class KernelWorker:
     self._coordinator, self._name, self._threads, self._cache, self._stop_event = coordinator, name, threads, cache, stop
     self._talk, self._ahead = futures.ThreadPoolExecutor(1), futures.ThreadPoolExecutor(1)
     self._begun: dict[tasks.Task, futures.Future] = {}  # what the tasks in hand begin with
-    self._lock = threading.RLock()  # of the inputs
+    self._lock = threading.RLock()  # of `_inputs` and `_kept`, which the threads share
     self._inputs: dict[Any, Any] = {}  # (generation, step, name) -> value
     self._kept: dict[Any, list[ntk.Linearised | None]] = {}  # (generation, step, ranges) -> of a first half, tile by tile
     self._first_tile: tuple[int, int, int] | None = None  # step, start, stop: with which this worker began its last step
@@ -188,7 +188,7 @@ class KernelWorker:
     """Drops what belongs to other steps."""
     with self._lock:
       for values in (self._inputs, self._kept):
-        for key in [key for key in list(values) if key[:2] != (task.generation, task.step)]:
+        for key in [key for key in values if key[:2] != (task.generation, task.step)]:
           del values[key]
 
   def _support(self, task: tasks.Task, images: tasks.Range, given: np.ndarray | None = None) -> ntk.Prepared:
@@ -260,7 +260,9 @@ class KernelWorker:
   def _first_half(self, task: tasks.Task, support: ntk.Prepared, first: _Targets | None) -> np.ndarray:
     """The block of a task; what its derivatives need is kept for the second half, as far as there is room."""
     blocks, kept = [], []
-    free = self._kernel.kept_bytes - sum(tile.nbytes for tiles in list(self._kept.values()) for tile in tiles if tile)
+    with self._lock:
+      used = sum(tile.nbytes for tiles in self._kept.values() for tile in tiles if tile)
+    free = self._kernel.kept_bytes - used
     if task.phase == tasks.SUPPORT_BLOCKS:
       tiles = (self._support(task, columns) for columns in self._tiles(task))
     else:
@@ -270,7 +272,8 @@ class KernelWorker:
       blocks.append(tile.block)
       kept.append(tile if tile.nbytes <= free else None)
       free -= tile.nbytes if kept[-1] else 0
-    self._kept[self._key(task)] = kept
+    with self._lock:
+      self._kept[self._key(task)] = kept
     return np.concatenate(blocks, axis=1)
 
   def _second_half(self, task: tasks.Task, support: ntk.Prepared, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -278,7 +281,9 @@ class KernelWorker:
     gradient, first = np.zeros(support.images.shape, np.float64), task.target_range[0]
     tiles = self._tiles(task)
     of_support = task.phase == tasks.SUPPORT_VJP
-    for (start, stop), tile in zip(tiles, self._kept.pop(self._key(task), None) or [None] * len(tiles)):
+    with self._lock:
+      kept = self._kept.pop(self._key(task), None) or [None] * len(tiles)
+    for (start, stop), tile in zip(tiles, kept):
       tile = tile or self._kernel.linearise(support, (self._support(task, (start, stop)) if of_support else
                                                       self._make_targets(task.step, start, stop).images))
       part = slice(start - first, stop - first)

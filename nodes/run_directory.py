@@ -1,23 +1,27 @@
 """A run's folder: its files, written atomically, and the rules for coming back to it."""
 
 import contextlib
+import datetime
 import fcntl
 import json
 import os
 import shlex
 import time
-from typing import Any, Callable, Mapping
+from typing import Any, BinaryIO, Callable, Mapping
 import uuid
 
 from absl import logging
 
 from configs import base
 
-FINISHED, FAILED, STOPPED, RUNNING = 'finished', 'failed', 'stopped', 'running'
+FINISHED, FAILED, STOPPED = 'finished', 'failed', 'stopped'
+SUBMITTED = 'submitted'  # to a scheduler, which has not started it yet
+STARTING, RUNNING, EVALUATING = LIVE = 'starting', 'running', 'evaluating'
 EXIT_STATUS = {FINISHED: 0, FAILED: 1, STOPPED: 75}
 BAD_INPUT_STATUS = 2
 _SCRATCH = '.writing-'
 _HANDOVER = 20.0  # seconds that a coordinator's predecessor may take to go
+_LOOK = 3.0  # seconds within which who only looks for a launch here, or submits one to a scheduler, is gone again
 
 
 class RunDirectoryError(ValueError):
@@ -44,33 +48,50 @@ class RunDirectory:
     self.address = os.path.join(self.path, 'address')  # of the coordinator of a run on several hosts
     self._generation = os.path.join(self.path, 'generation')
     self._lock = None
+    self._earlier_generation = 0  # of the last coordinator before `begin`
 
   def open(self, config: Mapping[str, Any], data_key: str) -> None:
     """Makes the folder, or checks that what it holds is this run; keeps other launches out for as long as this process lives.
 
     Raises:
-      RunDirectoryError: not writable, in use, or another run's.
+      RunDirectoryError: not writable, in use, another run's, or past the wanted number of steps.
     """
     try:
       os.makedirs(self.snapshots, exist_ok=True)
       os.makedirs(self.checkpoints, exist_ok=True)
-      self._lock = open(os.path.join(self.path, '.lock'), 'w', encoding='utf-8')
-    except OSError as error:
-      raise RunDirectoryError(f'--workdir={self.path} cannot be written: {error.strerror}.') from error
-    try:
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      self._lock = _locked(os.path.join(self.path, '.lock'), _LOOK)
     except BlockingIOError as error:
       raise RunDirectoryError(f'--workdir={self.path} is in use by a run that is still going; stop it or choose another.') from error
-    _sweep(self.path)
-    _sweep(self.tensorboard)
-    saved = self.read_config()
-    if saved is not None:
-      found = base.differences(saved, config)
-      if saved['data_key'] != data_key:
-        found.append('the content of the data set')
-      if found:
-        raise RunDirectoryError(f'--workdir={self.path} holds another run: {"; ".join(found)}. Choose another --workdir.')
-    write_atomically(self.config, json_line({**config, 'data_key': data_key}, indent=2))
+    except OSError as error:
+      raise RunDirectoryError(f'--workdir={self.path} cannot be written: {error.strerror}.') from error
+    with contextlib.ExitStack() as unless_opened:
+      unless_opened.callback(self.close)
+      with self.claim():
+        _sweep(self.path)
+        _sweep(self.tensorboard)
+        self._check_same_run(config, data_key)
+        write_atomically(self.config, json_line({**config, 'data_key': data_key}, indent=2))
+      unless_opened.pop_all()
+
+  def begin(self, state: str = STARTING) -> None:
+    """Makes status.json tell of the launch that this process has opened the directory for, and of none before it."""
+    self._earlier_generation = self._read_generation()
+    self.write_status(state, step=self.checkpoint_step() or 0,
+                      num_steps=self.read_config()['run']['num_steps'])
+
+  def _check_same_run(self, config: Mapping[str, Any], data_key: str) -> None:
+    saved, reached = self.read_config(), self.checkpoint_step()
+    if saved is None:
+      return
+    found = base.differences(saved, config)
+    if saved['data_key'] != data_key:
+      found.append('the content of the data set')
+    if found:
+      raise RunDirectoryError(f'--workdir={self.path} holds another run: {"; ".join(found)}. Choose another --workdir.')
+    if reached is not None and config['run']['num_steps'] < reached:
+      raise RunDirectoryError(
+          f'--workdir={self.path} has come to step {reached}: run.num_steps must be {reached} or '
+          f'more, got {config["run"]["num_steps"]}; or choose another --workdir.')
 
   def close(self) -> None:
     """Lets another launch have it."""
@@ -100,33 +121,36 @@ class RunDirectory:
       pass
     return False
 
-  @contextlib.contextmanager
-  def claimed(self):
-    """Inside, no other coordinator writes here; waits for one that is about to end. Raises RunDirectoryError."""
-    with open(os.path.join(self.path, '.coordinator'), 'w', encoding='utf-8') as file:
-      end = time.monotonic() + _HANDOVER
-      while True:
-        try:
-          fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-          break
-        except BlockingIOError as error:
-          if time.monotonic() > end:
-            raise RunDirectoryError(f'{self.path} has another coordinator that is still going; stop it first.') from error
-        time.sleep(0.1)
-      _sweep(self.snapshots)
-      yield
+  def claim(self) -> BinaryIO:
+    """Keeps other coordinators from writing here until the result is closed; waits for one that is about to end.
 
-  def next_generation(self) -> int:
-    """Counts the coordinator's lives: 1 for the first. Raises RunDirectoryError."""
+    Raises:
+      RunDirectoryError: the other one does not end, or the folder cannot be written.
+    """
+    try:
+      claim = _locked(os.path.join(self.path, '.coordinator'), _HANDOVER)
+    except BlockingIOError as error:
+      raise RunDirectoryError(f'{self.path} has another coordinator that is still going; stop it first.') from error
+    except OSError as error:
+      raise RunDirectoryError(f'{self.path} cannot be written ({error.strerror}).') from error
+    _sweep(self.snapshots)
+    return claim
+
+  def _read_generation(self) -> int:
+    """The coordinator's lives so far. Raises RunDirectoryError."""
     try:
       with open(self._generation, encoding='utf-8') as file:
-        generation = int(file.read()) + 1
+        return int(file.read())
     except FileNotFoundError:
-      generation = 1
+      return 0
     except ValueError:
-      generation = int(time.time())  # what matters is that no earlier life had it
+      return int(time.time())  # what matters is that no earlier life had it
     except OSError as error:
       raise RunDirectoryError(f'{self._generation} cannot be read ({error.strerror}).') from error
+
+  def next_generation(self) -> int:
+    """Counts the coordinator's lives, of which the caller has claimed its own: 1 for the first. Raises RunDirectoryError."""
+    generation = self._read_generation() + 1
     try:
       write_atomically(self._generation, str(generation))
     except OSError as error:
@@ -139,21 +163,39 @@ class RunDirectory:
   def snapshot_steps(self) -> list[int]:
     return sorted(int(name[:-4]) for name in os.listdir(self.snapshots) if name.endswith('.npz') and name[:-4].isdigit())
 
+  def checkpoint(self, step: int) -> str:
+    return os.path.join(self.checkpoints, f'{step:08d}')
+
+  def checkpoint_step(self) -> int | None:
+    """The step of the newest checkpoint, good or not; None where there is none."""
+    names = os.listdir(self.checkpoints) if os.path.isdir(self.checkpoints) else []
+    return max((int(name) for name in names if name.isdigit()), default=None)
+
   def write_status(self, state: str, **fields: Any) -> None:
-    """Says how the run is. What it is about must not fail for want of saying so: an error is only logged."""
+    """Records how the run is, and when. Best effort: write errors are logged, not raised."""
+    updated = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
     try:
-      write_atomically(self.status, json_line({'state': state, **fields}, indent=2))
+      write_atomically(self.status, json_line({**fields, 'state': state, 'updated': updated}, indent=2))
     except OSError as error:
       logging.warning('%s cannot be written: %s.', self.status, error.strerror)
 
   def read_status(self) -> dict[str, Any] | None:
-    """What `write_status` wrote last; None where it cannot be read."""
+    """What `write_status` wrote last; None where it cannot be read.
+
+    `step`, `num_steps`, `wall_seconds`, `workers` and `updated` are there whatever was written.
+    """
     try:
       with open(self.status, encoding='utf-8') as file:
         status = json.load(file)
-    except (OSError, ValueError):
+      if not isinstance(status['state'], str):
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
       return None
-    return status if isinstance(status, dict) else None
+    return {'step': 0, 'num_steps': 0, 'wall_seconds': 0.0, 'workers': {}, 'updated': 'unknown', **status}
+
+  def has_ended(self, status: Mapping[str, Any]) -> bool:
+    """Whether `status` is the last word of a coordinator that was started after `begin`."""
+    return status['state'] not in LIVE and status.get('generation', 0) > self._earlier_generation
 
   def write_command(self, argv: list[str]) -> None:
     """Keeps the command that started this run, or went on with it, last. Raises RunDirectoryError."""
@@ -202,6 +244,21 @@ class RunDirectory:
         os.fsync(file.fileno())
       else:  # what is no row makes way
         write_atomically(self.metrics, wanted.decode())
+
+
+def _locked(path: str, seconds: float) -> BinaryIO:
+  """An exclusively locked file, until it is closed. Raises BlockingIOError where somebody else keeps it for so long, and OSError."""
+  end = time.monotonic() + seconds
+  file = open(path, 'ab')
+  while True:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      return file
+    except OSError as error:
+      if not isinstance(error, BlockingIOError) or time.monotonic() > end:
+        file.close()
+        raise
+    time.sleep(0.05)
 
 
 def read_address(path: str) -> str | None:

@@ -6,7 +6,6 @@ import signal
 import socket
 from typing import Sequence
 
-from absl import logging
 import launchpad as lp
 from launchpad.launch import worker_manager
 from launchpad.nodes.python.local_multi_processing import PythonProcess
@@ -55,12 +54,25 @@ def local_resources(run: start.Run) -> dict[str, PythonProcess]:
           **{f'kernel_worker_{i}': process(environment) for i, environment in enumerate(placed.workers)}}
 
 
+def launch(program: lp.Program, run: start.Run) -> worker_manager.WorkerManager:
+  """Launches a program on this machine. What stops it, Ctrl-C for one, reaches its processes through this one alone."""
+  with supervisor.terminal_signals_blocked():
+    manager = lp.launch(program, local_resources=local_resources(run), terminal='current_terminal')
+  launchpads = signal.getsignal(signal.SIGTERM)  # it asks all nodes to stop, without a word
+  start.on_stop_signals(lambda: launchpads(signal.SIGTERM, None), _kill_all)
+  return manager
+
+
+def _kill_all() -> None:
+  for process in psutil.Process().children(recursive=True):
+    with contextlib.suppress(psutil.NoSuchProcess):
+      process.kill()
+
+
 def wait(manager: worker_manager.WorkerManager) -> None:
   """Returns when a launched program is over: without its coordinator the others have nothing left to do."""
-  try:
+  with contextlib.suppress(psutil.NoSuchProcess):  # Launchpad, asked to stop, trips over processes that have just ended
     manager.wait([COORDINATOR, f'{COORDINATOR}/0'], raise_error=False)  # local_mt's and local_mp's name for it
-  except psutil.NoSuchProcess:  # Launchpad, asked to stop, trips over processes that have just ended
-    logging.info('Stopping.')
   signal.alarm(0)  # or its next look at them, every second while it stops, trips in what follows
   nodes = psutil.Process().children()
   psutil.wait_procs(nodes, timeout=_GRACE)

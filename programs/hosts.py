@@ -79,6 +79,7 @@ def _coordinate(stop: threading.Event) -> int:
   run_directory.write_atomically(run.directory.address, address + '\n')
   logging.info('The coordinator is at %s. Whoever can connect to it can run code as you: see BUILD.md, "The coordinator\'s port".', address)
   with terminal.shown(run.directory):
+    run.directory.begin()
     supervisor.supervise(distill.COORDINATOR, stop)
   return start.outcome(run.directory)
 

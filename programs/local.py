@@ -14,6 +14,7 @@ os.environ.update(placement.launcher_environment())  # before NumPy starts, with
 # pylint: disable=wrong-import-position
 from absl import logging
 
+from nodes import command_line
 from nodes import run_directory
 from programs import start
 from programs import terminal
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> int:
   for remark in run.remarks:
     logging.info(remark)
   with terminal.shown(run.directory):
+    run.directory.begin()
     distil(run, start.stop_event())
   return start.outcome(run.directory)
 
@@ -46,7 +48,11 @@ def distil(run, stop: threading.Event) -> None:
   from nodes import kernel_worker
   from nodes.remote import Retrying
   system = run.config['system']
-  coordinator = coordinator_node.Coordinator(run.directory.path, run.cache, stop)
+  try:
+    coordinator = coordinator_node.Coordinator(run.directory.path, run.cache, stop)
+  except coordinator_node.EXPECTED as error:
+    logging.error('The run failed: %s', error)
+    return
   client = Retrying(coordinator, system['coordinator_timeout'], stop)
   threads = placement.worker_threads(system['worker_threads'], system['num_workers'])
   nodes = [kernel_worker.KernelWorker(client, name=f'kernel_worker_{i}', threads=threads, cache=run.cache, stop=stop)
@@ -61,4 +67,4 @@ def distil(run, stop: threading.Event) -> None:
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv))
+  command_line.exit_with(main)

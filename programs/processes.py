@@ -75,9 +75,8 @@ def _coordinator(workdir: str, cache: str):
   start.log_plainly()
   try:
     return coordinator.Coordinator(workdir, cache, lp.stop_event(), supervisor.useful)
-  except (coordinator.RunFailed, run_directory.RunDirectoryError) as error:
+  except coordinator.EXPECTED as error:
     logging.error('The run failed: %s', error)
-    run_directory.RunDirectory(workdir).write_status(run_directory.FAILED, message=str(error))
     sys.exit(1)
 
 

@@ -14,6 +14,7 @@ from typing import Sequence
 
 from absl import flags
 
+from nodes import run_directory
 from programs import start
 
 CLUSTER = flags.DEFINE_enum('cluster', None, ['slurm'], 'Submit the run to this scheduler, or run it in the allocation that this is started in.')
@@ -30,7 +31,6 @@ def submit(argv: Sequence[str]) -> int:
   gives its exit status. Raises BadInput."""
   run = start.ready(None)  # on this host: others may have no way to the data, and mistakes are told at once
   workdir = run.directory.path
-  run.directory.close()
   logs = os.path.join(workdir, 'logs')
   os.makedirs(logs, exist_ok=True)
   num_workers = run.config['system']['num_workers']
@@ -39,6 +39,7 @@ def submit(argv: Sequence[str]) -> int:
     print(f'Runs in allocation {os.environ["SLURM_JOB_ID"]}; logs of evaluator and workers: {logs}.', flush=True)
     os.environ.update(KIP_ROOT=_ROOT, KIP_PYTHON=sys.executable, KIP_WORKDIR=workdir, KIP_WORKERS=str(num_workers),
                       KIP_OPTIONS=_OPTIONS.value, KIP_WORKER_OPTIONS=_WORKER_OPTIONS.value)
+    run.directory.close()
     script = os.path.join(_ROOT, 'programs', 'slurm', 'allocation.sh')
     os.execv(script, [script, *passed_on, f'--workdir={workdir}'])
   name = f'kip-{os.path.basename(workdir)}-{hashlib.sha256(workdir.encode()).hexdigest()[:8]}'
@@ -50,6 +51,8 @@ def submit(argv: Sequence[str]) -> int:
   if not any(argument.startswith(_PATIENT.partition('=')[0]) for argument in passed_on):
     passed_on.append(_PATIENT)
   coordinator = _run([*command('coordinator.sh', 'coordinator'), *passed_on, f'--workdir={workdir}'])
+  run.directory.begin(run_directory.SUBMITTED)
+  run.directory.close()
   after = f'--dependency=after:{coordinator}'  # once it runs, be it for the first time
   evaluator = _run([*command('client.sh', 'evaluator', after), '--role=evaluator', f'--workdir={workdir}'])
   workers = lambda *options: [*command('client.sh', 'worker_%A_%a', f'--array=1-{num_workers}', *shlex.split(_WORKER_OPTIONS.value),

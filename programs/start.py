@@ -1,5 +1,6 @@
 """From the command line to a run that is ready to start, and from its outcome to an exit status: the same for every launcher."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -82,33 +83,53 @@ def ready(find_gpus: Callable[[str], placement.Gpus] | None) -> Run:
   return Run(config, directory, cache, tuple(filter(None, (memory, plan, gpus.remark))), gpus)
 
 
-def stop_event() -> threading.Event:
-  """Set when this process is asked to stop; asked twice, it ends at once: what is on disk is whole at any moment."""
-  stop = threading.Event()
+def on_stop_signals(stop: Callable[[], None], kill: Callable[[], None] = lambda: None) -> None:
+  """Calls `stop` when this process is asked to stop: by SIGTERM, Ctrl-C, or the end of its terminal.
 
-  def ask_to_stop(number, _):
-    if stop.is_set():
+  Asked twice, it calls `kill` and ends at once: what is on disk is whole at any moment. A process
+  that ignores the end of its terminal (nohup) goes on doing so.
+  """
+  asked = False
+
+  def handle(number, _):
+    nonlocal asked
+    if asked:
+      kill()
       os._exit(128 + number)
-    stop.set()
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, ask_to_stop)
+    asked = True
+    if number == signal.SIGINT:
+      with contextlib.suppress(OSError):  # nobody reads any more
+        os.write(1, b'Stopping with a checkpoint; Ctrl-C again ends at once.\n')
+    stop()
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+      signal.signal(number, handle)
+
+
+def stop_event() -> threading.Event:
+  """Set when this process is asked to stop; see `on_stop_signals`."""
+  stop = threading.Event()
+  on_stop_signals(stop.set)
   return stop
 
 
 def outcome(directory: run_directory.RunDirectory) -> int:
-  """Says how the run ended, and gives the exit status for it."""
-  status = directory.read_status() or {}
-  state = status.get('state')
-  if state == run_directory.RUNNING:
-    state = run_directory.FAILED
-    status['message'] = 'the coordinator is gone (its output may say why); the same command resumes from the last checkpoint.'
-    directory.write_status(**{**status, 'state': state})
+  """Says how the launch that opened `directory` ended, and gives the exit status for it."""
+  status = directory.read_status()
+  if status is None or not directory.has_ended(status):
+    status = {**(status or {}), 'state': run_directory.FAILED,
+              'message': 'the coordinator is gone (its output may say why); '
+                         'the same command resumes from the last checkpoint.'}
+    directory.write_status(**status)
+  state, command = status['state'], directory.read_command()
+  message = f': {status["message"]}' if 'message' in status else ''
   if state == run_directory.FINISHED:
     print(_summary(directory, status))
   elif state == run_directory.STOPPED:
-    print(f'Stopped at step {status["step"]} of {status["num_steps"]}; the same command goes on from there.')
+    print(f'Stopped at step {status["step"]} of {status["num_steps"]}{message}. To go on from there:'
+          f'\n  {command}')
   else:
-    print(f'The run failed: {status.get("message", "it never started")}', file=sys.stderr)
+    print(f'The run failed{message}', file=sys.stderr)
   return run_directory.EXIT_STATUS.get(state, 1)
 
 
@@ -159,7 +180,8 @@ def _summary(directory: run_directory.RunDirectory, status: dict[str, Any]) -> s
   rows = {row['step']: row for row in directory.read_metrics()}
   first, last = rows.get(0), rows.get(status['num_steps'])
   began = {'real': 'real images', 'noise': 'noise'}.get(directory.read_config()['run']['initial_images'], 'images')
-  lines = [f'Finished {status["num_steps"]} steps after {status["wall_seconds"]:.0f} s.']
+  steps = f'{status["num_steps"]} step{"s" * (status["num_steps"] != 1)}'
+  lines = [f'Finished {steps} after {status["wall_seconds"]:.0f} s.']
   if last:
     for key, name in (('krr_test_accuracy', 'KRR'), ('nn_test_accuracy', 'finite network')):
       if key in last:

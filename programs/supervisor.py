@@ -4,6 +4,7 @@ The parent imports neither JAX nor a node. It knows nothing of Launchpad either:
 scheduler) calls `is_child()`, then does the node's work or `supervise()`s.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -44,6 +45,19 @@ def useful() -> None:
     os.close(int(sign))
 
 
+@contextlib.contextmanager
+def terminal_signals_blocked():
+  """Inside, started processes are kept from Ctrl-C and the end of the terminal, for good.
+
+  Who started them is told too, and asks them to stop by SIGTERM.
+  """
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def supervise(name: str, stop: threading.Event) -> int:
   """Runs the child until it ends by itself, or until this process is to stop; gives its exit status.
 
@@ -55,8 +69,10 @@ def supervise(name: str, stop: threading.Event) -> int:
   useless = 0
   while True:
     reader, writer = os.pipe()
-    with subprocess.Popen([sys.executable, *sys.orig_argv[1:]], pass_fds=[writer],
-                          env={**os.environ, _PARENT: str(os.getpid()), _SIGN: str(writer)}) as child:
+    with terminal_signals_blocked():
+      child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], pass_fds=[writer],
+                               env={**os.environ, _PARENT: str(os.getpid()), _SIGN: str(writer)})
+    with child:
       os.close(writer)
       while child.poll() is None and not gone():  # Event.wait can deadlock with a signal handler that sets the event
         time.sleep(0.05)

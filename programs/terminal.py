@@ -101,15 +101,18 @@ def _bar(directory: run_directory.RunDirectory) -> Group:
   """Two lines, of what the run has recorded."""
   status, rows = directory.read_status() or {}, directory.read_metrics()
   line = Table.grid(expand=True, padding=(0, 1))
-  if status.get('state') != run_directory.RUNNING or 'train_loss' not in status:
+  if status.get('state') not in (run_directory.RUNNING, run_directory.EVALUATING) or 'train_loss' not in status:
     line.add_row('starting')
     return Group(line)
   step, num_steps = status['step'], status['num_steps']
-  to_go = f'{datetime.timedelta(seconds=round(status["seconds_to_go"]))} to go' if step < num_steps else 'last evaluation'
+  to_go = (f'{datetime.timedelta(seconds=round(status["seconds_to_go"]))} to go' if step < num_steps else
+           f'evaluated {status["evaluated"]} of {status["to_evaluate"]}' if 'evaluated' in status else
+           'last step')
   tested = f'test {100 * rows[-1]["krr_test_accuracy"]:.2f} % at step {rows[-1]["step"]}  ' if rows else ''
+  alive = sum(worker['alive'] for worker in status['workers'].values())
   line.add_column(no_wrap=True)
   line.add_column(ratio=1)
   line.add_column(no_wrap=True)
   line.add_row(f'step {step}/{num_steps}', ProgressBar(num_steps, step), to_go)
   return Group(line, Text(f'loss {status["train_loss"]:.5f}  {tested}{status["kernel_pairs_per_second"]:.3g} pairs/s  '
-                          f'workers: {len(status["workers_alive"])}', no_wrap=True))
+                          f'workers: {alive}', no_wrap=True))

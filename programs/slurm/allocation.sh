@@ -18,7 +18,7 @@ setsid srun --ntasks="$KIP_WORKERS" --no-kill --kill-on-bad-exit=0 --wait=0 --ou
 workers=$!
 
 stop() { scancel --signal=TERM "$(cat "$logs/coordinator.step")"; }  # srun itself would kill it
-trap stop INT TERM USR1
+trap stop INT TERM HUP USR1
 while kill -0 $coordinator 2>/dev/null; do
   wait $coordinator; status=$?  # a signal ends `wait` early
 done

@@ -8,13 +8,16 @@ import threading
 import numpy as np
 import pytest
 
+from data import store
 from nodes import coordinator as coordinator_node
 from nodes import evaluation
 from nodes import kernel_worker
+from nodes import run_directory
 from nodes import task_board
 from nodes import tasks
 from nodes.remote import CoordinatorLost
 from programs import local
+from programs import start
 
 FC1 = {'run.architecture': 'fc1', 'run.num_steps': 2}
 
@@ -27,12 +30,53 @@ def _hello(**changes):
   return json.dumps({'fingerprint': {'implementation': 'native', 'device': 'A', **changes}, 'pairs_per_second': 10.0})
 
 
-def test_without_workers_the_run_fails_with_a_checkpoint(make_run, tmp_path):
+def test_without_workers_the_run_stops_with_a_checkpoint(make_run, tmp_path, capsys):
   run = make_run(tmp_path, {**FC1, 'system.worker_timeout': 1.0})
+  run.directory.write_command(['python', 'launch.py', '--workdir=my run'])
+  run.directory.begin()
   _coordinator(run).run()
   status = run.directory.read_status()
-  assert status['state'] == 'failed' and 'no worker has been heard of' in status['message']
+  assert status['state'] == 'stopped' and 'no worker has been heard of' in status['message']
   assert os.listdir(run.directory.checkpoints) == ['00000000']
+  assert start.outcome(run.directory) == 75
+  assert re.fullmatch(
+      r"Stopped at step 0 of 2: no worker has been heard of for \d s \(system.worker_timeout\). "
+      r"To go on from there:\n  python launch.py '--workdir=my run'\n", capsys.readouterr().out)
+
+
+def test_a_second_coordinator_touches_nothing(make_run, tmp_path, monkeypatch):
+  monkeypatch.setattr(run_directory, '_HANDOVER', 0.2)
+  run = make_run(tmp_path, FC1)
+  first = _coordinator(run)
+  run.directory.write_status('running', step=1, generation=1)
+  before = run.directory.read_status()
+  with pytest.raises(run_directory.RunDirectoryError, match='has another coordinator'):
+    _coordinator(run)
+  assert run.directory.read_status() == before
+  assert json.loads(first.describe())['generation'] == 1
+
+
+@pytest.mark.parametrize('error, message', [
+    (ValueError('no luck'), 'ValueError: no luck'), (OSError(5, 'Input/output error'), 'Input/output error')])
+def test_a_coordinator_that_cannot_start_says_so(make_run, tmp_path, monkeypatch, capsys, error, message):
+  """Also where an earlier launch has finished: that is not this one's outcome."""
+  run = make_run(tmp_path, FC1)
+  run.directory.begin()
+  local.distil(run, threading.Event())
+  assert start.outcome(run.directory) == 0
+  run.directory.close()
+
+  def fail(*_):
+    raise error
+  monkeypatch.setattr(store, 'open_prepared', fail)
+  run.directory.begin()
+  with pytest.raises(type(error)):
+    _coordinator(run)
+  status = run.directory.read_status()
+  assert (status['state'], status['step'], status['generation']) == ('failed', 2, 2)
+  assert message in status['message']
+  assert start.outcome(run.directory) == 1
+  assert f'The run failed: {status["message"]}' in capsys.readouterr().err
 
 
 def test_a_run_stops_however_fast_its_phases_are(make_run, tmp_path, monkeypatch):

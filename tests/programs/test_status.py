@@ -14,8 +14,9 @@ from programs import status
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 FIELDS = {'step': 3, 'num_steps': 9, 'wall_seconds': 61.0, 'updated': '2026-01-01T00:00:00+00:00', 'train_loss': 0.25, 'seconds_to_go': 7.0,
-          'kernel_pairs_per_second': 50.0, 'workers_alive': ['b'],
-          'workers': {'a': {'tasks': 2, 'pairs': 60, 'seconds': 3.0}, 'b': {'tasks': 0, 'pairs': 0, 'seconds': 0.0}}}
+          'kernel_pairs_per_second': 50.0,
+          'workers': {'a': {'tasks': 2, 'pairs': 60, 'seconds': 3.0, 'alive': False},
+                      'b': {'tasks': 0, 'pairs': 0, 'seconds': 0.0, 'alive': True}}}
 
 
 def test_a_run_that_goes_on_and_one_that_was_cut_off(tmp_path):
@@ -27,11 +28,11 @@ def test_a_run_that_goes_on_and_one_that_was_cut_off(tmp_path):
   assert found['state'] == 'running' and found['step'] == 3 and found['checkpoint_step'] == 2 and 0 <= found['checkpoint_age'] < 60
   assert found['workers'] == {'a': {'tasks': 2, 'pairs': 60, 'seconds': 3.0, 'pairs_per_second': 20.0, 'alive': False},
                               'b': {'tasks': 0, 'pairs': 0, 'seconds': 0.0, 'pairs_per_second': 0.0, 'alive': True}}
-  assert 'loss 0.25000, 50 pairs/s, 0:00:07 to go' in status._in_words(found)
+  assert 'loss 0.25000, 50 pairs/s, 0:00:07 to go' in status.in_words(found)
   directory._lock.close()
   found = status.read(other)
-  assert found['state'] == 'failed' and 'the same command goes on' in found['message'] and not found['workers']['b']['alive']
-  assert 'to go' not in status._in_words(found)
+  assert found['state'] == 'failed' and found['message'] == 'the launcher has exited without recording why'
+  assert not found['workers']['b']['alive'] and '0:00:07 to go' not in status.in_words(found)
 
 
 def test_a_finished_run(make_run, tmp_path):
@@ -41,7 +42,7 @@ def test_a_finished_run(make_run, tmp_path):
   assert (found['state'], found['step'], found['checkpoint_step']) == ('finished', 2, 2)
   assert found['rows'] == run.directory.read_metrics() and [row['step'] for row in found['rows']] == [0, 1, 2]
   assert sum(counts['pairs'] for counts in found['workers'].values()) == found['pairs']
-  assert f'evaluated step      2  KRR  {100 * found["rows"][-1]["krr_test_accuracy"]:.2f} %' in status._in_words(found)
+  assert f'evaluated step      2  KRR  {100 * found["rows"][-1]["krr_test_accuracy"]:.2f} %' in status.in_words(found)
 
 
 @pytest.mark.parametrize('flags, code, expected', [

@@ -16,7 +16,7 @@ directory = run_directory.RunDirectory(sys.argv[1])
 with terminal.shown(directory):
   time.sleep(0.8)
   directory.write_status('running', step=30, num_steps=120, train_loss=0.25, seconds_to_go=61.2, kernel_pairs_per_second=5000.0,
-                         workers_alive=['a', 'b'])
+                         workers={'a': {'alive': True}, 'b': {'alive': True}, 'c': {'alive': False}})
   directory.append_metrics({'step': 10, 'krr_test_accuracy': 0.5})
   print("from here")
   sys.stdout.flush()
