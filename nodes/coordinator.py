@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from configs import base
+from data import DataError
 from data import NPZ_ERRORS
 from data import sampling
 from data import store
@@ -57,7 +58,7 @@ class _Stopped(Exception):
 
 # Errors whose message is for the user, without their type.
 EXPECTED = (RunFailed, TaskFailed, NoGoodCheckpoint, run_directory.RunDirectoryError,
-             krr.NotPositiveDefiniteError, OSError)
+            krr.NotPositiveDefiniteError, DataError, OSError)
 
 
 class Metrics(NamedTuple):
@@ -168,6 +169,7 @@ class Coordinator:
     self._next_stall = _STALL
     self._saved_step = -1
     self._pairs = 0
+    self._state: SupportState | None = self._restore()  # before the first worker is checked against it
 
   # RPCs of workers.
 
@@ -306,7 +308,8 @@ class Coordinator:
   def run(self) -> None:
     """Distils to the end, or until stopped; whatever happens, status.json tells."""
     try:
-      self._distil(self._restore())
+      state, self._state = self._state, None  # the first one is not kept beside the others
+      self._distil(state)
       self._write_status(run_directory.FINISHED, self._reached[0])
     except _Stopped as error:
       message = {'message': str(error)} if str(error) else {}

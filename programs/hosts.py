@@ -53,9 +53,9 @@ def play() -> int:
   if supervisor.is_child():
     _play_node(_label(os.getppid()))
     return 0
-  stop = start.stop_event()
   if role == distill.COORDINATOR:
-    return _coordinate(stop)
+    return _coordinate(start.stop_event())
+  stop = start.stop_event(said='Stopping')
   if not (_ADDRESS.value or _await_address(run_directory.RunDirectory(start.WORKDIR.value).address, stop)):
     return 0 if stop.is_set() else 1
   run, _ = _joined()

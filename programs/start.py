@@ -83,11 +83,12 @@ def ready(find_gpus: Callable[[str], placement.Gpus] | None) -> Run:
   return Run(config, directory, cache, tuple(filter(None, (memory, plan, gpus.remark))), gpus)
 
 
-def on_stop_signals(stop: Callable[[], None], kill: Callable[[], None] = lambda: None) -> None:
+def on_stop_signals(stop: Callable[[], None], kill: Callable[[], None] = lambda: None,
+                    said: str = 'Stopping with a checkpoint') -> None:
   """Calls `stop` when this process is asked to stop: by SIGTERM, Ctrl-C, or the end of its terminal.
 
   Asked twice, it calls `kill` and ends at once: what is on disk is whole at any moment. A process
-  that ignores the end of its terminal (nohup) goes on doing so.
+  that ignores the end of its terminal (nohup) goes on doing so. `said` answers Ctrl-C.
   """
   asked = False
 
@@ -99,17 +100,17 @@ def on_stop_signals(stop: Callable[[], None], kill: Callable[[], None] = lambda:
     asked = True
     if number == signal.SIGINT:
       with contextlib.suppress(OSError):  # nobody reads any more
-        os.write(1, b'Stopping with a checkpoint; Ctrl-C again ends at once.\n')
+        os.write(1, f'{said}; Ctrl-C again ends at once.\n'.encode())
     stop()
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
       signal.signal(number, handle)
 
 
-def stop_event() -> threading.Event:
+def stop_event(**kwargs: str) -> threading.Event:
   """Set when this process is asked to stop; see `on_stop_signals`."""
   stop = threading.Event()
-  on_stop_signals(stop.set)
+  on_stop_signals(stop.set, **kwargs)
   return stop
 
 

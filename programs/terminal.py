@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import io
 import os
 import pty
 import re
@@ -42,7 +43,7 @@ def shown(directory: run_directory.RunDirectory):
     os.dup2(slave, number)
   os.close(slave)
   if on_terminal:
-    console = Console(file=os.fdopen(os.dup(real[0]), 'w', encoding='utf-8'))
+    console = Console(file=_Screen(real[0]))
     bar = Live(console=console, get_renderable=lambda: _bar(directory), refresh_per_second=_REDRAWS, transient=True,
                redirect_stdout=False, redirect_stderr=False)
     write = lambda lines: _print_above(console, lines)
@@ -59,12 +60,41 @@ def shown(directory: run_directory.RunDirectory):
       finally:
         for stream in (sys.stdout, sys.stderr):
           stream.flush()
+        if on_terminal and not os.isatty(real[0]):  # it was closed meanwhile
+          for saved in real:
+            _redirect_to_nothing(saved)
         for number, saved in zip(streams, real):
           os.dup2(saved, number)
         copier.join(5)  # a child that was left behind may hold the terminal open
   finally:
     for descriptor in (*real, master):
       os.close(descriptor)
+
+
+class _Screen(io.TextIOBase):
+  """A terminal that may be closed at any time: what is written to it then is lost."""
+
+  encoding = 'utf-8'
+
+  def __init__(self, descriptor: int):
+    self._descriptor = descriptor
+
+  def write(self, text: str) -> int:
+    with contextlib.suppress(OSError):
+      _write_all(self._descriptor, text.encode(errors='replace'))
+    return len(text)
+
+  def isatty(self) -> bool:
+    return True
+
+  def fileno(self) -> int:
+    return self._descriptor
+
+
+def _redirect_to_nothing(descriptor: int) -> None:
+  nothing = os.open(os.devnull, os.O_RDWR)
+  os.dup2(nothing, descriptor)
+  os.close(nothing)
 
 
 def _copy(master: int, write) -> None:
@@ -86,9 +116,12 @@ def _copy(master: int, write) -> None:
 
 
 def _write_plainly(real: int, lines: bytes) -> None:
-  text = _COLOUR.sub(b'', lines)
-  while text:
-    text = text[os.write(real, text):]
+  _write_all(real, _COLOUR.sub(b'', lines))
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+  while content:
+    content = content[os.write(descriptor, content):]
 
 
 def _print_above(console: Console, lines: bytes) -> None:
@@ -102,7 +135,7 @@ def _bar(directory: run_directory.RunDirectory) -> Group:
   status, rows = directory.read_status() or {}, directory.read_metrics()
   line = Table.grid(expand=True, padding=(0, 1))
   if status.get('state') not in (run_directory.RUNNING, run_directory.EVALUATING) or 'train_loss' not in status:
-    line.add_row('starting')
+    line.add_row(status.get('state', run_directory.STARTING))
     return Group(line)
   step, num_steps = status['step'], status['num_steps']
   to_go = (f'{datetime.timedelta(seconds=round(status["seconds_to_go"]))} to go' if step < num_steps else

@@ -1,5 +1,8 @@
 """A library of images gives what the images themselves give, to the bit, whatever was asked for before."""
 
+from concurrent import futures
+import time
+
 import numpy as np
 import pytest
 
@@ -29,4 +32,27 @@ def test_same_bits_whatever_was_asked_for_before(implementation, architecture):
     expected_block, expected_gradient = kernel.kernel.block_vjp(support, images[chosen], np.cos)
     assert block.tobytes() == expected_block.tobytes()
     assert gradient.tobytes() == expected_gradient.tobytes()
+  assert kernel.prepared == len(images)
+
+
+class _Slow(_Counting):
+  """One that takes its time, so that threads meet in it."""
+
+  def prepare(self, x):
+    time.sleep(0.05)
+    return super().prepare(x)
+
+
+def test_threads_that_ask_at_once_get_what_they_asked_for():
+  images = np.random.default_rng(0).normal(size=(40, 5, 4, 1)).astype(np.float32)
+  kernel = _Slow(ntk.make_kernel('convnet1', implementation='jax', threads=1))
+  library = ntk.Library(kernel, images)
+  parts = [slice(0, 20), slice(10, 30), slice(20, 40), slice(0, 40)]
+  with futures.ThreadPoolExecutor(len(parts)) as threads:
+    found = list(threads.map(library.__getitem__, parts))
+  for part, prepared in zip(parts, found):
+    expected = kernel.kernel.prepare(images[part])
+    assert prepared.images.tobytes() == images[part].tobytes()
+    for q, wanted in zip(prepared.variances, expected.variances, strict=True):
+      assert q.tobytes() == wanted.tobytes()
   assert kernel.prepared == len(images)

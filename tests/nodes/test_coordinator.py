@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from data import store
+from kernels import optimizers
+from nodes import checkpoints
 from nodes import coordinator as coordinator_node
 from nodes import evaluation
 from nodes import kernel_worker
@@ -137,7 +139,6 @@ def test_a_resumed_run_wants_the_hardware_it_began_on(make_run, tmp_path):
   run = make_run(tmp_path, FC1)
   local.distil(run, threading.Event())
   coordinator = _coordinator(run)
-  coordinator._restore()
   assert 'device: B instead of' in coordinator.lease('w', _hello(device='B'))['stop']
   coordinator._system['num_workers'] = 1
   with pytest.raises(coordinator_node.RunFailed, match='no worker can start; the last one said: this worker would compute other bits'):
@@ -298,6 +299,77 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_bits_stay_the_same(make_run
   with np.load(whole.directory.distilled) as expected, np.load(run.directory.distilled) as found:
     for name in ('images', 'labels'):
       assert found[name].tobytes() == expected[name].tobytes()
+
+
+@pytest.mark.parametrize('num_steps, refused', [
+    (9, None), (5, None), (4, None),
+    (3, 'has come to step 4: run.num_steps must be 4 or more, got 3; or choose another --workdir.')])
+@pytest.mark.parametrize('method, fixed', [('kip', False), ('label_solve+kip', False), ('kip+label_solve', True)])
+def test_where_to_stop_may_be_chosen_anew(make_run, tmp_path, num_steps, refused, method, fixed):
+  changes = {**FC1, 'run.method': method, 'run.num_steps': 7}
+  directory = make_run(tmp_path, changes).directory
+  os.makedirs(directory.checkpoint(4))
+  directory.close()
+  if fixed:
+    refused = f'holds another run: run.num_steps (7 there, {num_steps} here)'
+  if refused:
+    with pytest.raises(run_directory.RunDirectoryError, match=re.escape(refused)):
+      make_run(tmp_path, {**changes, 'run.num_steps': num_steps})
+  else:
+    make_run(tmp_path, {**changes, 'run.num_steps': num_steps})
+
+
+def test_a_run_that_is_to_stop_sooner_has_the_bits_of_a_shorter_one(make_run, tmp_path):
+  changes = {**FC1, 'system.snapshot_steps': (2, 3)}
+  short = make_run(tmp_path / 'short', {**changes, 'run.num_steps': 3})
+  local.distil(short, threading.Event())
+  _stopped_after(make_run(tmp_path / 'cut', {**changes, 'run.num_steps': 9}), 2)
+  cut = make_run(tmp_path / 'cut', {**changes, 'run.num_steps': 3})
+  local.distil(cut, threading.Event())
+  with np.load(short.directory.distilled) as expected, np.load(cut.directory.distilled) as found:
+    for name in ('images', 'labels'):
+      assert found[name].tobytes() == expected[name].tobytes()
+  assert [row['step'] for row in cut.directory.read_metrics()] == [0, 2, 3]
+
+
+def _stopped_after(run, step):
+  """Lets a run go on until its snapshot of `step` is there, then stops it, and closes its directory."""
+  stop = threading.Event()
+  running = threading.Thread(target=local.distil, args=(run, stop))
+  running.start()
+  while running.is_alive() and not os.path.exists(run.directory.snapshot(step)):
+    stop.wait(0.01)
+  stop.set()
+  running.join()
+  assert run.directory.read_status()['state'] == 'stopped'
+  run.directory.close()
+
+
+def test_the_time_of_a_state_is_when_it_was_reached(make_run, tmp_path, caplog):
+  """Also where it is computed again in a later life, whose estimate is about the steps that are left."""
+  changes = {**FC1, 'run.num_steps': 1000, 'system.snapshot_steps': (2,), 'system.checkpoint_seconds': 1000.0}
+  run = make_run(tmp_path, changes)
+  state = coordinator_node.initial_state(
+      run.config['run'], store.open_prepared(run.directory.read_config()['data_key'], run.cache),
+      optimizers.make(run.config['run']['optimizer'], run.config['run']['learning_rate']))
+  checkpoints.Checkpoints(run.directory.checkpoints).save(
+      state._replace(step=2), {'wall_seconds': 600.0, 'reached_seconds': 7.5, 'fingerprint': None})
+  run.directory.close()
+  caplog.set_level('INFO')
+  _stopped_after(make_run(tmp_path, changes), 2)
+  with np.load(run.directory.snapshot(2)) as file:
+    assert json.loads(str(file['metrics']))['wall_seconds'] == 7.5
+  assert 600 < run.directory.read_status()['wall_seconds'] < 660
+  assert 'for 998 steps.' in caplog.text and 'for 1000 steps.' not in caplog.text
+
+
+@pytest.mark.parametrize('num_steps, words', [(1, 'Finished 1 step after '), (2, 'Finished 2 steps after ')])
+def test_what_a_finished_run_says(make_run, tmp_path, capsys, num_steps, words):
+  run = make_run(tmp_path, {**FC1, 'run.num_steps': num_steps})
+  run.directory.begin()
+  local.distil(run, threading.Event())
+  assert start.outcome(run.directory) == 0
+  assert capsys.readouterr().out.startswith(words)
 
 
 def test_pairs_per_step():

@@ -1,5 +1,6 @@
 """Label Solve as a run: against the dense pseudo-inverse of the whole problem, before and after KIP, and its bits against itself."""
 
+import os
 import threading
 
 import numpy as np
@@ -9,6 +10,7 @@ from data import sampling
 from data import store
 from kernels import krr
 from kernels import ntk
+from nodes import checkpoints
 from nodes import coordinator as coordinator_node
 from nodes import export
 from programs import local
@@ -109,3 +111,18 @@ def test_before_and_after_kip(make_run, tmp_path, method, solved, learn):
   assert sorted(step for step, row in rows.items() if 'train_accuracy' not in row) == ([0] if solved == 1 else [3, 4])
   assert distilled.labels.tobytes() == labels[4].tobytes()
   assert sum(counts['pairs'] for counts in run.directory.read_status()['workers'].values()) == run.directory.read_status()['pairs']
+
+
+def test_rounds_about_other_images_are_not_in_the_way(make_run, tmp_path):
+  """More rounds of another Label Solve in the directory: the run's own are kept all the same."""
+  run = make_run(tmp_path, {**FC1, 'run.targets_per_step': 12})
+  other = checkpoints.SupportState(7, np.ones((6, 8, 9, 2)), np.ones((6, 3)), {'factor': np.ones((9, 9))})
+  for folder in (run.directory.label_solve, os.path.join(run.directory.label_solve, 'another')):
+    os.makedirs(folder, exist_ok=True)
+    checkpoints.Checkpoints(folder).save(other, {'wall_seconds': 5.0})
+  _, distilled = _distil(run)
+  _, expected = _distil(make_run(tmp_path / 'alone', {**FC1, 'run.targets_per_step': 12}))
+  assert distilled.labels.tobytes() == expected.labels.tobytes()
+  rounds = [int(step) for folder in os.scandir(run.directory.label_solve)
+            for step in os.listdir(folder.path) if step.isdigit()]
+  assert max(rounds) == 8  # 96 training images, 12 a round

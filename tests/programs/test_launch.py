@@ -1,11 +1,16 @@
 """launch.py as a user runs it: real processes, real RPCs, exit status and files."""
 
+import fcntl
 import json
 import os
+import pty
+import re
+import select
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 
@@ -132,6 +137,89 @@ def test_ctrl_c_checkpoints_and_the_same_command_goes_on_to_the_same_bits(tmp_pa
       assert there[name].tobytes() == here[name].tobytes()
   rows = [json.loads(line) for line in (tmp_path / 'mp' / 'metrics.jsonl').read_text().splitlines()]
   assert [row['step'] for row in rows] == [0, 1, num_steps]
+
+
+@pytest.mark.parametrize('number, program', [
+    (signal.SIGINT, ('launch.py', '--lp_launch_type=local_mp')),
+    (signal.SIGHUP, ('launch.py', '--lp_launch_type=local_mp')),
+    (signal.SIGHUP, ('-m', 'programs.local'))])
+def test_ctrl_c_and_a_closed_terminal_stop_it_with_a_checkpoint(tmp_path, npz, cache, number, program):
+  small = [flag for flag in SMALL if not flag.startswith('--lp')]
+  command = _command(tmp_path / 'run', *small, f'--config.run.data.name={npz}', '--config.run.num_steps=100000',
+                     '--config.system.log_seconds=0.1', program=program, cache=cache)
+  terminal, slave = pty.openpty()
+  process = subprocess.Popen(
+      command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+      preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+      env={**os.environ, 'TERM': 'xterm', 'COLUMNS': '200'})
+  os.close(slave)
+  reader = _Reader(terminal)
+  try:
+    _wait(lambda: _step(tmp_path / 'run') >= 3)
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    said = len(reader.output)
+    if number == signal.SIGINT:
+      os.write(terminal, b'\x03')  # Ctrl-C: the terminal tells all processes on it
+    else:
+      reader.close()
+    process.wait(60)
+  finally:
+    if process.poll() is None:
+      os.killpg(process.pid, signal.SIGKILL)
+    reader.close()
+  assert process.returncode == 75, reader.output.decode()
+  assert not psutil.wait_procs(everyone, timeout=20)[1]
+  stopped = _json(tmp_path / 'run', 'status.json')
+  assert stopped['state'] == 'stopped' and stopped['step'] >= 3
+  assert max(os.listdir(tmp_path / 'run' / 'checkpoints')) == f'{stopped["step"]:08d}'
+  if number == signal.SIGINT:
+    output = re.sub(r'\x1b\[[\d;?]*[A-Za-z]|\^C', '', reader.output[said:].decode())
+    lines = [line.strip() for line in re.split(r'[\r\n]+', output)]
+    bar = re.compile(r'|loss .* workers: \d|step \d+/.* to go|stopped|starting')
+    words = [line for line in lines if not bar.fullmatch(line)]
+    assert words[0] == 'Stopping with a checkpoint; Ctrl-C again ends at once.'
+    assert words[-2] == f'Stopped at step {stopped["step"]} of 100000. To go on from there:'
+    assert words[-1].startswith('python') and words[-1].endswith(f'cache_dir={cache}')
+    assert len(words) <= 4 and 'checkpointed.' in words[-3], words
+
+
+def test_a_run_that_ignores_the_end_of_its_terminal_goes_on(tmp_path, npz, cache):
+  command = _command(tmp_path / 'run', *SMALL[:-1], f'--config.run.data.name={npz}', '--config.run.num_steps=100000',
+                     '--config.system.log_seconds=0.1', program=('-m', 'programs.local'), cache=cache)
+  process = subprocess.Popen(['nohup', *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  try:
+    _wait(lambda: _step(tmp_path / 'run') >= 1)
+    process.send_signal(signal.SIGHUP)
+    before = _step(tmp_path / 'run')
+    _wait(lambda: _step(tmp_path / 'run') >= before + 3)
+    process.terminate()
+    assert process.wait(60) == 75
+  finally:
+    process.kill()
+
+
+class _Reader:
+  """Reads what a program writes to a terminal until it is closed."""
+
+  def __init__(self, terminal):
+    self.output, self._terminal = b'', terminal
+    self._thread = threading.Thread(target=self._read)
+    self._closing = False
+    self._thread.start()
+
+  def _read(self):
+    while not self._closing:
+      if select.select([self._terminal], [], [], 0.05)[0]:
+        try:
+          self.output += os.read(self._terminal, 65536)
+        except OSError:  # its last writer is gone
+          break
+
+  def close(self):
+    if not self._closing:
+      self._closing = True
+      self._thread.join()
+      os.close(self._terminal)
 
 
 def _child(launcher, node):

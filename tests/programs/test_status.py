@@ -5,9 +5,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
+from configs import base
+from nodes import coordinator as coordinator_node
+from nodes import kernel_worker
 from nodes import run_directory
 from programs import local
 from programs import status
@@ -45,7 +49,86 @@ def test_a_finished_run(make_run, tmp_path):
   assert f'evaluated step      2  KRR  {100 * found["rows"][-1]["krr_test_accuracy"]:.2f} %' in status.in_words(found)
 
 
+def test_a_run_whose_coordinator_could_not_start(make_run, tmp_path):
+  run = make_run(tmp_path, {'run.num_steps': 7})
+  run.directory.begin()
+  found = status.read(run.directory)
+  assert (found['state'], found['step'], found['num_steps'], found['workers']) == ('starting', 0, 7, {})
+  run.directory.write_status(run_directory.FAILED, message='no luck', generation=1)
+  assert status.in_words(status.read(run.directory)).startswith('failed: no luck\n  step 0 of ')
+  assert run.directory.has_ended(run.directory.read_status())
+
+
+def test_a_stopped_run_names_the_command_that_goes_on(make_run, tmp_path):
+  run = make_run(tmp_path)
+  run.directory.write_command(['python', 'launch.py', '--workdir=a b'])
+  run.directory.write_status(run_directory.STOPPED, **FIELDS)
+  first, *rest = status.in_words(status.read(run.directory)).splitlines()
+  assert first == 'stopped' and "  to go on: python launch.py '--workdir=a b'" in rest
+  assert status.read(run.directory)['command'] == "python launch.py '--workdir=a b'"
+
+
+def test_the_last_evaluation_is_told_and_is_no_computing(make_run, tmp_path):
+  """An evaluator that takes its time: the run evaluates, is fresh, and its wall time stands still."""
+  run = make_run(tmp_path, {'run.architecture': 'fc1', 'run.num_steps': 2})
+  stop = threading.Event()
+  coordinator = coordinator_node.Coordinator(run.directory.path, run.cache, stop)
+  worker = kernel_worker.KernelWorker(coordinator, 'w', 1, run.cache, stop)
+  running = [threading.Thread(target=node.run) for node in (coordinator, worker)]
+  for thread in running:
+    thread.start()
+  found = [None, None]
+  try:
+    _wait(lambda: coordinator.next_snapshot([0, 1]))
+    for i, rows in enumerate((1, 2)):
+      run.directory.append_metrics({'step': i, 'krr_test_accuracy': 0.5, 'krr_test_mse': 0.1, 'train_loss': 0.1, 'wall_seconds': 1.0})
+      _wait(lambda: status.read(run.directory).get('evaluated') == rows)
+      found[i] = status.read(run.directory)
+  finally:
+    stop.set()
+    for thread in running:
+      thread.join(60)
+  for i in range(2):
+    assert (found[i]['state'], found[i]['step'], found[i]['to_evaluate']) == ('evaluating', 2, 3)
+    assert status.in_words(found[i]).startswith(f'evaluating ({i + 2} of 3)\n')
+  assert found[0]['updated'] < found[1]['updated']
+  ended = status.read(run.directory)
+  assert ended['state'] == 'stopped'
+  assert ended['wall_seconds'] == found[1]['wall_seconds'] == found[0]['wall_seconds']
+
+
+def _wait(condition):
+  end = time.monotonic() + 60
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.1)
+
+
+def test_looking_keeps_no_launch_from_starting(tmp_path):
+  """However often somebody looks whether the run is going."""
+  directory = run_directory.RunDirectory(str(tmp_path))
+  stop = threading.Event()
+
+  def look():
+    while not stop.is_set():
+      directory.is_in_use()
+  lookers = [threading.Thread(target=look) for _ in range(2)]
+  for looker in lookers:
+    looker.start()
+  try:
+    for _ in range(50):
+      launch = run_directory.RunDirectory(str(tmp_path))
+      launch.open(base.get_config().to_dict(), 'key')
+      launch.close()
+  finally:
+    stop.set()
+    for looker in lookers:
+      looker.join()
+
+
 @pytest.mark.parametrize('flags, code, expected', [
+    (('--status=true', '--config=configs/digits.py', '--workdir=/nowhere'), 2, 'error: --workdir=/nowhere holds no run'),
+    (('--json', '--config=configs/digits.py', '--workdir=/nowhere'), 2, 'error: --json is for --status: give both.'),
     (('--status',), 2, 'error: --workdir=DIR is missing'),
     (('--status', '--workdir=/nowhere'), 2, 'error: --workdir=/nowhere holds no run'),
     (('--status', '--work=/nowhere'), 2, 'error: Unknown command line flag'),
