@@ -16,6 +16,7 @@ from data import sampling
 from data import store
 from kernels import architectures
 from kernels import ntk
+from kernels import optimizers
 from kernels import reference
 from nodes import checkpoints
 from nodes import coordinator as coordinator_node
@@ -26,6 +27,10 @@ from programs import local
 STOP_TIMEOUT = 60
 AUGMENTED = {'run.data.zca': True, 'run.augmentation.fraction': 0.6, 'run.augmentation.rotation': 15.0, 'run.augmentation.width_shift': 0.1,
              'run.augmentation.horizontal_flip': True, 'run.augmentation.channel_shift': 20.0}
+
+
+HALVES = {'run.plan.support_per_task': 4}  # of 6 support images
+GAP = {'stages': [{'convs': 1, 'pool': True}, {'convs': 1, 'pool': False}], 'readout': 'global_average_pool'}
 
 
 @contextlib.contextmanager
@@ -54,7 +59,7 @@ def _oracle(run, state, prepared):
   y_t = sampling.centred_one_hot(prepared.train_labels[batch], prepared.num_classes)
 
   def loss(images, labels):
-    k_ss, k_ts = kernel_fn(images, images, get='ntk'), kernel_fn(x_t, images, get='ntk')
+    k_ss, k_ts = (kernel_fn(x, images, get=run['kernel']) for x in (images, x_t))
     k = k_ss + run['ridge'] * jnp.trace(k_ss) / len(images) * jnp.eye(len(images))
     return 0.5 * jnp.mean((k_ts @ jnp.linalg.solve(k, labels) - y_t) ** 2)
   value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state.images, state.labels)
@@ -63,7 +68,9 @@ def _oracle(run, state, prepared):
 
 @pytest.mark.parametrize('implementation', ntk.available())
 @pytest.mark.parametrize('architecture, support_tile, target_tile, per_task, more', [
-    ('convnet2', 4, 5, 2, {}), ('fc1', 2, 7, 1, {}), ('fc1', 2, 7, 2, AUGMENTED), ('myrtle5', 6, 33, 1, {})])
+    ('convnet2', 4, 5, 2, {}), ('fc1', 2, 7, 1, {}), ('fc1', 2, 7, 2, AUGMENTED), ('myrtle5', 6, 33, 1, {}),
+    ('convnet2', 4, 5, 2, {**HALVES, 'run.kernel': 'nngp'}), ('myrtle5', 4, 10, 1, HALVES),
+    (GAP, 4, 7, 2, {}), (GAP, 5, 7, 1, HALVES), ('conv2', 4, 9, 1, HALVES)])
 def test_gradient_is_that_of_the_whole_loss(make_run, tmp_path, implementation, architecture, support_tile, target_tile, per_task, more):
   run = make_run(tmp_path, {'run.architecture': architecture, 'run.kernel_dtype': 'float64', 'run.implementation': implementation,
                             'run.plan.support_tile': support_tile, 'run.plan.target_tile': target_tile,
@@ -74,7 +81,7 @@ def test_gradient_is_that_of_the_whole_loss(make_run, tmp_path, implementation, 
     state = state._replace(images=state.images + 0.1 * noise.normal(size=state.images.shape),
                            labels=state.labels + 0.1 * noise.normal(size=state.labels.shape))
     metrics, gradient = coordinator._loss_and_gradient(state)
-  prepared = store.open_prepared(coordinator._prepared.key, run.cache, raw=bool(more))
+  prepared = store.open_prepared(coordinator._prepared.key, run.cache, raw=more is AUGMENTED)
   loss, d_images, d_labels = _oracle(run.config['run'], state, prepared)
   assert metrics.train_loss == pytest.approx(loss, rel=1e-8)
   # On the diagonal of K_ss Neural Tangents differentiates sqrt(1 - c^2) at c = 1 within rounding: good to 2e-8.
@@ -98,8 +105,9 @@ def test_adam_moves_what_the_configuration_says(make_run, tmp_path):
 
 def _final(run):
   """The last checkpoint's state."""
-  probe = coordinator_node.Coordinator(run.directory.path, run.cache, threading.Event())
-  template = coordinator_node.initial_state(run.config['run'], probe._prepared, probe._optimizer)
+  config = run.directory.read_config()
+  optimizer = optimizers.make(config['run']['optimizer'], config['run']['learning_rate'])
+  template = coordinator_node.initial_state(config['run'], store.open_prepared(config['data_key'], run.cache), optimizer)
   state, _ = checkpoints.Checkpoints(run.directory.checkpoints).restore(template)
   return state
 
