@@ -4,7 +4,8 @@ import functools
 import glob
 import hashlib
 import os
-from typing import Any, NamedTuple
+import re
+from typing import Any, Iterable, NamedTuple, Sequence
 
 import numpy as np
 
@@ -20,11 +21,29 @@ HUB = {
     'svhn_cropped': ('ufldl-stanford/svhn', 'cropped_digits', 'f9e1717d73324ebbc1ece84267ccd80d0aca0690'),
 }
 NAMES = ('digits', *HUB)
+_NUMBERS = tuple('0123456789')
+# Of sets whose files name no classes, by `find`'s `name`.
+_KNOWN_CLASSES = {
+    'digits': _NUMBERS, 'mnist': _NUMBERS, 'svhn_cropped': _NUMBERS,
+    'fashion_mnist': ('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker',
+                      'Bag', 'Ankle boot'),
+    'cifar10': ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
+    'cifar100': tuple('''
+        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+        camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
+        dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
+        leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange
+        orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit
+        raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel
+        streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip
+        turtle wardrobe whale willow_tree wolf woman worm'''.split()),
+}
 IMAGE_COLUMNS = ('image', 'img')
 LABEL_COLUMNS = ('label', 'fine_label')
 _FOLDER = 'train.parquet and test.parquet in the Hugging Face schema, or images as train/CLASS/FILE and test/CLASS/FILE'
 NPZ_KEYS = ('x_train', 'y_train', 'x_test', 'y_test')
 _DIGITS_TEST = 360
+_TOLD_CLASSES = 20  # more are not all named in a log
 
 
 class Dataset(NamedTuple):
@@ -35,6 +54,8 @@ class Dataset(NamedTuple):
     train_images, test_images: uint8 or float32 [N, H, W, D].
     train_labels, test_labels: int64 [N], from 0 to num_classes - 1.
     num_classes: `C`.
+    class_names: `C` different names: class i is class_names[i].
+    remarks: lines for the user about what was read.
   """
   name: str
   train_images: np.ndarray
@@ -42,6 +63,8 @@ class Dataset(NamedTuple):
   test_images: np.ndarray
   test_labels: np.ndarray
   num_classes: int
+  class_names: tuple[str, ...]
+  remarks: tuple[str, ...] = ()
 
 
 class Source(NamedTuple):
@@ -75,6 +98,17 @@ def find(name: str, folder: str = '') -> Source:
   if name in HUB:
     return Source(name, ' '.join(HUB[name]), functools.partial(_load_hub, name))
   raise DataError(f'run.data.name: no data set {name!r}; known: {", ".join(NAMES)}, or the path of an .npz file.')
+
+
+def in_words(class_names: Sequence[str]) -> str:
+  """A line that tells which class has which number: '4 classes: 0 one, 1 three, 2 two, 3 zero.'"""
+  count = len(class_names)
+  if tuple(class_names) == tuple(map(str, range(count))):
+    return f'{count} classes: 0 to {count - 1}.'
+  words = [f'{number} {" ".join(name.split())}' for number, name in enumerate(class_names)]
+  if count > _TOLD_CLASSES:
+    words[_TOLD_CLASSES // 2:-1] = ['…']
+  return f'{count} classes: {", ".join(words)}.'
 
 
 def _find_folder(name: str, folder: str) -> Source:
@@ -132,7 +166,7 @@ def _load_npz(path: str) -> Dataset:
 
 def _load_image_folder(name: str, train: list[str], test: list[str]) -> Dataset:
   from PIL import Image
-  classes = sorted({os.path.basename(os.path.dirname(path)) for path in train})
+  classes = _ordered(os.path.basename(os.path.dirname(path)) for path in train)
   arrays = []
   for paths in (train, test):
     images, labels = [], []
@@ -147,41 +181,45 @@ def _load_image_folder(name: str, train: list[str], test: list[str]) -> Dataset:
         raise DataError(f'{path!r} is not a readable image: {_line(error)}') from error
       labels.append(classes.index(label))
     arrays += _stacked(images, labels, os.path.dirname(os.path.dirname(paths[0])) if paths else name)
-  return _checked(name, *arrays)
+  return _checked(name, *arrays, class_names=classes)
 
 
 def _load_parquet(name: str, train: list[str], test: list[str]) -> Dataset:
   import datasets
   import pyarrow
-  arrays = []
+  arrays, names = [], []
   for paths in (train, test):
     try:
       rows = datasets.load_dataset('parquet', data_files=paths, split='train', streaming=True)
-      arrays += _decode(rows, paths[0])
+      arrays += _decode(rows, paths[0], names)
     except DataError:
       raise
     except (OSError, ValueError, TypeError, KeyError, SyntaxError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
       raise DataError(f'{paths[0]!r} is not a readable parquet file of images: {_line(error)}') from error
-  return _checked(name, *arrays)
+  return _checked(name, *arrays, class_names=_agreed(name, names))
 
 
 def _load_hub(name: str) -> Dataset:
   import datasets
   repository, configuration, revision = HUB[name]
-  arrays = []
+  arrays, names = [], []
   try:
     for split in ('train', 'test'):
-      arrays += _decode(datasets.load_dataset(repository, configuration, split=split, revision=revision), repository)
+      rows = datasets.load_dataset(repository, configuration, split=split, revision=revision)
+      arrays += _decode(rows, repository, names)
   except DataError:
     raise
   except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
     raise DataError(f'{name} could not be loaded from the hub ({repository}): {_line(error)} '
                     'Without network, give --config.run.data.dir=FOLDER with train.parquet and test.parquet.') from error
-  return _checked(name, *arrays)
+  return _checked(name, *arrays, class_names=_agreed(name, names))
 
 
-def _decode(rows, where: str) -> list[np.ndarray]:
-  """Images [N, H, W, D] and labels [N] of an iterable of rows in the Hugging Face schema."""
+def _decode(rows, where: str, names: list[Any]) -> list[np.ndarray]:
+  """Images [N, H, W, D] and labels [N] of an iterable of rows in the Hugging Face schema.
+
+  Appends the class names that the schema gives, or None, to `names`.
+  """
   import datasets
   columns = list(rows.features or next(iter(rows), {}))
   image_column = next((c for c in IMAGE_COLUMNS if c in columns), None)
@@ -199,7 +237,17 @@ def _decode(rows, where: str) -> list[np.ndarray]:
       raise DataError(f'{where!r}: row {len(labels)} has no image or no label.')
     images.append(np.asarray(image, feature.dtype) if isinstance(feature, _array_features(datasets)) else _pixels(image, where))
     labels.append(row[label_column])
+  names.append(getattr(rows.features and rows.features[label_column], 'names', None))
   return _stacked(images, labels, where)
+
+
+def _agreed(name: str, names: list[Any]) -> list[str] | None:
+  """The class names that the splits give, None where they give none. Raises DataError."""
+  given = [some for some in names if some is not None]
+  if given and any(some != given[0] for some in given):
+    raise DataError(f'{name}: train and test name their classes differently: {in_words(given[0])} and '
+                    f'{in_words(given[1])}')
+  return given[0] if given else None
 
 
 def _array_features(datasets) -> tuple[type, ...]:
@@ -228,7 +276,16 @@ def _line(error: Exception) -> str:
   return (text[:200] + '…' if len(text) > 200 else text or type(error).__name__).rstrip('.') + '.'
 
 
-def _checked(name: str, train_images, train_labels, test_images, test_labels) -> Dataset:
+def _ordered(names: Iterable[str]) -> list[str]:
+  """Different names in the order in which classes are numbered: by value where all are numbers, else as text."""
+  different = sorted(set(names))
+  if all(re.fullmatch(r'-?[0-9]+(\.[0-9]+)?', name) for name in different):
+    different.sort(key=float)
+  return different
+
+
+def _checked(name: str, train_images, train_labels, test_images, test_labels,
+             class_names: Sequence[str] | None = None) -> Dataset:
   sets = []
   for split, images, labels in (('train', train_images, train_labels), ('test', test_images, test_labels)):
     if images.ndim == 3:
@@ -258,4 +315,8 @@ def _checked(name: str, train_images, train_labels, test_images, test_labels) ->
   empty = np.nonzero(np.bincount(train_labels, minlength=num_classes) == 0)[0] if num_classes < 10 ** 6 else [num_classes]
   if len(empty):
     raise DataError(f'{name}: labels must be 0 to C - 1 with every class present; class {empty[0]} has no training image.')
-  return Dataset(name, train_images, train_labels, test_images, test_labels, num_classes)
+  names = class_names or _KNOWN_CLASSES.get(name, ())
+  if len(names) < num_classes:
+    names = tuple(map(str, range(num_classes)))
+  return Dataset(name, train_images, train_labels, test_images, test_labels, num_classes,
+                 tuple(names[:num_classes]))

@@ -20,7 +20,7 @@ from data import NPZ_ERRORS
 from data import preprocess
 from data import sources
 
-_VERSION = 3
+_VERSION = 4
 _META, _CONTENT = 'meta.json', 'content'
 _ARRAYS = ('train_images', 'train_labels', 'test_images', 'test_labels')
 _ZCA = 'zca'
@@ -42,6 +42,8 @@ class Prepared(NamedTuple):
     num_classes: `C`.
     transform: raw pixels -> preprocessed.
     raw_images: uint8 or float32 [N, H, W, D], the training images before preprocessing; None unless they were asked for.
+    class_names: `C` different names: class i is class_names[i].
+    remarks: lines for the user about what was read.
   """
   key: str
   content: str
@@ -53,6 +55,8 @@ class Prepared(NamedTuple):
   num_classes: int
   transform: preprocess.Transform
   raw_images: np.ndarray | None = None
+  class_names: tuple[str, ...] = ()
+  remarks: tuple[str, ...] = ()
 
 
 def cache_folder(configured: str = '') -> str:
@@ -88,7 +92,7 @@ def prepare(data: Mapping[str, Any], cache: str, raw: bool = False) -> Prepared:
   if _open(key, cache) is None:
     transform = preprocess.fit(dataset.train_images, regularisation)
     meta = {'name': dataset.name, 'num_classes': dataset.num_classes, 'mean': transform.mean.tolist(), 'std': transform.std.tolist(),
-            'norm': transform.norm}
+            'norm': transform.norm, 'class_names': dataset.class_names, 'remarks': dataset.remarks}
 
     def write(path):
       for split in ('train', 'test'):
@@ -144,7 +148,8 @@ def open_prepared(key: str, cache: str, raw: bool = False) -> Prepared | None:
   meta, arrays = found
   transform = preprocess.Transform(np.asarray(meta['mean']), np.asarray(meta['std']), arrays.pop(_ZCA, None), meta['norm'])
   return Prepared(key, _content(meta), meta['name'], num_classes=meta['num_classes'], transform=transform, **arrays,
-                  raw_images=raw_found[1]['train_images'])
+                  raw_images=raw_found[1]['train_images'], class_names=tuple(meta['class_names']),
+                  remarks=tuple(meta['remarks']))
 
 
 def _content(meta: Mapping[str, Any]) -> str:

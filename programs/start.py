@@ -11,6 +11,7 @@ import psutil
 
 from configs import base
 from data import DataError
+from data import sources
 from data import store
 from kernels import ntk
 from nodes import command_line
@@ -33,7 +34,7 @@ class Run(NamedTuple):
     config: validated, plain values; `system.num_workers` is at least 1.
     directory: open, and locked by this process; of one that joins a run elsewhere neither, and None where it needs no more than an address.
     cache: folder that holds its prepared data.
-    remarks: lines for the user: the memory it needs, a plan that does not suit its workers, where kernels are computed.
+    remarks: lines for the user: its classes, what was odd about the data, the memory it needs, a plan that does not suit its workers, where kernels are computed.
     gpus: for the kernels, of this host.
   """
   config: dict[str, Any]
@@ -79,7 +80,8 @@ def ready(find_gpus: Callable[[str], placement.Gpus] | None) -> Run:
     directory.write_command([os.path.basename(sys.executable), *sys.orig_argv[1:]])
   except (base.ConfigError, DataError, run_directory.RunDirectoryError) as error:
     raise BadInput(str(error)) from error
-  return Run(config, directory, cache, tuple(filter(None, (memory, plan, gpus.remark))), gpus)
+  remarks = sources.in_words(prepared.class_names), *prepared.remarks, memory, plan, gpus.remark
+  return Run(config, directory, cache, tuple(filter(None, remarks)), gpus)
 
 
 def stop_event() -> threading.Event:
