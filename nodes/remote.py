@@ -45,6 +45,12 @@ class Retrying:
     self._unreachable, self._listening, self._answered = unreachable, listening, answered
     self._was_there = False
 
+  def until(self, stop: threading.Event) -> 'Retrying':
+    """The same, but its calls are given up when `stop` is set."""
+    other = Retrying.__new__(Retrying)
+    vars(other).update(vars(self), _stop=stop)
+    return other
+
   def __getattr__(self, method: str) -> Callable[..., Any]:
     def call(*args):
       start, told, lost = time.monotonic(), 0.0, None

@@ -38,12 +38,12 @@ def _support(prepared, size=6):
 def test_krr_on_ragged_tiles_is_the_formula(make_run, tmp_path):
   """25 test images in tiles of 4, against K_ts (K_ss + ridge)^-1 y in one piece."""
   run = make_run(tmp_path, {**FC1, 'run.kernel_dtype': 'float64', 'run.ridge': 1e-3, 'system.evaluation.krr_tile': 4})
-  worth, prepared = _evaluation(run)
+  evaluate, prepared = _evaluation(run)
   images, labels = _support(prepared)
-  k_ss, k_ts = worth._kernel.block(images, images), worth._kernel.block(np.asarray(prepared.test_images), images)
+  k_ss, k_ts = evaluate._kernel.block(images, images), evaluate._kernel.block(np.asarray(prepared.test_images), images)
   predictions = k_ts @ np.linalg.solve(k_ss + 1e-3 * np.trace(k_ss) / 6 * np.eye(6), labels)
   truth = np.eye(3)[prepared.test_labels] - 1 / 3
-  row = worth.krr(images, labels)
+  row = evaluate.krr(images, labels)
   assert row['krr_test_accuracy'] == np.mean(predictions.argmax(axis=1) == prepared.test_labels)
   assert row['krr_test_mse'] == pytest.approx(np.mean((predictions - truth) ** 2) / 2, rel=1e-9)
 
@@ -51,41 +51,42 @@ def test_krr_on_ragged_tiles_is_the_formula(make_run, tmp_path):
 def test_mean_and_deviation_and_what_was_selected_on_what(make_run, tmp_path):
   changes = {**FC1, **NETWORK, 'system.evaluation.nn_seeds': 3, 'system.evaluation.nn_l2s': (0.0, 1e-3),
              'system.evaluation.nn_learning_rate_factors': (0.5,), 'system.evaluation.nn_architecture': 'conv1'}
-  worth, prepared = _evaluation(make_run(tmp_path, changes))
+  evaluate, prepared = _evaluation(make_run(tmp_path, changes))
   images, labels = _support(prepared)
-  row = worth.finite_network(images, labels)
+  row = evaluate.finite_network(images, labels)
   held_out = prepared.train_images[-9:], prepared.train_labels[-9:]  # a tenth of 96
   result = finite_network.evaluate(
       architectures.get('conv1'), images, labels, held_out, (prepared.test_images, prepared.test_labels), width=8, steps=5, batch=100,
       loss='mse', learning_rate_factors=(0.5,), l2s=(0.0, 1e-3), num_seeds=3, seed=0)
   a, b, c = result.test_accuracies
   mean = (a + b + c) / 3
-  assert row == {'nn_test_accuracy': pytest.approx(mean), 'nn_seeds': 3, 'nn_learning_rate_factor': 0.5, 'nn_l2': result.l2,
+  assert row == {'nn_test_accuracy': pytest.approx(mean), 'nn_seeds': 3, 'nn_width': 8, 'nn_steps': 5, 'nn_learning_rate_factor': 0.5, 'nn_l2': result.l2,
                  'nn_test_accuracy_std': pytest.approx((((a - mean) ** 2 + (b - mean) ** 2 + (c - mean) ** 2) / 2) ** 0.5),
                  'nn_selected_on': 'the last 9 training images', 'nn_validation_accuracy': result.validation_accuracy}
 
 
 def test_one_network_with_one_setting_has_no_deviation_and_no_selection(make_run, tmp_path):
-  worth, prepared = _evaluation(make_run(tmp_path, {**FC1, **NETWORK}))
-  row = worth.finite_network(*_support(prepared))
-  assert sorted(row) == ['nn_l2', 'nn_learning_rate_factor', 'nn_seeds', 'nn_selected_on', 'nn_test_accuracy']
+  evaluate, prepared = _evaluation(make_run(tmp_path, {**FC1, **NETWORK}))
+  row = evaluate.finite_network(*_support(prepared))
+  assert sorted(row) == ['nn_l2', 'nn_learning_rate_factor', 'nn_seeds', 'nn_selected_on', 'nn_steps', 'nn_test_accuracy',
+                         'nn_width']
   assert row['nn_selected_on'] is None and row['nn_seeds'] == 1
 
 
 def test_baselines_are_the_images_a_run_starts_from_with_hard_and_solved_labels(make_run, tmp_path):
-  worth, prepared = _evaluation(make_run(tmp_path, {**FC1, **NETWORK, 'run.ridge': 1e-3, 'system.evaluation.krr_tile': 13}))
+  evaluate, prepared = _evaluation(make_run(tmp_path, {**FC1, **NETWORK, 'run.ridge': 1e-3, 'system.evaluation.krr_tile': 13}))
   images, labels = _support(prepared)
   kernel = ntk.make_kernel('fc1', dtype='float64')
   k_ss, k_ts = kernel.block(images, images), kernel.block(prepared.train_images, images)
   y_t = sampling.centred_one_hot(prepared.train_labels, prepared.num_classes)
   solved = np.linalg.pinv(k_ts @ np.linalg.inv(k_ss + 1e-3 * np.trace(k_ss) / 6 * np.eye(6))) @ y_t
-  rows = worth.baselines(6)
-  assert rows[0] == {'kind': 'real images, hard labels', **worth.krr(images, labels), **worth.finite_network(images, labels)}
+  rows = evaluate.baselines(6)
+  assert rows[0] == {'kind': 'real images, hard labels', **evaluate.krr(images, labels), **evaluate.finite_network(images, labels)}
   assert rows[1]['kind'] == 'real images, solved labels'
-  assert rows[1]['krr_test_mse'] == pytest.approx(worth.krr(images, solved)['krr_test_mse'], rel=1e-3)  # float32 kernel
-  assert rows[1]['krr_test_accuracy'] == worth.krr(images, solved)['krr_test_accuracy']
+  assert rows[1]['krr_test_mse'] == pytest.approx(evaluate.krr(images, solved)['krr_test_mse'], rel=1e-3)  # float32 kernel
+  assert rows[1]['krr_test_accuracy'] == evaluate.krr(images, solved)['krr_test_accuracy']
   with pytest.raises(ValueError, match='size must be a multiple of 3'):
-    worth.baselines(7)
+    evaluate.baselines(7)
 
 
 @pytest.fixture(scope='module', name='distilled')
@@ -126,13 +127,13 @@ def test_the_evaluator_stops_where_it_is_and_gives_signs_of_life(make_run, tmp_p
   run = make_run(tmp_path, FC1)
   stop, coordinator = threading.Event(), mock.Mock()
   node = evaluator.Evaluator(coordinator, run.directory.path, 1, run.cache, stop)
-  worth, prepared = _evaluation(run)
-  worth._check = node._check
-  worth.krr(*_support(prepared))
+  evaluate, prepared = _evaluation(run)
+  evaluate._check = node._check
+  evaluate.krr(*_support(prepared))
   coordinator.heartbeat.assert_called_once_with('evaluator')
   stop.set()
   with pytest.raises(evaluator.Stopping):
-    worth.krr(*_support(prepared))
+    evaluate.krr(*_support(prepared))
 
 
 def _alone(*flags, cache, timeout=200):
@@ -178,9 +179,9 @@ def test_alone_on_a_set_that_the_authors_released_by_its_name(released_mnist):
   assert done.returncode == 0, done.stderr
   row, = json.loads(done.stdout)['rows']
   distilled = export.load_released(name, cache, folder)
-  worth = evaluation.Evaluation(distilled.settings['run'], distilled.settings['evaluation'],
+  evaluate = evaluation.Evaluation(distilled.settings['run'], distilled.settings['evaluation'],
                                 store.prepare(distilled.settings['run']['data'], cache), threads=1)
-  assert row == {'kind': 'distilled', **worth.krr(distilled.images, distilled.labels)}
+  assert row == {'kind': 'distilled', **evaluate.krr(distilled.images, distilled.labels)}
   done = _alone('--config=configs/cifar10_ipc1.py', *flags, cache=cache)
   assert done.returncode == 2 and 'was distilled from mnist with other content or preprocessing than that of the cifar10' in done.stderr
 

@@ -71,7 +71,8 @@ def test_a_released_set_is_used_like_our_own(released_mnist, tmp_path):
   run = distilled.settings['run']
   base.validate({**base.get_config().to_dict(), 'run': run})
   prepared = store.prepare(run['data'], cache)
-  assert distilled.settings['data'] == {'name': 'mnist', 'key': prepared.key} and distilled.settings['label_offset'] == -0.1
+  assert distilled.settings['data'] == {'name': 'mnist', 'key': prepared.key,
+                                        'class_names': list('0123456789')} and distilled.settings['label_offset'] == -0.1
   assert (run['architecture'], run['images_per_class'], run['learn_labels'], run['data']['zca']) == ('convnet', 1, True, False)
   np.testing.assert_array_equal(distilled.transform.mean, prepared.transform.mean)
   copy = str(tmp_path / 'distilled.npz')
@@ -98,7 +99,7 @@ def _grey(tmp_path):
   transform = preprocess.Transform(np.array([100.0]), np.array([50.0]))
   images, labels = rng.normal(size=(4, 5, 6, 1)).astype(np.float32), rng.normal(size=(4, 2)).astype(np.float32)
   prepared = store.Prepared(*[None] * len(store.Prepared._fields))._replace(
-      key='key', name='grey', transform=transform, num_classes=2)
+      key='key', name='grey', transform=transform, num_classes=2, class_names=('a/b', 'c'))
   path = str(tmp_path / 'distilled.npz')
   export.save(path, images, labels, 1, {'run': {}, 'system': {'evaluation': {}}}, prepared)
   return path, export.load(path)
@@ -107,11 +108,11 @@ def _grey(tmp_path):
 def test_an_image_folder_holds_raw_pixels_and_labels(grey, tmp_path):
   path, distilled = grey
   assert export.main(['export', path, f'--to={tmp_path}/out']) == 0
-  for i, name in enumerate(['0/00000.png', '0/00001.png', '1/00002.png', '1/00003.png']):
+  for i, name in enumerate(['a_b/00000.png', 'a_b/00001.png', 'c/00002.png', 'c/00003.png']):
     expected = np.clip(np.round(100 + 50.0 * distilled.images[i, ..., 0].astype(np.float64)), 0, 255)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'out' / name)), expected)
   header, *lines = (tmp_path / 'out' / 'labels.csv').read_text().splitlines()
-  assert header == 'file,label_0,label_1' and lines[2].startswith('1/00002.png,')
+  assert header == 'file,label_a/b,label_c' and lines[2].startswith('c/00002.png,')
   np.testing.assert_array_equal(np.array([line.split(',')[1:] for line in lines], np.float32), distilled.labels)
 
 
@@ -121,7 +122,7 @@ def test_a_dataset_folder_loads_exactly(grey, tmp_path):
   rows = datasets.load_dataset(str(tmp_path / 'out'), cache_dir=str(tmp_path / 'cache'))['train']
   np.testing.assert_array_equal(np.array(rows['pixels'], np.float32), grey[1].images)
   np.testing.assert_array_equal(np.array(rows['soft_label'], np.float32), grey[1].labels)
-  assert list(rows['label']) == [0, 0, 1, 1] and rows.features['label'].num_classes == 2
+  assert list(rows['label']) == [0, 0, 1, 1] and rows.features['label'].names == ['a/b', 'c']
   np.testing.assert_array_equal(np.asarray(rows[3]['image']), export.raw_images(grey[1])[3, ..., 0])
 
 

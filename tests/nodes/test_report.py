@@ -108,7 +108,7 @@ def test_a_row_a_class_or_a_column_with_one_image(images_per_class, num_classes,
   greys = numpy.linspace(0.0, 1.0, num_classes)
   images = numpy.repeat(greys, images_per_class)[:, None, None, None] * numpy.ones((1, 4, 4, 3))
   picture = numpy.asarray(Image.open(io.BytesIO(pictures.support_images(
-      images, images[::-1], num_classes, ('', ''), report.export.preprocess.Transform(numpy.zeros(3), numpy.ones(3))))).convert('L'))
+      images, images[::-1], [str(c) for c in range(num_classes)], ('', ''), report.export.preprocess.Transform(numpy.zeros(3), numpy.ones(3))))).convert('L'))
   rows, columns = grid
   assert (picture.shape[0] < picture.shape[1]) == (rows < columns)
   for c, grey in enumerate(greys):
@@ -131,7 +131,8 @@ def test_published_rows():
   run = base.get_config().to_dict()['run']
   assert published.find(run) is None
   run['data'].update(name='cifar10', zca=True)
-  assert published.find(run) == {'kind': 'published at convergence (NeurIPS 2021, Table 1)', 'krr': '63.4-64.7', 'network': '49.9'}
+  assert published.find(run) == {'kind': 'published at convergence (NeurIPS 2021, Table 1)', 'krr': '63.4-64.7', 'network': '49.9',
+                                 'nn_width': 1024, 'nn_steps': 5000}
   run['data'].update(zca=False)
   assert published.find(run) is None
   run.update(method='label_solve', architecture='fc1', images_per_class=50)

@@ -39,14 +39,17 @@ def test_a_row_and_its_set_once(tmp_path):
   """Two images of one grey each, in the space of (x - 10) / 20; training images from 0 to 40."""
   directory = run_directory.RunDirectory(str(tmp_path))
   train = np.linspace(-0.5, 1.5, 2 * 4 * 4, dtype=np.float32).reshape(2, 4, 4, 1)
-  prepared = store.Prepared('', '', '', train, None, train, None, 2, preprocess.Transform(np.array([10.0]), np.array([20.0])))
+  prepared = store.Prepared('', '', '', train, None, train, None, 2, preprocess.Transform(np.array([10.0]), np.array([20.0])),
+                            class_names=('cat', 'dog'))
   images = np.array([0.5, 1.0], np.float32)[:, None, None, None] * np.ones((2, 4, 4, 1), np.float32)  # pixels 20 and 30
   labels = np.array([[0.9, -0.1], [-0.4, 0.2]])
   for step in (3, 12, 3):
     tensorboard.write(directory, {**ROW, 'step': step}, images, labels, prepared)
   assert sorted(os.listdir(directory.tensorboard)) == ['events.out.tfevents.0000000003', 'events.out.tfevents.0000000012']
   found = _values(directory)
-  assert {tag for tag, _ in found} == {'test/krr_test_accuracy', 'train/train_loss', 'run/wall_seconds', 'images', 'labels'}
+  assert {tag for tag, _ in found} == {'test/krr_test_accuracy', 'train/train_loss', 'run/wall_seconds', 'images', 'labels',
+                                       'classes/text_summary'}
+  assert found['classes/text_summary', 12][0].tensor.string_val == [b'0 cat, 1 dog']
   assert all(len(values) == 1 and step in (3, 12) for (_, step), values in found.items())
   assert found['test/krr_test_accuracy', 12][0].simple_value == 0.75 and found['train/train_loss', 3][0].simple_value == 0.125
   picture = np.asarray(Image.open(io.BytesIO(found['images', 3][0].image.encoded_image_string)))
@@ -60,7 +63,7 @@ def test_a_row_and_its_set_once(tmp_path):
 def test_whitened_images_are_shown_as_kernels_see_them_too(tmp_path):
   directory = run_directory.RunDirectory(str(tmp_path))
   images = np.random.default_rng(0).normal(size=(4, 3, 3, 1)).astype(np.float32)
-  prepared = store.Prepared('', '', '', images, None, images, None, 2, preprocess.fit(images, 0.1))
+  prepared = store.Prepared('', '', '', images, None, images, None, 2, preprocess.fit(images, 0.1), class_names=('0', '1'))
   tensorboard.write(directory, ROW, images, np.eye(2)[[0, 0, 1, 1]] - 0.5, prepared)
   found = _values(directory)
   images, whitened = (found[tag, 3][0].image.encoded_image_string for tag in ('images', 'images_whitened'))
