@@ -39,7 +39,7 @@ from nodes.remote import CoordinatorLost
 from nodes.remote import Stopping
 
 _TRIES, _PAUSE = 3, 2.0  # of evaluating, before the coordinator hears that it is no use; seconds between them
-_BEAT = 5.0  # seconds between heartbeats
+HEARTBEAT_SECONDS = 5.0  # between two heartbeats
 _TOLD_EVERY = 60.0  # seconds between two log lines about heartbeats that do not get through
 
 
@@ -61,13 +61,13 @@ class Evaluator:
   def run(self) -> None:
     """Evaluates until told to stop. Raises CoordinatorLost where the run's coordinator is not there any more."""
     over = threading.Event()
-    heart = threading.Thread(target=self._send_heartbeats, args=(self._coordinator.until(over), over), daemon=True)
+    heart = threading.Thread(target=self._send_heartbeats, args=(self._coordinator.until(over), over), name='heartbeats', daemon=True)
     heart.start()
     try:
       self._persevere()
     finally:
       over.set()
-      heart.join(_BEAT)
+      heart.join(HEARTBEAT_SECONDS)
 
   def _send_heartbeats(self, coordinator: Any, over: threading.Event) -> None:
     """Tells the coordinator that there is somebody to wait for, however long a kernel block takes, until `over`."""
@@ -78,7 +78,7 @@ class Evaluator:
         return
       except Exception as error:  # whatever it is: the evaluation goes on, and its own next call meets it
         logging.log_every_n_seconds(logging.WARNING, 'A heartbeat does not get through: %s: %s', _TOLD_EVERY, type(error).__name__, error)
-      over.wait(_BEAT)
+      over.wait(HEARTBEAT_SECONDS)
 
   def _persevere(self) -> None:
     for attempt in range(_TRIES):
@@ -112,7 +112,7 @@ class Evaluator:
     os.environ.setdefault('MPLCONFIGDIR', os.path.join(self._cache, 'matplotlib'))
     done = [row['step'] for row in self._directory.read_metrics()]
     if done:  # a kill may have come between a row and what is made of it
-      self._decorate('TensorBoard', self._write_missing_events)
+      self._decorate("TensorBoard's file of an earlier row", self._write_missing_events)
     if self._run['num_steps'] in done:
       self._finish()
     while not self._stop_event.is_set():
@@ -155,7 +155,7 @@ class Evaluator:
     """Writes a row, then what is made of it. Raises RunDirectoryError where the row cannot be written, Stopping."""
     run_directory.persist(f'the row of step {row["step"]} in {self._directory.metrics}',
                           lambda: self._directory.append_metrics(row), self._stop_event)
-    self._decorate('TensorBoard', lambda: self._write_events(row, snapshot['images'], snapshot['labels']))
+    self._decorate(f'TensorBoard\'s file of step {row["step"]}', lambda: self._write_events(row, snapshot['images'], snapshot['labels']))
     if snapshot['final']:
       self._finish()
 

@@ -147,8 +147,9 @@ def load_snapshot(directory: run_directory.RunDirectory, step: int, size: Sequen
     if (images.shape, labels.shape) != shapes:
       raise ValueError(f'images {images.shape}, labels {labels.shape} instead of {shapes[0]}, {shapes[1]}')
   except NPZ_ERRORS as error:
-    raise DataError(f'the snapshot of step {step} cannot be read ({error}); there are those of steps '
-                    f'{", ".join(map(str, directory.snapshot_steps()))}.') from error
+    others = ', '.join(str(other) for other in directory.snapshot_steps() if other != step)
+    there = f'there are those of steps {others}' if others else 'there is no other'
+    raise DataError(f'the snapshot of step {step} cannot be read ({error}); {there}.') from error
   return images, labels
 
 

@@ -123,12 +123,12 @@ def label_bars(before: np.ndarray, after: np.ndarray, class_names: Sequence[str]
     titles: of the two.
   """
   num_classes, names = len(class_names), _shortened(class_names, _SHORT)
-  few, upright = num_classes <= _FEW_CLASSES, max(map(len, names)) > 2
+  few, upright = num_classes <= _FEW_CLASSES, num_classes <= 10 and max(map(len, names)) > 2
   chosen = np.arange(min(num_classes, _FEW_CLASSES if few else 10)) * (len(after) // num_classes)
   columns = min(5 if few else 2, len(chosen))
   rows = -(-len(chosen) // columns)
-  height = 1.1 * rows + (1.0 if upright else 0.5)
-  figure = matplotlib.figure.Figure(figsize=(6.7 if few else 8.0, height), layout='constrained')
+  text = 0.6 * (1 + (rows > 1 and len(chosen) < rows * columns)) if upright else 0.0  # inches: below the last rows
+  figure = matplotlib.figure.Figure(figsize=(6.7 if few else 8.0, 1.1 * rows + 0.5 + text), layout='constrained')
   axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
   for axis in axes.flat[len(chosen):]:
     axis.set_axis_off()

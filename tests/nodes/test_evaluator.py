@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -18,6 +19,8 @@ from kernels import ntk
 from nodes import evaluation
 from nodes import evaluator
 from nodes import export
+from nodes import remote
+from nodes import run_directory
 from programs import local
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -99,7 +102,6 @@ def _distilled(tmp_path_factory, npz, cache):
       'run.architecture': 'fc1', 'run.data.name': npz, 'run.num_steps': 2, 'run.images_per_class': 2, 'run.targets_per_step': 33,
       'system.cache_dir': cache, 'system.evaluation.nn_steps': 5, 'system.evaluation.nn_width': 8, 'system.evaluation.baselines': True,
       'system.snapshot_steps': (1,), 'system.num_workers': 2})
-  from nodes import run_directory
   from programs import start
   config = config.to_dict()
   prepared = store.prepare(config['run']['data'], cache)
@@ -123,17 +125,273 @@ def test_a_run_evaluates_networks_at_its_ends_and_baselines_once(distilled):
   assert baselines[0]['nn_test_accuracy'] == rows[0]['nn_test_accuracy']
 
 
-def test_the_evaluator_stops_where_it_is_and_gives_signs_of_life(make_run, tmp_path):
-  run = make_run(tmp_path, FC1)
-  stop, coordinator = threading.Event(), mock.Mock()
-  node = evaluator.Evaluator(coordinator, run.directory.path, 1, run.cache, stop)
-  evaluate, prepared = _evaluation(run)
-  evaluate._check = node._check
-  evaluate.krr(*_support(prepared))
-  coordinator.heartbeat.assert_called_once_with('evaluator')
-  stop.set()
-  with pytest.raises(evaluator.Stopping):
-    evaluate.krr(*_support(prepared))
+class _Coordinator:
+  """Hands out snapshots, one step after the other, and keeps what it is told."""
+
+  def __init__(self, run, snapshots):
+    """`snapshots`: {step: (images [S, H, W, D], labels [S, C])}; the last one is final."""
+    self.description = {**run.directory.read_config(), 'run_id': 'id', 'generation': 1}
+    self.snapshots, self.final = snapshots, max(snapshots)
+    self.heartbeats, self.rows, self.reasons, self.asked = threading.Semaphore(0), [], [], []
+
+  def describe(self):
+    return json.dumps(self.description)
+
+  def next_snapshot(self, done):
+    self.asked.append(list(done))
+    for step, (images, labels) in self.snapshots.items():
+      if step not in done:
+        return {'run_id': 'id', 'step': step, 'images': images, 'labels': labels, 'final': step == self.final,
+                'metrics': json.dumps({'train_loss': 0.5, 'wall_seconds': 1.0 * step})}
+    return {'stop': 'the run is over.'}
+
+  def heartbeat(self, name):
+    assert name == 'evaluator'
+    self.heartbeats.release()
+
+  def evaluated(self, row):
+    self.rows.append(json.loads(row))
+
+  def broken(self, name, reason):
+    self.reasons.append((name, reason))
+
+
+@pytest.fixture(name='follow')
+def _follow(make_run, tmp_path):
+  """A function (changes) -> (run, coordinator, evaluator, stop) of a run with the snapshots 0 to 2, all of them written."""
+
+  def make(changes=None):
+    run = make_run(tmp_path, {**FC1, 'run.num_steps': 2, **(changes or {})})
+    prepared = store.open_prepared(run.directory.read_config()['data_key'], run.cache)
+    images, labels = _support(prepared)
+    snapshots = {step: (images + np.float32(0.1 * step), labels.astype(np.float32)) for step in range(3)}
+    for step, (images, labels) in snapshots.items():
+      np.savez(run.directory.snapshot(step), images=images, labels=labels)
+    export.save(run.directory.distilled, *snapshots[2], 2, run.config, prepared)
+    coordinator, stop = _Coordinator(run, snapshots), threading.Event()
+    node = evaluator.Evaluator(remote.Retrying(coordinator, 10.0, stop), run.directory.path, 1, run.cache, stop)
+    return run, coordinator, node, stop
+  return make
+
+
+def _steps(run):
+  return [row['step'] for row in run.directory.read_metrics()]
+
+
+def _read(path):
+  with open(path, encoding='utf-8') as file:
+    return file.read()
+
+
+def test_a_damaged_first_snapshot_costs_no_row(follow):
+  run, coordinator, node, _ = follow()
+  with open(run.directory.snapshot(0), 'wb') as file:
+    file.write(b'PK damaged')
+  node.run()
+  assert _steps(run) == [row['step'] for row in coordinator.rows] == [0, 1, 2] and not coordinator.reasons
+  report = _read(run.directory.report)
+  assert 'The snapshot of step 0 cannot be read' in report and 'there are those of steps 1, 2.' in report
+  assert os.path.exists(run.directory.picture)
+
+
+@pytest.mark.parametrize('blocked, lines', [
+    ('tensorboard', [("TensorBoard's file of step", 3)]), ('report', [('report.html', 1)]), ('picture', [('report.html', 1)])])
+def test_what_is_made_of_the_rows_may_fail(follow, caplog, blocked, lines):
+  """A folder where a file should be, or a file where a folder should be."""
+  run, coordinator, node, _ = follow()
+  path = getattr(run.directory, blocked)
+  if blocked == 'tensorboard':
+    open(path, 'w', encoding='utf-8').close()
+  else:
+    os.makedirs(path)
+  node.run()
+  assert _steps(run) == [row['step'] for row in coordinator.rows] == [0, 1, 2] and not coordinator.reasons
+  for what, count in lines:
+    found = [record.message for record in caplog.records if record.message.startswith(what)]
+    assert len(found) == count
+    for message in found:
+      assert re.search(r'is not written \((FileExists|IsADirectory|NotADirectory)Error: .*\)\. The results are whole', message)
+      assert message.endswith(f'python -m nodes.report --workdir={run.directory.path}') and '\n' not in message
+  assert os.path.isfile(run.directory.report) == (blocked == 'tensorboard')
+
+
+def test_baselines_that_cannot_be_kept_cost_no_row(follow, caplog, monkeypatch):
+  monkeypatch.setattr(run_directory, 'DISK_PATIENCE', 0.0)
+  run, coordinator, node, _ = follow({'system.evaluation.baselines': True})
+  os.makedirs(run.directory.baselines)
+  node.run()
+  assert [row['step'] for row in coordinator.rows] == [0, 1, 2] and os.path.exists(run.directory.report)
+  assert re.search(r'baselines.json is not written \(RunDirectoryError: .*baselines.json cannot be written \(Is a directory\)', caplog.text)
+
+
+def test_a_run_without_matplotlib_or_a_home_finishes_and_says_what_is_missing(npz, cache, tmp_path):
+  """Matplotlib that cannot be imported, as where a library of the system is missing."""
+  (tmp_path / 'matplotlib.py').write_text('raise ImportError("libfreetype.so.6: cannot open shared object file")')
+  flags = {'run.data.name': npz, 'run.architecture': 'fc1', 'run.num_steps': 1, 'run.targets_per_step': 33,
+           'system.cache_dir': cache, 'system.num_workers': 1, 'system.evaluation.nn_steps': 0}
+  done = subprocess.run(
+      [sys.executable, '-m', 'programs.local', '--config=configs/base.py', f'--workdir={tmp_path}/run',
+       *(f'--config.{name}={value}' for name, value in flags.items())],
+      cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,
+      env={**os.environ, 'PYTHONPATH': str(tmp_path), 'HOME': '/proc/nowhere', 'MPLCONFIGDIR': '/proc/nowhere'})
+  assert done.returncode == 0, done.stderr
+  assert sorted(_rows(tmp_path / 'run')) == [0, 1]
+  assert 'report.html is not written (ImportError: libfreetype.so.6: cannot open shared object file)' in done.stderr
+  assert f'python -m nodes.report --workdir={tmp_path}/run' in done.stderr
+
+
+def test_what_a_kill_left_out_after_the_last_row_is_made_before_the_run_may_end(follow):
+  run, coordinator, node, stop = follow({'system.evaluation.baselines': True})
+  node.run()
+  assert coordinator.asked[0] == []
+  events = sorted(os.listdir(run.directory.tensorboard))
+  os.remove(run.directory.report)
+  os.remove(os.path.join(run.directory.tensorboard, events[1]))
+  with open(run.directory.baselines, 'w', encoding='utf-8') as file:
+    file.write('[{"kind": ')
+  asked = []
+
+  def next_snapshot(done):
+    asked.append((done, os.path.exists(run.directory.report), sorted(os.listdir(run.directory.tensorboard))))
+    return {'stop': 'the run is over.'}
+  coordinator.next_snapshot = next_snapshot
+  evaluator.Evaluator(remote.Retrying(coordinator, 10.0, stop), run.directory.path, 1, run.cache, stop).run()
+  assert asked == [([0, 1, 2], True, events)]
+  assert [row['kind'] for row in run.directory.read_baselines()] == ['real images, hard labels', 'real images, solved labels']
+  assert 'real images, solved labels' in _read(run.directory.report)
+
+
+@pytest.mark.parametrize('change', [lambda images, labels: (images[:, :7], labels), lambda images, labels: (images[:0], labels[:0]),
+                                    lambda images, labels: (np.nan * images, labels)], ids=['shape', 'empty', 'nan'])
+def test_a_snapshot_that_cannot_be_evaluated_is_passed_over(follow, caplog, change):
+  run, coordinator, node, _ = follow()
+  coordinator.snapshots[1] = change(*coordinator.snapshots[1])
+  node.run()
+  assert _steps(run) == [row['step'] for row in coordinator.rows] == [0, 2] and not coordinator.reasons
+  assert re.search(r'the snapshot of step 1 cannot be used \(.*\); it is not evaluated\.', caplog.text)
+  assert os.path.exists(run.directory.report)
+
+
+def test_a_last_snapshot_that_cannot_be_evaluated_is_told(follow, monkeypatch):
+  monkeypatch.setattr(evaluator.time, 'sleep', lambda seconds: None)
+  run, coordinator, node, _ = follow()
+  os.truncate(run.directory.distilled, 100)
+  with pytest.raises(export.DataError):
+    node.run()
+  assert _steps(run) == [0, 1] and len(coordinator.reasons) == 1 and 'is not a distilled set' in coordinator.reasons[0][1]
+
+
+def test_a_full_disk_is_waited_for_without_evaluating_again(follow, monkeypatch, caplog):
+  monkeypatch.setattr(run_directory, 'DISK_PAUSE', 0.01)
+  run, coordinator, node, _ = follow()
+  append, evaluate = run_directory.RunDirectory.append_metrics, mock.Mock(side_effect=evaluation.Evaluation.krr)
+  errors = [OSError(28, 'No space left on device')] * 7
+
+  def full(self, row):
+    if errors:
+      raise errors.pop()
+    append(self, row)
+  monkeypatch.setattr(run_directory.RunDirectory, 'append_metrics', full)
+  monkeypatch.setattr(evaluation.Evaluation, 'krr', lambda *args: evaluate(*args))
+  node.run()
+  assert _steps(run) == [0, 1, 2] and evaluate.call_count == 3 and not coordinator.reasons
+  assert caplog.text.count('cannot be written (No space left on device); trying again for') == 7
+
+
+def test_a_disk_that_stays_full_is_named(follow, monkeypatch):
+  monkeypatch.setattr(run_directory, 'DISK_PAUSE', 0.01)
+  monkeypatch.setattr(run_directory, 'DISK_PATIENCE', 0.05)
+  monkeypatch.setattr(run_directory.RunDirectory, 'append_metrics', mock.Mock(side_effect=OSError(30, 'Read-only file system')))
+  run, coordinator, node, _ = follow()
+  with pytest.raises(run_directory.RunDirectoryError):
+    node.run()
+  (name, reason), = coordinator.reasons
+  assert name == 'evaluator'
+  assert reason == f'the row of step 0 in {run.directory.metrics} cannot be written (Read-only file system).'
+
+
+@pytest.mark.parametrize('answer', [None, ConnectionError('lost')], ids=['heard', 'not heard'])
+@pytest.mark.parametrize('fails', [False, True], ids=['ends', 'fails'])
+def test_heartbeats_go_on_during_a_long_block_and_end_with_the_node(follow, monkeypatch, answer, fails):
+  monkeypatch.setattr(evaluator, 'HEARTBEAT_SECONDS', 0.01)
+  monkeypatch.setattr(evaluator.time, 'sleep', lambda seconds: None)
+  run, coordinator, node, _ = follow()
+  heard, krr = coordinator.heartbeats, evaluation.Evaluation.krr
+
+  def heartbeat(name):
+    heard.release()
+    if answer:
+      raise answer
+  coordinator.heartbeat = heartbeat
+
+  def long(self, *args):
+    """Goes on until three heartbeats have come, without a check."""
+    while heard.acquire(blocking=False):
+      pass
+    assert all(heard.acquire(timeout=60) for _ in range(3))
+    if fails:
+      raise ValueError('no row')
+    return krr(self, *args)
+  monkeypatch.setattr(evaluation.Evaluation, 'krr', long)
+  if fails:
+    with pytest.raises(ValueError, match='no row'):
+      node.run()
+  else:
+    node.run()
+    assert _steps(run) == [0, 1, 2]
+  assert 'heartbeats' not in [thread.name for thread in threading.enumerate()]
+
+
+def test_the_evaluator_stops_where_it_is(follow, monkeypatch):
+  run, coordinator, node, stop = follow({'system.evaluation.krr_tile': 4})
+  append = run_directory.RunDirectory.append_metrics
+
+  def stop_after(self, row):
+    append(self, row)
+    stop.set()
+  monkeypatch.setattr(run_directory.RunDirectory, 'append_metrics', stop_after)
+  node.run()
+  assert _steps(run) == [0] and not coordinator.reasons
+
+
+class _Counting:
+  """A kernel that counts the pairs it is asked for."""
+
+  def __init__(self, kernel):
+    self._kernel, self.pairs = kernel, []
+    self.prepare, self.dtype = kernel.prepare, kernel.dtype
+
+  def block(self, x1, x2):
+    self.pairs.append((len(x1), len(x2), x1 is x2))
+    return self._kernel.block(x1, x2)
+
+
+@pytest.mark.parametrize('architecture', ['fc1', 'convnet2'])
+def test_k_ss_in_tiles(architecture):
+  kernel = _Counting(ntk.make_kernel(architecture))
+  images = kernel.prepare(np.random.default_rng(0).normal(size=(7, 8, 9, 2)))
+  whole = ntk.make_kernel(architecture).block(images.images, images.images)
+  np.testing.assert_array_equal(evaluation.support_block(kernel, images, 7), whole)
+  assert kernel.pairs == [(7, 7, True)]
+  kernel.pairs.clear()
+  tiled = evaluation.support_block(kernel, images, 3)
+  assert kernel.pairs == [(3, 3, True), (3, 3, False), (3, 1, False), (3, 3, True), (3, 1, False), (1, 1, True)]
+  np.testing.assert_array_equal(tiled, tiled.T)
+  np.testing.assert_allclose(tiled, whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize('blocks', range(4))
+def test_krr_and_solved_labels_can_be_interrupted_at_every_tile_of_k_ss(make_run, tmp_path, blocks):
+  run = make_run(tmp_path, {**FC1, 'system.evaluation.krr_tile': 3})
+  prepared = store.open_prepared(run.directory.read_config()['data_key'], run.cache)
+  kernel, images = _Counting(ntk.make_kernel('fc1')), _support(prepared)[0]
+
+  def check():
+    if len(kernel.pairs) >= blocks:
+      raise remote.Stopping()
+  with pytest.raises(remote.Stopping):
+    evaluation.krr_test(kernel, images, np.eye(3)[[0, 0, 1, 1, 2, 2]], 1e-3, prepared.test_images, prepared.test_labels, 3, check)
+  assert len(kernel.pairs) == blocks
 
 
 def _alone(*flags, cache, timeout=200):
