@@ -227,7 +227,7 @@ def main(argv: Sequence[str]) -> int:
     print(f'error: {error}', file=sys.stderr)
     return run_directory.BAD_INPUT_STATUS
   except OSError as error:
-    print(f'error: {error.filename or directory.path} cannot be written or read ({error.strerror or error}).', file=sys.stderr)
+    print(f'error: the report of {directory.path} cannot be written: {error}', file=sys.stderr)
     return run_directory.BAD_INPUT_STATUS
   print(directory.report)
   return 0

@@ -1,11 +1,13 @@
 """The events hold the row and the set, and a snapshot that is evaluated twice is there once."""
 
 import io
+import json
 import os
 import struct
 
 import numpy as np
 from PIL import Image
+import pytest
 from tensorboardX.proto import event_pb2
 
 from data import preprocess
@@ -58,6 +60,51 @@ def test_a_row_and_its_set_once(tmp_path):
   assert abs(int(picture[height // 2, 3 * width // 4, 0]) - 255 * 30 / 40) <= 1
   heat = Image.open(io.BytesIO(found['labels', 3][0].image.encoded_image_string))
   assert min(heat.size) > 300
+
+
+def test_the_accuracy_of_a_finite_network_says_of_which(tmp_path):
+  directory = run_directory.RunDirectory(str(tmp_path))
+  images = np.zeros((2, 4, 4, 1), np.float32)
+  prepared = store.Prepared('', '', '', images, None, images, None, 2, preprocess.Transform(np.zeros(1), np.ones(1)),
+                            class_names=('0', '1'))
+  row = {**ROW, 'nn_test_accuracy': 0.5, 'nn_width': 128, 'nn_steps': 1000, 'train_accuracy': None}
+  tensorboard.write(directory, row, images, np.eye(2), prepared)
+  found = _values(directory)
+  value, = found['test/nn_test_accuracy', 3]
+  assert value.simple_value == 0.5 and value.metadata.summary_description == 'width 128, 1000 updates'
+  assert found['finite network/text_summary', 3][0].tensor.string_val == [b'50.00 % (width 128, 1000 updates)']
+  assert ('train/train_accuracy', 3) not in found and ('classes/text_summary', 3) not in found
+
+
+@pytest.mark.parametrize('damage', [None, 'garbage', 'other shapes', 'no file'])
+def test_files_that_are_missing_are_written_from_the_snapshots(tmp_path, caplog, damage):
+  directory = run_directory.RunDirectory(str(tmp_path))
+  os.makedirs(directory.snapshots)
+  run_directory.write_atomically(directory.config, json.dumps({'run': {'images_per_class': 1}, 'system': {}, 'data_key': ''}))
+  images, labels = np.random.default_rng(0).normal(size=(2, 4, 4, 1)).astype(np.float32), np.eye(2, dtype=np.float32)
+  prepared = store.Prepared('', '', '', images, None, images, None, 2, preprocess.Transform(np.zeros(1), np.ones(1)),
+                            class_names=('cat', 'dog'))
+  rows = [{**ROW, 'step': step} for step in (0, 3)]
+  for row in rows:
+    np.savez(directory.snapshot(row['step']), images=images, labels=labels)
+    tensorboard.write(directory, row, images, labels, prepared)
+  whole, kept = _values(directory), os.path.join(directory.tensorboard, 'events.out.tfevents.0000000000')
+  before = os.stat(kept).st_mtime_ns
+  os.remove(os.path.join(directory.tensorboard, 'events.out.tfevents.0000000003'))
+  if damage == 'garbage':
+    os.truncate(directory.snapshot(3), 50)
+  elif damage == 'other shapes':
+    np.savez(directory.snapshot(3), images=images[:, :3], labels=labels)
+  elif damage == 'no file':
+    os.remove(directory.snapshot(3))
+  tensorboard.write_missing(directory, rows, prepared)
+  found = _values(directory)
+  assert found['test/krr_test_accuracy', 3][0].simple_value == 0.75 and os.stat(kept).st_mtime_ns == before
+  if damage:
+    assert found.keys() == whole.keys() - {('images', 3), ('labels', 3)}
+    assert 'TensorBoard has the numbers of step 3, but no pictures: the snapshot of step 3 cannot be read' in caplog.text
+  else:
+    assert found == whole
 
 
 def test_whitened_images_are_shown_as_kernels_see_them_too(tmp_path):
