@@ -89,7 +89,7 @@ def get_config() -> ml_collections.ConfigDict:
   system.final_evaluation_timeout = 3600.0  # seconds the finished run waits for its last evaluation
 
   system.evaluation = ml_collections.ConfigDict()
-  system.evaluation.krr_tile = 250  # test images a kernel block
+  system.evaluation.krr_tile = 250  # images a kernel block, of the test set and of the support
   system.evaluation.baselines = False  # at the end, evaluate as many random real images beside the distilled ones
   # Finite networks (K2). The papers' protocol: width 1024, 5000 updates, batches of 100, learning-rate factor and L2 by a grid.
   system.evaluation.nn_steps = 1000  # updates of a finite network; 0: train none

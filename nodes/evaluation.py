@@ -88,7 +88,7 @@ class Evaluation:
 
     Returns:
       `nn_test_accuracy` (mean over `nn_seeds` networks), `nn_test_accuracy_std` (n - 1 in the denominator; of several networks only),
-      `nn_width` (channels), `nn_steps` (updates), `nn_learning_rate_factor` and `nn_l2`, `nn_selected_on` (by what images these two were selected; None: there was one pair only)
+      `nn_architecture` (where it is not the kernel's), `nn_width` (channels), `nn_steps` (updates), `nn_learning_rate_factor` and `nn_l2`, `nn_selected_on` (by what images these two were selected; None: there was one pair only)
       and, where they were selected, `nn_validation_accuracy`. Nothing where `nn_steps` is 0.
     """
     settings, prepared = self._settings, self._prepared
@@ -105,6 +105,8 @@ class Evaluation:
     row = {'nn_test_accuracy': float(np.mean(result.test_accuracies)), 'nn_seeds': len(result.test_accuracies),
            'nn_width': settings['nn_width'], 'nn_steps': settings['nn_steps'],
            'nn_learning_rate_factor': result.learning_rate_factor, 'nn_l2': result.l2, 'nn_selected_on': None}
+    if settings['nn_architecture']:
+      row['nn_architecture'] = settings['nn_architecture'] if isinstance(settings['nn_architecture'], str) else 'own architecture'
     if len(result.test_accuracies) > 1:
       row['nn_test_accuracy_std'] = float(np.std(result.test_accuracies, ddof=1))
     if result.validation_accuracy is not None:
@@ -164,7 +166,9 @@ def network_in_words(row: dict[str, Any]) -> str:
 
 
 def networks_in_words(rows: Sequence[dict[str, Any]]) -> str:
-  """'width 128, 1000 updates': the finite networks of rows that have some, each kind once."""
-  kinds = {f'width {row["nn_width"]}, {row["nn_steps"]} updates' if has(row, 'nn_width') and has(row, 'nn_steps')
-           else 'width not recorded': None for row in rows}
+  """'width 128, 1000 updates': the finite networks of rows that have some, each kind once; first the architecture, if not the kernel's."""
+  kinds = {}
+  for row in rows:
+    size = f'width {row["nn_width"]}, {row["nn_steps"]} updates' if has(row, 'nn_width') and has(row, 'nn_steps') else 'width not recorded'
+    kinds[', '.join([*filter(None, [row.get('nn_architecture')]), size])] = None
   return '; '.join(kinds)

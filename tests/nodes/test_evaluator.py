@@ -63,9 +63,10 @@ def test_mean_and_deviation_and_what_was_selected_on_what(make_run, tmp_path):
       loss='mse', learning_rate_factors=(0.5,), l2s=(0.0, 1e-3), num_seeds=3, seed=0)
   a, b, c = result.test_accuracies
   mean = (a + b + c) / 3
-  assert row == {'nn_test_accuracy': pytest.approx(mean), 'nn_seeds': 3, 'nn_width': 8, 'nn_steps': 5, 'nn_learning_rate_factor': 0.5, 'nn_l2': result.l2,
+  assert row == {'nn_test_accuracy': pytest.approx(mean), 'nn_seeds': 3, 'nn_architecture': 'conv1', 'nn_width': 8, 'nn_steps': 5, 'nn_learning_rate_factor': 0.5, 'nn_l2': result.l2,
                  'nn_test_accuracy_std': pytest.approx((((a - mean) ** 2 + (b - mean) ** 2 + (c - mean) ** 2) / 2) ** 0.5),
                  'nn_selected_on': 'the last 9 training images', 'nn_validation_accuracy': result.validation_accuracy}
+  assert evaluation.network_in_words(row).endswith(' % (conv1, width 8, 5 updates)')
 
 
 def test_one_network_with_one_setting_has_no_deviation_and_no_selection(make_run, tmp_path):
