@@ -52,7 +52,7 @@ class Reader:
     first, shape = self._first
     if pixels.shape[:2] != shape:
       raise DataError(f'images differ in size: {first} is {shape}, {where} is {pixels.shape[:2]}; '
-                      f'run.data.size={min(shape)} would resize and crop all to {min(shape)}x{min(shape)}.')
+                      f'run.data.size={min(*shape, 32)} would resize and crop all.')
     return pixels
 
   def alike(self, images: list[np.ndarray]) -> list[np.ndarray]:

@@ -59,7 +59,7 @@ class Dataset(NamedTuple):
     train_labels, test_labels: int64 [N], from 0 to num_classes - 1.
     num_classes: `C`.
     class_names: `C` different names: class i is class_names[i].
-    remarks: lines for the user about what was read.
+    remarks: lines for the user about the content.
   """
   name: str
   train_images: np.ndarray
@@ -72,10 +72,18 @@ class Dataset(NamedTuple):
 
 
 class Source(NamedTuple):
-  """Where a data set comes from. `key` changes when the content does; `load()` reads it all."""
+  """Where a data set comes from.
+
+  Attributes:
+    name: for messages and files.
+    key: changes when the content does.
+    load: `load()` reads it all into a Dataset.
+    remarks: lines for the user about the place, not the content.
+  """
   name: str
   key: str
   load: Any
+  remarks: tuple[str, ...] = ()
 
 
 def find(name: str, folder: str = '', size: int = 0) -> Source:
@@ -157,13 +165,13 @@ def _find_folder(name: str, folder: str, size: int) -> Source:
   if test_name != 'test':
     remarks.append(f"There is no 'test' in run.data.dir: '{test_name}' is the test set.")
   if isinstance(train, list):
-    return Source(name, digest(*train, *test), functools.partial(_load_parquet, name, size, train, test, remarks))
+    return Source(name, digest(*train, *test), functools.partial(_load_parquet, name, size, train, test), tuple(remarks))
   if skipped := train.skipped + test.skipped:
     remarks.append(f'Skipped, being no images of a class: {len(skipped)} ({_some(skipped)}).')
   paths = [path for path, _ in train.files + test.files]
   names = '\n'.join(os.path.relpath(path, place) for path in paths)
   return Source(name, digest(*paths) + hashlib.sha256(os.fsencode(names)).hexdigest(),
-                functools.partial(_load_image_folder, name, size, place, train.files, test.files, remarks))
+                functools.partial(_load_image_folder, name, size, place, train.files, test.files), tuple(remarks))
 
 
 def _place(name: str, folder: str) -> str:
@@ -249,8 +257,8 @@ def _load_npz(path: str, size: int) -> Dataset:
   return _checked(os.path.basename(path)[:-4], size, *arrays)
 
 
-def _load_image_folder(name: str, size: int, place: str, train: list[tuple[str, str]], test: list[tuple[str, str]],
-                       remarks: list[str]) -> Dataset:
+def _load_image_folder(name: str, size: int, place: str, train: list[tuple[str, str]], test: list[tuple[str, str]]
+                       ) -> Dataset:
   from PIL import Image
   classes = _ordered(label for _, label in train)
   numbers = {label: number for number, label in enumerate(classes)}
@@ -268,10 +276,10 @@ def _load_image_folder(name: str, size: int, place: str, train: list[tuple[str, 
       except image_files.ERRORS as error:
         raise DataError(_unreadable(path, 'image', error)) from error
     splits.append((images, [numbers[label] for _, label in files], f'{place!r}, {split},'))
-  return _checked(name, size, *_stacked(reader, splits), class_names=classes, remarks=remarks + reader.remarks())
+  return _checked(name, size, *_stacked(reader, splits), class_names=classes, remarks=reader.remarks())
 
 
-def _load_parquet(name: str, size: int, train: list[str], test: list[str], remarks: list[str]) -> Dataset:
+def _load_parquet(name: str, size: int, train: list[str], test: list[str]) -> Dataset:
   import datasets
   import pyarrow
   reader, splits, names = image_files.Reader(size), [], []
@@ -288,7 +296,7 @@ def _load_parquet(name: str, size: int, train: list[str], test: list[str], remar
         raise DataError(_unreadable(path, 'parquet file of images', error)) from error
     splits.append((images, labels, repr(paths[0])))
   return _checked(name, size, *_stacked(reader, splits), class_names=_agreed(name, names),
-                  remarks=remarks + reader.remarks())
+                  remarks=reader.remarks())
 
 
 def _load_hub(name: str, size: int) -> Dataset:

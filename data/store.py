@@ -46,7 +46,7 @@ class Prepared(NamedTuple):
     transform: raw pixels -> preprocessed.
     raw_images: uint8 or float32 [N, H, W, D], the training images before preprocessing; None unless they were asked for.
     class_names: `C` different names: class i is class_names[i].
-    remarks: lines for the user about what was read.
+    remarks: lines for the user about its content; of `prepare` also about the place it came from.
   """
   key: str
   content: str
@@ -84,7 +84,7 @@ def prepare(data: Mapping[str, Any], cache: str, raw: bool = False) -> Prepared:
   recipe = 'standard' if regularisation is None else f'zca{regularisation!r}'
   key = f'{hashlib.sha256(f"{_VERSION} {source.name} {source.key}".encode()).hexdigest()[:32]}-{recipe}'
   if (prepared := open_prepared(key, cache, raw)) is not None:
-    return prepared
+    return prepared._replace(remarks=source.remarks + prepared.remarks)
   logging.info('Reading and preprocessing %s (once; kept in %s).', source.name, cache)
   start = time.monotonic()
   dataset = source.load()
@@ -103,7 +103,8 @@ def prepare(data: Mapping[str, Any], cache: str, raw: bool = False) -> Prepared:
         np.save(os.path.join(path, f'{_ZCA}.npy'), transform.zca)
     _install(key, cache, meta, _ARRAYS if transform.zca is None else (*_ARRAYS, _ZCA), write)
   logging.info('%s is ready after %.1f s.', source.name, time.monotonic() - start)
-  return open_prepared(key, cache, raw)
+  prepared = open_prepared(key, cache, raw)
+  return prepared._replace(remarks=source.remarks + prepared.remarks)
 
 
 def fetch(key: str, cache: str, read: Callable[[str, str, int], bytes], raw: bool = False) -> Prepared:
