@@ -16,7 +16,7 @@ from nodes import tasks
 _WORDS = {'krr_test_accuracy': lambda value: f'KRR {100 * value:6.2f} %', 'krr_test_mse': lambda value: f'MSE {value:.5f}',
           'train_loss': lambda value: f'loss {value:.5f}', 'wall_seconds': lambda value: f'{value:6.0f} s'}
 HARD, SOLVED = 'real images, hard labels', 'real images, solved labels'
-_HELD_OUT = 5000  # the last training images, or a tenth of them if that is less: they set the finite network's hyper-parameters
+_HELD_OUT = 5000  # the last training images, or a tenth of them if that is less, but one at least: they set the finite network's hyper-parameters
 
 
 def krr_test(kernel: ntk.Kernel, images: np.ndarray, labels: np.ndarray, ridge: float, test: ntk.Library, classes: np.ndarray, tile: int,
@@ -95,7 +95,8 @@ class Evaluation:
     if not settings['nn_steps']:
       return {}
     from kernels import finite_network  # here, because it imports Neural Tangents, and not every run trains a network
-    held_out = slice(len(prepared.train_images) - min(_HELD_OUT, len(prepared.train_images) // 10), None)
+    count = max(1, min(_HELD_OUT, len(prepared.train_images) // 10))
+    held_out = slice(len(prepared.train_images) - count, None)
     result = finite_network.evaluate(
         architectures.get(settings['nn_architecture'] or self._run['architecture']), images, labels,
         (prepared.train_images[held_out], prepared.train_labels[held_out]), (prepared.test_images, prepared.test_labels),
@@ -110,7 +111,7 @@ class Evaluation:
     if len(result.test_accuracies) > 1:
       row['nn_test_accuracy_std'] = float(np.std(result.test_accuracies, ddof=1))
     if result.validation_accuracy is not None:
-      row['nn_selected_on'] = f'the last {len(prepared.train_images) - held_out.start} training images'
+      row['nn_selected_on'] = f'the last {count} training images' if count > 1 else 'the last training image'
       row['nn_validation_accuracy'] = result.validation_accuracy
     return row
 

@@ -70,6 +70,7 @@ def ready(find_gpus: Callable[[str], placement.Gpus] | None) -> Run:
     base.validate(config)
     cache = store.cache_folder(config['system']['cache_dir'])
     prepared = store.prepare(config['run']['data'], cache, raw=config['run']['augmentation']['fraction'] > 0)
+    config['run']['targets_per_step'] = base.resolve_targets(config['run'], prepared.train_labels, prepared.num_classes)
     base.validate_with_data(config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:])
     config['system']['num_workers'] = placement.num_workers(config['system']['num_workers'], gpus.names)
     memory = _check_memory(config, prepared, config['system']['num_workers'] if find_gpus else 0)
