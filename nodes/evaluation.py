@@ -1,4 +1,4 @@
-"""Evaluates labelled sets: KRR and finite networks on a data set's whole test set, and baselines for comparison."""
+"""Evaluates labelled sets by KRR and finite networks on a whole test set, and baselines beside."""
 
 from typing import Any, Callable, Sequence
 
@@ -13,8 +13,10 @@ from kernels import label_solve
 from kernels import ntk
 from nodes import tasks
 
-_WORDS = {'krr_test_accuracy': lambda value: f'KRR {100 * value:6.2f} %', 'krr_test_mse': lambda value: f'MSE {value:.5f}',
-          'train_loss': lambda value: f'loss {value:.5f}', 'wall_seconds': lambda value: f'{value:6.0f} s'}
+_WORDS = {'krr_test_accuracy': lambda value: f'KRR {100 * value:6.2f} %',
+          'krr_test_mse': lambda value: f'MSE {value:.5f}',
+          'train_loss': lambda value: f'loss {value:.5f}',
+          'wall_seconds': lambda value: f'{value:6.0f} s'}
 HARD, SOLVED = 'real images, hard labels', 'real images, solved labels'
 _HELD_OUT = 5000  # the last training images, or a tenth of them if that is less, but one at least: they set the finite network's hyper-parameters
 
@@ -46,13 +48,19 @@ def krr_test(kernel: ntk.Kernel, images: np.ndarray, labels: np.ndarray, ridge: 
   return correct / len(classes), error
 
 
-def support_block(kernel: ntk.Kernel, support: ntk.Prepared, tile: int, check: Callable[[], None] = lambda: None) -> np.ndarray:
-  """K_ss, float64 [S, S], symmetric, of S prepared images: tiles on and above the diagonal, and their mirror image below it.
+def support_block(kernel: ntk.Kernel, support: ntk.Prepared, tile: int,
+                  check: Callable[[], None] = lambda: None) -> np.ndarray:
+  """K_ss, float64 [S, S], symmetric: tiles on and above the diagonal, mirrored below it.
 
-  `check` is called before every tile of `tile` x `tile` images; what it raises ends the computation.
+  Args:
+    kernel: the NTK.
+    support: S images, prepared by it.
+    tile: images a tile has on each side.
+    check: called before every tile; what it raises ends the computation.
   """
   k_ss = np.zeros((len(support), len(support)))
-  tiles = [(support[start:end], slice(start, end)) for start, end in tasks.ranges(len(support), tile)]
+  ranges = [slice(start, end) for start, end in tasks.ranges(len(support), tile)]
+  tiles = [(support[part], part) for part in ranges]
   for i, (images, rows) in enumerate(tiles):
     for others, columns in tiles[i:]:
       check()
@@ -88,7 +96,8 @@ class Evaluation:
 
     Returns:
       `nn_test_accuracy` (mean over `nn_seeds` networks), `nn_test_accuracy_std` (n - 1 in the denominator; of several networks only),
-      `nn_architecture` (where it is not the kernel's), `nn_width` (channels), `nn_steps` (updates), `nn_learning_rate_factor` and `nn_l2`, `nn_selected_on` (by what images these two were selected; None: there was one pair only)
+      `nn_architecture` (where it is not the kernel's), `nn_width` (channels), `nn_steps` (updates),
+      `nn_learning_rate_factor` and `nn_l2`, `nn_selected_on` (by what images these two were selected; None: there was one pair only)
       and, where they were selected, `nn_validation_accuracy`. Nothing where `nn_steps` is 0.
     """
     settings, prepared = self._settings, self._prepared
@@ -106,8 +115,9 @@ class Evaluation:
     row = {'nn_test_accuracy': float(np.mean(result.test_accuracies)), 'nn_seeds': len(result.test_accuracies),
            'nn_width': settings['nn_width'], 'nn_steps': settings['nn_steps'],
            'nn_learning_rate_factor': result.learning_rate_factor, 'nn_l2': result.l2, 'nn_selected_on': None}
-    if settings['nn_architecture']:
-      row['nn_architecture'] = settings['nn_architecture'] if isinstance(settings['nn_architecture'], str) else 'own architecture'
+    other = settings['nn_architecture']
+    if other:
+      row['nn_architecture'] = other if isinstance(other, str) else 'own architecture'
     if len(result.test_accuracies) > 1:
       row['nn_test_accuracy_std'] = float(np.std(result.test_accuracies, ddof=1))
     if result.validation_accuracy is not None:
@@ -148,28 +158,33 @@ class Evaluation:
 
 
 def in_words(row: dict[str, Any]) -> str:
-  """A row of metrics.jsonl on a line whose columns stand under those of other rows; what it lacks is left out."""
-  words = [f'step {row["step"]:6d}', *(form(row[key]) for key, form in _WORDS.items() if has(row, key))]
+  """A row of metrics.jsonl, without what it lacks, in columns that stand under other rows'."""
+  words = [form(row[key]) for key, form in _WORDS.items() if has(row, key)]
   if has(row, 'nn_test_accuracy'):
     words.append(f'finite network {network_in_words(row)}')
-  return '  '.join(words)
+  return '  '.join([f'step {row["step"]:6d}', *words])
 
 
 def has(row: dict[str, Any], key: str) -> bool:
-  """Whether a row of metrics.jsonl or baselines.json has a number of that name: users edit them, and earlier versions wrote less."""
+  """Whether a row of metrics.jsonl or baselines.json has that number; old ones have fewer."""
   return isinstance(row.get(key), (int, float))
 
 
 def network_in_words(row: dict[str, Any]) -> str:
-  """'62.74 ± 0.31 % (width 128, 1000 updates)': accuracies of other networks than these are no match."""
-  deviation = f' ± {100 * row["nn_test_accuracy_std"]:.2f}' if has(row, 'nn_test_accuracy_std') else ''
+  """'62.74 ± 0.31 % (width 128, 1000 updates)': other networks' accuracies cannot be compared."""
+  std = 'nn_test_accuracy_std'
+  deviation = f' ± {100 * row[std]:.2f}' if has(row, std) else ''
   return f'{100 * row["nn_test_accuracy"]:.2f}{deviation} % ({networks_in_words([row])})'
 
 
 def networks_in_words(rows: Sequence[dict[str, Any]]) -> str:
-  """'width 128, 1000 updates': the finite networks of rows that have some, each kind once; first the architecture, if not the kernel's."""
+  """'width 128, 1000 updates': each kind of finite network once, of rows that have one."""
   kinds = {}
   for row in rows:
-    size = f'width {row["nn_width"]}, {row["nn_steps"]} updates' if has(row, 'nn_width') and has(row, 'nn_steps') else 'width not recorded'
-    kinds[', '.join([*filter(None, [row.get('nn_architecture')]), size])] = None
+    words = [row['nn_architecture']] if row.get('nn_architecture') else []
+    if has(row, 'nn_width') and has(row, 'nn_steps'):
+      words += [f'width {row["nn_width"]}', f'{row["nn_steps"]} updates']
+    else:
+      words.append('width not recorded')
+    kinds[', '.join(words)] = None
   return '; '.join(kinds)

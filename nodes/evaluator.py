@@ -61,7 +61,8 @@ class Evaluator:
   def run(self) -> None:
     """Evaluates until told to stop. Raises CoordinatorLost where the run's coordinator is not there any more."""
     over = threading.Event()
-    heart = threading.Thread(target=self._send_heartbeats, args=(self._coordinator.until(over), over), name='heartbeats', daemon=True)
+    heart = threading.Thread(target=self._send_heartbeats, name='heartbeats', daemon=True,
+                             args=(self._coordinator.until(over), over))
     heart.start()
     try:
       self._persevere()
@@ -70,14 +71,18 @@ class Evaluator:
       heart.join(HEARTBEAT_SECONDS)
 
   def _send_heartbeats(self, coordinator: Any, over: threading.Event) -> None:
-    """Tells the coordinator that there is somebody to wait for, however long a kernel block takes, until `over`."""
+    """Tells the coordinator, until `over`, that there is somebody to wait for.
+
+    In a thread of its own, because one kernel block may take longer than `system.worker_timeout`.
+    """
     while not over.is_set():
       try:
         coordinator.heartbeat('evaluator')
       except Stopping:
         return
-      except Exception as error:  # whatever it is: the evaluation goes on, and its own next call meets it
-        logging.log_every_n_seconds(logging.WARNING, 'A heartbeat does not get through: %s: %s', _TOLD_EVERY, type(error).__name__, error)
+      except Exception as error:  # whatever it is: the evaluation goes on; its next call meets it
+        logging.log_every_n_seconds(logging.WARNING, 'A heartbeat does not get through: %s: %s',
+                                    _TOLD_EVERY, type(error).__name__, error)
       over.wait(HEARTBEAT_SECONDS)
 
   def _persevere(self) -> None:
@@ -95,7 +100,8 @@ class Evaluator:
           return
         unwritable = isinstance(error, run_directory.RunDirectoryError)  # after a minute's tries
         if unwritable or attempt + 1 == _TRIES:
-          self._coordinator.broken('evaluator', str(error) if unwritable else f'{type(error).__name__}: {error}')
+          reason = str(error) if unwritable else f'{type(error).__name__}: {error}'
+          self._coordinator.broken('evaluator', reason)
           raise
       time.sleep(_PAUSE)
 
@@ -109,6 +115,7 @@ class Evaluator:
     self._run, self._settings = description['run'], description['system']['evaluation']
     self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data)
     self._evaluation = evaluation.Evaluation(self._run, self._settings, self._prepared, self._threads, self._check)
+    # Before Matplotlib is imported: its own choice is the home folder, which may not be writable.
     os.environ.setdefault('MPLCONFIGDIR', os.path.join(self._cache, 'matplotlib'))
     done = [row['step'] for row in self._directory.read_metrics()]
     if done:  # a kill may have come between a row and what is made of it
@@ -129,7 +136,10 @@ class Evaluator:
           self._coordinator.evaluated(json.dumps(row))
 
   def _try_to_evaluate(self, snapshot: dict[str, Any]) -> dict[str, Any] | None:
-    """The row of a snapshot; None where it cannot be evaluated, unless it is the last: the others do not depend on it."""
+    """The row of a snapshot, or None: one that cannot be evaluated must not cost the others theirs.
+
+    Raises Stopping, and of the last snapshot whatever evaluating it raises.
+    """
     try:
       return self._evaluate(snapshot)
     except Stopping:
@@ -137,7 +147,8 @@ class Evaluator:
     except Exception as error:  # whatever a damaged or odd snapshot raises
       if snapshot['final']:
         raise
-      logging.exception('the snapshot of step %d cannot be used (%s); it is not evaluated.', snapshot['step'], error)
+      logging.exception('the snapshot of step %d cannot be used (%s); it is not evaluated.',
+                        snapshot['step'], error)
       return None
 
   def _evaluate(self, snapshot: dict[str, Any]) -> dict[str, Any]:
@@ -152,33 +163,41 @@ class Evaluator:
     return row
 
   def _keep(self, snapshot: dict[str, Any], row: dict[str, Any]) -> None:
-    """Writes a row, then what is made of it. Raises RunDirectoryError where the row cannot be written, Stopping."""
+    """Writes a row, then what is made of it. Raises RunDirectoryError for the row, Stopping."""
     run_directory.persist(f'the row of step {row["step"]} in {self._directory.metrics}',
                           lambda: self._directory.append_metrics(row), self._stop_event)
-    self._decorate(f'TensorBoard\'s file of step {row["step"]}', lambda: self._write_events(row, snapshot['images'], snapshot['labels']))
+    self._decorate(f'TensorBoard\'s file of step {row["step"]}',
+                   lambda: self._write_events(row, snapshot['images'], snapshot['labels']))
     if snapshot['final']:
       self._finish()
 
   def _finish(self) -> None:
-    """Makes what follows the last row, unless it is there: baselines and report. Raises Stopping."""
+    """Makes what follows the last row, unless it is there: baselines, report. Raises Stopping."""
     if self._settings['baselines'] and self._directory.read_baselines() is None:
       self._decorate('baselines.json', self._write_baselines, 'the same command')
-    if _modified(self._directory.report) < max(map(_modified, (self._directory.metrics, self._directory.baselines))):
+    told = max(map(_modified, (self._directory.metrics, self._directory.baselines)))
+    if _modified(self._directory.report) < told:
       self._decorate('report.html', self._write_report)
 
   def _decorate(self, what: str, write: Callable[[], None], remedy: str = '') -> None:
-    """Calls `write`. What fails there is logged, and costs no row: they are written before. Raises Stopping."""
+    """Calls `write`; what fails there is logged in a line, and costs no row. Raises Stopping.
+
+    Args:
+      what: what is written, for the message.
+      write: writes it.
+      remedy: the command that makes it again; '' for the report's.
+    """
     try:
       write()
     except Stopping:
       raise
-    except Exception as error:  # Matplotlib, fonts, folders, damaged files: whatever it is, the run's results are whole
+    except Exception as error:  # Matplotlib, fonts, folders, damaged files: the rows are written
       remedy = remedy or f'python -m nodes.report --workdir={shlex.quote(self._directory.path)}'
-      logging.error('%s is not written (%s: %s). The results are whole; to make it again: %s', what, type(error).__name__,
-                    ' '.join(str(error).split()), remedy)
+      logging.error('%s is not written (%s: %s). The results are whole; to make it again: %s',
+                    what, type(error).__name__, ' '.join(str(error).split()), remedy)
 
   def _write_events(self, row: dict[str, Any], images: np.ndarray, labels: np.ndarray) -> None:
-    from nodes import tensorboard  # here and below, because Matplotlib takes seconds to import, and may fail to
+    from nodes import tensorboard  # here and below: Matplotlib takes seconds, and may not be there
     tensorboard.write(self._directory, row, images, labels, self._prepared)
 
   def _write_missing_events(self) -> None:
@@ -187,8 +206,8 @@ class Evaluator:
 
   def _write_baselines(self) -> None:
     rows = self._evaluation.baselines(self._run['images_per_class'] * self._prepared.num_classes)
-    content = run_directory.json_line(rows, indent=2)
-    run_directory.persist(self._directory.baselines, lambda: run_directory.write_atomically(self._directory.baselines, content),
+    path, content = self._directory.baselines, run_directory.json_line(rows, indent=2)
+    run_directory.persist(path, lambda: run_directory.write_atomically(path, content),
                           self._stop_event)
 
   def _write_report(self) -> None:
@@ -245,7 +264,8 @@ def _evaluate_file(path: str | None, baselines: bool) -> list[dict[str, Any]]:
   except ValueError as error:
     raise command_line.BadInput(f'no baselines for {path!r}: {error}') from error
   logging.info('Evaluating %d images on the %d test images of %s.', len(images), len(prepared.test_images), prepared.name)
-  rows = [{'kind': 'distilled', **evaluate.krr(images, labels), **evaluate.finite_network(images, labels)}]
+  rows = [{'kind': 'distilled', **evaluate.krr(images, labels),
+           **evaluate.finite_network(images, labels)}]
   if baselines:
     rows += evaluate.baselines(len(images))
   return rows

@@ -4,8 +4,9 @@ A whitening matrix is far larger than the set (75 MB for 32 x 32 x 3), so it lie
 
     python -m nodes.export DIR/distilled.npz --to=FOLDER --format=images
 
-makes FOLDER/CLASS/FILE.png (raw pixel values, rounded to 8 bits; folders are named after the classes) and labels.csv; --format=dataset a Hugging Face dataset folder:
-`datasets.load_dataset(FOLDER)` gives `image` (the same PNG), `label` (a ClassLabel with the classes' names), and exact `pixels` [H, W, D] and `soft_label` [C].
+makes FOLDER/CLASS/FILE.png (raw pixel values, rounded to 8 bits) and labels.csv; --format=dataset
+a Hugging Face dataset folder: `datasets.load_dataset(FOLDER)` gives `image` (the same PNG), `label`
+(a ClassLabel, by name), and exact `pixels` [H, W, D] and `soft_label` [C].
 
 In place of DIR/distilled.npz may stand the name of a set that the papers' authors released (data/released.py); it is fetched, as is the
 data set it stands for, unless --config=FILE --config.run.data.dir=FOLDER says where that is.
@@ -51,8 +52,8 @@ class Distilled(NamedTuple):
     images: float32 [S, H, W, D], preprocessed space.
     labels: float32 [S, C], centred.
     transform: raw pixels -> preprocessed space.
-    settings: `data` (name, key, class names), `step`, `run` (its whole configuration), `evaluation`,
-      `label_offset` (one-hot + offset = label).
+    settings: `data` (name, key, class names), `step`, `run` (its whole configuration),
+      `evaluation`, `label_offset` (one-hot + offset = label).
   """
   images: np.ndarray
   labels: np.ndarray
@@ -61,8 +62,9 @@ class Distilled(NamedTuple):
 
   @property
   def class_names(self) -> list[str]:
-    """`C` names: column c of the labels is of class_names[c]; numbers in a file that was written without."""
-    return self.settings.get('data', {}).get('class_names') or [str(c) for c in range(self.labels.shape[1])]
+    """`C` names: column c of the labels is of class_names[c]; numbers in files without names."""
+    numbers = [str(c) for c in range(self.labels.shape[1])]
+    return self.settings.get('data', {}).get('class_names', numbers)
 
 
 def save(path: str, images: np.ndarray, labels: np.ndarray, step: int, config: dict[str, Any], prepared: store.Prepared) -> None:
@@ -74,8 +76,8 @@ def save(path: str, images: np.ndarray, labels: np.ndarray, step: int, config: d
     run_directory.write_atomically(_beside(path), lambda file: np.savez(file, zca=transform.zca))
   run_directory.write_atomically(path, lambda file: np.savez(
       file, images=np.asarray(images, np.float32), labels=np.asarray(labels, np.float32), mean=transform.mean, std=transform.std,
-      norm=transform.norm, zca_sha256=preprocess.digest(transform), class_names=np.array(prepared.class_names, str),
-      **{_SETTINGS: json.dumps(settings)}))
+      norm=transform.norm, zca_sha256=preprocess.digest(transform),
+      class_names=np.array(prepared.class_names, str), **{_SETTINGS: json.dumps(settings)}))
 
 
 def load(path: str) -> Distilled:
@@ -145,7 +147,8 @@ def load_snapshot(directory: run_directory.RunDirectory, step: int, size: Sequen
       images, labels = file['images'], file['labels']
     shapes = (num_images, *size), (num_images, num_classes)
     if (images.shape, labels.shape) != shapes:
-      raise ValueError(f'images {images.shape}, labels {labels.shape} instead of {shapes[0]}, {shapes[1]}')
+      raise ValueError(f'images {images.shape}, labels {labels.shape} instead of '
+                       f'{shapes[0]}, {shapes[1]}')
   except NPZ_ERRORS as error:
     others = ', '.join(str(other) for other in directory.snapshot_steps() if other != step)
     there = f'there are those of steps {others}' if others else 'there is no other'

@@ -19,7 +19,7 @@ import matplotlib.font_manager
 import matplotlib.ticker
 
 _MOST_COLUMNS, _MOST_ROWS = 10, 20  # of a grid of images
-_FEW_CLASSES = 20  # more of them need wider axes for their bars, and have numbers in the place of names
+_FEW_CLASSES = 20  # more of them need wider axes for their bars, and numbers instead of names
 _LONG, _SHORT = 16, 10  # letters of a class's name beside a row, and above a column
 _DPI = 200  # a figure's inch is about one of a page: text of 8 or 9 points stays legible in print
 _WIDTH, _CELL = 1340, 120  # pixels: of a page's text, and of the largest image
@@ -59,8 +59,8 @@ def grid(images: np.ndarray, num_classes: int, transform: preprocess.Transform |
   return canvas
 
 
-def support_images(before: np.ndarray, after: np.ndarray, class_names: Sequence[str], titles: Sequence[str],
-                   transform: preprocess.Transform | None = None) -> bytes:
+def support_images(before: np.ndarray, after: np.ndarray, class_names: Sequence[str],
+                   titles: Sequence[str], transform: preprocess.Transform | None = None) -> bytes:
   """A PNG of two sets of images [S, H, W, D] (preprocessed space, class by class), each a `grid`.
 
   Args:
@@ -114,7 +114,8 @@ def _shape(images_per_class: int, num_classes: int) -> tuple[int, int]:
   return min(num_classes, _MOST_ROWS), min(images_per_class, _MOST_COLUMNS)
 
 
-def label_bars(before: np.ndarray, after: np.ndarray, class_names: Sequence[str], titles: Sequence[str]) -> bytes:
+def label_bars(before: np.ndarray, after: np.ndarray, class_names: Sequence[str],
+               titles: Sequence[str]) -> bytes:
   """A PNG of label vectors beside those they began as: of the first image of each class (of ten, if there are more than twenty).
 
   Args:
@@ -127,8 +128,9 @@ def label_bars(before: np.ndarray, after: np.ndarray, class_names: Sequence[str]
   chosen = np.arange(min(num_classes, _FEW_CLASSES if few else 10)) * (len(after) // num_classes)
   columns = min(5 if few else 2, len(chosen))
   rows = -(-len(chosen) // columns)
-  text = 0.6 * (1 + (rows > 1 and len(chosen) < rows * columns)) if upright else 0.0  # inches: below the last rows
-  figure = matplotlib.figure.Figure(figsize=(6.7 if few else 8.0, 1.1 * rows + 0.5 + text), layout='constrained')
+  is_ragged = rows > 1 and len(chosen) < rows * columns  # then names stand below two of the rows
+  size = 6.7 if few else 8.0, 1.1 * rows + 0.5 + (0.6 * (1 + is_ragged) if upright else 0.0)
+  figure = matplotlib.figure.Figure(figsize=size, layout='constrained')
   axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
   for axis in axes.flat[len(chosen):]:
     axis.set_axis_off()
@@ -152,7 +154,7 @@ def are_numbers(class_names: Sequence[str]) -> bool:
 
 
 def _shortened(class_names: Sequence[str], length: int) -> list[str]:
-  """Different names of `length` letters at most, not counting a number before them; numbers where names could not be read."""
+  """Different names of about `length` letters at most; numbers where names could not be read."""
   numbers = [str(c) for c in range(len(class_names))]
   font = matplotlib.font_manager.get_font(matplotlib.font_manager.findfont('DejaVu Sans'))
   plain = [' '.join(name.split()) for name in class_names]
@@ -214,7 +216,7 @@ def _heat_map(figure, axis, values: np.ndarray, **kwargs: Any) -> None:
 
 
 def accuracy(rows: Sequence[dict[str, Any]]) -> bytes:
-  """A PNG of test accuracy against step and against wall time, from the rows of metrics.jsonl that have them."""
+  """A PNG of test accuracy against step and wall time, from rows of metrics.jsonl with both."""
   rows = sorted(rows, key=lambda row: row['step'])
   figure = matplotlib.figure.Figure(figsize=(6.5, 2.8), layout='constrained')
   axes = figure.subplots(1, 2, sharey=True)
@@ -225,7 +227,8 @@ def accuracy(rows: Sequence[dict[str, Any]]) -> bytes:
         networks = f', {evaluation.networks_in_words(found)}' if key.startswith('nn') else ''
         axis.errorbar([row[x] for row in found], [100 * row[key] for row in found],
                       [100 * row.get('nn_test_accuracy_std', 0.0) if key.startswith('nn') else 0.0 for row in found],
-                      color=colour, marker=marker, markersize=4, linestyle=line, linewidth=1.2, label=label + networks)
+                      color=colour, marker=marker, markersize=4, linestyle=line, linewidth=1.2,
+                      label=label + networks)
     axis.set_xlabel(name, fontsize=9)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)

@@ -17,7 +17,7 @@ _GREY = ('mnist', 'fashion_mnist')
 def find(run: Mapping[str, Any]) -> dict[str, Any] | None:
   """The published row of a run's setting, if there is one: `kind` and `krr`, in per cent.
 
-  Where a finite network is published too, `network`, in per cent, and its `nn_width` and `nn_steps`.
+  Where a finite network is published too, `network`, in per cent, its `nn_width` and `nn_steps`.
   """
   data, images, architecture, method = run['data']['name'], run['images_per_class'], run['architecture'], run['method']
   whitened_as_published = run['data']['zca'] == (data not in _GREY)

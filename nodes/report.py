@@ -2,7 +2,8 @@
 
     python -m nodes.report --workdir=DIR [--step=N]
 
-whose pictures show the snapshot of step N instead of the distilled set. TensorBoard's events that are missing are made again too.
+whose pictures show the snapshot of step N instead of the distilled set. TensorBoard's files that
+are missing are made again too.
 
 Exit status: 0 done, 2 bad input or a directory that cannot be written.
 """
@@ -31,6 +32,8 @@ from nodes import pictures
 from nodes import published
 from nodes import run_directory
 
+_COLUMNS = ('step', 'krr_test_accuracy', 'krr_test_mse', 'nn_test_accuracy', 'nn_width', 'nn_steps',
+            'train_loss', 'train_accuracy', 'wall_seconds', 'kernel_pairs_per_second')
 _PACKAGES = ('numpy', 'jax', 'jaxlib', 'neural-tangents', 'optax', 'dm-launchpad')
 _STYLE = '''
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -48,7 +51,7 @@ def write(directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]],
   """Draws the pictures and writes the report of a run whose set is distilled.
 
   Args:
-    directory: of the run, with `distilled.npz`. The pictures show the first snapshot that can be read too.
+    directory: of the run, with `distilled.npz`; the first snapshot that can be read is shown too.
     rows: of metrics.jsonl; what is missing in one is left out.
     step: of the snapshot whose images and labels are shown; None: the distilled set.
 
@@ -59,8 +62,9 @@ def write(directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]],
   config = directory.read_config()
   distilled = export.load(directory.distilled)
   names = distilled.class_names
-  images, labels = (distilled.images, distilled.labels) if step is None else _snapshot(directory, step, distilled)
-  shown_step = distilled.settings['step'] if step is None else step
+  shown_step, images, labels = distilled.settings['step'], distilled.images, distilled.labels
+  if step is not None:
+    shown_step, (images, labels) = step, _snapshot(directory, step, distilled)
   first_step, first_images, first_labels, damage = _first_snapshot(directory, distilled)
   titles = (f'step {first_step}', f'step {shown_step}')
   drawn = []
@@ -85,12 +89,16 @@ def write(directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]],
   run_directory.write_atomically(directory.report, page)
 
 
-def _snapshot(directory: run_directory.RunDirectory, step: int, distilled: export.Distilled) -> tuple[np.ndarray, np.ndarray]:
-  return export.load_snapshot(directory, step, distilled.images.shape[1:], distilled.labels.shape[1])
+def _snapshot(directory, step, distilled) -> tuple[np.ndarray, np.ndarray]:
+  size, num_classes = distilled.images.shape[1:], distilled.labels.shape[1]
+  return export.load_snapshot(directory, step, size, num_classes)
 
 
 def _first_snapshot(directory, distilled) -> tuple[int, np.ndarray, np.ndarray, list[str]]:
-  """Step, images and labels of the first snapshot that can be read, else of the distilled set; and what is wrong with those before it."""
+  """Step, images and labels of the first snapshot that can be read, and what ails those before.
+
+  Where there is none: of the distilled set.
+  """
   damage = []
   for step in directory.snapshot_steps():
     try:
@@ -109,16 +117,17 @@ def _page(directory, config, distilled, rows, drawn, damage) -> str:
   figures = ''.join(f'<p>{html.escape(message)}</p>' for message in damage) + ''.join(
       f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
       f'<figcaption>{html.escape(caption)} ({html.escape(os.path.basename(name))})</figcaption></figure>' for name, caption, png in drawn)
+  seconds = _number(last, 'wall_seconds', '.0f', '?')
   shape = ' × '.join(map(str, distilled.images.shape[1:]))
   sections = [
       ('Test accuracy', _results(directory, run, settings['step'], rows)),
-      *([] if pictures.are_numbers(distilled.class_names) else [('Classes', _classes(distilled.class_names))]),
+      *_classes(distilled.class_names),
       ('Pictures', figures),
       ('Use the result', f'<p><code>distilled.npz</code>: images [{num_images}, {shape}] in the preprocessed space, labels '
        f'[{num_images}, {num_classes}] (one-hot − 1/{num_classes} where neither learned nor solved for).</p>'
        + ''.join(f'<p>{name}</p><pre>{html.escape(code)}</pre>' for name, code in export.LOADING.items())),
       ('How it was made', f'<pre>{html.escape(directory.read_command() or "not recorded")}</pre>'
-       + _table([('updates', settings['step']), ('wall time of the distillation', f'{_number(last, "wall_seconds", ".0f")} s'),
+       + _table([('updates', settings['step']), ('wall time of the distillation', f'{seconds} s'),
                  ('data (name and key)', f'{settings["data"]["name"]}, {config["data_key"]}'), *_environment(directory)])),
       ('Evaluations', _metrics(rows)),
       ('Configuration', _table(sorted((path, json.dumps(value)) for path, value in base.flatten(
@@ -137,11 +146,13 @@ def _results(directory, run, step, rows) -> str:
   lines = [] if first is last else [('', name(first), first)]
   lines += [('', row['kind'], row) for row in directory.read_baselines() or []]
   lines.append(('ours', name(last), last))
-  cells = [(kind, name, _number(row, 'krr_test_accuracy', '.2%', 'not known').replace('%', ' %'), _number(row, 'krr_test_mse', '.5f'),
-            evaluation.network_in_words(row) if evaluation.has(row, 'nn_test_accuracy') else 'not trained') for kind, name, row in lines]
+  cells = [(kind, name, _number(row, 'krr_test_accuracy', '.2%', 'not known').replace('%', ' %'),
+            _number(row, 'krr_test_mse', '.5f'), _network(row)) for kind, name, row in lines]
   expected = published.find(run)
   if expected:
-    network = f'{expected["network"]} % ({evaluation.networks_in_words([expected])})' if 'network' in expected else ''
+    network = ''
+    if 'network' in expected:
+      network = f'{expected["network"]} % ({evaluation.networks_in_words([expected])})'
     cells.append(('', expected['kind'], f'{expected["krr"]} %', '', network))
   body = ''.join(f'<tr class="{kind}"><td>{html.escape(name)}</td>'
                  + ''.join(f'<td class="number">{html.escape(cell)}</td>' for cell in rest) + '</tr>' for kind, name, *rest in cells)
@@ -151,16 +162,23 @@ def _results(directory, run, step, rows) -> str:
 
 
 def _metrics(rows) -> str:
-  columns = [key for key in ('step', 'krr_test_accuracy', 'krr_test_mse', 'nn_test_accuracy', 'nn_width', 'nn_steps', 'train_loss',
-                             'train_accuracy', 'wall_seconds', 'kernel_pairs_per_second') if any(evaluation.has(row, key) for row in rows)]
+  columns = [key for key in _COLUMNS if any(evaluation.has(row, key) for row in rows)]
   head = ''.join(f'<th class="number">{key.replace("_", " ")}</th>' for key in columns)
-  body = ''.join('<tr>' + ''.join(f'<td class="number">{_number(row, key, ".5g")}</td>' for key in columns) + '</tr>'
-                 for row in sorted(rows, key=lambda row: row['step']))
+  cells = lambda row: ''.join(f'<td class="number">{_number(row, key, ".5g")}</td>'
+                              for key in columns)
+  body = ''.join(f'<tr>{cells(row)}</tr>' for row in sorted(rows, key=lambda row: row['step']))
   return f'<table><tr>{head}</tr>{body}</table>'
 
 
-def _classes(class_names: Sequence[str]) -> str:
-  return '<p>' + ', '.join(f'{c} {html.escape(name)}' for c, name in enumerate(class_names)) + '</p>'
+def _classes(class_names: Sequence[str]) -> list[tuple[str, str]]:
+  """A section with the classes' names, where they are not their numbers: title and content."""
+  names = ', '.join(f'{c} {html.escape(name)}' for c, name in enumerate(class_names))
+  return [] if pictures.are_numbers(class_names) else [('Classes', f'<p>{names}</p>')]
+
+
+def _network(row: dict[str, Any]) -> str:
+  is_trained = evaluation.has(row, 'nn_test_accuracy')
+  return evaluation.network_in_words(row) if is_trained else 'not trained'
 
 
 def _number(row: dict[str, Any], key: str, form: str, missing: str = '') -> str:
@@ -201,11 +219,12 @@ def _processor() -> str:
 
 def _write_events(directory, rows, config) -> None:
   from nodes import tensorboard  # here, because a report needs none
-  prepared = store.open_prepared(config['data_key'], store.cache_folder(config['system']['cache_dir']))
+  cache = store.cache_folder(config['system']['cache_dir'])
+  prepared = store.open_prepared(config['data_key'], cache)
   if prepared:
     tensorboard.write_missing(directory, rows, prepared)
   else:
-    logging.info("TensorBoard's events stay as they are: the prepared data are not in this machine's cache.")
+    logging.info("TensorBoard's files stay as they are: the prepared data are not in %s.", cache)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ EXIT_STATUS = {FINISHED: 0, FAILED: 1, STOPPED: 75}
 BAD_INPUT_STATUS = 2
 _SCRATCH = '.writing-'
 _HANDOVER = 20.0  # seconds that a coordinator's predecessor may take to go
-DISK_PATIENCE, DISK_PAUSE = 60.0, 5.0  # seconds: `persist` tries for so long, and waits so long between two tries
+DISK_PATIENCE, DISK_PAUSE = 60.0, 5.0  # seconds that `persist` tries, and waits between two tries
 
 
 class RunDirectoryError(ValueError):
@@ -241,7 +241,7 @@ def _sweep(folder: str) -> None:
 
 
 def persist(what: str, write: Callable[[], None], stop: threading.Event) -> None:
-  """Calls `write`; where that fails, again every few seconds for a minute, because a full disk may be emptied.
+  """Calls `write`; where that fails, again for a minute: a full disk may be emptied.
 
   Args:
     what: what is written, for messages.
@@ -262,8 +262,8 @@ def persist(what: str, write: Callable[[], None], stop: threading.Event) -> None
         raise RunDirectoryError(f'{what} cannot be written ({reason}).') from error
       logging.warning('%s cannot be written (%s); trying again for %.0f s.', what, reason, left)
     pause = time.monotonic() + DISK_PAUSE
-    while time.monotonic() < pause and not stop.is_set():  # Event.wait can deadlock with a handler that sets the event
-      time.sleep(0.05)
+    while time.monotonic() < pause and not stop.is_set():
+      time.sleep(0.05)  # Event.wait can deadlock with a signal handler that sets the event
 
 
 def write_atomically(path: str, content: 'str | Callable[[Any], None]') -> None:

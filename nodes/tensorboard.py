@@ -25,8 +25,8 @@ _SCALARS = {'krr_test_accuracy': 'test', 'krr_test_mse': 'test', 'nn_test_accura
 _RANGE = 200  # training images: on their range of brightness the support images of all steps are shown
 
 
-def write(directory: run_directory.RunDirectory, row: dict[str, Any], images: np.ndarray | None, labels: np.ndarray | None,
-          prepared: store.Prepared) -> None:
+def write(directory: run_directory.RunDirectory, row: dict[str, Any], images: np.ndarray | None,
+          labels: np.ndarray | None, prepared: store.Prepared) -> None:
   """Writes a row's numbers, and the support set it is about as a grid of images and a heat map of labels.
 
   Args:
@@ -55,9 +55,11 @@ def write(directory: run_directory.RunDirectory, row: dict[str, Any], images: np
         shown = pictures.grid(images, num_classes, transform, prepared.train_images[:_RANGE])
         writer.add_image('images', shown, step, dataformats='HWC')
         if transform.zca is not None:
-          writer.add_image('images_whitened', pictures.grid(images, num_classes), step, dataformats='HWC')
-        heat_map = Image.open(io.BytesIO(pictures.label_heat_map(labels, prepared.class_names))).convert('RGB')
-        writer.add_image('labels', np.asarray(heat_map), step, dataformats='HWC')
+          whitened = pictures.grid(images, num_classes)
+          writer.add_image('images_whitened', whitened, step, dataformats='HWC')
+        heat_map = io.BytesIO(pictures.label_heat_map(labels, prepared.class_names))
+        shown = np.asarray(Image.open(heat_map).convert('RGB'))
+        writer.add_image('labels', shown, step, dataformats='HWC')
     (name,) = os.listdir(scratch)
     with open(os.path.join(scratch, name), 'rb') as file:
       content = file.read()
@@ -65,15 +67,21 @@ def write(directory: run_directory.RunDirectory, row: dict[str, Any], images: np
   run_directory.write_atomically(_path(directory, step), lambda file: file.write(content))
 
 
-def write_missing(directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]], prepared: store.Prepared) -> None:
-  """Writes what `write` has not written of rows of metrics.jsonl, with the images and labels of their snapshots. Raises OSError."""
+def write_missing(directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]],
+                  prepared: store.Prepared) -> None:
+  """Writes the files that rows of metrics.jsonl lack, with images and labels of their snapshots.
+
+  Raises OSError.
+  """
+  size, num_classes = prepared.train_images.shape[1:], prepared.num_classes
   for row in rows:
     if os.path.exists(_path(directory, row['step'])):
       continue
     try:
-      images, labels = export.load_snapshot(directory, row['step'], prepared.train_images.shape[1:], prepared.num_classes)
+      images, labels = export.load_snapshot(directory, row['step'], size, num_classes)
     except DataError as error:
-      logging.warning('TensorBoard has the numbers of step %d, but no pictures: %s', row['step'], error)
+      logging.warning('TensorBoard has the numbers of step %d, but no pictures: %s',
+                      row['step'], error)
       images = labels = None
     write(directory, row, images, labels, prepared)
 

@@ -43,7 +43,9 @@ def test_krr_on_ragged_tiles_is_the_formula(make_run, tmp_path):
   run = make_run(tmp_path, {**FC1, 'run.kernel_dtype': 'float64', 'run.ridge': 1e-3, 'system.evaluation.krr_tile': 4})
   evaluate, prepared = _evaluation(run)
   images, labels = _support(prepared)
-  k_ss, k_ts = evaluate._kernel.block(images, images), evaluate._kernel.block(np.asarray(prepared.test_images), images)
+  kernel = evaluate._kernel
+  k_ss = kernel.block(images, images)
+  k_ts = kernel.block(np.asarray(prepared.test_images), images)
   predictions = k_ts @ np.linalg.solve(k_ss + 1e-3 * np.trace(k_ss) / 6 * np.eye(6), labels)
   truth = np.eye(3)[prepared.test_labels] - 1 / 3
   row = evaluate.krr(images, labels)
@@ -63,7 +65,8 @@ def test_mean_and_deviation_and_what_was_selected_on_what(make_run, tmp_path):
       loss='mse', learning_rate_factors=(0.5,), l2s=(0.0, 1e-3), num_seeds=3, seed=0)
   a, b, c = result.test_accuracies
   mean = (a + b + c) / 3
-  assert row == {'nn_test_accuracy': pytest.approx(mean), 'nn_seeds': 3, 'nn_architecture': 'conv1', 'nn_width': 8, 'nn_steps': 5, 'nn_learning_rate_factor': 0.5, 'nn_l2': result.l2,
+  assert row == {'nn_test_accuracy': pytest.approx(mean), 'nn_seeds': 3, 'nn_architecture': 'conv1',
+                 'nn_width': 8, 'nn_steps': 5, 'nn_learning_rate_factor': 0.5, 'nn_l2': result.l2,
                  'nn_test_accuracy_std': pytest.approx((((a - mean) ** 2 + (b - mean) ** 2 + (c - mean) ** 2) / 2) ** 0.5),
                  'nn_selected_on': 'the last 9 training images', 'nn_validation_accuracy': result.validation_accuracy}
   assert evaluation.network_in_words(row).endswith(' % (conv1, width 8, 5 updates)')
@@ -72,23 +75,26 @@ def test_mean_and_deviation_and_what_was_selected_on_what(make_run, tmp_path):
 def test_one_network_with_one_setting_has_no_deviation_and_no_selection(make_run, tmp_path):
   evaluate, prepared = _evaluation(make_run(tmp_path, {**FC1, **NETWORK}))
   row = evaluate.finite_network(*_support(prepared))
-  assert sorted(row) == ['nn_l2', 'nn_learning_rate_factor', 'nn_seeds', 'nn_selected_on', 'nn_steps', 'nn_test_accuracy',
-                         'nn_width']
+  assert sorted(row) == ['nn_l2', 'nn_learning_rate_factor', 'nn_seeds', 'nn_selected_on',
+                         'nn_steps', 'nn_test_accuracy', 'nn_width']
   assert row['nn_selected_on'] is None and row['nn_seeds'] == 1
 
 
 def test_baselines_are_the_images_a_run_starts_from_with_hard_and_solved_labels(make_run, tmp_path):
-  evaluate, prepared = _evaluation(make_run(tmp_path, {**FC1, **NETWORK, 'run.ridge': 1e-3, 'system.evaluation.krr_tile': 13}))
+  changes = {**FC1, **NETWORK, 'run.ridge': 1e-3, 'system.evaluation.krr_tile': 13}
+  evaluate, prepared = _evaluation(make_run(tmp_path, changes))
   images, labels = _support(prepared)
   kernel = ntk.make_kernel('fc1', dtype='float64')
   k_ss, k_ts = kernel.block(images, images), kernel.block(prepared.train_images, images)
   y_t = sampling.centred_one_hot(prepared.train_labels, prepared.num_classes)
   solved = np.linalg.pinv(k_ts @ np.linalg.inv(k_ss + 1e-3 * np.trace(k_ss) / 6 * np.eye(6))) @ y_t
   rows = evaluate.baselines(6)
-  assert rows[0] == {'kind': 'real images, hard labels', **evaluate.krr(images, labels), **evaluate.finite_network(images, labels)}
+  assert rows[0] == {'kind': 'real images, hard labels', **evaluate.krr(images, labels),
+                     **evaluate.finite_network(images, labels)}
   assert rows[1]['kind'] == 'real images, solved labels'
-  assert rows[1]['krr_test_mse'] == pytest.approx(evaluate.krr(images, solved)['krr_test_mse'], rel=1e-3)  # float32 kernel
-  assert rows[1]['krr_test_accuracy'] == evaluate.krr(images, solved)['krr_test_accuracy']
+  found = evaluate.krr(images, solved)
+  assert rows[1]['krr_test_mse'] == pytest.approx(found['krr_test_mse'], rel=1e-3)  # float32 kernel
+  assert rows[1]['krr_test_accuracy'] == found['krr_test_accuracy']
   with pytest.raises(ValueError, match='size must be a multiple of 3'):
     evaluate.baselines(7)
 
@@ -142,7 +148,8 @@ class _Coordinator:
     self.asked.append(list(done))
     for step, (images, labels) in self.snapshots.items():
       if step not in done:
-        return {'run_id': 'id', 'step': step, 'images': images, 'labels': labels, 'final': step == self.final,
+        return {'run_id': 'id', 'step': step, 'final': step == self.final,
+                'images': images, 'labels': labels,
                 'metrics': json.dumps({'train_loss': 0.5, 'wall_seconds': 1.0 * step})}
     return {'stop': 'the run is over.'}
 
@@ -159,24 +166,32 @@ class _Coordinator:
 
 @pytest.fixture(name='follow')
 def _follow(make_run, tmp_path):
-  """A function (changes) -> (run, coordinator, evaluator, stop) of a run with the snapshots 0 to 2, all of them written."""
+  """A function (changes) -> (run, coordinator, evaluator, stop) of a run with snapshots 0 to 2."""
 
   def make(changes=None):
     run = make_run(tmp_path, {**FC1, 'run.num_steps': 2, **(changes or {})})
     prepared = store.open_prepared(run.directory.read_config()['data_key'], run.cache)
     images, labels = _support(prepared)
-    snapshots = {step: (images + np.float32(0.1 * step), labels.astype(np.float32)) for step in range(3)}
+    labels = labels.astype(np.float32)
+    snapshots = {step: (images + np.float32(0.1 * step), labels) for step in range(3)}
     for step, (images, labels) in snapshots.items():
       np.savez(run.directory.snapshot(step), images=images, labels=labels)
     export.save(run.directory.distilled, *snapshots[2], 2, run.config, prepared)
     coordinator, stop = _Coordinator(run, snapshots), threading.Event()
-    node = evaluator.Evaluator(remote.Retrying(coordinator, 10.0, stop), run.directory.path, 1, run.cache, stop)
-    return run, coordinator, node, stop
+    return run, coordinator, _node(run, coordinator, stop), stop
   return make
 
 
-def _steps(run):
-  return [row['step'] for row in run.directory.read_metrics()]
+def _node(run, coordinator, stop):
+  client = remote.Retrying(coordinator, 10.0, stop)
+  return evaluator.Evaluator(client, run.directory.path, 1, run.cache, stop)
+
+
+def _steps(run, coordinator):
+  """Of the rows, which the coordinator has been told of too."""
+  steps = [row['step'] for row in run.directory.read_metrics()]
+  assert steps == [row['step'] for row in coordinator.rows]
+  return steps
 
 
 def _read(path):
@@ -189,15 +204,17 @@ def test_a_damaged_first_snapshot_costs_no_row(follow):
   with open(run.directory.snapshot(0), 'wb') as file:
     file.write(b'PK damaged')
   node.run()
-  assert _steps(run) == [row['step'] for row in coordinator.rows] == [0, 1, 2] and not coordinator.reasons
+  assert _steps(run, coordinator) == [0, 1, 2] and not coordinator.reasons
   report = _read(run.directory.report)
-  assert 'The snapshot of step 0 cannot be read' in report and 'there are those of steps 1, 2.' in report
+  assert 'The snapshot of step 0 cannot be read' in report
+  assert 'there are those of steps 1, 2.' in report
   assert os.path.exists(run.directory.picture)
 
 
-@pytest.mark.parametrize('blocked, lines', [
-    ('tensorboard', [("TensorBoard's file of step", 3)]), ('report', [('report.html', 1)]), ('picture', [('report.html', 1)])])
-def test_what_is_made_of_the_rows_may_fail(follow, caplog, blocked, lines):
+@pytest.mark.parametrize('blocked, what, count', [
+    ('tensorboard', "TensorBoard's file of step", 3), ('report', 'report.html', 1),
+    ('picture', 'report.html', 1)])
+def test_what_is_made_of_the_rows_may_fail(follow, caplog, blocked, what, count):
   """A folder where a file should be, or a file where a folder should be."""
   run, coordinator, node, _ = follow()
   path = getattr(run.directory, blocked)
@@ -206,13 +223,13 @@ def test_what_is_made_of_the_rows_may_fail(follow, caplog, blocked, lines):
   else:
     os.makedirs(path)
   node.run()
-  assert _steps(run) == [row['step'] for row in coordinator.rows] == [0, 1, 2] and not coordinator.reasons
-  for what, count in lines:
-    found = [record.message for record in caplog.records if record.message.startswith(what)]
-    assert len(found) == count
-    for message in found:
-      assert re.search(r'is not written \((FileExists|IsADirectory|NotADirectory)Error: .*\)\. The results are whole', message)
-      assert message.endswith(f'python -m nodes.report --workdir={run.directory.path}') and '\n' not in message
+  assert _steps(run, coordinator) == [0, 1, 2] and not coordinator.reasons
+  found = [record.message for record in caplog.records if record.message.startswith(what)]
+  assert len(found) == count
+  for message in found:
+    assert re.search(r' is not written \((FileExists|IsADirectory)Error: .*\)\. The ', message)
+    assert message.endswith(f': python -m nodes.report --workdir={run.directory.path}')
+    assert '\n' not in message
   assert os.path.isfile(run.directory.report) == (blocked == 'tensorboard')
 
 
@@ -221,23 +238,27 @@ def test_baselines_that_cannot_be_kept_cost_no_row(follow, caplog, monkeypatch):
   run, coordinator, node, _ = follow({'system.evaluation.baselines': True})
   os.makedirs(run.directory.baselines)
   node.run()
-  assert [row['step'] for row in coordinator.rows] == [0, 1, 2] and os.path.exists(run.directory.report)
-  assert re.search(r'baselines.json is not written \(RunDirectoryError: .*baselines.json cannot be written \(Is a directory\)', caplog.text)
+  assert _steps(run, coordinator) == [0, 1, 2] and os.path.exists(run.directory.report)
+  message = r'baselines.json is not written \(RunDirectoryError: .*\(Is a directory\)'
+  assert re.search(message, caplog.text)
 
 
 def test_a_run_without_matplotlib_or_a_home_finishes_and_says_what_is_missing(npz, cache, tmp_path):
   """Matplotlib that cannot be imported, as where a library of the system is missing."""
-  (tmp_path / 'matplotlib.py').write_text('raise ImportError("libfreetype.so.6: cannot open shared object file")')
-  flags = {'run.data.name': npz, 'run.architecture': 'fc1', 'run.num_steps': 1, 'run.targets_per_step': 33,
-           'system.cache_dir': cache, 'system.num_workers': 1, 'system.evaluation.nn_steps': 0}
+  (tmp_path / 'matplotlib.py').write_text('raise ImportError("libfreetype.so.6: no such file")')
+  flags = {'run.data.name': npz, 'run.architecture': 'fc1', 'run.num_steps': 1,
+           'run.targets_per_step': 33, 'system.cache_dir': cache, 'system.num_workers': 1,
+           'system.evaluation.nn_steps': 0}
+  home = {'HOME': '/proc/nowhere', 'MPLCONFIGDIR': '/proc/nowhere'}
   done = subprocess.run(
-      [sys.executable, '-m', 'programs.local', '--config=configs/base.py', f'--workdir={tmp_path}/run',
-       *(f'--config.{name}={value}' for name, value in flags.items())],
+      [sys.executable, '-m', 'programs.local', '--config=configs/base.py',
+       f'--workdir={tmp_path}/run', *(f'--config.{name}={value}' for name, value in flags.items())],
       cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,
-      env={**os.environ, 'PYTHONPATH': str(tmp_path), 'HOME': '/proc/nowhere', 'MPLCONFIGDIR': '/proc/nowhere'})
+      env={**os.environ, 'PYTHONPATH': str(tmp_path), **home})
   assert done.returncode == 0, done.stderr
   assert sorted(_rows(tmp_path / 'run')) == [0, 1]
-  assert 'report.html is not written (ImportError: libfreetype.so.6: cannot open shared object file)' in done.stderr
+  reason = 'ImportError: libfreetype.so.6: no such file'
+  assert f'report.html is not written ({reason})' in done.stderr
   assert f'python -m nodes.report --workdir={tmp_path}/run' in done.stderr
 
 
@@ -253,23 +274,26 @@ def test_what_a_kill_left_out_after_the_last_row_is_made_before_the_run_may_end(
   asked = []
 
   def next_snapshot(done):
-    asked.append((done, os.path.exists(run.directory.report), sorted(os.listdir(run.directory.tensorboard))))
+    files = sorted(os.listdir(run.directory.tensorboard))
+    asked.append((done, os.path.exists(run.directory.report), files))
     return {'stop': 'the run is over.'}
   coordinator.next_snapshot = next_snapshot
-  evaluator.Evaluator(remote.Retrying(coordinator, 10.0, stop), run.directory.path, 1, run.cache, stop).run()
+  _node(run, coordinator, stop).run()
   assert asked == [([0, 1, 2], True, events)]
-  assert [row['kind'] for row in run.directory.read_baselines()] == ['real images, hard labels', 'real images, solved labels']
+  kinds = [row['kind'] for row in run.directory.read_baselines()]
+  assert kinds == ['real images, hard labels', 'real images, solved labels']
   assert 'real images, solved labels' in _read(run.directory.report)
 
 
-@pytest.mark.parametrize('change', [lambda images, labels: (images[:, :7], labels), lambda images, labels: (images[:0], labels[:0]),
-                                    lambda images, labels: (np.nan * images, labels)], ids=['shape', 'empty', 'nan'])
+@pytest.mark.parametrize('change', [
+    lambda images, labels: (images[:, :7], labels), lambda images, labels: (images[:0], labels[:0]),
+    lambda images, labels: (np.nan * images, labels)], ids=['shape', 'empty', 'nan'])
 def test_a_snapshot_that_cannot_be_evaluated_is_passed_over(follow, caplog, change):
   run, coordinator, node, _ = follow()
   coordinator.snapshots[1] = change(*coordinator.snapshots[1])
   node.run()
-  assert _steps(run) == [row['step'] for row in coordinator.rows] == [0, 2] and not coordinator.reasons
-  assert re.search(r'the snapshot of step 1 cannot be used \(.*\); it is not evaluated\.', caplog.text)
+  assert _steps(run, coordinator) == [0, 2] and not coordinator.reasons
+  assert re.search(r'snapshot of step 1 cannot be used \(.*\); it is not evaluated\.', caplog.text)
   assert os.path.exists(run.directory.report)
 
 
@@ -279,13 +303,15 @@ def test_a_last_snapshot_that_cannot_be_evaluated_is_told(follow, monkeypatch):
   os.truncate(run.directory.distilled, 100)
   with pytest.raises(export.DataError):
     node.run()
-  assert _steps(run) == [0, 1] and len(coordinator.reasons) == 1 and 'is not a distilled set' in coordinator.reasons[0][1]
+  (_, reason), = coordinator.reasons
+  assert _steps(run, coordinator) == [0, 1] and 'is not a distilled set' in reason
 
 
 def test_a_full_disk_is_waited_for_without_evaluating_again(follow, monkeypatch, caplog):
   monkeypatch.setattr(run_directory, 'DISK_PAUSE', 0.01)
   run, coordinator, node, _ = follow()
-  append, evaluate = run_directory.RunDirectory.append_metrics, mock.Mock(side_effect=evaluation.Evaluation.krr)
+  append = run_directory.RunDirectory.append_metrics
+  evaluate = mock.Mock(side_effect=evaluation.Evaluation.krr)
   errors = [OSError(28, 'No space left on device')] * 7
 
   def full(self, row):
@@ -295,25 +321,29 @@ def test_a_full_disk_is_waited_for_without_evaluating_again(follow, monkeypatch,
   monkeypatch.setattr(run_directory.RunDirectory, 'append_metrics', full)
   monkeypatch.setattr(evaluation.Evaluation, 'krr', lambda *args: evaluate(*args))
   node.run()
-  assert _steps(run) == [0, 1, 2] and evaluate.call_count == 3 and not coordinator.reasons
+  assert _steps(run, coordinator) == [0, 1, 2] and not coordinator.reasons
+  assert evaluate.call_count == 3
   assert caplog.text.count('cannot be written (No space left on device); trying again for') == 7
 
 
 def test_a_disk_that_stays_full_is_named(follow, monkeypatch):
   monkeypatch.setattr(run_directory, 'DISK_PAUSE', 0.01)
   monkeypatch.setattr(run_directory, 'DISK_PATIENCE', 0.05)
-  monkeypatch.setattr(run_directory.RunDirectory, 'append_metrics', mock.Mock(side_effect=OSError(30, 'Read-only file system')))
+  full = mock.Mock(side_effect=OSError(30, 'Read-only file system'))
+  monkeypatch.setattr(run_directory.RunDirectory, 'append_metrics', full)
   run, coordinator, node, _ = follow()
   with pytest.raises(run_directory.RunDirectoryError):
     node.run()
   (name, reason), = coordinator.reasons
+  path = run.directory.metrics
   assert name == 'evaluator'
-  assert reason == f'the row of step 0 in {run.directory.metrics} cannot be written (Read-only file system).'
+  assert reason == f'the row of step 0 in {path} cannot be written (Read-only file system).'
 
 
 @pytest.mark.parametrize('answer', [None, ConnectionError('lost')], ids=['heard', 'not heard'])
 @pytest.mark.parametrize('fails', [False, True], ids=['ends', 'fails'])
-def test_heartbeats_go_on_during_a_long_block_and_end_with_the_node(follow, monkeypatch, answer, fails):
+def test_heartbeats_come_during_a_long_block_and_end_with_the_node(
+    follow, monkeypatch, answer, fails):
   monkeypatch.setattr(evaluator, 'HEARTBEAT_SECONDS', 0.01)
   monkeypatch.setattr(evaluator.time, 'sleep', lambda seconds: None)
   run, coordinator, node, _ = follow()
@@ -339,7 +369,7 @@ def test_heartbeats_go_on_during_a_long_block_and_end_with_the_node(follow, monk
       node.run()
   else:
     node.run()
-    assert _steps(run) == [0, 1, 2]
+    assert _steps(run, coordinator) == [0, 1, 2]
   assert 'heartbeats' not in [thread.name for thread in threading.enumerate()]
 
 
@@ -352,7 +382,7 @@ def test_the_evaluator_stops_where_it_is(follow, monkeypatch):
     stop.set()
   monkeypatch.setattr(run_directory.RunDirectory, 'append_metrics', stop_after)
   node.run()
-  assert _steps(run) == [0] and not coordinator.reasons
+  assert _steps(run, coordinator) == [0] and not coordinator.reasons
 
 
 class _Counting:
@@ -376,7 +406,8 @@ def test_k_ss_in_tiles(architecture):
   assert kernel.pairs == [(7, 7, True)]
   kernel.pairs.clear()
   tiled = evaluation.support_block(kernel, images, 3)
-  assert kernel.pairs == [(3, 3, True), (3, 3, False), (3, 1, False), (3, 3, True), (3, 1, False), (1, 1, True)]
+  assert kernel.pairs == [(3, 3, True), (3, 3, False), (3, 1, False), (3, 3, True), (3, 1, False),
+                          (1, 1, True)]
   np.testing.assert_array_equal(tiled, tiled.T)
   np.testing.assert_allclose(tiled, whole, rtol=1e-5)
 
@@ -391,7 +422,8 @@ def test_krr_and_solved_labels_can_be_interrupted_at_every_tile_of_k_ss(make_run
     if len(kernel.pairs) >= blocks:
       raise remote.Stopping()
   with pytest.raises(remote.Stopping):
-    evaluation.krr_test(kernel, images, np.eye(3)[[0, 0, 1, 1, 2, 2]], 1e-3, prepared.test_images, prepared.test_labels, 3, check)
+    evaluation.krr_test(kernel, images, np.eye(3)[[0, 0, 1, 1, 2, 2]], 1e-3, prepared.test_images,
+                        prepared.test_labels, 3, check)
   assert len(kernel.pairs) == blocks
 
 

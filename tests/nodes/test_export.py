@@ -74,7 +74,8 @@ def test_a_released_set_is_used_like_our_own(released_mnist, tmp_path):
   base.validate({**base.get_config().to_dict(), 'run': run})
   prepared = store.prepare(run['data'], cache)
   assert distilled.settings['data'] == {'name': 'mnist', 'key': prepared.key,
-                                        'class_names': list('0123456789')} and distilled.settings['label_offset'] == -0.1
+                                        'class_names': list('0123456789')}
+  assert distilled.settings['label_offset'] == -0.1
   assert (run['architecture'], run['images_per_class'], run['learn_labels'], run['data']['zca']) == ('convnet', 1, True, False)
   np.testing.assert_array_equal(distilled.transform.mean, prepared.transform.mean)
   copy = str(tmp_path / 'distilled.npz')
@@ -168,7 +169,8 @@ def test_folders_are_named_after_the_classes(grey, tmp_path, names, folders):
     header, *lines = csv.reader(file)
   assert header == ['file', *(f'label_{name}' for name in names)]
   assert [line[0] for line in lines] == [f'{folders[i // 2]}/{i:05d}.png' for i in range(4)]
-  assert all((tmp_path / 'out' / line[0]).is_file() for line in lines) and len(os.listdir(tmp_path / 'out')) == 3
+  assert all((tmp_path / 'out' / line[0]).is_file() for line in lines)
+  assert len(os.listdir(tmp_path / 'out')) == 3
 
 
 def test_channels_that_png_cannot_hold(grey, tmp_path):

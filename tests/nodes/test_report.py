@@ -143,7 +143,8 @@ def test_classes_have_their_names_in_the_report_and_in_its_pictures(named, drawn
   report.write(named, named.read_metrics())
   page = _Page(_content(named))
   assert '0 cat, 1 dog, 2 <b>cow</b> & calf, much too long' in page.text
-  assert drawn.count('cat') > 3 and {'class cat', 'class dog', 'class <b>cow</b…', '<b>cow</b> & ca…'} <= set(drawn)
+  assert {'class cat', 'class dog', 'class <b>cow</b…', '<b>cow</b> & ca…'} <= set(drawn)
+  assert drawn.count('cat') > 3
 
 
 def _content(directory):
@@ -177,16 +178,20 @@ def test_a_finite_network_stands_beside_its_width_and_updates(named, drawn, monk
   monkeypatch.setattr(published, 'find', lambda run: row)
   ours = {'nn_test_accuracy': 0.5, 'nn_test_accuracy_std': 0.01}
   first, *others = named.read_metrics()
-  report.write(named, [{**first, **ours, 'nn_width': 128, 'nn_steps': 1000}, *others[:-1], {**others[-1], **ours}])
+  first = {**first, **ours, 'nn_width': 128, 'nn_steps': 1000}
+  report.write(named, [first, *others[:-1], {**others[-1], **ours}])
   text = _Page(_content(named)).text
-  assert '50.00 ± 1.00 % (width 128, 1000 updates)' in text and '62.7 % (width 1024, 5000 updates)' in text
+  assert '50.00 ± 1.00 % (width 128, 1000 updates)' in text
+  assert '62.7 % (width 1024, 5000 updates)' in text
   assert '50.00 ± 1.00 % (width not recorded)' in text  # a row of an earlier version
   assert 'finite network, width 128, 1000 updates; width not recorded' in drawn
 
 
 @pytest.mark.parametrize('rows', [
-    [{'step': 0}, {'step': 2}], [{'step': 2}], [{'step': 1, 'krr_test_accuracy': 0.25, 'wall_seconds': None}],
-    [{'step': 0, 'krr_test_accuracy': 'high', 'nn_test_accuracy': None}, {'step': 2, 'nn_test_accuracy': 0.5}]])
+    [{'step': 0}, {'step': 2}], [{'step': 2}],
+    [{'step': 1, 'krr_test_accuracy': 0.25, 'wall_seconds': None}],
+    [{'step': 0, 'krr_test_accuracy': 'high', 'nn_test_accuracy': None},
+     {'step': 2, 'nn_test_accuracy': 0.5}]])
 @pytest.mark.parametrize('baselines', ['[', '{"kind": "x"}', '[{"kind": "x"}]'])
 def test_rows_that_lack_something_are_reported_without_it(named, rows, baselines):
   with open(named.baselines, 'w', encoding='utf-8') as file:
@@ -210,7 +215,8 @@ def test_a_first_snapshot_that_is_damaged_is_named(named, drawn, damage):
   else:
     numpy.savez(path, images=numpy.zeros((6, 8, 9, 1)), labels=numpy.zeros((6, 3)))
   report.write(named, named.read_metrics())
-  assert 'The snapshot of step 0 cannot be read' in _content(named) and 'there are those of steps 1, 2.' in _content(named)
+  assert 'The snapshot of step 0 cannot be read' in _content(named)
+  assert 'there are those of steps 1, 2.' in _content(named)
   assert 'step 1' in drawn and 'step 0' not in drawn
   for step in (1, 2):
     os.remove(named.snapshot(step))
@@ -224,18 +230,23 @@ def test_a_run_directory_that_cannot_be_written(named, blocked):
   path = getattr(named, blocked)
   shutil.rmtree(path) if blocked == 'tensorboard' else os.remove(path)
   open(path, 'w', encoding='utf-8').close() if blocked == 'tensorboard' else os.mkdir(path)
-  done = subprocess.run([sys.executable, '-m', 'nodes.report', f'--workdir={named.path}'], cwd=ROOT, capture_output=True, text=True,
-                        timeout=100, check=False)
+  done = _command(named)
   assert done.returncode == 2 and done.stderr.count('\n') == 1 and not done.stdout
-  assert done.stderr.startswith('error: ') and path in done.stderr and 'cannot be written' in done.stderr
+  assert done.stderr.startswith(f'error: the report of {named.path} cannot be written: ')
+  assert path in done.stderr
+
+
+def _command(directory):
+  """`python -m nodes.report` on a run's directory."""
+  return subprocess.run([sys.executable, '-m', 'nodes.report', f'--workdir={directory.path}'],
+                        cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
 
 
 def test_the_report_command_makes_what_is_missing(named):
   os.remove(named.report)
   events = sorted(os.listdir(named.tensorboard))
   os.remove(os.path.join(named.tensorboard, events[0]))
-  done = subprocess.run([sys.executable, '-m', 'nodes.report', f'--workdir={named.path}'], cwd=ROOT, capture_output=True, text=True,
-                        timeout=100, check=False)
+  done = _command(named)
   assert (done.returncode, done.stdout) == (0, f'{named.report}\n'), done.stderr
   assert os.path.exists(named.report) and sorted(os.listdir(named.tensorboard)) == events
 
@@ -245,8 +256,10 @@ def test_a_row_a_class_or_a_column_with_one_image(images_per_class, num_classes,
   """A class's images are of one grey; the picture's rows (columns) show each class's grey, and ten images a class at most."""
   greys = numpy.linspace(0.0, 1.0, num_classes)
   images = numpy.repeat(greys, images_per_class)[:, None, None, None] * numpy.ones((1, 4, 4, 3))
-  picture = numpy.asarray(Image.open(io.BytesIO(pictures.support_images(
-      images, images[::-1], [str(c) for c in range(num_classes)], ('', ''), report.export.preprocess.Transform(numpy.zeros(3), numpy.ones(3))))).convert('L'))
+  names = [str(c) for c in range(num_classes)]
+  transform = report.export.preprocess.Transform(numpy.zeros(3), numpy.ones(3))
+  png = pictures.support_images(images, images[::-1], names, ('', ''), transform)
+  picture = numpy.asarray(Image.open(io.BytesIO(png)).convert('L'))
   rows, columns = grid
   assert (picture.shape[0] < picture.shape[1]) == (rows < columns)
   for c, grey in enumerate(greys):
@@ -269,8 +282,9 @@ def test_published_rows():
   run = base.get_config().to_dict()['run']
   assert published.find(run) is None
   run['data'].update(name='cifar10', zca=True)
-  assert published.find(run) == {'kind': 'published at convergence (NeurIPS 2021, Table 1)', 'krr': '63.4-64.7', 'network': '49.9',
-                                 'nn_width': 1024, 'nn_steps': 5000}
+  assert published.find(run) == {'kind': 'published at convergence (NeurIPS 2021, Table 1)',
+                                 'krr': '63.4-64.7', 'network': '49.9', 'nn_width': 1024,
+                                 'nn_steps': 5000}
   run['data'].update(zca=False)
   assert published.find(run) is None
   run.update(method='label_solve', architecture='fc1', images_per_class=50)
