@@ -115,8 +115,6 @@ class Evaluator:
     self._run, self._settings = description['run'], description['system']['evaluation']
     self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data)
     self._evaluation = evaluation.Evaluation(self._run, self._settings, self._prepared, self._threads, self._check)
-    # Before Matplotlib is imported: its own choice is the home folder, which may not be writable.
-    os.environ.setdefault('MPLCONFIGDIR', os.path.join(self._cache, 'matplotlib'))
     done = [row['step'] for row in self._directory.read_metrics()]
     if done:  # a kill may have come between a row and what is made of it
       self._decorate("TensorBoard's file of an earlier row", self._write_missing_events)

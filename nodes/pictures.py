@@ -1,22 +1,15 @@
 """Pictures of a run, as in the papers: support images, labels, their covariance, accuracy. In Okabe and Ito's colours, for all eyes."""
 
 import io
-import os
 from typing import Any, Sequence
 
-import numpy as np
-
-from data import preprocess
-from data import store
-from nodes import evaluation
-
-# Where the home folder cannot be written, or there is none, Matplotlib complains or does not start.
-os.environ.setdefault('MPLCONFIGDIR', os.path.join(store.cache_folder(), 'matplotlib'))
-
-# pylint: disable=wrong-import-position
 import matplotlib.figure
 import matplotlib.font_manager
 import matplotlib.ticker
+import numpy as np
+
+from data import preprocess
+from nodes import evaluation
 
 _MOST_COLUMNS, _MOST_ROWS = 10, 20  # of a grid of images
 _FEW_CLASSES = 20  # more of them need wider axes for their bars, and numbers instead of names

@@ -81,7 +81,7 @@ def test_one_network_with_one_setting_has_no_deviation_and_no_selection(make_run
 
 
 def test_baselines_are_the_images_a_run_starts_from_with_hard_and_solved_labels(make_run, tmp_path):
-  changes = {**FC1, **NETWORK, 'run.ridge': 1e-3, 'system.evaluation.krr_tile': 13}
+  changes = {**FC1, **NETWORK, 'run.ridge': 1e-3, 'system.evaluation.krr_tile': 5}
   evaluate, prepared = _evaluation(make_run(tmp_path, changes))
   images, labels = _support(prepared)
   kernel = ntk.make_kernel('fc1', dtype='float64')
@@ -413,7 +413,7 @@ def test_k_ss_in_tiles(architecture):
 
 
 @pytest.mark.parametrize('blocks', range(4))
-def test_krr_and_solved_labels_can_be_interrupted_at_every_tile_of_k_ss(make_run, tmp_path, blocks):
+def test_krr_can_be_interrupted_at_every_tile_of_k_ss(make_run, tmp_path, blocks):
   run = make_run(tmp_path, {**FC1, 'system.evaluation.krr_tile': 3})
   prepared = store.open_prepared(run.directory.read_config()['data_key'], run.cache)
   kernel, images = _Counting(ntk.make_kernel('fc1')), _support(prepared)[0]
