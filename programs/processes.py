@@ -87,8 +87,9 @@ class _Client:
   def __init__(self, kind: str, coordinator: Any, timeout: float, published: str, **kwargs: Any):
     start.log_plainly()
     stop = lp.stop_event()
-    coordinator = Retrying(coordinator, timeout, stop, _unreachable, functools.partial(_listens, coordinator.address, published),
-                           _note_progress)
+    address = coordinator.address
+    coordinator = Retrying(coordinator, timeout, stop, _unreachable, functools.partial(_listens, address, published), _note_progress,
+                           address)
     if kind == 'evaluator':
       from nodes import evaluator
       os.nice(_EVALUATOR_NICENESS)
