@@ -18,6 +18,7 @@ import numpy as np
 
 from data import DataError
 from data import NPZ_ERRORS
+from data import home
 from data import preprocess
 from data import sources
 
@@ -63,9 +64,10 @@ class Prepared(NamedTuple):
 
 
 def cache_folder(configured: str = '') -> str:
-  """`configured`, or a folder of this project's in the user's cache folder."""
-  base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
-  return os.path.abspath(configured or os.path.join(base, 'kip'))
+  """`configured`, or a folder of this project's in the user's cache folder. Where that one cannot be written, libraries get another for
+  theirs (see `home.settle`), before they are imported."""
+  home.settle(configured)
+  return os.path.abspath(configured or os.path.join(home.cache(), 'kip'))
 
 
 def prepare(data: Mapping[str, Any], cache: str, raw: bool = False) -> Prepared:

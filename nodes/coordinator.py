@@ -96,16 +96,17 @@ def pairs_to_go(run: dict[str, Any], num_support: int, num_targets: int, step: i
 class Coordinator:
   """The program's only server. Its public methods are RPCs (thread safe); `run` is the program."""
 
-  def __init__(self, workdir: str, cache: str, stop: threading.Event, saved: Callable[[], None] = lambda: None):
+  def __init__(self, workdir: str, cache: str, stop: threading.Event,
+               progressed: Callable[[bool], None] = lambda lasting: None):
     """
     Args:
       workdir: run directory with its config.json.
       cache: folder of prepared data that has this run's.
       stop: set when the process is to stop: the run is then checkpointed and ends as 'stopped'.
-      saved: called after each checkpoint.
+      progressed: called with False after each piece that is accepted, and with True after each checkpoint, which makes progress last.
     """
     self._directory = run_directory.RunDirectory(workdir)
-    self._saved = saved
+    self._progressed = progressed
     self._config = self._directory.read_config()
     if self._config is None:
       raise RunFailed(f'{self._directory.config} is missing; start the run by launch.py.')
@@ -209,7 +210,8 @@ class Coordinator:
     if bad:
       self._board.fail(task, lease, f'{bad[0]} contains NaN or infinity')
       return None
-    self._board.complete(task, lease, worker, piece)
+    if self._board.complete(task, lease, worker, piece):
+      self._progressed(False)
     return self._lease(worker, holding) if worker in self._hellos and not self._over else None
 
   def fail(self, worker: str, task: list[Any], lease: int, message: str) -> None:
@@ -469,7 +471,7 @@ class Coordinator:
       self._rounds = self._rounds._replace(step=self._rounds.step + 1, optimizer={'factor': factor})
       self._persist(f'the checkpoint of {last} training images',
                     lambda: checkpoints.save(self._rounds, {'wall_seconds': self._wall_seconds()}))
-      self._saved()
+      self._progressed(True)
       seconds = (time.monotonic() - started) / (last - first)
       logging.info('label solve: %d of %d training images, %.3g pairs/s, %s to go', last, num_targets, len(state.images) / seconds,
                    _duration(seconds * (num_targets - last)))
@@ -612,7 +614,7 @@ class Coordinator:
       meta = {'wall_seconds': self._wall_seconds(), 'fingerprint': self._fingerprint}
       self._persist(f'the checkpoint of step {state.step}', lambda: self._checkpoints.save(state, meta))
       self._saved_step = state.step
-      self._saved()
+      self._progressed(True)
     self._next_checkpoint = time.monotonic() + self._system['checkpoint_seconds']
 
   def _persist(self, what: str, write: Callable[[], None]) -> None:

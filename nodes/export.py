@@ -238,9 +238,10 @@ def main(argv: Sequence[str]) -> int:
       raise command_line.BadInput(f'--format must be one of {", ".join(writers)}; got {wanted!r}.')
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
       raise command_line.BadInput(f'--to={folder} is there and not an empty folder; choose another.')
+    config = command_line.CONFIG.value or base.get_config()
+    cache = store.cache_folder(config.system.cache_dir)
     if released.is_name(path):
-      config = command_line.CONFIG.value or base.get_config()
-      distilled = load_released(path, store.cache_folder(config.system.cache_dir), config.run.data.dir)
+      distilled = load_released(path, cache, config.run.data.dir)
     else:
       distilled = load(path)
     writers[wanted](distilled, folder)

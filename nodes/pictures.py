@@ -3,6 +3,11 @@
 import io
 from typing import Any, Sequence
 
+from data import home
+
+home.settle()  # before Matplotlib looks for its folder
+
+# pylint: disable=wrong-import-position
 import matplotlib.figure
 import matplotlib.font_manager
 import matplotlib.ticker
