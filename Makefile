@@ -1,56 +1,53 @@
 # Every target sets up what it needs: see tools/setup.sh.
 PYTHON = .venv/bin/python
 DEMO_DIR ?= runs/demo
+export DEMO_DIR
 
-.PHONY: demo test test-slurm chaos bench bench-gpu bench-coordinator bench-scale native setup cuda lock clean
+.PHONY: help demo test test-slurm chaos bench bench-gpu bench-coordinator bench-scale native setup cuda lock clean
 
-demo: native
-	@rm -rf $(DEMO_DIR)
-	$(PYTHON) launch.py --config=configs/digits.py --workdir=$(DEMO_DIR) --lp_launch_type=local_mp
+help:  ## these lines
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
-test: native
+demo: native  ## distils 8x8 digits into 10 images, in four processes; the result is in DEMO_DIR (runs/demo), and replaces an earlier one's
+	@PYTHON=$(PYTHON) tools/demo.sh "$$DEMO_DIR"
+
+test: native  ## the tests
 	$(PYTHON) -m pytest
 
-# On a Slurm of its own on this machine (slurm-wlm, munge, root): some minutes.
-test-slurm: native
+test-slurm: native  ## those on a Slurm of its own on this machine (slurm-wlm, munge, root): some minutes
 	KIP_TEST_SLURM=1 $(PYTHON) -m pytest tests/slurm
 
-# Kills, pauses and cuts a real run for some minutes and compares it with one left in peace, bit by bit.
-chaos: native
+chaos: native  ## kills, pauses and cuts real runs for a quarter of an hour and compares them, bit by bit, with others left in peace
 	PYTHONPATH=. $(PYTHON) tests/chaos --workdir=runs/chaos
 
-bench: native
+bench: native  ## the kernels beside Neural Tangents: many minutes
 	$(PYTHON) -m benchmarks.kernels
 
-# On the GPU that is there. Where Launchpad has no wheel: python -m benchmarks.gpu, in whatever environment has the packages.
-bench-gpu: cuda
+# Where Launchpad has no wheel: python -m benchmarks.gpu, in whatever environment has the packages.
+bench-gpu: cuda  ## the kernels on the GPU that is there
 	$(PYTHON) -m benchmarks.gpu
 
-# What a step costs beside the kernel.
-bench-coordinator: setup
+bench-coordinator: setup  ## what a step costs beside the kernel
 	$(PYTHON) -m benchmarks.coordinator
 
-# How a run scales with its workers, simulated ones but for their messages.
-bench-scale: native
+bench-scale: native  ## how a run scales with its workers, simulated ones but for their messages
 	$(PYTHON) -m benchmarks.scale
 
-# Builds the C++ kernel where there is a compiler; elsewhere the JAX kernel is used.
-native: setup
+native: setup  ## builds the C++ kernel where there is a compiler; elsewhere the JAX kernel is used
 	@$(PYTHON) -m kernels.native.build
 
-setup:
+setup:  ## makes .venv, once
 	@tools/setup.sh
 
-cuda:
+cuda:  ## adds what GPUs need to it
 	@tools/setup.sh cuda
 
-# Resolves requirements*.in again; the result is committed.
-lock: setup
+lock: setup  ## resolves requirements*.in again; the result is committed
 	$(UV) pip compile --quiet --python-version 3.10 --python $(PYTHON) --override overrides.txt --generate-hashes \
 	  --no-emit-index-url --no-header requirements.in -o requirements.txt
 	$(UV) pip compile --quiet --python-version 3.10 --python $(PYTHON) --override overrides.txt --generate-hashes \
 	  --no-emit-index-url --no-header -c requirements.txt requirements-cuda.in -o requirements-cuda.txt
 UV = $(shell command -v uv || echo .uv/bin/uv)
 
-clean:
+clean:  ## removes .venv and .uv
 	rm -rf .venv .uv

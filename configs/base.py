@@ -48,11 +48,14 @@ def get_config() -> ml_collections.ConfigDict:
   run.learn_labels = True  # move the labels with the images
   run.label_learning_rate_factor = 1.0  # of the labels' learning rate to the images'; 0.1: better for finite networks (digits, RESULTS.md)
   run.initial_images = 'real'  # or 'noise', a file such as distilled.npz (images, labels), or a released set's name (data/released.py)
-  run.targets_per_step = 5000  # class-balanced, drawn anew each step: a multiple of the number of classes; or the whole training set
+  # Class-balanced, drawn anew each step: a multiple of the number of classes; or the whole training set; or 0: 5000,
+  # or as many as the set allows.
+  run.targets_per_step = 0
 
   run.data = ml_collections.ConfigDict()
   run.data.name = 'digits'  # digits, mnist, fashion_mnist, cifar10, cifar100, svhn_cropped, or the path of an .npz file
   run.data.dir = ''  # folder with {train,test}.parquet or {train,test}/CLASS/IMAGE; empty: the named set itself
+  run.data.size = 0  # pixels a side: resize the shorter side (by area where it shrinks), crop the middle; 0: as they are
   run.data.zca = False  # whiten the standardised images (the papers: for colour images)
   run.data.zca_regularisation = 0.1  # added to the covariance's diagonal, relative to its mean
 
@@ -89,7 +92,7 @@ def get_config() -> ml_collections.ConfigDict:
   system.final_evaluation_timeout = 3600.0  # seconds the finished run waits for its last evaluation
 
   system.evaluation = ml_collections.ConfigDict()
-  system.evaluation.krr_tile = 250  # test images a kernel block
+  system.evaluation.krr_tile = 250  # images a kernel block, of the test set and of the support
   system.evaluation.baselines = False  # at the end, evaluate as many random real images beside the distilled ones
   # Finite networks (K2). The papers' protocol: width 1024, 5000 updates, batches of 100, learning-rate factor and L2 by a grid.
   system.evaluation.nn_steps = 1000  # updates of a finite network; 0: train none
@@ -117,7 +120,7 @@ def label_solve_step(run: Mapping[str, Any]) -> int:
 
 
 _LIMIT = 10 ** 9
-_POSITIVE_INTS = ('run.num_steps', 'run.images_per_class', 'run.targets_per_step', 'run.plan.support_tile', 'run.plan.target_tile',
+_POSITIVE_INTS = ('run.num_steps', 'run.images_per_class', 'run.plan.support_tile', 'run.plan.target_tile',
                   'run.plan.target_tiles_per_task', 'run.standard_width', 'system.evaluation.krr_tile', 'system.evaluation.nn_width',
                   'system.evaluation.nn_batch', 'system.evaluation.nn_seeds')
 _POSITIVE_FLOATS = ('run.learning_rate', 'run.label_learning_rate_factor', 'run.ridge', 'run.data.zca_regularisation',
@@ -126,7 +129,8 @@ _POSITIVE_FLOATS = ('run.learning_rate', 'run.label_learning_rate_factor', 'run.
 _RANGES = {'run.seed': (0, 2 ** 63 - 1), 'run.augmentation.fraction': (0, 1), 'run.augmentation.rotation': (0, 180),
            'run.augmentation.channel_shift': (0, _LIMIT), 'system.num_workers': (0, _LIMIT), 'system.worker_threads': (0, 4096),
            'system.port': (0, 65535), 'system.evaluation.nn_steps': (0, 10 ** 7),
-           'run.plan.support_per_task': (0, _LIMIT)}
+           'run.plan.support_per_task': (0, _LIMIT), 'run.targets_per_step': (0, _LIMIT), 'run.data.size': (0, 4096)}
+_TARGETS = 5000  # a step, where the set has so many (the papers)
 _ARCHITECTURES = ('run.architecture', 'system.evaluation.nn_architecture')
 _GRIDS = ('system.evaluation.nn_learning_rate_factors', 'system.evaluation.nn_l2s')
 _NN_LOSSES = ('mse', 'cross_entropy')
@@ -180,11 +184,24 @@ def validate(config: Mapping[str, Any]) -> None:
     raise ConfigError(f'run.{error}') from error
 
 
+def resolve_targets(run: Mapping[str, Any], labels, num_classes: int) -> int:
+  """`targets_per_step` of a configuration's `run`, or, where that is 0, what it means for these data.
+
+  Args:
+    run: already validated.
+    labels: int64 [N], of the training images, every class present.
+    num_classes: `C`.
+  """
+  import numpy as np
+  per_class = min(_TARGETS // num_classes, np.bincount(labels, minlength=num_classes).min())
+  return run['targets_per_step'] or num_classes * max(1, int(per_class))
+
+
 def validate_with_data(config: Mapping[str, Any], labels, num_classes: int, image_shape: tuple[int, int, int]) -> None:
   """Checks what depends on the training set.
 
   Args:
-    config: already validated.
+    config: already validated, its targets resolved.
     labels: int64 [N], of the training images.
     num_classes: `C`.
     image_shape: `(H, W, D)`.
@@ -200,7 +217,8 @@ def validate_with_data(config: Mapping[str, Any], labels, num_classes: int, imag
   targets = run['targets_per_step']
   if targets != len(labels) and (targets % num_classes or targets > smallest * num_classes):
     raise ConfigError(f'run.targets_per_step must be a multiple of {num_classes} (the classes) and at most {smallest * num_classes} '
-                      f'(the smallest class has {smallest} images), or {len(labels)} (the whole training set); got {targets}.')
+                      f'(the smallest class has {smallest} images), or {len(labels)} (the whole training set); got {targets} '
+                      '(0 takes as many as suit).')
   validate_image_size(config, image_shape)
 
 

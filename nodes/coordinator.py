@@ -44,7 +44,6 @@ _EVALUATOR = 'evaluator'
 _LINGER = 10.0  # seconds the finished coordinator stays to tell the others to stop
 _STALL = 30.0  # seconds without a piece that are worth a word
 _STATUS_SECONDS = 5.0  # at most so long between two writings of status.json
-_DISK_PATIENCE, _DISK_PAUSE = 60.0, 5.0  # seconds a write that fails is tried again, and between two tries
 _DIVERGED = 1e6  # a training loss of predictions that have nothing to do with labels in [-1, 1]
 
 
@@ -100,13 +99,14 @@ def pairs_to_go(run: dict[str, Any], num_support: int, num_targets: int, step: i
 class Coordinator:
   """The program's only server. Its public methods are RPCs (thread safe); `run` is the program."""
 
-  def __init__(self, workdir: str, cache: str, stop: threading.Event, saved: Callable[[], None] = lambda: None):
+  def __init__(self, workdir: str, cache: str, stop: threading.Event,
+               progressed: Callable[[bool], None] = lambda lasting: None):
     """
     Args:
       workdir: run directory with its config.json.
       cache: folder of prepared data that has this run's.
       stop: set when the process is to stop: the run is then checkpointed and ends as 'stopped'.
-      saved: called after each checkpoint.
+      progressed: called with False after each piece that is accepted, and with True after each checkpoint, which makes progress last.
 
     Raises:
       RunDirectoryError: another coordinator is at work in `workdir`; nothing there has been touched.
@@ -118,7 +118,7 @@ class Coordinator:
     self._generation = 0
     try:
       self._generation = self._directory.next_generation()
-      self._set_up(cache, stop, saved)
+      self._set_up(cache, stop, progressed)
     except Exception as error:
       self._directory.write_status(
           run_directory.FAILED, message=_in_words(error), generation=self._generation,
@@ -126,9 +126,9 @@ class Coordinator:
       self._claim.close()
       raise
 
-  def _set_up(self, cache: str, stop: threading.Event, saved: Callable[[], None]) -> None:
+  def _set_up(self, cache: str, stop: threading.Event, progressed: Callable[[bool], None]) -> None:
     """Reads the configuration and opens the data; initialises all state."""
-    self._saved = saved
+    self._progressed = progressed
     self._config = self._directory.read_config()
     if self._config is None:
       raise RunFailed(f'{self._directory.config} is missing; start the run by launch.py.')
@@ -234,7 +234,8 @@ class Coordinator:
     if bad:
       self._board.fail(task, lease, f'{bad[0]} contains NaN or infinity')
       return None
-    self._board.complete(task, lease, worker, piece)
+    if self._board.complete(task, lease, worker, piece):
+      self._progressed(False)
     return self._lease(worker, holding) if worker in self._hellos and not self._over else None
 
   def fail(self, worker: str, task: list[Any], lease: int, message: str) -> None:
@@ -510,7 +511,7 @@ class Coordinator:
       self._rounds = self._rounds._replace(step=self._rounds.step + 1, optimizer={'factor': factor})
       self._persist(f'the checkpoint of {last} training images',
                     lambda: checkpoints.save(self._rounds, {'wall_seconds': self._wall_seconds()}))
-      self._saved()
+      self._progressed(True)
       seconds = (time.monotonic() - started) / (last - first)
       logging.info('label solve: %d of %d training images, %.3g pairs/s, %s to go', last, num_targets, len(state.images) / seconds,
                    _duration(seconds * (num_targets - last)))
@@ -660,25 +661,16 @@ class Coordinator:
               'fingerprint': self._fingerprint}
       self._persist(f'the checkpoint of step {state.step}', lambda: self._checkpoints.save(state, meta))
       self._saved_step = state.step
-      self._saved()
+      self._progressed(True)
     self._next_checkpoint = time.monotonic() + self._system['checkpoint_seconds']
 
   def _persist(self, what: str, write: Callable[[], None]) -> None:
     """Writes; where that fails, again for a while: a full disk may be emptied. Raises RunFailed."""
-    end = time.monotonic() + _DISK_PATIENCE
-    while True:
-      try:
-        write()
-        return
-      except OSError as error:
-        reason = error.strerror or error
-        if time.monotonic() > end or self._stop_event.is_set():
-          raise RunFailed(f'{what} cannot be written ({reason}); mend that, and the same command goes on from the last checkpoint, '
-                          f'of step {self._saved_step}.') from error
-        logging.warning('%s cannot be written (%s); trying again for %.0f s.', what, reason, end - time.monotonic())
-      pause = time.monotonic() + _DISK_PAUSE
-      while time.monotonic() < pause and not self._stop_event.is_set():
-        time.sleep(0.05)
+    try:
+      run_directory.persist(what, write, self._stop_event)
+    except run_directory.RunDirectoryError as error:
+      raise RunFailed(f'{error} Mend that, and the same command goes on from the last checkpoint, '
+                      f'of step {self._saved_step}.') from error
 
   def _await_evaluation(self) -> None:
     """Leaves when the last row is written, the time for it is over, or the process is asked to stop: the data are exported already."""

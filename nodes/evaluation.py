@@ -1,6 +1,6 @@
-"""What labelled images are worth: KRR and finite networks on a data set's whole test set, and the baselines to hold beside them."""
+"""Evaluates labelled sets by KRR and finite networks on a whole test set, and baselines beside."""
 
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 from absl import logging
 import numpy as np
@@ -13,8 +13,12 @@ from kernels import label_solve
 from kernels import ntk
 from nodes import tasks
 
+_WORDS = {'krr_test_accuracy': lambda value: f'KRR {100 * value:6.2f} %',
+          'krr_test_mse': lambda value: f'MSE {value:.5f}',
+          'train_loss': lambda value: f'loss {value:.5f}',
+          'wall_seconds': lambda value: f'{value:6.0f} s'}
 HARD, SOLVED = 'real images, hard labels', 'real images, solved labels'
-_HELD_OUT = 5000  # the last training images, or a tenth of them if that is less: they set the finite network's hyper-parameters
+_HELD_OUT = 5000  # the last training images, or a tenth of them if that is less, but one at least: they set the finite network's hyper-parameters
 
 
 def krr_test(kernel: ntk.Kernel, images: np.ndarray, labels: np.ndarray, ridge: float, test: ntk.Library, classes: np.ndarray, tile: int,
@@ -26,14 +30,14 @@ def krr_test(kernel: ntk.Kernel, images: np.ndarray, labels: np.ndarray, ridge: 
     images: support, [S, H, W, D]; labels: [S, C].
     ridge: relative to the mean of K_ss's diagonal.
     test: the test images; classes: int64 [N].
-    tile: test images a block.
+    tile: images a block, of the test set and of the support.
     check: called before every block; what it raises ends the evaluation.
 
   Returns:
     (accuracy, error). Raises krr.NotPositiveDefiniteError.
   """
   support = kernel.prepare(images)
-  solution = krr.solve(kernel.block(support, support), labels, ridge)
+  solution = krr.solve(support_block(kernel, support, tile, check), labels, ridge)
   correct, error = 0, 0.0
   for start, end in tasks.ranges(len(classes), tile):
     check()
@@ -42,6 +46,26 @@ def krr_test(kernel: ntk.Kernel, images: np.ndarray, labels: np.ndarray, ridge: 
     correct += result.correct
     error += result.loss
   return correct / len(classes), error
+
+
+def support_block(kernel: ntk.Kernel, support: ntk.Prepared, tile: int,
+                  check: Callable[[], None] = lambda: None) -> np.ndarray:
+  """K_ss, float64 [S, S], symmetric: tiles on and above the diagonal, mirrored below it.
+
+  Args:
+    kernel: the NTK.
+    support: S images, prepared by it.
+    tile: images a tile has on each side.
+    check: called before every tile; what it raises ends the computation.
+  """
+  k_ss = np.zeros((len(support), len(support)))
+  ranges = [slice(start, end) for start, end in tasks.ranges(len(support), tile)]
+  tiles = [(support[part], part) for part in ranges]
+  for i, (images, rows) in enumerate(tiles):
+    for others, columns in tiles[i:]:
+      check()
+      k_ss[rows, columns] = kernel.block(images, others)
+  return np.triu(k_ss) + np.triu(k_ss, 1).T
 
 
 class Evaluation:
@@ -72,6 +96,7 @@ class Evaluation:
 
     Returns:
       `nn_test_accuracy` (mean over `nn_seeds` networks), `nn_test_accuracy_std` (n - 1 in the denominator; of several networks only),
+      `nn_architecture` (where it is not the kernel's), `nn_width` (channels), `nn_steps` (updates),
       `nn_learning_rate_factor` and `nn_l2`, `nn_selected_on` (by what images these two were selected; None: there was one pair only)
       and, where they were selected, `nn_validation_accuracy`. Nothing where `nn_steps` is 0.
     """
@@ -79,7 +104,8 @@ class Evaluation:
     if not settings['nn_steps']:
       return {}
     from kernels import finite_network  # here, because it imports Neural Tangents, and not every run trains a network
-    held_out = slice(len(prepared.train_images) - min(_HELD_OUT, len(prepared.train_images) // 10), None)
+    count = max(1, min(_HELD_OUT, len(prepared.train_images) // 10))
+    held_out = slice(len(prepared.train_images) - count, None)
     result = finite_network.evaluate(
         architectures.get(settings['nn_architecture'] or self._run['architecture']), images, labels,
         (prepared.train_images[held_out], prepared.train_labels[held_out]), (prepared.test_images, prepared.test_labels),
@@ -87,11 +113,15 @@ class Evaluation:
         learning_rate_factors=settings['nn_learning_rate_factors'], l2s=settings['nn_l2s'], num_seeds=settings['nn_seeds'],
         seed=self._run['seed'], check=self._check)
     row = {'nn_test_accuracy': float(np.mean(result.test_accuracies)), 'nn_seeds': len(result.test_accuracies),
+           'nn_width': settings['nn_width'], 'nn_steps': settings['nn_steps'],
            'nn_learning_rate_factor': result.learning_rate_factor, 'nn_l2': result.l2, 'nn_selected_on': None}
+    other = settings['nn_architecture']
+    if other:
+      row['nn_architecture'] = other if isinstance(other, str) else 'own architecture'
     if len(result.test_accuracies) > 1:
       row['nn_test_accuracy_std'] = float(np.std(result.test_accuracies, ddof=1))
     if result.validation_accuracy is not None:
-      row['nn_selected_on'] = f'the last {len(prepared.train_images) - held_out.start} training images'
+      row['nn_selected_on'] = f'the last {count} training images' if count > 1 else 'the last training image'
       row['nn_validation_accuracy'] = result.validation_accuracy
     return row
 
@@ -123,17 +153,38 @@ class Evaluation:
       self._check()
       y = sampling.centred_one_hot(classes[start:end], num_classes)
       factor = label_solve.combine([factor, label_solve.factor(self._kernel.block(support, train[start:end]), y)])
-    return label_solve.solve(self._kernel.block(support, support), factor, self._run['ridge'])
+    k_ss = support_block(self._kernel, support, self._settings['krr_tile'], self._check)
+    return label_solve.solve(k_ss, factor, self._run['ridge'])
 
 
 def in_words(row: dict[str, Any]) -> str:
-  """A row of metrics.jsonl on a line whose columns stand under those of other rows."""
-  words = (f'step {row["step"]:6d}  KRR {100 * row["krr_test_accuracy"]:6.2f} %  MSE {row["krr_test_mse"]:.5f}  '
-           f'loss {row["train_loss"]:.5f}  {row["wall_seconds"]:6.0f} s')
-  return words + (f'  finite network {network_in_words(row)}' if 'nn_test_accuracy' in row else '')
+  """A row of metrics.jsonl, without what it lacks, in columns that stand under other rows'."""
+  words = [form(row[key]) for key, form in _WORDS.items() if has(row, key)]
+  if has(row, 'nn_test_accuracy'):
+    words.append(f'finite network {network_in_words(row)}')
+  return '  '.join([f'step {row["step"]:6d}', *words])
+
+
+def has(row: dict[str, Any], key: str) -> bool:
+  """Whether a row of metrics.jsonl or baselines.json has that number; old ones have fewer."""
+  return isinstance(row.get(key), (int, float))
 
 
 def network_in_words(row: dict[str, Any]) -> str:
-  """'62.74 %' or '62.74 ± 0.31 %'."""
-  deviation = f' ± {100 * row["nn_test_accuracy_std"]:.2f}' if 'nn_test_accuracy_std' in row else ''
-  return f'{100 * row["nn_test_accuracy"]:.2f}{deviation} %'
+  """'62.74 ± 0.31 % (width 128, 1000 updates)': other networks' accuracies cannot be compared."""
+  std = 'nn_test_accuracy_std'
+  deviation = f' ± {100 * row[std]:.2f}' if has(row, std) else ''
+  return f'{100 * row["nn_test_accuracy"]:.2f}{deviation} % ({networks_in_words([row])})'
+
+
+def networks_in_words(rows: Sequence[dict[str, Any]]) -> str:
+  """'width 128, 1000 updates': each kind of finite network once, of rows that have one."""
+  kinds = {}
+  for row in rows:
+    words = [row['nn_architecture']] if row.get('nn_architecture') else []
+    if has(row, 'nn_width') and has(row, 'nn_steps'):
+      words += [f'width {row["nn_width"]}', f'{row["nn_steps"]} updates']
+    else:
+      words.append('width not recorded')
+    kinds[', '.join(words)] = None
+  return '; '.join(kinds)

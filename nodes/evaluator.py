@@ -15,10 +15,11 @@ Exit status: 0 done, 1 failed, 2 bad input.
 
 import json
 import os
+import shlex
 import sys
 import threading
 import time
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 from absl import flags
 from absl import logging
@@ -38,7 +39,9 @@ from nodes.remote import CoordinatorLost
 from nodes.remote import Stopping
 
 _TRIES, _PAUSE = 3, 2.0  # of evaluating, before the coordinator hears that it is no use; seconds between them
-_BEAT = 5.0  # seconds between signs of life
+HEARTBEAT_SECONDS = 5.0  # between two heartbeats
+_TOLD_EVERY = 60.0  # seconds between two log lines about heartbeats that do not get through
+
 
 class Evaluator:
   """Writes one row a snapshot. What it missed while it was away it evaluates when it is back; it never holds the others up."""
@@ -54,10 +57,35 @@ class Evaluator:
     """
     self._coordinator, self._threads, self._cache, self._stop_event = coordinator, threads, cache, stop
     self._directory = run_directory.RunDirectory(workdir)
-    self._next_beat = 0.0
 
   def run(self) -> None:
     """Evaluates until told to stop. Raises CoordinatorLost where the run's coordinator is not there any more."""
+    over = threading.Event()
+    heart = threading.Thread(target=self._send_heartbeats, name='heartbeats', daemon=True,
+                             args=(self._coordinator.until(over), over))
+    heart.start()
+    try:
+      self._persevere()
+    finally:
+      over.set()
+      heart.join(HEARTBEAT_SECONDS)
+
+  def _send_heartbeats(self, coordinator: Any, over: threading.Event) -> None:
+    """Tells the coordinator, until `over`, that there is somebody to wait for.
+
+    In a thread of its own, because one kernel block may take longer than `system.worker_timeout`.
+    """
+    while not over.is_set():
+      try:
+        coordinator.heartbeat('evaluator')
+      except Stopping:
+        return
+      except Exception as error:  # whatever it is: the evaluation goes on; its next call meets it
+        logging.log_every_n_seconds(logging.WARNING, 'A heartbeat does not get through: %s: %s',
+                                    _TOLD_EVERY, type(error).__name__, error)
+      over.wait(HEARTBEAT_SECONDS)
+
+  def _persevere(self) -> None:
     for attempt in range(_TRIES):
       try:
         self._follow()
@@ -68,16 +96,17 @@ class Evaluator:
         raise
       except Exception as error:  # whatever it is: the coordinator must not wait for rows that will not come
         logging.exception('the evaluator failed')
-        if attempt + 1 == _TRIES:
-          self._coordinator.broken('evaluator', f'{type(error).__name__}: {error}')
+        if self._stop_event.is_set():
+          return
+        unwritable = isinstance(error, run_directory.RunDirectoryError)  # after a minute's tries
+        if unwritable or attempt + 1 == _TRIES:
+          reason = str(error) if unwritable else f'{type(error).__name__}: {error}'
+          self._coordinator.broken('evaluator', reason)
           raise
       time.sleep(_PAUSE)
 
   def _check(self) -> None:
-    """What evaluations call now and then: so the coordinator hears that there is somebody to wait for. Raises Stopping."""
-    if time.monotonic() > self._next_beat:
-      self._coordinator.heartbeat('evaluator')
-      self._next_beat = time.monotonic() + _BEAT
+    """Raises Stopping where the process is to stop; evaluations call it now and then."""
     if self._stop_event.is_set():
       raise Stopping()
 
@@ -87,6 +116,10 @@ class Evaluator:
     self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data)
     self._evaluation = evaluation.Evaluation(self._run, self._settings, self._prepared, self._threads, self._check)
     done = [row['step'] for row in self._directory.read_metrics()]
+    if done:  # a kill may have come between a row and what is made of it
+      self._decorate("TensorBoard's file of an earlier row", self._write_missing_events)
+    if self._run['num_steps'] in done:
+      self._finish()
     while not self._stop_event.is_set():
       answer = self._coordinator.next_snapshot(done)
       if answer and 'stop' in answer:
@@ -94,10 +127,27 @@ class Evaluator:
       if answer:
         if answer['run_id'] != description['run_id']:
           raise CoordinatorLost('another run answers in its place.', was_there=True)
-        row = self._evaluate(answer)
-        self._directory.append_metrics(row)
-        done.append(row['step'])
-        self._coordinator.evaluated(json.dumps(row))
+        done.append(answer['step'])
+        row = self._try_to_evaluate(answer)
+        if row:
+          self._keep(answer, row)
+          self._coordinator.evaluated(json.dumps(row))
+
+  def _try_to_evaluate(self, snapshot: dict[str, Any]) -> dict[str, Any] | None:
+    """The row of a snapshot, or None: one that cannot be evaluated must not cost the others theirs.
+
+    Raises Stopping, and of the last snapshot whatever evaluating it raises.
+    """
+    try:
+      return self._evaluate(snapshot)
+    except Stopping:
+      raise
+    except Exception as error:  # whatever a damaged or odd snapshot raises
+      if snapshot['final']:
+        raise
+      logging.exception('the snapshot of step %d cannot be used (%s); it is not evaluated.',
+                        snapshot['step'], error)
+      return None
 
   def _evaluate(self, snapshot: dict[str, Any]) -> dict[str, Any]:
     step, images, labels = snapshot['step'], snapshot['images'], snapshot['labels']
@@ -108,15 +158,64 @@ class Evaluator:
     if step == 0 or snapshot['final'] or step in self._settings['nn_snapshots']:
       row.update(self._evaluation.finite_network(images, labels))
     logging.info('evaluated %s', evaluation.in_words(row))
-    from nodes import report  # here and below, because matplotlib takes seconds to import
-    from nodes import tensorboard
-    tensorboard.write(self._directory, row, images, labels, self._prepared)  # before the row: what has one is done with
-    if snapshot['final']:
-      if self._settings['baselines']:
-        rows = self._evaluation.baselines(len(images))
-        run_directory.write_atomically(self._directory.baselines, run_directory.json_line(rows, indent=2))
-      report.write(self._directory, [*self._directory.read_metrics(), row])
     return row
+
+  def _keep(self, snapshot: dict[str, Any], row: dict[str, Any]) -> None:
+    """Writes a row, then what is made of it. Raises RunDirectoryError for the row, Stopping."""
+    run_directory.persist(f'the row of step {row["step"]} in {self._directory.metrics}',
+                          lambda: self._directory.append_metrics(row), self._stop_event)
+    self._decorate(f'TensorBoard\'s file of step {row["step"]}',
+                   lambda: self._write_events(row, snapshot['images'], snapshot['labels']))
+    if snapshot['final']:
+      self._finish()
+
+  def _finish(self) -> None:
+    """Makes what follows the last row, unless it is there: baselines, report. Raises Stopping."""
+    if self._settings['baselines'] and self._directory.read_baselines() is None:
+      self._decorate('baselines.json', self._write_baselines, 'the same command')
+    told = max(map(_modified, (self._directory.metrics, self._directory.baselines)))
+    if _modified(self._directory.report) < told:
+      self._decorate('report.html', self._write_report)
+
+  def _decorate(self, what: str, write: Callable[[], None], remedy: str = '') -> None:
+    """Calls `write`; what fails there is logged in a line, and costs no row. Raises Stopping.
+
+    Args:
+      what: what is written, for the message.
+      write: writes it.
+      remedy: the command that makes it again; '' for the report's.
+    """
+    try:
+      write()
+    except Stopping:
+      raise
+    except Exception as error:  # Matplotlib, fonts, folders, damaged files: the rows are written
+      remedy = remedy or f'python -m nodes.report --workdir={shlex.quote(self._directory.path)}'
+      logging.error('%s is not written (%s: %s). The results are whole; to make it again: %s',
+                    what, type(error).__name__, ' '.join(str(error).split()), remedy)
+
+  def _write_events(self, row: dict[str, Any], images: np.ndarray, labels: np.ndarray) -> None:
+    from nodes import tensorboard  # here and below: Matplotlib takes seconds, and may not be there
+    tensorboard.write(self._directory, row, images, labels, self._prepared)
+
+  def _write_missing_events(self) -> None:
+    from nodes import tensorboard
+    tensorboard.write_missing(self._directory, self._directory.read_metrics(), self._prepared)
+
+  def _write_baselines(self) -> None:
+    rows = self._evaluation.baselines(self._run['images_per_class'] * self._prepared.num_classes)
+    path, content = self._directory.baselines, run_directory.json_line(rows, indent=2)
+    run_directory.persist(path, lambda: run_directory.write_atomically(path, content),
+                          self._stop_event)
+
+  def _write_report(self) -> None:
+    from nodes import report
+    report.write(self._directory, self._directory.read_metrics())
+
+
+def _modified(path: str) -> float:
+  """When a file was written last; before all others where there is none."""
+  return os.path.getmtime(path) if os.path.exists(path) else 0.0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -154,17 +253,19 @@ def _evaluate_file(path: str | None, baselines: bool) -> list[dict[str, Any]]:
   prepared = store.prepare(run['data'], cache)
   base.validate_image_size(config, prepared.train_images.shape[1:])
   _check_fit(path, images, labels, settings, prepared)
-  worth = evaluation.Evaluation(run, system['evaluation'], prepared, system['worker_threads'] or len(os.sched_getaffinity(0)))
+  threads = system['worker_threads'] or len(os.sched_getaffinity(0))
+  evaluate = evaluation.Evaluation(run, system['evaluation'], prepared, threads)
   baselines = baselines or system['evaluation']['baselines']
   try:
     if baselines:
-      worth.real_images(len(images))
+      evaluate.real_images(len(images))
   except ValueError as error:
     raise command_line.BadInput(f'no baselines for {path!r}: {error}') from error
   logging.info('Evaluating %d images on the %d test images of %s.', len(images), len(prepared.test_images), prepared.name)
-  rows = [{'kind': 'distilled', **worth.krr(images, labels), **worth.finite_network(images, labels)}]
+  rows = [{'kind': 'distilled', **evaluate.krr(images, labels),
+           **evaluate.finite_network(images, labels)}]
   if baselines:
-    rows += worth.baselines(len(images))
+    rows += evaluate.baselines(len(images))
   return rows
 
 

@@ -4,15 +4,20 @@ A whitening matrix is far larger than the set (75 MB for 32 x 32 x 3), so it lie
 
     python -m nodes.export DIR/distilled.npz --to=FOLDER --format=images
 
-makes FOLDER/CLASS/FILE.png (raw pixel values, rounded to 8 bits) and labels.csv; --format=dataset a Hugging Face dataset folder:
-`datasets.load_dataset(FOLDER)` gives `image` (the same PNG), `label` (the class), and exact `pixels` [H, W, D] and `soft_label` [C].
+makes FOLDER/CLASS/FILE.png (raw pixel values, rounded to 8 bits) and labels.csv; --format=dataset
+a Hugging Face dataset folder: `datasets.load_dataset(FOLDER)` gives `image` (the same PNG), `label`
+(a ClassLabel, by name), and exact `pixels` [H, W, D] and `soft_label` [C].
 
 In place of DIR/distilled.npz may stand the name of a set that the papers' authors released (data/released.py); it is fetched, as is the
 data set it stands for, unless --config=FILE --config.run.data.dir=FOLDER says where that is.
 """
 
+import csv
+import io
 import json
 import os
+import pathlib
+import re
 import sys
 from typing import Any, NamedTuple, Sequence
 
@@ -30,6 +35,8 @@ from nodes import run_directory
 
 _SETTINGS = 'settings'
 _TRANSFORM = 'transform.npz'
+_LABELS = 'labels.csv'
+_FOLDER_NAME_LENGTH = 60  # characters, four bytes each at most: file systems allow 255 bytes
 
 LOADING = {  # the documented lines: images [S, H, W, D] and labels [S, C], float32
     'NumPy': "images, labels = (numpy.load('distilled.npz')[name] for name in ('images', 'labels'))",
@@ -45,24 +52,32 @@ class Distilled(NamedTuple):
     images: float32 [S, H, W, D], preprocessed space.
     labels: float32 [S, C], centred.
     transform: raw pixels -> preprocessed space.
-    settings: `data` (name and key), `step`, `run` (its whole configuration), `evaluation`, `label_offset` (one-hot + offset = label).
+    settings: `data` (name, key, class names), `step`, `run` (its whole configuration),
+      `evaluation`, `label_offset` (one-hot + offset = label).
   """
   images: np.ndarray
   labels: np.ndarray
   transform: preprocess.Transform
   settings: dict[str, Any]
 
+  @property
+  def class_names(self) -> list[str]:
+    """`C` names: column c of the labels is of class_names[c]; numbers in files without names."""
+    numbers = [str(c) for c in range(self.labels.shape[1])]
+    return self.settings.get('data', {}).get('class_names', numbers)
+
 
 def save(path: str, images: np.ndarray, labels: np.ndarray, step: int, config: dict[str, Any], prepared: store.Prepared) -> None:
   """Writes `distilled.npz` atomically, and its whitening matrix before it; every entry loads with `numpy.load(path)`, no pickles."""
-  settings = {'data': {'name': prepared.name, 'key': prepared.key}, 'step': step, 'run': config['run'],
+  settings = {'data': _data(prepared), 'step': step, 'run': config['run'],
               'evaluation': config['system']['evaluation'], 'label_offset': -1 / prepared.num_classes}
   transform = prepared.transform
   if transform.zca is not None:
     run_directory.write_atomically(_beside(path), lambda file: np.savez(file, zca=transform.zca))
   run_directory.write_atomically(path, lambda file: np.savez(
       file, images=np.asarray(images, np.float32), labels=np.asarray(labels, np.float32), mean=transform.mean, std=transform.std,
-      norm=transform.norm, zca_sha256=preprocess.digest(transform), **{_SETTINGS: json.dumps(settings)}))
+      norm=transform.norm, zca_sha256=preprocess.digest(transform),
+      class_names=np.array(prepared.class_names, str), **{_SETTINGS: json.dumps(settings)}))
 
 
 def load(path: str) -> Distilled:
@@ -103,7 +118,7 @@ def load_released(name: str, cache: str, folder: str = '') -> Distilled:
   if prepared.train_images.shape[1:] != found.images.shape[1:] or prepared.num_classes != found.labels.shape[1]:
     raise DataError(f'{name} belongs to {found.data}: images {found.images.shape[1:]}, {found.labels.shape[1]} classes; '
                     f'{folder!r} holds images {prepared.train_images.shape[1:]}, {prepared.num_classes} classes.')
-  settings = {'data': {'name': found.data, 'key': prepared.key}, 'step': found.step, 'run': run,
+  settings = {'data': _data(prepared), 'step': found.step, 'run': run,
               'evaluation': config['system']['evaluation'], 'label_offset': -1 / prepared.num_classes}
   return Distilled(found.images, found.labels, prepared.transform, settings)
 
@@ -113,16 +128,46 @@ def raw_images(distilled: Distilled) -> np.ndarray:
   return np.clip(np.round(preprocess.invert(distilled.transform, distilled.images)), 0, 255).astype(np.uint8)
 
 
+def load_snapshot(directory: run_directory.RunDirectory, step: int, size: Sequence[int],
+                  num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+  """Images float32 [S, H, W, D], preprocessed space, and labels float32 [S, C] of a run's snapshot.
+
+  Args:
+    directory: of the run.
+    step: of the snapshot.
+    size: (H, W, D) of the data set.
+    num_classes: `C`.
+
+  Raises:
+    DataError: it cannot be read, or its arrays have other shapes.
+  """
+  num_images = directory.read_config()['run']['images_per_class'] * num_classes
+  try:
+    with np.load(directory.snapshot(step), allow_pickle=False) as file:
+      images, labels = file['images'], file['labels']
+    shapes = (num_images, *size), (num_images, num_classes)
+    if (images.shape, labels.shape) != shapes:
+      raise ValueError(f'images {images.shape}, labels {labels.shape} instead of '
+                       f'{shapes[0]}, {shapes[1]}')
+  except NPZ_ERRORS as error:
+    others = ', '.join(str(other) for other in directory.snapshot_steps() if other != step)
+    there = f'there are those of steps {others}' if others else 'there is no other'
+    raise DataError(f'the snapshot of step {step} cannot be read ({error}); {there}.') from error
+  return images, labels
+
+
 def write_images(distilled: Distilled, folder: str) -> None:
   """FOLDER/CLASS/NUMBER.png and FOLDER/labels.csv (file, and the label of each class). Raises DataError, OSError."""
   pictures, (num_images, num_classes) = _pictures(distilled), distilled.labels.shape
-  lines = ['file,' + ','.join(f'label_{c}' for c in range(num_classes))]
+  folders, lines = _folder_names(distilled.class_names), io.StringIO()
+  table = csv.writer(lines, lineterminator='\n')
+  table.writerow(['file', *(f'label_{name}' for name in distilled.class_names)])
   for i, (picture, label) in enumerate(zip(pictures, distilled.labels)):
-    name = f'{i * num_classes // num_images}/{i:05d}.png'
+    name = f'{folders[i * num_classes // num_images]}/{i:05d}.png'
     os.makedirs(os.path.join(folder, os.path.dirname(name)), exist_ok=True)
     picture.save(os.path.join(folder, name))
-    lines.append(f'{name},' + ','.join(f'{value:.9g}' for value in label))
-  run_directory.write_atomically(os.path.join(folder, 'labels.csv'), '\n'.join(lines) + '\n')
+    table.writerow([name, *(f'{value:.9g}' for value in label)])
+  run_directory.write_atomically(os.path.join(folder, _LABELS), lines.getvalue())
 
 
 def write_dataset(distilled: Distilled, folder: str) -> None:
@@ -130,13 +175,29 @@ def write_dataset(distilled: Distilled, folder: str) -> None:
   import datasets  # here, because workers import this module
   pictures, (num_images, num_classes) = _pictures(distilled), distilled.labels.shape
   features = datasets.Features({
-      'image': datasets.Image(), 'label': datasets.ClassLabel(names=[str(c) for c in range(num_classes)]),
+      'image': datasets.Image(), 'label': datasets.ClassLabel(names=distilled.class_names),
       'pixels': datasets.Array3D(distilled.images.shape[1:], 'float32'),
       'soft_label': datasets.List(datasets.Value('float32'), num_classes)})
   os.makedirs(folder, exist_ok=True)
   datasets.Dataset.from_dict({
       'image': pictures, 'label': [i * num_classes // num_images for i in range(num_images)], 'pixels': list(distilled.images),
       'soft_label': distilled.labels.tolist()}, features=features).to_parquet(os.path.join(folder, 'train.parquet'))
+
+
+def _data(prepared: store.Prepared) -> dict[str, Any]:
+  return {'name': prepared.name, 'key': prepared.key, 'class_names': list(prepared.class_names)}
+
+
+def _folder_names(class_names: Sequence[str]) -> list[str]:
+  """Different names of folders on any system, as near as may be to those of the classes."""
+  names = []
+  for c, class_name in enumerate(class_names):
+    name = re.sub(r'[^\w.+() -]', '_', class_name)[:_FOLDER_NAME_LENGTH].strip('. ')
+    taken = [_LABELS, *(other.lower() for other in names)]
+    while not name or name.lower() in taken or pathlib.PureWindowsPath(name).is_reserved():
+      name = f'{c}_{name}'
+    names.append(name)
+  return names
 
 
 def _pictures(distilled: Distilled) -> list[Any]:
@@ -177,9 +238,10 @@ def main(argv: Sequence[str]) -> int:
       raise command_line.BadInput(f'--format must be one of {", ".join(writers)}; got {wanted!r}.')
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
       raise command_line.BadInput(f'--to={folder} is there and not an empty folder; choose another.')
+    config = command_line.CONFIG.value or base.get_config()
+    cache = store.cache_folder(config.system.cache_dir)
     if released.is_name(path):
-      config = command_line.CONFIG.value or base.get_config()
-      distilled = load_released(path, store.cache_folder(config.system.cache_dir), config.run.data.dir)
+      distilled = load_released(path, cache, config.run.data.dir)
     else:
       distilled = load(path)
     writers[wanted](distilled, folder)

@@ -64,11 +64,12 @@ def _from_file(path: str, prepared: store.Prepared) -> tuple[np.ndarray, np.ndar
       if missing:
         raise DataError(f'{field} has no array {missing[0]!r}; expected images [S, H, W, D] and labels [S, C].')
       images, labels = file['images'], file['labels']
-      settings = json.loads(str(file['settings'])) if 'settings' in file else {'data': {'key': prepared.key}}  # ours know their data
+      key = json.loads(str(file['settings']))['data']['key'] if 'settings' in file else prepared.key  # ours know their data
   except DataError:
     raise
-  except NPZ_ERRORS as error:
+  except (*NPZ_ERRORS, TypeError) as error:  # the last where the settings are no dictionaries
     raise DataError(f'{field} must be {REAL}, {NOISE}, or an .npz file of a distilled set: {error}') from error
-  if settings['data']['key'] != prepared.key:
-    raise DataError(f'{field} was distilled from other data, or data preprocessed otherwise, than {prepared.name} here (run.data).')
+  if key != prepared.key:
+    raise DataError(f'{field} was distilled from other data, or data with other class names or preprocessing, than '
+                    f'{prepared.name} here (run.data).')
   return images, labels

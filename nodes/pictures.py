@@ -3,14 +3,22 @@
 import io
 from typing import Any, Sequence
 
+from data import home
+
+home.settle()  # before Matplotlib looks for its folder
+
+# pylint: disable=wrong-import-position
 import matplotlib.figure
+import matplotlib.font_manager
 import matplotlib.ticker
 import numpy as np
 
 from data import preprocess
+from nodes import evaluation
 
 _MOST_COLUMNS, _MOST_ROWS = 10, 20  # of a grid of images
-_FEW_CLASSES = 20  # more of them need wider axes for their bars
+_FEW_CLASSES = 20  # more of them need wider axes for their bars, and numbers instead of names
+_LONG, _SHORT = 16, 10  # letters of a class's name beside a row, and above a column
 _DPI = 200  # a figure's inch is about one of a page: text of 8 or 9 points stays legible in print
 _WIDTH, _CELL = 1340, 120  # pixels: of a page's text, and of the largest image
 _GAP = 4  # pixels between images
@@ -49,16 +57,17 @@ def grid(images: np.ndarray, num_classes: int, transform: preprocess.Transform |
   return canvas
 
 
-def support_images(before: np.ndarray, after: np.ndarray, num_classes: int, titles: Sequence[str],
-                   transform: preprocess.Transform | None = None) -> bytes:
+def support_images(before: np.ndarray, after: np.ndarray, class_names: Sequence[str],
+                   titles: Sequence[str], transform: preprocess.Transform | None = None) -> bytes:
   """A PNG of two sets of images [S, H, W, D] (preprocessed space, class by class), each a `grid`.
 
   Args:
     before, after: the sets.
-    num_classes: `C`.
+    class_names: `C` of them.
     titles: of the two.
     transform: undone for display, both sets on the range of the first; None: as kernels see them.
   """
+  num_classes = len(class_names)
   images_per_class = len(before) // num_classes
   rows, columns = _shape(images_per_class, num_classes)
   strips = images_per_class == rows == 1
@@ -73,9 +82,13 @@ def support_images(before: np.ndarray, after: np.ndarray, num_classes: int, titl
     axis = figure.add_axes((x / size[0], 1 - (top + y + height) / size[1], width / size[0], height / size[1]))
     axis.imshow(picture, extent=(0, width, height, 0), interpolation='nearest')
     axis.tick_params(length=0, labelsize=8, labelbottom=False, labeltop=strips and not half, labelleft=not strips and not half, pad=3)
-    axis.set_xticks((np.arange(columns) + 0.5) * pitch[1], map(str, range(columns)))
-    names = [f'{columns * r}–{min(columns * (r + 1), num_classes) - 1}' if images_per_class == 1 else str(r) for r in range(rows)]
-    axis.set_yticks((np.arange(rows) + 0.5) * pitch[0], names)
+    above, beside = map(str, range(columns)), _shortened(class_names, _LONG)[:rows]
+    if strips:
+      above = _shortened(class_names, _SHORT)
+    elif images_per_class == 1:
+      beside = [f'{columns * r}–{min(columns * (r + 1), num_classes) - 1}' for r in range(rows)]
+    axis.set_xticks((np.arange(columns) + 0.5) * pitch[1], above)
+    axis.set_yticks((np.arange(rows) + 0.5) * pitch[0], beside)
     axis.spines[:].set_visible(False)
     if strips:
       axis.text(-12, height / 2, titles[half], ha='right', va='center', fontsize=9)
@@ -99,34 +112,56 @@ def _shape(images_per_class: int, num_classes: int) -> tuple[int, int]:
   return min(num_classes, _MOST_ROWS), min(images_per_class, _MOST_COLUMNS)
 
 
-def label_bars(before: np.ndarray, after: np.ndarray, num_classes: int, titles: Sequence[str]) -> bytes:
+def label_bars(before: np.ndarray, after: np.ndarray, class_names: Sequence[str],
+               titles: Sequence[str]) -> bytes:
   """A PNG of label vectors beside those they began as: of the first image of each class (of ten, if there are more than twenty).
 
   Args:
     before, after: [S, C], class by class.
-    num_classes: `C`.
+    class_names: `C` of them.
     titles: of the two.
   """
-  few = num_classes <= _FEW_CLASSES
+  num_classes, names = len(class_names), _shortened(class_names, _SHORT)
+  few, upright = num_classes <= _FEW_CLASSES, num_classes <= 10 and max(map(len, names)) > 2
   chosen = np.arange(min(num_classes, _FEW_CLASSES if few else 10)) * (len(after) // num_classes)
   columns = min(5 if few else 2, len(chosen))
   rows = -(-len(chosen) // columns)
-  figure = matplotlib.figure.Figure(figsize=(6.7 if few else 8.0, 1.1 * rows + 0.5), layout='constrained')
+  is_ragged = rows > 1 and len(chosen) < rows * columns  # then names stand below two of the rows
+  size = 6.7 if few else 8.0, 1.1 * rows + 0.5 + (0.6 * (1 + is_ragged) if upright else 0.0)
+  figure = matplotlib.figure.Figure(figsize=size, layout='constrained')
   axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
   for axis in axes.flat[len(chosen):]:
     axis.set_axis_off()
   classes = np.arange(num_classes)
-  for axis, c, i in zip(axes.flat, range(num_classes), chosen):
-    axis.bar(classes, before[i], 0.9, color=_LIGHT_GREY, label=titles[0])
-    axis.bar(classes, after[i], 0.45, color=_BLUE, label=titles[1])
+  for i, (axis, first) in enumerate(zip(axes.flat, chosen)):
+    axis.bar(classes, before[first], 0.9, color=_LIGHT_GREY, label=titles[0])
+    axis.bar(classes, after[first], 0.45, color=_BLUE, label=titles[1])
     axis.axhline(0, color='black', linewidth=0.5)
-    axis.set_title(f'class {c}', fontsize=8, pad=2)
-    axis.tick_params(labelsize=7)
+    axis.set_title(f'class {names[i]}', fontsize=8, pad=2)
+    axis.tick_params(labelsize=7, labelbottom=i + columns >= len(chosen))
     axis.spines[['top', 'right']].set_visible(False)
     if num_classes <= 10:
-      axis.set_xticks(classes)
+      axis.set_xticks(classes, names, rotation=90 if upright else 0)
   figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper right', ncols=2, fontsize=8, frameon=False)
   return _png(figure)
+
+
+def are_numbers(class_names: Sequence[str]) -> bool:
+  """Whether the names tell nothing that the classes' numbers do not."""
+  return list(class_names) == [str(c) for c in range(len(class_names))]
+
+
+def _shortened(class_names: Sequence[str], length: int) -> list[str]:
+  """Different names of about `length` letters at most; numbers where names could not be read."""
+  numbers = [str(c) for c in range(len(class_names))]
+  font = matplotlib.font_manager.get_font(matplotlib.font_manager.findfont('DejaVu Sans'))
+  plain = [' '.join(name.split()) for name in class_names]
+  if len(plain) > _FEW_CLASSES or not set(map(ord, ''.join(plain))) <= font.get_charmap().keys():
+    return numbers
+  short = [name if len(name) <= length else name[:length - 1] + '…' for name in plain]
+  if len(set(short)) < len(short):
+    short = [f'{c} {name}' for c, name in zip(numbers, short)]
+  return [name.replace('$', r'\$') for name in short]  # which begins a formula
 
 
 def shown_part(num_images: int, num_classes: int) -> str:
@@ -139,28 +174,37 @@ def shown_part(num_images: int, num_classes: int) -> str:
   return f'{classes}the first {columns} of {images_per_class} images each' if classes or columns < images_per_class else ''
 
 
-def label_heat_map(labels: np.ndarray) -> bytes:
+def label_heat_map(labels: np.ndarray, class_names: Sequence[str]) -> bytes:
   """A PNG of labels [S, C]: a row an image, a column a class."""
   figure = matplotlib.figure.Figure(figsize=(3.2, 2.8), layout='constrained')
   axis = figure.subplots()
   _heat_map(figure, axis, labels, aspect='auto')
+  _name(axis.xaxis, class_names, rotation=90)
   axis.set_xlabel('class', fontsize=8)
   axis.set_ylabel('image', fontsize=8)
   return _png(figure)
 
 
-def label_covariance(before: np.ndarray, after: np.ndarray) -> bytes:
+def label_covariance(before: np.ndarray, after: np.ndarray, class_names: Sequence[str]) -> bytes:
   """A PNG of the covariance [C, C] of two sets of labels [S, C] over their images; each has a scale of its own."""
   figure = matplotlib.figure.Figure(figsize=(6.5, 3), layout='constrained')
   for axis, labels, title in zip(figure.subplots(1, 2), (before, after), ('original labels', 'learned labels')):
     _heat_map(figure, axis, np.cov(labels, rowvar=False))
+    _name(axis.xaxis, class_names, rotation=90)
+    _name(axis.yaxis, class_names)
     axis.set_title(title, fontsize=9)
     axis.set_xlabel('class', fontsize=8)
   return _png(figure)
 
 
+def _name(axis, class_names: Sequence[str], **kwargs: Any) -> None:
+  """Names the places of an axis along which there is a class after the other."""
+  if len(class_names) <= _FEW_CLASSES and not are_numbers(class_names):
+    axis.set_ticks(range(len(class_names)), _shortened(class_names, _SHORT), **kwargs)
+
+
 def _heat_map(figure, axis, values: np.ndarray, **kwargs: Any) -> None:
-  """Of values whose middle is 0."""
+  """Draws values whose middle is 0."""
   limit = np.abs(values).max() or 1
   image = axis.imshow(values, cmap='PuOr', vmin=-limit, vmax=limit, interpolation='nearest', **kwargs)
   for side in (axis.xaxis, axis.yaxis):
@@ -170,17 +214,19 @@ def _heat_map(figure, axis, values: np.ndarray, **kwargs: Any) -> None:
 
 
 def accuracy(rows: Sequence[dict[str, Any]]) -> bytes:
-  """A PNG of test accuracy against step and against wall time, from the rows of metrics.jsonl."""
+  """A PNG of test accuracy against step and wall time, from rows of metrics.jsonl with both."""
   rows = sorted(rows, key=lambda row: row['step'])
   figure = matplotlib.figure.Figure(figsize=(6.5, 2.8), layout='constrained')
   axes = figure.subplots(1, 2, sharey=True)
   for axis, x, name in ((axes[0], 'step', 'step'), (axes[1], 'wall_seconds', 'wall time (s)')):
     for key, label, colour, marker, line in _CURVES:
-      found = [row for row in rows if key in row]
+      found = [row for row in rows if evaluation.has(row, key) and evaluation.has(row, x)]
       if found:
+        networks = f', {evaluation.networks_in_words(found)}' if key.startswith('nn') else ''
         axis.errorbar([row[x] for row in found], [100 * row[key] for row in found],
                       [100 * row.get('nn_test_accuracy_std', 0.0) if key.startswith('nn') else 0.0 for row in found],
-                      color=colour, marker=marker, markersize=4, linestyle=line, linewidth=1.2, label=label)
+                      color=colour, marker=marker, markersize=4, linestyle=line, linewidth=1.2,
+                      label=label + networks)
     axis.set_xlabel(name, fontsize=9)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
@@ -189,7 +235,8 @@ def accuracy(rows: Sequence[dict[str, Any]]) -> bytes:
   axes[0].set_xlim(left=-0.1)
   axes[0].xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
   axes[0].set_ylabel('test accuracy (%)', fontsize=9)
-  axes[0].legend(fontsize=8, frameon=False)
+  handles, labels = axes[0].get_legend_handles_labels()
+  figure.legend(handles, labels, loc='outside upper left', ncols=2, fontsize=8, frameon=False)
   return _png(figure)
 
 

@@ -2,6 +2,8 @@
 
 from typing import Any, Mapping
 
+_NETWORK = {'nn_width': 1024, 'nn_steps': 5000}  # of every finite network that K2 publishes
+
 # K2, Table 1: KIP, ConvNet, labels learned, augmentation, ZCA for colour images; at convergence, after 50,000 updates at most.
 _KIP_CONVNET = {'mnist': {1: ('96.5', '90.1'), 10: ('99.1', '97.5'), 50: ('99.5', '98.4')},
                 'fashion_mnist': {1: ('76.7', None), 10: ('88.8', None), 50: ('91.0', None)},
@@ -12,8 +14,11 @@ _LABEL_SOLVE_CONVNET = {'cifar10': {1: '26.09', 10: '53.59', 50: '65.89'}, 'fash
 _GREY = ('mnist', 'fashion_mnist')
 
 
-def find(run: Mapping[str, Any]) -> dict[str, str] | None:
-  """The published row of a run's setting, if there is one: `kind`, `krr` and, where it is published, `network`; in per cent."""
+def find(run: Mapping[str, Any]) -> dict[str, Any] | None:
+  """The published row of a run's setting, if there is one: `kind` and `krr`, in per cent.
+
+  Where a finite network is published too, `network`, in per cent, its `nn_width` and `nn_steps`.
+  """
   data, images, architecture, method = run['data']['name'], run['images_per_class'], run['architecture'], run['method']
   whitened_as_published = run['data']['zca'] == (data not in _GREY)
   if run['kernel'] != 'ntk' or run['initial_images'] != 'real':
@@ -21,7 +26,8 @@ def find(run: Mapping[str, Any]) -> dict[str, str] | None:
   if architecture == 'convnet' and whitened_as_published:
     if method == 'kip' and run['learn_labels'] and images in _KIP_CONVNET.get(data, {}):
       krr, network = _KIP_CONVNET[data][images]
-      return {'kind': 'published at convergence (NeurIPS 2021, Table 1)', 'krr': krr, **({'network': network} if network else {})}
+      return {'kind': 'published at convergence (NeurIPS 2021, Table 1)', 'krr': krr,
+              **({'network': network, **_NETWORK} if network else {})}
     if method == 'label_solve' and images in _LABEL_SOLVE_CONVNET.get(data, {}):
       return {'kind': 'published (NeurIPS 2021, Label Solve)', 'krr': _LABEL_SOLVE_CONVNET[data][images]}
   if architecture == 'fc1' and data == 'cifar10' and not run['data']['zca']:

@@ -31,7 +31,7 @@ class Retrying:
 
   def __init__(self, coordinator: Any, timeout: float, stop: threading.Event,
                unreachable: Callable[[Exception], bool] = lambda error: False, listening: Callable[[], bool] = lambda: True,
-               answered: Callable[[str], None] = lambda method: None):
+               answered: Callable[[str], None] = lambda method: None, address: str = ''):
     """
     Args:
       coordinator: what to call.
@@ -40,10 +40,18 @@ class Retrying:
       unreachable: tells an error of the connection from one that the coordinator raised.
       listening: whether it is worth another try. gRPC backs off further with every try that fails, up to two minutes.
       answered: called with the method's name after each call.
+      address: where the coordinator is, for messages.
     """
     self._coordinator, self._timeout, self._stop = coordinator, timeout, stop
     self._unreachable, self._listening, self._answered = unreachable, listening, answered
+    self._where = f' at {address}' if address else ''
     self._was_there = False
+
+  def until(self, stop: threading.Event) -> 'Retrying':
+    """The same, but its calls are given up when `stop` is set."""
+    other = Retrying.__new__(Retrying)
+    vars(other).update(vars(self), _stop=stop)
+    return other
 
   def __getattr__(self, method: str) -> Callable[..., Any]:
     def call(*args):
@@ -61,9 +69,9 @@ class Retrying:
             lost = error
         silent, timeout = time.monotonic() - start, self._timeout / 2 if self._was_there else self._timeout
         if silent > timeout:
-          raise CoordinatorLost(f'the coordinator has not answered for {silent:.0f} s: {lost}', self._was_there) from lost
+          raise CoordinatorLost(f'the coordinator has not answered for {silent:.0f} s{self._where}: {lost}', self._was_there) from lost
         if silent > told + _SILENCE:
-          logging.info('The coordinator has not answered for %.0f s; trying for %.0f s more.', silent, timeout - silent)
+          logging.info('The coordinator has not answered for %.0f s%s; trying for %.0f s more.', silent, self._where, timeout - silent)
           told = silent
         end = time.monotonic() + _PAUSE
         while time.monotonic() < end:  # Event.wait can deadlock with a signal handler that sets the event

@@ -2,7 +2,10 @@
 
     python -m nodes.report --workdir=DIR [--step=N]
 
-whose pictures show the snapshot of step N instead of the distilled set.
+whose pictures show the snapshot of step N instead of the distilled set. TensorBoard's files that
+are missing are made again too.
+
+Exit status: 0 done, 2 bad input or a directory that cannot be written.
 """
 
 import base64
@@ -15,12 +18,13 @@ import sys
 from typing import Any, Sequence
 
 from absl import flags
+from absl import logging
 import numpy as np
 import psutil
 
 from configs import base
 from data import DataError
-from data import NPZ_ERRORS
+from data import store
 from nodes import command_line
 from nodes import evaluation
 from nodes import export
@@ -28,6 +32,8 @@ from nodes import pictures
 from nodes import published
 from nodes import run_directory
 
+_COLUMNS = ('step', 'krr_test_accuracy', 'krr_test_mse', 'nn_test_accuracy', 'nn_width', 'nn_steps',
+            'train_loss', 'train_accuracy', 'wall_seconds', 'kernel_pairs_per_second')
 _PACKAGES = ('numpy', 'jax', 'jaxlib', 'neural-tangents', 'optax', 'dm-launchpad')
 _STYLE = '''
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -45,70 +51,83 @@ def write(directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]],
   """Draws the pictures and writes the report of a run whose set is distilled.
 
   Args:
-    directory: of the run, with `distilled.npz` and the snapshot of step 0.
-    rows: of metrics.jsonl.
+    directory: of the run, with `distilled.npz`; the first snapshot that can be read is shown too.
+    rows: of metrics.jsonl; what is missing in one is left out.
     step: of the snapshot whose images and labels are shown; None: the distilled set.
 
   Raises:
-    DataError: a file cannot be read.
+    DataError: `distilled.npz`, or the snapshot of `step`, cannot be read.
+    OSError: the files cannot be written.
   """
   config = directory.read_config()
   distilled = export.load(directory.distilled)
-  first_images, first_labels = _snapshot(directory, 0)
-  images, labels = (distilled.images, distilled.labels) if step is None else _snapshot(directory, step)
-  num_classes = labels.shape[1]
-  shown_step = distilled.settings['step'] if step is None else step
-  titles = ('step 0', f'step {shown_step}')
+  names = distilled.class_names
+  shown_step, images, labels = distilled.settings['step'], distilled.images, distilled.labels
+  if step is not None:
+    shown_step, (images, labels) = step, _snapshot(directory, step, distilled)
+  first_step, first_images, first_labels, damage = _first_snapshot(directory, distilled)
+  titles = (f'step {first_step}', f'step {shown_step}')
   drawn = []
 
   def draw(name, caption, png):
     run_directory.write_atomically(os.path.join(directory.path, name), lambda file: file.write(png))
     drawn.append((name, caption, png))
 
-  part = pictures.shown_part(len(images), num_classes)
+  part = pictures.shown_part(len(images), len(names))
   draw(directory.picture, f'Support images{part and ": " + part}; preprocessing undone, both on the range of the first.',
-       pictures.support_images(first_images, images, num_classes, titles, distilled.transform))
+       pictures.support_images(first_images, images, names, titles, distilled.transform))
   if distilled.transform.zca is not None:
     draw('images_whitened.png', 'The same as the kernel sees them: whitened, each on a range of its own.',
-         pictures.support_images(first_images, images, num_classes, titles))
+         pictures.support_images(first_images, images, names, titles))
   if not np.array_equal(first_labels, labels):
     draw('labels.png', 'Labels of the first image of each class (of ten classes where there are more than 20), beside those they began as.',
-         pictures.label_bars(first_labels, labels, num_classes, titles))
+         pictures.label_bars(first_labels, labels, names, titles))
     draw('label_covariance.png', 'Covariance of the labels, class by class; each has a scale of its own.',
-         pictures.label_covariance(first_labels, labels))
+         pictures.label_covariance(first_labels, labels, names))
   draw('accuracy.png', 'Test accuracy; wall time is the coordinator\'s, beside which evaluations run.', pictures.accuracy(rows))
-  page = _page(directory, config, distilled, rows, drawn)
+  page = _page(directory, config, distilled, rows, drawn, damage)
   run_directory.write_atomically(directory.report, page)
 
 
-def _snapshot(directory: run_directory.RunDirectory, step: int) -> tuple[np.ndarray, np.ndarray]:
-  path = directory.snapshot(step)
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      return file['images'], file['labels']
-  except NPZ_ERRORS as error:
-    raise DataError(f'the snapshot of step {step} cannot be read ({error}); there are those of steps '
-                    f'{", ".join(map(str, directory.snapshot_steps()))}.') from error
+def _snapshot(directory, step, distilled) -> tuple[np.ndarray, np.ndarray]:
+  size, num_classes = distilled.images.shape[1:], distilled.labels.shape[1]
+  return export.load_snapshot(directory, step, size, num_classes)
 
 
-def _page(directory, config, distilled, rows, drawn) -> str:
+def _first_snapshot(directory, distilled) -> tuple[int, np.ndarray, np.ndarray, list[str]]:
+  """Step, images and labels of the first snapshot that can be read, and what ails those before.
+
+  Where there is none: of the distilled set.
+  """
+  damage = []
+  for step in directory.snapshot_steps():
+    try:
+      return step, *_snapshot(directory, step, distilled), damage
+    except DataError as error:
+      damage.append(f'{str(error)[0].upper()}{str(error)[1:]}')
+  return distilled.settings['step'], distilled.images, distilled.labels, damage
+
+
+def _page(directory, config, distilled, rows, drawn, damage) -> str:
   run, settings = config['run'], distilled.settings
   num_images, num_classes = distilled.labels.shape
   architecture = run['architecture'] if isinstance(run['architecture'], str) else 'own architecture'
   title = f'{run["method"]} on {settings["data"]["name"]}: {num_images} images, {architecture}'
   last = max(rows, key=lambda row: row['step'])
-  figures = ''.join(
+  figures = ''.join(f'<p>{html.escape(message)}</p>' for message in damage) + ''.join(
       f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
       f'<figcaption>{html.escape(caption)} ({html.escape(os.path.basename(name))})</figcaption></figure>' for name, caption, png in drawn)
+  seconds = _number(last, 'wall_seconds', '.0f', '?')
   shape = ' × '.join(map(str, distilled.images.shape[1:]))
   sections = [
-      ('Test accuracy', _results(directory, run, rows)),
+      ('Test accuracy', _results(directory, run, settings['step'], rows)),
+      *_classes(distilled.class_names),
       ('Pictures', figures),
       ('Use the result', f'<p><code>distilled.npz</code>: images [{num_images}, {shape}] in the preprocessed space, labels '
        f'[{num_images}, {num_classes}] (one-hot − 1/{num_classes} where neither learned nor solved for).</p>'
        + ''.join(f'<p>{name}</p><pre>{html.escape(code)}</pre>' for name, code in export.LOADING.items())),
       ('How it was made', f'<pre>{html.escape(directory.read_command() or "not recorded")}</pre>'
-       + _table([('updates', settings['step']), ('wall time of the distillation', f'{last["wall_seconds"]:.0f} s'),
+       + _table([('updates', settings['step']), ('wall time of the distillation', f'{seconds} s'),
                  ('data (name and key)', f'{settings["data"]["name"]}, {config["data_key"]}'), *_environment(directory)])),
       ('Evaluations', _metrics(rows)),
       ('Configuration', _table(sorted((path, json.dumps(value)) for path, value in base.flatten(
@@ -120,16 +139,21 @@ def _page(directory, config, distilled, rows, drawn) -> str:
           f'<body><h1>{html.escape(title)}</h1>{body}</body></html>\n')
 
 
-def _results(directory, run, rows) -> str:
+def _results(directory, run, step, rows) -> str:
   first, last = (choose(rows, key=lambda row: row['step']) for choose in (min, max))
-  lines = [('', f'the images it started from (step {first["step"]})', first)]
+  known = {0: 'the images it started from (step 0)', step: f'distilled (step {step})'}
+  name = lambda row: known.get(row['step'], f'step {row["step"]}')
+  lines = [] if first is last else [('', name(first), first)]
   lines += [('', row['kind'], row) for row in directory.read_baselines() or []]
-  lines.append(('ours', f'distilled (step {last["step"]})', last))
-  cells = [(kind, name, f'{100 * row["krr_test_accuracy"]:.2f} %', f'{row["krr_test_mse"]:.5f}',
-            evaluation.network_in_words(row) if 'nn_test_accuracy' in row else 'not trained') for kind, name, row in lines]
+  lines.append(('ours', name(last), last))
+  cells = [(kind, name, _number(row, 'krr_test_accuracy', '.2%', 'not known').replace('%', ' %'),
+            _number(row, 'krr_test_mse', '.5f'), _network(row)) for kind, name, row in lines]
   expected = published.find(run)
   if expected:
-    cells.append(('', expected['kind'], f'{expected["krr"]} %', '', f'{expected["network"]} %' if 'network' in expected else ''))
+    network = ''
+    if 'network' in expected:
+      network = f'{expected["network"]} % ({evaluation.networks_in_words([expected])})'
+    cells.append(('', expected['kind'], f'{expected["krr"]} %', '', network))
   body = ''.join(f'<tr class="{kind}"><td>{html.escape(name)}</td>'
                  + ''.join(f'<td class="number">{html.escape(cell)}</td>' for cell in rest) + '</tr>' for kind, name, *rest in cells)
   note = '' if expected else '<p>The papers publish no row of this setting.</p>'
@@ -138,12 +162,28 @@ def _results(directory, run, rows) -> str:
 
 
 def _metrics(rows) -> str:
-  columns = [key for key in ('step', 'krr_test_accuracy', 'krr_test_mse', 'nn_test_accuracy', 'train_loss', 'train_accuracy',
-                             'wall_seconds', 'kernel_pairs_per_second') if any(key in row for row in rows)]
+  columns = [key for key in _COLUMNS if any(evaluation.has(row, key) for row in rows)]
   head = ''.join(f'<th class="number">{key.replace("_", " ")}</th>' for key in columns)
-  body = ''.join('<tr>' + ''.join(f'<td class="number">{f"{row[key]:.5g}" if key in row else ""}</td>' for key in columns) + '</tr>'
-                 for row in sorted(rows, key=lambda row: row['step']))
+  cells = lambda row: ''.join(f'<td class="number">{_number(row, key, ".5g")}</td>'
+                              for key in columns)
+  body = ''.join(f'<tr>{cells(row)}</tr>' for row in sorted(rows, key=lambda row: row['step']))
   return f'<table><tr>{head}</tr>{body}</table>'
+
+
+def _classes(class_names: Sequence[str]) -> list[tuple[str, str]]:
+  """A section with the classes' names, where they are not their numbers: title and content."""
+  names = ', '.join(f'{c} {html.escape(name)}' for c, name in enumerate(class_names))
+  return [] if pictures.are_numbers(class_names) else [('Classes', f'<p>{names}</p>')]
+
+
+def _network(row: dict[str, Any]) -> str:
+  is_trained = evaluation.has(row, 'nn_test_accuracy')
+  return evaluation.network_in_words(row) if is_trained else 'not trained'
+
+
+def _number(row: dict[str, Any], key: str, form: str, missing: str = '') -> str:
+  """A number of a row in the format `form`; `missing` where the row has none of that name."""
+  return format(row[key], form) if evaluation.has(row, key) else missing
 
 
 def _table(pairs) -> str:
@@ -177,21 +217,36 @@ def _processor() -> str:
   return names[0] if names else platform.machine()
 
 
+def _write_events(directory, rows, config) -> None:
+  from nodes import tensorboard  # here, because a report needs none
+  cache = store.cache_folder(config['system']['cache_dir'])
+  prepared = store.open_prepared(config['data_key'], cache)
+  if prepared:
+    tensorboard.write_missing(directory, rows, prepared)
+  else:
+    logging.info("TensorBoard's files stay as they are: the prepared data are not in %s.", cache)
+
+
 def main(argv: Sequence[str]) -> int:
   """Writes the report of --workdir again; returns the exit status."""
   flags.DEFINE_string('workdir', None, 'Directory of a run that has come to its end.')
   flags.DEFINE_integer('step', None, 'Show the snapshot of this step instead of the distilled set.', lower_bound=0)
+  command_line.log_plainly()
   try:
     command_line.parse(argv, '--workdir=DIR --step=N')
     if not flags.FLAGS.workdir:
       raise command_line.BadInput('--workdir=DIR is missing: the run directory.')
     directory = run_directory.RunDirectory(flags.FLAGS.workdir)
-    rows = directory.read_metrics()
-    if directory.read_config() is None or not rows:
+    rows, config = directory.read_metrics(), directory.read_config()
+    if config is None or not rows:
       raise command_line.BadInput(f'--workdir={flags.FLAGS.workdir} holds no run that has been evaluated.')
     write(directory, rows, flags.FLAGS.step)
+    _write_events(directory, rows, config)
   except (command_line.BadInput, DataError, run_directory.RunDirectoryError) as error:
     print(f'error: {error}', file=sys.stderr)
+    return run_directory.BAD_INPUT_STATUS
+  except OSError as error:
+    print(f'error: the report of {directory.path} cannot be written: {error}', file=sys.stderr)
     return run_directory.BAD_INPUT_STATUS
   print(directory.report)
   return 0

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shlex
+import threading
 import time
 from typing import Any, BinaryIO, Callable, Mapping
 import uuid
@@ -22,6 +23,7 @@ BAD_INPUT_STATUS = 2
 _SCRATCH = '.writing-'
 _HANDOVER = 20.0  # seconds that a coordinator's predecessor may take to go
 _LOOK = 3.0  # seconds within which who only looks for a launch here, or submits one to a scheduler, is gone again
+DISK_PATIENCE, DISK_PAUSE = 60.0, 5.0  # seconds that `persist` tries, and waits between two tries
 
 
 class RunDirectoryError(ValueError):
@@ -213,12 +215,14 @@ class RunDirectory:
       return None
 
   def read_baselines(self) -> list[dict[str, Any]] | None:
-    """The rows of baselines.json, if it is there."""
+    """The rows of baselines.json; None where it is missing or damaged."""
     try:
       with open(self.baselines, encoding='utf-8') as file:
-        return json.load(file)
+        rows = json.load(file)
     except (OSError, ValueError):
       return None
+    whole = isinstance(rows, list) and all(isinstance(row, dict) and 'kind' in row for row in rows)
+    return rows if whole else None
 
   def read_metrics(self) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl; a line that a crash left unfinished, or that is damaged, is none."""
@@ -291,6 +295,32 @@ def _sweep(folder: str) -> None:
   for name in os.listdir(folder) if os.path.isdir(folder) else ():
     if name.startswith(_SCRATCH):
       os.unlink(os.path.join(folder, name))
+
+
+def persist(what: str, write: Callable[[], None], stop: threading.Event) -> None:
+  """Calls `write`; where that fails, again for a minute: a full disk may be emptied.
+
+  Args:
+    what: what is written, for messages.
+    write: may be called several times.
+    stop: when it is set, the next failure is the last.
+
+  Raises:
+    RunDirectoryError: it could not be written, with the reason.
+  """
+  end = time.monotonic() + DISK_PATIENCE
+  while True:
+    try:
+      write()
+      return
+    except OSError as error:
+      reason, left = error.strerror or error, end - time.monotonic()
+      if left <= 0 or stop.is_set():
+        raise RunDirectoryError(f'{what} cannot be written ({reason}).') from error
+      logging.warning('%s cannot be written (%s); trying again for %.0f s.', what, reason, left)
+    pause = time.monotonic() + DISK_PAUSE
+    while time.monotonic() < pause and not stop.is_set():
+      time.sleep(0.05)  # Event.wait can deadlock with a signal handler that sets the event
 
 
 def write_atomically(path: str, content: 'str | Callable[[Any], None]') -> None:

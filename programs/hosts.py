@@ -5,6 +5,7 @@
     python launch.py --role=evaluator --workdir=DIR
 """
 
+import ipaddress
 import os
 import re
 import socket
@@ -30,12 +31,13 @@ from programs import terminal
 _WORKER = 'worker'
 ROLE = flags.DEFINE_enum('role', None, [distill.COORDINATOR, _WORKER, 'evaluator'], 'Run this one node of the program.')
 _ADDRESS = flags.DEFINE_string('coordinator', None, 'HOST:PORT of the coordinator; not needed where --workdir is on a shared disk.')
-_HOST = flags.DEFINE_string('host', None, 'Of the coordinator: the name or address by which the other hosts reach this one.')
+_HOST = flags.DEFINE_string('host', None, 'Of the coordinator: the name or address by which the other hosts reach this one; by default its own.')
 _NAME = flags.DEFINE_string('name', None, "Of a worker: its name, unique among the run's.")
 _THREADS = flags.DEFINE_integer('threads', 0, 'Of a worker: its CPU threads; 0: all that it may use.', lower_bound=0)
 
 _PATIENCE = 1800.0  # seconds to wait for an address: the coordinator prepares the data before
 _TELL_EVERY = 30.0
+_ELSEWHERE = '192.0.2.1', 9  # no host's: reserved for documentation
 
 
 def play() -> int:
@@ -64,6 +66,24 @@ def play() -> int:
   return supervisor.supervise(_label(os.getpid()), stop)
 
 
+def own_host() -> str | None:
+  """A name of this host, or else an address, by which others may reach it: never a loopback one. None where it has none."""
+  for name in (socket.getfqdn(), socket.gethostname()):
+    try:
+      addresses = [ipaddress.ip_address(info[4][0]) for info in socket.getaddrinfo(name, None)]
+    except (OSError, ValueError):  # a name that is not even known here
+      continue
+    if not any(address.is_loopback for address in addresses):
+      return name
+  with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    try:
+      probe.connect(_ELSEWHERE)  # sends nothing, but chooses an interface
+    except OSError:  # there is no route
+      return None
+    address = probe.getsockname()[0]
+  return None if ipaddress.ip_address(address).is_loopback else address
+
+
 def _label(supervising: int) -> str:
   """The node's label; a worker keeps its name when it is started again by process `supervising`."""
   return _NAME.value or f'worker_{socket.gethostname()}_{supervising}' if ROLE.value == _WORKER else ROLE.value
@@ -75,7 +95,12 @@ def _coordinate(stop: threading.Event) -> int:
     logging.info(remark)
   port = run.config['system']['port']
   distill.check_port(port)
-  address = f'{_HOST.value or socket.getfqdn()}:{port or _free_port()}'
+  host = _HOST.value or own_host()
+  if host is None:
+    host = 'localhost'
+    logging.warning('This host has no name or address that others could reach: only processes of its own can join, unless --host=NAME '
+                    'tells one.')
+  address = f'{host}:{port or _free_port()}'
   run_directory.write_atomically(run.directory.address, address + '\n')
   logging.info('The coordinator is at %s. Whoever can connect to it can run code as you: see BUILD.md, "The coordinator\'s port".', address)
   with terminal.shown(run.directory):

@@ -21,7 +21,7 @@ from programs import supervisor
 _EVALUATOR_NICENESS = 10  # where cores are few, evaluation must not hold distillation up
 _CONNECT_SECONDS = 5.0
 _UNREACHABLE = ('UNAVAILABLE', 'DEADLINE_EXCEEDED', 'CANCELLED')
-_SIGNS_OF_USE = ('complete', 'evaluated')  # calls by which a client shows that its life is of use
+_PROGRESS = ('complete', 'evaluated')  # calls by which a client has made progress
 
 
 class _Supervised:
@@ -74,7 +74,7 @@ def _coordinator(workdir: str, cache: str):
   from nodes import coordinator  # here and below: each process imports what its own node needs
   start.log_plainly()
   try:
-    return coordinator.Coordinator(workdir, cache, lp.stop_event(), supervisor.useful)
+    return coordinator.Coordinator(workdir, cache, lp.stop_event(), supervisor.progressed)
   except coordinator.EXPECTED as error:
     logging.error('The run failed: %s', error)
     sys.exit(1)
@@ -86,8 +86,9 @@ class _Client:
   def __init__(self, kind: str, coordinator: Any, timeout: float, published: str, **kwargs: Any):
     start.log_plainly()
     stop = lp.stop_event()
-    coordinator = Retrying(coordinator, timeout, stop, _unreachable, functools.partial(_listens, coordinator.address, published),
-                           _note_use)
+    address = coordinator.address
+    coordinator = Retrying(coordinator, timeout, stop, _unreachable, functools.partial(_listens, address, published), _note_progress,
+                           address)
     if kind == 'evaluator':
       from nodes import evaluator
       os.nice(_EVALUATOR_NICENESS)
@@ -117,9 +118,9 @@ def _listens(address: str, published: str) -> bool:
     return False
 
 
-def _note_use(method: str) -> None:
-  if method in _SIGNS_OF_USE:
-    supervisor.useful()
+def _note_progress(method: str) -> None:
+  if method in _PROGRESS:
+    supervisor.progressed()
 
 
 def _unreachable(error: Exception) -> bool:

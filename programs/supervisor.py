@@ -19,11 +19,14 @@ import psutil
 RESTART_STATUS = 76  # a node's wish to be started afresh
 LAUNCHER = 'KIP_LAUNCHER'  # environment: process id; when that process is gone, so are its nodes
 _PARENT, _SIGN = 'KIP_SUPERVISOR', 'KIP_SIGN_OF_USE'
-_MAX_USELESS = 10  # lives in a row that ended before `useful()`
+_MAX_USELESS = 10  # lives in a row without progress
+_MAX_IN_VAIN = 100  # lives in a row whose progress, if any, was lost with them
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 LAUNCHER_NOTICE = 30  # seconds that Launchpad gives a process to stop: a busy machine may take long to write a checkpoint
 NOTICE = LAUNCHER_NOTICE - 2.0  # a child has less than its parent
 _PR_SET_PDEATHSIG = 1
+_LASTING = b'!'
+_told: set[bytes] = set()
 
 
 def is_child() -> bool:
@@ -37,12 +40,12 @@ def is_child() -> bool:
   return True
 
 
-def useful() -> None:
-  """Tells the parent that this life was not in vain: the count of useless ones starts again."""
-  sign = os.environ.pop(_SIGN, None)
-  if sign is not None:
-    os.write(int(sign), b'.')
-    os.close(int(sign))
+def progressed(lasting: bool = True) -> None:
+  """Resets the restart backoff. `lasting`: what was done outlives this process."""
+  mark = _LASTING if lasting else b'.'
+  if _SIGN in os.environ and mark not in _told:
+    _told.add(mark)  # once each: nobody reads the pipe before this process has ended
+    os.write(int(os.environ[_SIGN]), mark)
 
 
 @contextlib.contextmanager
@@ -61,12 +64,12 @@ def terminal_signals_blocked():
 def supervise(name: str, stop: threading.Event) -> int:
   """Runs the child until it ends by itself, or until this process is to stop; gives its exit status.
 
-  A child that is killed (by whatever signal) or asks for it is started again, with growing pauses while its lives are useless, and no more
-  after _MAX_USELESS of these. One that ends by itself, well or not, has said why.
+  A child that is killed (by whatever signal) or asks for it is started again, with growing pauses while it makes no progress, and no more
+  after _MAX_USELESS such lives, nor after _MAX_IN_VAIN without lasting progress. One that ends by itself, well or not, has said why.
   """
   launcher = _process(int(os.environ[LAUNCHER])) if LAUNCHER in os.environ else None
   gone = lambda: stop.is_set() or (LAUNCHER in os.environ and not _is_alive(launcher))
-  useless = 0
+  useless = in_vain = 0
   while True:
     reader, writer = os.pipe()
     with terminal_signals_blocked():
@@ -78,13 +81,15 @@ def supervise(name: str, stop: threading.Event) -> int:
         time.sleep(0.05)
       if gone():
         return _end(child)
-    useless = 0 if os.read(reader, 1) else useless + 1
+    marks = os.read(reader, 16)
     os.close(reader)
+    useless, in_vain = 0 if marks else useless + 1, 0 if _LASTING in marks else in_vain + 1
     if child.returncode >= 0 and child.returncode != RESTART_STATUS:
       return child.returncode
     cause = 'asked to be started afresh' if child.returncode >= 0 else f'was killed by {_signal_name(-child.returncode)}'
-    if useless >= _MAX_USELESS:
-      logging.error('%s %s, time %d before it was of any use: it is not started again.', name, cause, useless)
+    if useless >= _MAX_USELESS or in_vain >= _MAX_IN_VAIN:
+      logging.error('%s %s: exited %d times without making progress; giving up.', name, cause,
+                    useless if useless >= _MAX_USELESS else in_vain)
       return 1
     pause = min(_FIRST_PAUSE * 2 ** max(useless - 1, 0), _LONGEST_PAUSE)
     logging.warning('%s %s; it is started again in %.1f s.', name, cause, pause)

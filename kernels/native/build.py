@@ -1,11 +1,10 @@
 """Builds the native kernel with the system's C++ compiler: `python -m kernels.native.build`.
 
-One shared library per instruction set, from the same sources. Their names carry a hash of sources, flags, XLA's headers and the compiler's
-version, so that a library is built once and a stale one is never found.
+One shared library per instruction set, from the same sources. Their names carry a hash of sources, flags and XLA's headers, and a library of
+another name is stale. The compiler does not count: what is built is found without one. To build with another, remove `build/`.
 """
 
 import concurrent.futures
-import functools
 import hashlib
 import os
 import pathlib
@@ -34,12 +33,9 @@ def compiler() -> list[str] | None:
 
 
 def find(instruction_set: str) -> pathlib.Path | None:
-  """The library for `instruction_set`, if one is built from these very sources (and by this compiler, where there is one)."""
-  command = compiler()
-  if command:
-    path = _path(instruction_set, _version(command))
-    return path if path.exists() else None
-  return max(FOLDER.glob(_path(instruction_set, None).name), key=lambda path: path.stat().st_mtime, default=None)
+  """The library for `instruction_set`, if one is built from these very sources."""
+  path = _path(instruction_set)
+  return path if path.exists() else None
 
 
 def is_built() -> bool:
@@ -50,20 +46,22 @@ def build() -> str:
   """Builds what is missing; returns a line that says what was done, or why nothing can be."""
   if platform.machine() not in ('x86_64', 'AMD64'):
     return f'native kernel: not built, {platform.machine()} is not x86-64; the JAX kernel will be used.'
+  missing = [name for name in INSTRUCTION_SETS if not find(name)]
+  if not missing:
+    return f'native kernel: up to date in {FOLDER}.'
   command = compiler()
   if not command:
     wanted = os.environ.get('CXX', 'c++')
     return f'native kernel: not built, no C++ compiler ({wanted}) found; install one or set CXX. The JAX kernel will be used.'
-  version = _version(command)
-  missing = [name for name in INSTRUCTION_SETS if not _path(name, version).exists()]
-  if not missing:
-    return f'native kernel: up to date in {FOLDER}.'
-  FOLDER.mkdir(exist_ok=True)
+  try:
+    FOLDER.mkdir(exist_ok=True)
+  except OSError as error:
+    return f'native kernel: not built, {FOLDER} cannot be written ({error.strerror}); the JAX kernel will be used.'
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    errors = list(filter(None, pool.map(lambda name: _compile(command, name, _path(name, version)), missing)))
+    errors = list(filter(None, pool.map(lambda name: _compile(command, name, _path(name)), missing)))
   if errors:
     return f'native kernel: not built, {" ".join(command)} failed; the JAX kernel will be used.\n{errors[0]}'
-  current = {_path(name, version) for name in INSTRUCTION_SETS}
+  current = {_path(name) for name in INSTRUCTION_SETS}
   for path in FOLDER.glob('*.so'):
     if path not in current:
       path.unlink(missing_ok=True)
@@ -82,22 +80,12 @@ def _compile(command: list[str], instruction_set: str, path: pathlib.Path) -> st
   return None
 
 
-def _path(instruction_set: str, version: str | None) -> pathlib.Path:
+def _path(instruction_set: str) -> pathlib.Path:
   digest = hashlib.sha256(repr((_FLAGS, INSTRUCTION_SETS[instruction_set])).encode())
   headers = _headers()
   for path in [*sorted(SOURCES.iterdir()), *sorted((headers / 'xla' / 'ffi' / 'api').glob('*.h'))]:
     digest.update(path.name.encode() + path.read_bytes())
-  compiled_by = hashlib.sha256(version.encode()).hexdigest()[:8] if version is not None else '*'
-  return FOLDER / f'kip-{instruction_set}-{digest.hexdigest()[:16]}-{compiled_by}.so'
-
-
-def _version(command: list[str]) -> str:
-  return _output(tuple(command))
-
-
-@functools.cache
-def _output(command: tuple[str, ...]) -> str:
-  return subprocess.run([*command, '--version'], capture_output=True, text=True, check=False).stdout
+  return FOLDER / f'kip-{instruction_set}-{digest.hexdigest()[:16]}.so'
 
 
 def _headers() -> pathlib.Path:

@@ -2,9 +2,10 @@
 
     PYTHONPATH=. python tests/chaos --workdir=runs/chaos --seed=0
 
-Two runs of launch.py with worker, coordinator and evaluator processes; in the second a seeded schedule kills them (SIGKILL) in the middle
-of every kind of task and write, pauses some (SIGSTOP), repeats calls and loses answers, and cuts the newest checkpoint short once. Exit status
-0 if every kill of the schedule struck, and the support set, Adam's state, every snapshot and every row of metrics.jsonl are the same.
+For each kind of step, in one pass and in two halves, two runs of launch.py with worker, coordinator and evaluator processes; in the second a
+seeded schedule kills them (SIGKILL) in the middle of every kind of task and write, pauses some (SIGSTOP), repeats calls and loses answers,
+and cuts the newest checkpoint short once. Exit status 0 if every kill of the schedules struck, and the support set, Adam's state, every
+snapshot and every row of metrics.jsonl are the same.
 """
 
 import argparse
@@ -23,8 +24,11 @@ import time
 import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-TASKS = ('support_blocks', 'targets', 'support_vjp')
-ACTIVITIES = {'kernel_worker': TASKS, 'coordinator': (*TASKS, 'checkpoint', 'snapshot'), 'evaluator': ('evaluate', 'append')}
+KINDS = {'one pass': (), 'two halves': ('--config.run.plan.support_per_task=10',)}  # of a step, and the flags for it
+TASKS = {'one pass': ('support_blocks', 'targets', 'support_vjp'),
+         'two halves': ('support_blocks', 'target_blocks', 'target_vjp', 'support_vjp')}
+# What the coordinator waits for: in two halves not for SUPPORT_VJP, whose pieces are there before the last TARGET_VJP's.
+AWAITED = {'one pass': TASKS['one pass'], 'two halves': TASKS['two halves'][:3]}
 TIMINGS = ('wall_seconds', 'kernel_pairs_per_second')  # of a row: what may differ
 PAUSES = ('kernel_worker', 'evaluator', 'kernel_worker', 'coordinator', 'kernel_worker', 'evaluator')
 WORKERS = 2
@@ -69,12 +73,13 @@ class Activity:
 class Havoc(threading.Thread):
   """Kills and pauses the processes of a run until every kind of activity has been struck often enough."""
 
-  def __init__(self, folder: str, workdir: str, seed: int, kills: int):
+  def __init__(self, folder: str, workdir: str, activities: dict[str, tuple[str, ...]], seed: int, kills: int):
     super().__init__(daemon=True)
+    self._activities = activities
     self._folder, self._workdir, self._random = folder, workdir, random.Random(seed)
     self._orders = {}
-    for role, activities in ACTIVITIES.items():
-      self._orders[role] = list(activities) * kills
+    for role, kinds in activities.items():
+      self._orders[role] = list(kinds) * kills
       self._random.shuffle(self._orders[role])
     self._pauses = list(PAUSES)
     self.killed, self.missed, self.paused, self.cut = collections.Counter(), 0, collections.Counter(), ''
@@ -86,8 +91,8 @@ class Havoc(threading.Thread):
     return [f'{role} {activity}' for role, orders in self._orders.items() for activity in orders]
 
   def run(self):
-    activities = {role: Activity(self._folder, role) for role in ACTIVITIES}
-    next_blow = dict.fromkeys(ACTIVITIES, 0.0)
+    activities = {role: Activity(self._folder, role) for role in self._activities}
+    next_blow = dict.fromkeys(activities, 0.0)
     while self.left and not self.over.is_set():
       time.sleep(0.001)
       for role, orders in self._orders.items():
@@ -104,7 +109,7 @@ class Havoc(threading.Thread):
     os.kill(activity.pid, signal.SIGKILL)
     found = activity.at_death()
     activity.forget()
-    if found not in ACTIVITIES[role]:
+    if found not in self._activities[role]:
       self.missed += 1
       return
     self.killed[role, found] += 1
@@ -135,14 +140,14 @@ class Havoc(threading.Thread):
       self.cut = steps[-1]
 
 
-def launch(workdir: str, steps: int, calls: float, havoc: Havoc | None, folder: str) -> float:
-  """Runs launch.py; gives its seconds."""
+def launch(workdir: str, kind: str, steps: int, calls: float, havoc: Havoc | None, folder: str) -> float:
+  """Runs launch.py with steps of a kind; gives its seconds."""
   shutil.rmtree(folder, ignore_errors=True)
   os.makedirs(folder)
   command = [sys.executable, 'launch.py', '--config=configs/digits.py', f'--workdir={workdir}', '--lp_launch_type=local_mp',
              f'--config.run.num_steps={steps}', '--config.run.images_per_class=2', '--config.run.plan.support_tile=10',
              f'--config.system.num_workers={WORKERS}', f'--config.system.snapshot_steps={",".join(map(str, range(0, steps, 3)))}',
-             '--config.system.checkpoint_seconds=2', '--config.system.log_seconds=5', '--config.system.evaluation.nn_steps=0']
+             '--config.system.checkpoint_seconds=2', '--config.system.log_seconds=5', '--config.system.evaluation.nn_steps=0', *KINDS[kind]]
   environment = {**os.environ, 'PYTHONPATH': os.path.dirname(os.path.abspath(__file__)), 'KIP_CHAOS': folder, 'KIP_CHAOS_CALLS': str(calls)}
   start = time.monotonic()
   with open(os.path.join(folder, 'log'), 'w', encoding='utf-8') as log:
@@ -187,40 +192,49 @@ def compare(peace: str, fire: str) -> list[str]:
   return found
 
 
-def main() -> int:
-  parser = argparse.ArgumentParser()
-  parser.add_argument('--workdir', default='runs/chaos')
-  parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--steps', type=int, default=120)
-  parser.add_argument('--kills', type=int, default=5, help='of each role in each of its activities')
-  arguments = parser.parse_args()
-  workdir = os.path.abspath(arguments.workdir)
-  shutil.rmtree(workdir, ignore_errors=True)
+def survives(kind: str, workdir: str, seed: int, steps: int, kills: int) -> bool:
+  """Whether a run of steps of a kind comes to the same end in peace and under fire; says what happened."""
   peace, fire = os.path.join(workdir, 'peace'), os.path.join(workdir, 'fire')
-  seconds = launch(peace, arguments.steps, 0.0, None, os.path.join(workdir, 'peace_told'))
-  print(f'in peace: {arguments.steps} steps in {seconds:.0f} s', flush=True)
+  seconds = launch(peace, kind, steps, 0.0, None, os.path.join(workdir, 'peace_told'))
+  print(f'{kind}, in peace: {steps} steps in {seconds:.0f} s', flush=True)
   told = os.path.join(workdir, 'fire_told')
-  havoc = Havoc(told, fire, arguments.seed, arguments.kills)
-  seconds_under_fire = launch(fire, arguments.steps, 0.03, havoc, told)
+  activities = {'kernel_worker': TASKS[kind], 'coordinator': (*AWAITED[kind], 'checkpoint', 'snapshot'),
+                'evaluator': ('evaluate', 'append')}
+  havoc = Havoc(told, fire, activities, seed, kills)
+  seconds_under_fire = launch(fire, kind, steps, 0.03, havoc, told)
 
   def lines(name):
     with open(os.path.join(told, name), encoding='utf-8') as file:
       return file.read().splitlines()
   calls = collections.Counter(line.split()[0] for line in lines('calls'))
-  print(f'under fire: {sum(havoc.killed.values())} kills survived ({havoc.missed} more between activities), '
+  print(f'{kind}, under fire: {sum(havoc.killed.values())} kills survived ({havoc.missed} more between activities), '
         f'{sum(havoc.paused.values())} pauses, {calls["repeated"]} calls repeated, {calls["lost"]} answers lost, '
-        f'the checkpoint of step {int(havoc.cut or -1)} cut short; {len(lines("steps")) - arguments.steps} steps redone, '
+        f'the checkpoint of step {int(havoc.cut or -1)} cut short; {len(lines("steps")) - steps} steps redone, '
         f'{seconds_under_fire - seconds:.0f} s lost')
-  for role, activities in ACTIVITIES.items():
-    print(f'  {role}: ' + ', '.join(f'{havoc.killed[role, activity]} in {activity}' for activity in activities))
+  for role, struck in activities.items():
+    print(f'  {role}: ' + ', '.join(f'{havoc.killed[role, activity]} in {activity}' for activity in struck))
   problems = [f'the run ended before these struck: {", ".join(havoc.left)}'] if havoc.left else []
   if not havoc.cut:
     problems.append('no checkpoint was cut short')
   differing = compare(peace, fire)
   if differing:
     problems.append(f'these differ: {", ".join(differing)}')
-  print('\n'.join(problems) or 'the final state, every snapshot and every row are the same, bit by bit')
-  return 1 if problems else 0
+  print('\n'.join(problems) or 'the final state, every snapshot and every row are the same, bit by bit', flush=True)
+  return not problems
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--workdir', default='runs/chaos')
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--steps', type=int, default=80, help='of each kind')
+  parser.add_argument('--kills', type=int, default=3, help='of each role in each of its activities')
+  arguments = parser.parse_args()
+  workdir = os.path.abspath(arguments.workdir)
+  shutil.rmtree(workdir, ignore_errors=True)
+  survived = [survives(kind, os.path.join(workdir, kind.replace(' ', '_')), arguments.seed, arguments.steps, arguments.kills)
+              for kind in KINDS]
+  return 0 if all(survived) else 1
 
 
 if __name__ == '__main__':

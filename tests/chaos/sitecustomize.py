@@ -90,7 +90,7 @@ def _evaluator(module):
 
 def _coordinator(module):
   _around(module.Coordinator, '_write_snapshot', 'coordinator', 'snapshot')
-  _around(module.Coordinator, '_k_ss', 'coordinator', 'support_blocks')
+  _around(module.Coordinator, '_piece', 'coordinator', lambda self, task: task.phase)
   phase, move = module.Coordinator._phase, module.Coordinator._move
 
   def _phase(self, name, *args):

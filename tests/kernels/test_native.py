@@ -188,11 +188,19 @@ def test_no_compiler(monkeypatch, tmp_path):
 
 
 @built
-def test_a_library_is_found_without_its_compiler_but_not_with_another(monkeypatch):
-  monkeypatch.setenv('CXX', '/nowhere/c++')
-  assert build.is_built()
-  monkeypatch.setenv('CXX', 'echo another compiler')
-  assert not build.is_built()
+@pytest.mark.parametrize('compiler', ['/nowhere/c++', 'false', 'echo another compiler', 'c++'])
+def test_a_library_is_found_whatever_compiler_there_is(monkeypatch, tmp_path, compiler):
+  monkeypatch.setenv('CXX', compiler)
+  if compiler == 'c++':
+    monkeypatch.delenv('CXX')
+    monkeypatch.setenv('PATH', str(tmp_path))  # has none
+  assert build.is_built() and 'up to date' in build.build()
+
+
+def test_a_folder_that_cannot_be_made(monkeypatch, tmp_path):
+  (tmp_path / 'file').write_text('')
+  monkeypatch.setattr(build, 'FOLDER', tmp_path / 'file' / 'build')
+  assert 'cannot be written (Not a directory)' in build.build()
 
 
 @built

@@ -146,7 +146,7 @@ def test_a_resumed_run_wants_the_hardware_it_began_on(make_run, tmp_path):
 
 
 def test_a_full_disk_is_waited_for_and_then_named(make_run, tmp_path, monkeypatch, caplog):
-  monkeypatch.setattr(coordinator_node, '_DISK_PAUSE', 0.01)
+  monkeypatch.setattr(run_directory, 'DISK_PAUSE', 0.01)
   run = make_run(tmp_path, FC1)
   coordinator = _coordinator(run)
   template = coordinator_node.initial_state(run.config['run'], coordinator._prepared, coordinator._optimizer)
@@ -162,8 +162,8 @@ def test_a_full_disk_is_waited_for_and_then_named(make_run, tmp_path, monkeypatc
   assert caplog.text.count('the checkpoint of step 0 cannot be written (No space left on device); trying again for') == 2
   assert os.listdir(run.directory.checkpoints) == ['00000000']
   errors[:] = [OSError(30, 'Read-only file system')] * 10 ** 6
-  monkeypatch.setattr(coordinator_node, '_DISK_PATIENCE', 0.1)
-  with pytest.raises(coordinator_node.RunFailed, match=r'step 1 cannot be written \(Read-only file system\); mend that, .* of step 0'):
+  monkeypatch.setattr(run_directory, 'DISK_PATIENCE', 0.1)
+  with pytest.raises(coordinator_node.RunFailed, match=r'step 1 cannot be written \(Read-only file system\). Mend that, .* of step 0'):
     coordinator._save(template._replace(step=1))
 
 

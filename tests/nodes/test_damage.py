@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 
 from hypothesis import given
 from hypothesis import settings
@@ -142,6 +143,42 @@ def test_two_coordinators_do_not_write_at_once(tmp_path, monkeypatch):
     with pytest.raises(run_directory.RunDirectoryError, match='has another coordinator that is still going'):
       run_directory.RunDirectory(str(tmp_path)).claim()
   run_directory.RunDirectory(str(tmp_path)).claim().close()
+
+
+@pytest.mark.parametrize('errors, patience, stopped, tries', [
+    (0, 60.0, False, 1), (5, 60.0, False, 6), (9, 0.0, False, 1), (9, 60.0, True, 1)])
+def test_a_write_that_fails_is_tried_again_for_a_while(
+    monkeypatch, caplog, errors, patience, stopped, tries):
+  monkeypatch.setattr(run_directory, 'DISK_PATIENCE', patience)
+  monkeypatch.setattr(run_directory, 'DISK_PAUSE', 0.001)
+  stop, left, written = threading.Event(), [OSError(28, 'No space left on device')] * errors, []
+
+  def write():
+    written.append(len(left))
+    if left:
+      raise left.pop()
+  if stopped:
+    stop.set()
+  if tries > errors:
+    run_directory.persist('the row', write, stop)
+    told = 'the row cannot be written (No space left on device); trying again for'
+    assert caplog.text.count(told) == errors
+  else:
+    message = r'^the row cannot be written \(No space left on device\)\.$'
+    with pytest.raises(run_directory.RunDirectoryError, match=message):
+      run_directory.persist('the row', write, stop)
+  assert len(written) == tries
+
+
+@pytest.mark.parametrize('content, rows', [
+    ('[{"kind": "real", "krr_test_mse": 0.5}]', [{'kind': 'real', 'krr_test_mse': 0.5}]),
+    ('[]', []), ('{"kind": ', None), ('{"kind": "real"}', None), ('[{"krr_test_mse": 0.5}]', None),
+    ('[3]', None), ('null', None), ('', None)])
+def test_baselines_are_whole_or_none(tmp_path, content, rows):
+  directory = run_directory.RunDirectory(str(tmp_path))
+  assert directory.read_baselines() is None
+  (tmp_path / 'baselines.json').write_text(content)
+  assert directory.read_baselines() == rows
 
 
 @pytest.mark.parametrize('fails', ['at once', 'halfway'])

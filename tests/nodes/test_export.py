@@ -1,5 +1,7 @@
 """The exported set loads as it was saved, and says what is wrong with one that does not."""
 
+import csv
+import json
 import os
 import subprocess
 import sys
@@ -71,7 +73,9 @@ def test_a_released_set_is_used_like_our_own(released_mnist, tmp_path):
   run = distilled.settings['run']
   base.validate({**base.get_config().to_dict(), 'run': run})
   prepared = store.prepare(run['data'], cache)
-  assert distilled.settings['data'] == {'name': 'mnist', 'key': prepared.key} and distilled.settings['label_offset'] == -0.1
+  assert distilled.settings['data'] == {'name': 'mnist', 'key': prepared.key,
+                                        'class_names': list('0123456789')}
+  assert distilled.settings['label_offset'] == -0.1
   assert (run['architecture'], run['images_per_class'], run['learn_labels'], run['data']['zca']) == ('convnet', 1, True, False)
   np.testing.assert_array_equal(distilled.transform.mean, prepared.transform.mean)
   copy = str(tmp_path / 'distilled.npz')
@@ -98,7 +102,7 @@ def _grey(tmp_path):
   transform = preprocess.Transform(np.array([100.0]), np.array([50.0]))
   images, labels = rng.normal(size=(4, 5, 6, 1)).astype(np.float32), rng.normal(size=(4, 2)).astype(np.float32)
   prepared = store.Prepared(*[None] * len(store.Prepared._fields))._replace(
-      key='key', name='grey', transform=transform, num_classes=2)
+      key='key', name='grey', transform=transform, num_classes=2, class_names=('a/b', 'c'))
   path = str(tmp_path / 'distilled.npz')
   export.save(path, images, labels, 1, {'run': {}, 'system': {'evaluation': {}}}, prepared)
   return path, export.load(path)
@@ -107,11 +111,11 @@ def _grey(tmp_path):
 def test_an_image_folder_holds_raw_pixels_and_labels(grey, tmp_path):
   path, distilled = grey
   assert export.main(['export', path, f'--to={tmp_path}/out']) == 0
-  for i, name in enumerate(['0/00000.png', '0/00001.png', '1/00002.png', '1/00003.png']):
+  for i, name in enumerate(['a_b/00000.png', 'a_b/00001.png', 'c/00002.png', 'c/00003.png']):
     expected = np.clip(np.round(100 + 50.0 * distilled.images[i, ..., 0].astype(np.float64)), 0, 255)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'out' / name)), expected)
   header, *lines = (tmp_path / 'out' / 'labels.csv').read_text().splitlines()
-  assert header == 'file,label_0,label_1' and lines[2].startswith('1/00002.png,')
+  assert header == 'file,label_a/b,label_c' and lines[2].startswith('c/00002.png,')
   np.testing.assert_array_equal(np.array([line.split(',')[1:] for line in lines], np.float32), distilled.labels)
 
 
@@ -121,8 +125,52 @@ def test_a_dataset_folder_loads_exactly(grey, tmp_path):
   rows = datasets.load_dataset(str(tmp_path / 'out'), cache_dir=str(tmp_path / 'cache'))['train']
   np.testing.assert_array_equal(np.array(rows['pixels'], np.float32), grey[1].images)
   np.testing.assert_array_equal(np.array(rows['soft_label'], np.float32), grey[1].labels)
-  assert list(rows['label']) == [0, 0, 1, 1] and rows.features['label'].num_classes == 2
+  assert list(rows['label']) == [0, 0, 1, 1] and rows.features['label'].names == ['a/b', 'c']
   np.testing.assert_array_equal(np.asarray(rows[3]['image']), export.raw_images(grey[1])[3, ..., 0])
+
+
+def test_names_of_classes_are_in_the_file_and_need_no_pickle(grey):
+  path, distilled = grey
+  with np.load(path, allow_pickle=False) as file:
+    assert list(file['class_names']) == ['a/b', 'c']
+    assert json.loads(str(file['settings']))['data']['class_names'] == ['a/b', 'c']
+  assert distilled.class_names == ['a/b', 'c']
+
+
+def test_a_file_without_names_has_numbers(grey, tmp_path):
+  path, _ = grey
+  with np.load(path) as file:
+    arrays = {name: file[name] for name in file if name != 'class_names'}
+  settings = json.loads(str(arrays['settings']))
+  del settings['data']['class_names']
+  np.savez(tmp_path / 'old.npz', **{**arrays, 'settings': json.dumps(settings)})
+  assert export.load(str(tmp_path / 'old.npz')).class_names == ['0', '1']
+  export.write_images(export.load(str(tmp_path / 'old.npz')), str(tmp_path / 'out'))
+  assert sorted(os.listdir(tmp_path / 'out')) == ['0', '1', 'labels.csv']
+  assert (tmp_path / 'out' / 'labels.csv').read_text().splitlines()[0] == 'file,label_0,label_1'
+
+
+@pytest.mark.parametrize('names, folders', [
+    (('cat', 'dog'), ['cat', 'dog']),
+    (('10', '-1.5'), ['10', '-1.5']),
+    (('T-shirt/top', 'Ankle boot'), ['T-shirt_top', 'Ankle boot']),
+    (('../up', '.hidden'), ['_up', 'hidden']),
+    (('a/b', 'a\\b'), ['a_b', '1_a_b']),
+    (('Cat', 'cat'), ['Cat', '1_cat']),  # one folder on macOS and Windows
+    (('1_x', 'x', 'X')[1:], ['x', '1_X']),
+    (('con', '..'), ['0_con', '1_']),  # reserved on Windows; nothing left
+    (('labels.csv', 'x' * 300), ['0_labels.csv', 'x' * 60]),
+    (('größe', '猫\n犬'), ['größe', '猫_犬']),
+    (('a,b', '"c"'), ['a_b', '_c_'])])
+def test_folders_are_named_after_the_classes(grey, tmp_path, names, folders):
+  distilled = grey[1]._replace(settings={'data': {'class_names': list(names)}})
+  export.write_images(distilled, str(tmp_path / 'out'))
+  with open(tmp_path / 'out' / 'labels.csv', encoding='utf-8', newline='') as file:
+    header, *lines = csv.reader(file)
+  assert header == ['file', *(f'label_{name}' for name in names)]
+  assert [line[0] for line in lines] == [f'{folders[i // 2]}/{i:05d}.png' for i in range(4)]
+  assert all((tmp_path / 'out' / line[0]).is_file() for line in lines)
+  assert len(os.listdir(tmp_path / 'out')) == 3
 
 
 def test_channels_that_png_cannot_hold(grey, tmp_path):

@@ -3,20 +3,29 @@
 import base64
 import html.parser
 import io
+import json
 import os
+import shutil
+import subprocess
+import sys
 import threading
 
 import jax
+import matplotlib.figure
+import matplotlib.text
 import numpy
 from PIL import Image
 import pytest
 
 from configs import base
+from nodes import evaluation
 from nodes import export
 from nodes import pictures
 from nodes import published
 from nodes import report
 from programs import local
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 @pytest.fixture(scope='module', name='make_small')
@@ -102,13 +111,155 @@ def test_labels_that_stay_are_not_drawn(make_small):
   assert 'Covariance' not in open(directory.report, encoding='utf-8').read()
 
 
+NAMES = ['cat', 'dog', '<b>cow</b> & calf, much too long']
+
+
+@pytest.fixture(name='named')
+def _named(finished, tmp_path):
+  """A copy of a finished run, whose classes have names."""
+  from nodes import run_directory
+  directory = run_directory.RunDirectory(str(shutil.copytree(finished.path, tmp_path / 'run')))
+  with numpy.load(directory.distilled) as file:
+    arrays = {name: file[name] for name in file}
+  settings = json.loads(str(arrays['settings']))
+  settings['data']['class_names'] = NAMES
+  numpy.savez(directory.distilled, **{**arrays, 'settings': json.dumps(settings)})
+  return directory
+
+
+@pytest.fixture(name='drawn')
+def _drawn(monkeypatch):
+  """All that is written in the pictures that are drawn."""
+  found, save = [], matplotlib.figure.Figure.savefig
+
+  def savefig(figure, *args, **kwargs):
+    save(figure, *args, **kwargs)
+    found.extend(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+  monkeypatch.setattr(matplotlib.figure.Figure, 'savefig', savefig)
+  return found
+
+
+def test_classes_have_their_names_in_the_report_and_in_its_pictures(named, drawn):
+  report.write(named, named.read_metrics())
+  page = _Page(_content(named))
+  assert '0 cat, 1 dog, 2 <b>cow</b> & calf, much too long' in page.text
+  assert {'class cat', 'class dog', 'class <b>cow</b…', '<b>cow</b> & ca…'} <= set(drawn)
+  assert drawn.count('cat') > 3
+
+
+def _content(directory):
+  with open(directory.report, encoding='utf-8') as file:
+    return file.read()
+
+
+@pytest.mark.parametrize('names, expected', [
+    (['ant', 'bee', 'US$ $1'], ['ant', 'bee', r'US\$ \$1']),
+    (['a very long name', 'a very long one', 'x'], ['0 a very lo…', '1 a very lo…', '2 x']),
+    (['two\nlines', 'b', 'c'], ['two lines', 'b', 'c']),
+    (['猫', '犬', '牛'], ['0', '1', '2']),  # which Matplotlib's own font has not
+    ([f'class {c}' for c in range(100)], [str(c) for c in range(10)])])
+def test_names_in_pictures_are_readable(drawn, names, expected):
+  labels = numpy.eye(len(names))
+  pictures.label_bars(labels, labels, names, ('', ''))
+  assert {f'class {name}' for name in expected} <= set(drawn)
+  for draw in (pictures.label_heat_map, lambda *args: pictures.label_covariance(labels, *args)):
+    drawn.clear()
+    assert Image.open(io.BytesIO(draw(labels, names))).size > (300, 300)
+    assert len(names) == 100 or set(expected) <= set(drawn)
+  drawn.clear()
+  images = numpy.zeros((len(names), 4, 4, 3))
+  transform = report.export.preprocess.Transform(numpy.zeros(3), numpy.ones(3))
+  pictures.support_images(images, images, names, ('', ''), transform)
+  assert ('0–9' if len(names) == 100 else expected[1]) in drawn
+
+
+def test_a_finite_network_stands_beside_its_width_and_updates(named, drawn, monkeypatch):
+  row = {'kind': 'published', 'krr': '75.5', 'network': '62.7', 'nn_width': 1024, 'nn_steps': 5000}
+  monkeypatch.setattr(published, 'find', lambda run: row)
+  ours = {'nn_test_accuracy': 0.5, 'nn_test_accuracy_std': 0.01}
+  first, *others = named.read_metrics()
+  first = {**first, **ours, 'nn_width': 128, 'nn_steps': 1000}
+  report.write(named, [first, *others[:-1], {**others[-1], **ours}])
+  text = _Page(_content(named)).text
+  assert '50.00 ± 1.00 % (width 128, 1000 updates)' in text
+  assert '62.7 % (width 1024, 5000 updates)' in text
+  assert '50.00 ± 1.00 % (width not recorded)' in text  # a row of an earlier version
+  assert 'finite network, width 128, 1000 updates; width not recorded' in drawn
+
+
+@pytest.mark.parametrize('rows', [
+    [{'step': 0}, {'step': 2}], [{'step': 2}],
+    [{'step': 1, 'krr_test_accuracy': 0.25, 'wall_seconds': None}],
+    [{'step': 0, 'krr_test_accuracy': 'high', 'nn_test_accuracy': None},
+     {'step': 2, 'nn_test_accuracy': 0.5}]])
+@pytest.mark.parametrize('baselines', ['[', '{"kind": "x"}', '[{"kind": "x"}]'])
+def test_rows_that_lack_something_are_reported_without_it(named, rows, baselines):
+  with open(named.baselines, 'w', encoding='utf-8') as file:
+    file.write(baselines)
+  os.remove(named.report)
+  report.write(named, rows)
+  text = _Page(_content(named)).text
+  names = {0: 'the images it started from (step 0)', 1: 'step 1', 2: 'distilled (step 2)'}
+  for row in rows:
+    assert text.count(names[row['step']]) == 1
+    accuracy = row.get('krr_test_accuracy')
+    assert ('25.00 %' if accuracy == 0.25 else 'not known') in text
+    assert evaluation.in_words(row).startswith(f'step {row["step"]:6d}')
+
+
+@pytest.mark.parametrize('damage', ['garbage', 'other shapes'])
+def test_a_first_snapshot_that_is_damaged_is_named(named, drawn, damage):
+  path = named.snapshot(0)
+  if damage == 'garbage':
+    os.truncate(path, 100)
+  else:
+    numpy.savez(path, images=numpy.zeros((6, 8, 9, 1)), labels=numpy.zeros((6, 3)))
+  report.write(named, named.read_metrics())
+  assert 'The snapshot of step 0 cannot be read' in _content(named)
+  assert 'there are those of steps 1, 2.' in _content(named)
+  assert 'step 1' in drawn and 'step 0' not in drawn
+  for step in (1, 2):
+    os.remove(named.snapshot(step))
+  report.write(named, named.read_metrics())
+  assert 'there is no other.' in _content(named) and 'step 1' not in drawn[len(drawn) // 2:]
+
+
+@pytest.mark.parametrize('blocked', ['picture', 'report', 'tensorboard'])
+def test_a_run_directory_that_cannot_be_written(named, blocked):
+  """A folder where a file should be, or a file where a folder should be."""
+  path = getattr(named, blocked)
+  shutil.rmtree(path) if blocked == 'tensorboard' else os.remove(path)
+  open(path, 'w', encoding='utf-8').close() if blocked == 'tensorboard' else os.mkdir(path)
+  done = _command(named)
+  assert done.returncode == 2 and done.stderr.count('\n') == 1 and not done.stdout
+  assert done.stderr.startswith(f'error: the report of {named.path} cannot be written: ')
+  assert path in done.stderr
+
+
+def _command(directory):
+  """`python -m nodes.report` on a run's directory."""
+  return subprocess.run([sys.executable, '-m', 'nodes.report', f'--workdir={directory.path}'],
+                        cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_the_report_command_makes_what_is_missing(named):
+  os.remove(named.report)
+  events = sorted(os.listdir(named.tensorboard))
+  os.remove(os.path.join(named.tensorboard, events[0]))
+  done = _command(named)
+  assert (done.returncode, done.stdout) == (0, f'{named.report}\n'), done.stderr
+  assert os.path.exists(named.report) and sorted(os.listdir(named.tensorboard)) == events
+
+
 @pytest.mark.parametrize('images_per_class, num_classes, grid', [(1, 3, (2, 3)), (2, 3, (3, 5)), (12, 2, (2, 21))])
 def test_a_row_a_class_or_a_column_with_one_image(images_per_class, num_classes, grid):
   """A class's images are of one grey; the picture's rows (columns) show each class's grey, and ten images a class at most."""
   greys = numpy.linspace(0.0, 1.0, num_classes)
   images = numpy.repeat(greys, images_per_class)[:, None, None, None] * numpy.ones((1, 4, 4, 3))
-  picture = numpy.asarray(Image.open(io.BytesIO(pictures.support_images(
-      images, images[::-1], num_classes, ('', ''), report.export.preprocess.Transform(numpy.zeros(3), numpy.ones(3))))).convert('L'))
+  names = [str(c) for c in range(num_classes)]
+  transform = report.export.preprocess.Transform(numpy.zeros(3), numpy.ones(3))
+  png = pictures.support_images(images, images[::-1], names, ('', ''), transform)
+  picture = numpy.asarray(Image.open(io.BytesIO(png)).convert('L'))
   rows, columns = grid
   assert (picture.shape[0] < picture.shape[1]) == (rows < columns)
   for c, grey in enumerate(greys):
@@ -131,7 +282,9 @@ def test_published_rows():
   run = base.get_config().to_dict()['run']
   assert published.find(run) is None
   run['data'].update(name='cifar10', zca=True)
-  assert published.find(run) == {'kind': 'published at convergence (NeurIPS 2021, Table 1)', 'krr': '63.4-64.7', 'network': '49.9'}
+  assert published.find(run) == {'kind': 'published at convergence (NeurIPS 2021, Table 1)',
+                                 'krr': '63.4-64.7', 'network': '49.9', 'nn_width': 1024,
+                                 'nn_steps': 5000}
   run['data'].update(zca=False)
   assert published.find(run) is None
   run.update(method='label_solve', architecture='fc1', images_per_class=50)

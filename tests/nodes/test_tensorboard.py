@@ -1,11 +1,13 @@
 """The events hold the row and the set, and a snapshot that is evaluated twice is there once."""
 
 import io
+import json
 import os
 import struct
 
 import numpy as np
 from PIL import Image
+import pytest
 from tensorboardX.proto import event_pb2
 
 from data import preprocess
@@ -14,6 +16,12 @@ from nodes import run_directory
 from nodes import tensorboard
 
 ROW = {'step': 3, 'krr_test_accuracy': 0.75, 'nn_selected_on': None, 'nn_seeds': 2, 'train_loss': 0.125, 'wall_seconds': 7.0}
+
+
+def _prepared(images, transform, class_names):
+  """Two classes of training images [N, H, W, D]."""
+  return store.Prepared('', '', '', images, None, images, None, 2, transform,
+                        class_names=class_names)
 
 
 def _events(path):
@@ -39,14 +47,18 @@ def test_a_row_and_its_set_once(tmp_path):
   """Two images of one grey each, in the space of (x - 10) / 20; training images from 0 to 40."""
   directory = run_directory.RunDirectory(str(tmp_path))
   train = np.linspace(-0.5, 1.5, 2 * 4 * 4, dtype=np.float32).reshape(2, 4, 4, 1)
-  prepared = store.Prepared('', '', '', train, None, train, None, 2, preprocess.Transform(np.array([10.0]), np.array([20.0])))
+  transform = preprocess.Transform(np.array([10.0]), np.array([20.0]))
+  prepared = _prepared(train, transform, ('cat', 'dog'))
   images = np.array([0.5, 1.0], np.float32)[:, None, None, None] * np.ones((2, 4, 4, 1), np.float32)  # pixels 20 and 30
   labels = np.array([[0.9, -0.1], [-0.4, 0.2]])
   for step in (3, 12, 3):
     tensorboard.write(directory, {**ROW, 'step': step}, images, labels, prepared)
   assert sorted(os.listdir(directory.tensorboard)) == ['events.out.tfevents.0000000003', 'events.out.tfevents.0000000012']
   found = _values(directory)
-  assert {tag for tag, _ in found} == {'test/krr_test_accuracy', 'train/train_loss', 'run/wall_seconds', 'images', 'labels'}
+  assert {tag for tag, _ in found} == {'test/krr_test_accuracy', 'train/train_loss',
+                                       'run/wall_seconds', 'images', 'labels',
+                                       'classes/text_summary'}
+  assert found['classes/text_summary', 12][0].tensor.string_val == [b'0 cat, 1 dog']
   assert all(len(values) == 1 and step in (3, 12) for (_, step), values in found.items())
   assert found['test/krr_test_accuracy', 12][0].simple_value == 0.75 and found['train/train_loss', 3][0].simple_value == 0.125
   picture = np.asarray(Image.open(io.BytesIO(found['images', 3][0].image.encoded_image_string)))
@@ -57,10 +69,59 @@ def test_a_row_and_its_set_once(tmp_path):
   assert min(heat.size) > 300
 
 
+def test_the_accuracy_of_a_finite_network_says_of_which(tmp_path):
+  directory = run_directory.RunDirectory(str(tmp_path))
+  images = np.zeros((2, 4, 4, 1), np.float32)
+  prepared = _prepared(images, preprocess.Transform(np.zeros(1), np.ones(1)), ('0', '1'))
+  row = {**ROW, 'nn_test_accuracy': 0.5, 'nn_width': 128, 'nn_steps': 1000, 'train_accuracy': None}
+  tensorboard.write(directory, row, images, np.eye(2), prepared)
+  found = _values(directory)
+  value, = found['test/nn_test_accuracy', 3]
+  assert value.simple_value == 0.5
+  assert value.metadata.summary_description == 'width 128, 1000 updates'
+  text, = found['finite network/text_summary', 3]
+  assert text.tensor.string_val == [b'50.00 % (width 128, 1000 updates)']
+  assert ('train/train_accuracy', 3) not in found and ('classes/text_summary', 3) not in found
+
+
+@pytest.mark.parametrize('damage', [None, 'garbage', 'other shapes', 'no file'])
+def test_files_that_are_missing_are_written_from_the_snapshots(tmp_path, caplog, damage):
+  directory = run_directory.RunDirectory(str(tmp_path))
+  os.makedirs(directory.snapshots)
+  config = {'run': {'images_per_class': 1}, 'system': {}, 'data_key': ''}
+  run_directory.write_atomically(directory.config, json.dumps(config))
+  images = np.random.default_rng(0).normal(size=(2, 4, 4, 1)).astype(np.float32)
+  labels = np.eye(2, dtype=np.float32)
+  prepared = _prepared(images, preprocess.Transform(np.zeros(1), np.ones(1)), ('cat', 'dog'))
+  rows = [{**ROW, 'step': step} for step in (0, 3)]
+  for row in rows:
+    np.savez(directory.snapshot(row['step']), images=images, labels=labels)
+    tensorboard.write(directory, row, images, labels, prepared)
+  kept = os.path.join(directory.tensorboard, 'events.out.tfevents.0000000000')
+  whole = _values(directory)
+  before = os.stat(kept).st_mtime_ns
+  os.remove(os.path.join(directory.tensorboard, 'events.out.tfevents.0000000003'))
+  if damage == 'garbage':
+    os.truncate(directory.snapshot(3), 50)
+  elif damage == 'other shapes':
+    np.savez(directory.snapshot(3), images=images[:, :3], labels=labels)
+  elif damage == 'no file':
+    os.remove(directory.snapshot(3))
+  tensorboard.write_missing(directory, rows, prepared)
+  found = _values(directory)
+  assert found['test/krr_test_accuracy', 3][0].simple_value == 0.75
+  assert os.stat(kept).st_mtime_ns == before
+  if damage:
+    assert found.keys() == whole.keys() - {('images', 3), ('labels', 3)}
+    assert 'TensorBoard has the numbers of step 3, but no pictures: the snapshot' in caplog.text
+  else:
+    assert found == whole
+
+
 def test_whitened_images_are_shown_as_kernels_see_them_too(tmp_path):
   directory = run_directory.RunDirectory(str(tmp_path))
   images = np.random.default_rng(0).normal(size=(4, 3, 3, 1)).astype(np.float32)
-  prepared = store.Prepared('', '', '', images, None, images, None, 2, preprocess.fit(images, 0.1))
+  prepared = _prepared(images, preprocess.fit(images, 0.1), ('0', '1'))
   tensorboard.write(directory, ROW, images, np.eye(2)[[0, 0, 1, 1]] - 0.5, prepared)
   found = _values(directory)
   images, whitened = (found[tag, 3][0].image.encoded_image_string for tag in ('images', 'images_whitened'))

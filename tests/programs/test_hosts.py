@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from nodes import run_directory
+from programs import hosts
 from programs import local
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -119,10 +121,58 @@ def test_a_worker_without_a_coordinator_gives_up(tmp_path):
                                      '  config.system.coordinator_timeout = 2.0\n  return config\n')
   with socket.socket() as taken:
     taken.bind(('', 0))
-    with _started(tmp_path / 'log', '--role=worker', f'--config={tmp_path}/short.py', f'--coordinator=localhost:{taken.getsockname()[1]}',
-                  ) as process:
+    address = f'localhost:{taken.getsockname()[1]}'
+    with _started(tmp_path / 'log', '--role=worker', f'--config={tmp_path}/short.py', f'--coordinator={address}') as process:
       assert process.wait(60) == 1
-  assert 'Giving up: the coordinator has not answered for' in (tmp_path / 'log').read_text()
+  assert re.search(f'Giving up: the coordinator has not answered for \\d s at {address}: ', (tmp_path / 'log').read_text())
+
+
+def test_a_proxy_in_the_environment_is_not_for_the_nodes(tmp_path, npz, cache):
+  proxies = {name: 'http://127.0.0.1:9' for lower in ('http_proxy', 'https_proxy', 'grpc_proxy', 'all_proxy')
+             for name in (lower, lower.upper())}
+  where = f'--workdir={tmp_path}/run'
+  with contextlib.ExitStack() as stack:
+    start = lambda name, *flags: stack.enter_context(_started(tmp_path / name, *flags, env=proxies))
+    processes = [start('coordinator', '--role=coordinator', '--config=configs/base.py', where, *SMALL, f'--config.run.data.name={npz}',
+                       f'--config.system.cache_dir={cache}', '--config.run.num_steps=2', '--config.system.coordinator_timeout=20'),
+                 start('worker', '--role=worker', where), start('evaluator', '--role=evaluator', where)]
+    assert [process.wait(120) for process in processes] == [0, 0, 0], (tmp_path / 'worker').read_text()
+  assert _status(tmp_path / 'run')['state'] == 'finished'
+  assert run_directory.read_address(str(tmp_path / 'run' / 'address')).rpartition(':')[0] == (hosts.own_host() or 'localhost')
+
+
+@pytest.mark.parametrize('names, addresses, by_route, expected', [
+    (('node7.cluster', 'node7'), {'node7.cluster': ['10.0.0.7'], 'node7': ['10.0.0.7']}, '10.0.0.7', 'node7.cluster'),
+    (('localhost', 'node7'), {'localhost': ['127.0.0.1', '::1'], 'node7': ['10.0.0.7', 'fe80::1']}, '10.0.0.7', 'node7'),
+    (('node7', 'node7'), {'node7': ['127.0.1.1']}, '10.0.0.7', '10.0.0.7'),  # as Debian has it
+    (('node7', 'node7'), {'node7': ['127.0.1.1', '10.0.0.7']}, '10.0.0.7', '10.0.0.7'),
+    (('localhost.localdomain', 'node7'), {'localhost.localdomain': ['::1']}, '10.0.0.7', '10.0.0.7'),  # nobody knows node7
+    (('localhost', 'node7'), {'localhost': ['127.0.0.1'], 'node7': ['127.0.1.1']}, None, None),  # no route
+    (('localhost', 'localhost'), {'localhost': ['127.0.0.1']}, '127.0.0.1', None),
+])
+def test_others_are_never_sent_to_a_loopback_address(monkeypatch, names, addresses, by_route, expected):
+
+  def resolve(name, port):
+    if name not in addresses:
+      raise socket.gaierror(-2, 'Name or service not known')
+    return [(socket.AF_INET, socket.SOCK_STREAM, 6, '', (address, 0)) for address in addresses[name]]
+
+  class Probe:
+    __enter__ = lambda self: self
+    __exit__ = lambda self, *_: None
+    getsockname = lambda self: (by_route, 40000)
+
+    def __init__(self, family, kind):
+      assert kind == socket.SOCK_DGRAM  # whose `connect` sends nothing
+
+    def connect(self, address):
+      if by_route is None:
+        raise OSError(101, 'Network is unreachable')
+  monkeypatch.setattr(socket, 'getfqdn', lambda: names[0])
+  monkeypatch.setattr(socket, 'gethostname', lambda: names[1])
+  monkeypatch.setattr(socket, 'getaddrinfo', resolve)
+  monkeypatch.setattr(socket, 'socket', Probe)
+  assert hosts.own_host() == expected
 
 
 def test_a_worker_that_waits_for_an_address_can_be_stopped(tmp_path):

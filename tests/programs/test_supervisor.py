@@ -14,7 +14,7 @@ NODE = '''
 import os, signal, sys, threading, time
 from programs import supervisor
 supervisor._FIRST_PAUSE = supervisor._LONGEST_PAUSE = 0.01
-supervisor._MAX_USELESS, supervisor.NOTICE = 3, 1.0
+supervisor._MAX_USELESS, supervisor._MAX_IN_VAIN, supervisor.NOTICE = 3, 8, 1.0
 stop = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: stop.set())
 if not supervisor.is_child():
@@ -52,7 +52,7 @@ def _wait(condition):
 
 
 def test_it_is_started_again_until_it_ends_by_itself(node):
-  process = node('supervisor.useful()\nif life < 5: die()\n')
+  process = node('supervisor.progressed()\nif life < 5: die()\n')
   assert process.wait(60) == 0 and process.lives() == 6
   assert process.stderr.read().count('node was killed by SIGKILL; it is started again in 0.0 s') == 5
 
@@ -67,15 +67,18 @@ def test_an_error_of_its_own_is_final(node):
   assert process.wait(60) == 1 and process.lives() == 1
 
 
-def test_useless_lives_are_limited(node):
-  process = node('die()\n')
-  assert process.wait(60) == 1 and process.lives() == 3
-  assert 'time 3 before it was of any use: it is not started again' in process.stderr.read()
-
-
-def test_a_useful_life_starts_the_count_again(node):
-  process = node('if life == 1: supervisor.useful()\ndie()\n')
-  assert process.wait(60) == 1 and process.lives() == 5
+@pytest.mark.parametrize('work, lives, said', [
+    ('die()', 3, 3),
+    ('if life == 1: supervisor.progressed()\ndie()', 5, 3),
+    ('if life == 1: supervisor.progressed(lasting=False)\ndie()', 5, 3),
+    ('supervisor.progressed(lasting=False)\ndie()', 8, 8),
+    ('supervisor.progressed(life == 3)\nsupervisor.progressed(False)\ndie()', 12, 8),
+    ('supervisor.progressed(False)\nif life == 3: supervisor.progressed()\ndie()', 12, 8),
+], ids=['none', 'a life that lasts', 'a life that does not last', 'never any that lasts', 'once', 'first one, then the other'])
+def test_lives_without_progress_are_limited(node, work, lives, said):
+  process = node(work + '\n')
+  assert process.wait(60) == 1 and process.lives() == lives
+  assert f'exited {said} times without making progress; giving up' in process.stderr.read()
 
 
 @pytest.mark.parametrize('obeys', [True, False])
