@@ -690,12 +690,14 @@ class Coordinator:
       elif silent >= self._next_stall:
         self._next_stall = 2 * silent
         logging.warning('Waiting for the last evaluation; the evaluator has not been heard of for %.0f s.', silent)
+      is_there = self._run['num_steps'] in {row['step'] for row in self._directory.read_metrics()}
+      lacking = 'the baselines or the report' if is_there else 'the last evaluation'
       if silent > self._system['worker_timeout']:
-        logging.warning('The evaluator has not been heard of for %.0f s (system.worker_timeout): ending without the last evaluation.',
-                        silent)
+        logging.warning('The evaluator has not been heard of for %.0f s (system.worker_timeout): '
+                        'ending without %s.', silent, lacking)
         return
       if time.monotonic() > end:
-        logging.warning('The last evaluation is not done after %.0f s (system.final_evaluation_timeout): ending without it.',
+        logging.warning('Ending without %s after %.0f s (system.final_evaluation_timeout).', lacking,
                         self._system['final_evaluation_timeout'])
         return
 

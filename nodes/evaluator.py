@@ -316,4 +316,4 @@ def _table(path: str, rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv))
+  command_line.exit_with(main)

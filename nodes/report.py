@@ -28,7 +28,6 @@ from data import store
 from nodes import command_line
 from nodes import evaluation
 from nodes import export
-from nodes import pictures
 from nodes import published
 from nodes import run_directory
 
@@ -58,7 +57,9 @@ def write(directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]],
   Raises:
     DataError: `distilled.npz`, or the snapshot of `step`, cannot be read.
     OSError: the files cannot be written.
+    ImportError: Matplotlib is not there.
   """
+  from nodes import pictures  # here and below: so that its lack is told in one line
   config = directory.read_config()
   distilled = export.load(directory.distilled)
   names = distilled.class_names
@@ -173,6 +174,7 @@ def _metrics(rows) -> str:
 def _classes(class_names: Sequence[str]) -> list[tuple[str, str]]:
   """A section with the classes' names, where they are not their numbers: title and content."""
   names = ', '.join(f'{c} {html.escape(name)}' for c, name in enumerate(class_names))
+  from nodes import pictures
   return [] if pictures.are_numbers(class_names) else [('Classes', f'<p>{names}</p>')]
 
 
@@ -245,7 +247,7 @@ def main(argv: Sequence[str]) -> int:
   except (command_line.BadInput, DataError, run_directory.RunDirectoryError) as error:
     print(f'error: {error}', file=sys.stderr)
     return run_directory.BAD_INPUT_STATUS
-  except OSError as error:
+  except (OSError, ImportError) as error:
     print(f'error: the report of {directory.path} cannot be written: {error}', file=sys.stderr)
     return run_directory.BAD_INPUT_STATUS
   print(directory.report)
@@ -253,4 +255,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv))
+  command_line.exit_with(main)

@@ -16,6 +16,7 @@ from data import sources
 from data import store
 from kernels import ntk
 from nodes import command_line
+from nodes import evaluation
 from nodes import initial_support
 from nodes import run_directory
 from nodes import tasks
@@ -187,7 +188,8 @@ def _summary(directory: run_directory.RunDirectory, status: dict[str, Any]) -> s
   steps = f'{status["num_steps"]} step{"s" * (status["num_steps"] != 1)}'
   lines = [f'Finished {steps} after {status["wall_seconds"]:.0f} s.']
   if last:
-    for key, name in (('krr_test_accuracy', 'KRR'), ('nn_test_accuracy', 'finite network')):
+    network = f'finite network ({evaluation.networks_in_words([last])})'
+    for key, name in (('krr_test_accuracy', 'KRR'), ('nn_test_accuracy', network)):
       if key in last:
         start = f' ({100 * first[key]:.2f} % with the {began} it started from)' if first and key in first else ''
         lines.append(f'  test accuracy, {name}: {100 * last[key]:.2f} %{start}')
