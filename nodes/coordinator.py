@@ -642,9 +642,9 @@ class Coordinator:
     estimate = 'all steps are done' if not steps else (
         f'{pairs / steps:.3g} pairs a step, about {pairs / steps / rate:.2g} s a step, '
         f'{_duration(pairs / rate)} for {_count(steps, "step")}')
-    logging.info('%s joined: %.4g kernel pairs/s (%s). With %d such workers: %s.',
+    logging.info('%s joined: %.4g kernel pairs/s (%s). With %s: %s.',
                  worker, self._rates[worker], self._fingerprint['implementation'],
-                 self._system['num_workers'], estimate)
+                 _count(self._system['num_workers'], 'such worker'), estimate)
 
   def _write_snapshot(self, state: SupportState, metrics: Metrics) -> None:
     images, labels = state.images.astype(np.float32), state.labels.astype(np.float32)
@@ -726,8 +726,9 @@ class Coordinator:
     solved = state.step == base.label_solve_step(self._run)  # all of this update's work is done by now
     pairs = pairs_to_go(self._run, len(state.images), len(self._prepared.train_images), state.step + solved)
     seconds = pairs / metrics.kernel_pairs_per_second
-    logging.info('step %d/%d: loss %.5f%s%s, %.3g pairs/s by %d workers, %s to go', state.step, self._run['num_steps'], metrics.train_loss,
-                 accuracy, row, metrics.kernel_pairs_per_second, len(self._alive()), _duration(seconds))
+    logging.info('step %d/%d: loss %.5f%s%s, %.3g pairs/s by %s, %s to go', state.step, self._run['num_steps'], metrics.train_loss,
+                 accuracy, row, metrics.kernel_pairs_per_second, _count(len(self._alive()), 'worker'),
+                 _duration(seconds))
     self._progress = {'train_loss': metrics.train_loss, 'kernel_pairs_per_second': metrics.kernel_pairs_per_second,
                       'seconds_to_go': seconds}
     self._write_status(run_directory.RUNNING, state.step)

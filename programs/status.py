@@ -80,7 +80,7 @@ def in_words(status: dict[str, Any]) -> str:
     lines.append(f'  loss {status["train_loss"]:.5f}, {status["kernel_pairs_per_second"]:.3g} pairs/s{to_go}')
   for name, counts in status['workers'].items():
     here = ' (alive)' if counts['alive'] else ''
-    lines.append(f'  {name}{here}: {counts["tasks"]} tasks, {counts["pairs_per_second"]:.3g} pairs/s')
+    lines.append(f'  {name}{here}: {counts["tasks"]} task{"s" * (counts["tasks"] != 1)}, {counts["pairs_per_second"]:.3g} pairs/s')
   lines += [f'  evaluated {evaluation.in_words(row)}' for row in status['rows'][-3:]]
   if status['checkpoint_age'] is not None:
     lines.append(f'  last checkpoint: step {status["checkpoint_step"]}, {_duration(status["checkpoint_age"])} ago')
