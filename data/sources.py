@@ -153,32 +153,37 @@ class _Pictures(NamedTuple):
 def _find_folder(name: str, folder: str, size: int) -> Source:
   if not os.path.isdir(folder):
     raise DataError(f'run.data.dir: no folder {folder!r}; expected one that holds {_FOLDER}.')
-  place = _place(name, folder)
-  train = _split(place, 'train')
+  place, remarks = _place(name, folder), []
+  train, test = _split(place, 'train'), None
   if not train:
     raise DataError(f"run.data.dir: '{folder}/train.parquet' is missing; found {_found_in(folder)}; expected {_FOLDER}.")
-  test_name, test = next(((split, found) for split in _TEST_NAMES if (found := _split(place, split))), ('', None))
+  for split in _TEST_NAMES:
+    if (test := _split(place, split)) is not None:
+      if split != 'test':
+        remarks.append(f"There is no 'test' in run.data.dir: '{split}' is the test set.")
+      break
   if type(train) is not type(test):
-    suffix = '.parquet' if isinstance(train, list) else ''
-    raise DataError(f"run.data.dir: '{place}/test{suffix}' is missing; found {_found_in(place)}; expected {_FOLDER}.")
-  remarks = []
-  if test_name != 'test':
-    remarks.append(f"There is no 'test' in run.data.dir: '{test_name}' is the test set.")
+    file = 'test.parquet' if isinstance(train, list) else 'test'
+    raise DataError(f"run.data.dir: '{place}/{file}' is missing; found {_found_in(place)}; expected {_FOLDER}.")
   if isinstance(train, list):
     return Source(name, digest(*train, *test), functools.partial(_load_parquet, name, size, train, test), tuple(remarks))
+  for top, found in ((f'{place}/train', train), (f'{place}/{split}', test)):
+    if not found.files:
+      raise DataError(f'{top!r} holds no images as CLASS/FILE; found {_found_in(top)}.')
   if skipped := train.skipped + test.skipped:
     remarks.append(f'Skipped, being no images of a class: {len(skipped)} ({_some(skipped)}).')
   paths = [path for path, _ in train.files + test.files]
   names = '\n'.join(os.path.relpath(path, place) for path in paths)
   return Source(name, digest(*paths) + hashlib.sha256(os.fsencode(names)).hexdigest(),
-                functools.partial(_load_image_folder, name, size, place, train.files, test.files), tuple(remarks))
+                functools.partial(_load_image_folder, name, size, train.files, test.files), tuple(remarks))
 
 
 def _place(name: str, folder: str) -> str:
   """The folder, or its one sub-folder, that holds `train`: of a clone from the hub 'data', or a configuration."""
-  if _split(folder, 'train'):
+  has_train = lambda path: os.path.isdir(os.path.join(path, 'train')) or _parquet_files(path, 'train')
+  if has_train(folder):
     return folder
-  inside = [entry.path for entry in _entries(folder) if entry.is_dir() and _split(entry.path, 'train')]
+  inside = [entry.path for entry in _entries(folder) if entry.is_dir() and has_train(entry.path)]
   known = [path for path in inside if name in HUB and os.path.basename(path) == HUB[name][1]]
   if len(inside) > 1 and not known:
     raise DataError(f'run.data.dir: {folder!r} holds several data sets; choose one of {", ".join(map(repr, inside))}.')
@@ -186,35 +191,43 @@ def _place(name: str, folder: str) -> str:
 
 
 def _split(place: str, split: str) -> 'list[str] | _Pictures | None':
-  """A split's parquet files or pictures, whichever there are; None where there is neither. Raises DataError."""
-  escaped = os.path.join(glob.escape(place), split)
-  for pattern in (f'{escaped}/*.parquet', f'{escaped}.parquet', f'{escaped}-*.parquet'):
-    if paths := sorted(filter(os.path.isfile, glob.glob(pattern))):
-      of = re.search(r'-of-([0-9]+)\.parquet$', paths[0])
-      if of and len(paths) != int(of[1]):
-        raise DataError(f'{place!r} holds {len(paths)} of the {int(of[1])} files {split}-*-of-{of[1]}.parquet.')
-      return paths
-  return _find_pictures(place, split) if os.path.isdir(os.path.join(place, split)) else None
+  """A split's pictures or parquet files, whichever there are; None where there is neither. Raises DataError."""
+  found = _find_pictures(place, split) if os.path.isdir(os.path.join(place, split)) else None
+  return found if found and found.files else _parquet_files(place, split) or found
+
+
+def _parquet_files(place: str, split: str) -> list[str]:
+  """Those of a split, all of its shards. Raises DataError where some are missing, or are there in two forms."""
+  patterns = f'{split}.parquet', f'{split}-*.parquet', f'{split}/*.parquet'
+  found = {pattern: sorted(filter(os.path.isfile, glob.glob(os.path.join(glob.escape(place), pattern)))) for pattern in patterns}
+  found = {pattern: paths for pattern, paths in found.items() if paths}
+  if len(found) > 1:
+    raise DataError(f'{place!r} holds {" and ".join(found)}; keep one of them.')
+  for paths in found.values():
+    shards = re.search(r'-of-([0-9]+)\.parquet$', paths[0])
+    if shards and len(paths) != int(shards[1]):
+      raise DataError(f'{place!r} holds {len(paths)} of the {int(shards[1])} files {split}-*-of-{shards[1]}.parquet.')
+    return paths
+  return []
 
 
 def _find_pictures(place: str, split: str) -> _Pictures:
   suffixes, files, skipped = image_files.suffixes(), [], []
 
-  def walk(path, label, seen):
+  def walk(path, label, above):
+    above = {*above, os.path.realpath(path)}
     entries = _entries(path)
     for entry in entries:
-      real = os.path.realpath(entry.path)
-      if entry.is_dir() and not entry.name.startswith('.'):
-        if real not in seen:  # a link to what it lies in
-          walk(entry.path, label or os.fsencode(entry.name).decode(errors='backslashreplace'), {*seen, real})
-      elif label and entry.is_file() and not entry.name.startswith('.') and os.path.splitext(entry.name)[1].lower() in suffixes:
+      hidden, suffix = entry.name.startswith('.'), os.path.splitext(entry.name)[1].lower()
+      if entry.is_dir() and not hidden and os.path.realpath(entry.path) not in above:  # as a link may be
+        walk(entry.path, label or os.fsencode(entry.name).decode(errors='backslashreplace'), above)
+      elif entry.is_file() and not hidden and suffix in suffixes and label:
         files.append((entry.path, label))
       else:
         skipped.append(os.path.relpath(entry.path, place))
     if not entries and label:
       skipped.append(os.path.relpath(path, place))
-  top = os.path.join(place, split)
-  walk(top, '', {os.path.realpath(top)})
+  walk(os.path.join(place, split), '', set())
   return _Pictures(sorted(files), sorted(skipped))
 
 
@@ -257,13 +270,12 @@ def _load_npz(path: str, size: int) -> Dataset:
   return _checked(os.path.basename(path)[:-4], size, *arrays)
 
 
-def _load_image_folder(name: str, size: int, place: str, train: list[tuple[str, str]], test: list[tuple[str, str]]
-                       ) -> Dataset:
+def _load_image_folder(name: str, size: int, train: list[tuple[str, str]], test: list[tuple[str, str]]) -> Dataset:
   from PIL import Image
   classes = _ordered(label for _, label in train)
   numbers = {label: number for number, label in enumerate(classes)}
   reader, splits = image_files.Reader(size), []
-  for split, files in (('train', train), ('test', test)):
+  for files in (train, test):
     images = []
     for path, label in files:
       if label not in numbers:
@@ -275,7 +287,7 @@ def _load_image_folder(name: str, size: int, place: str, train: list[tuple[str, 
         raise
       except image_files.ERRORS as error:
         raise DataError(_unreadable(path, 'image', error)) from error
-    splits.append((images, [numbers[label] for _, label in files], f'{place!r}, {split},'))
+    splits.append((images, [numbers[label] for _, label in files], name))
   return _checked(name, size, *_stacked(reader, splits), class_names=classes, remarks=reader.remarks())
 
 
@@ -460,7 +472,7 @@ def _checked_labels(name: str, labels: Sequence[np.ndarray], counts: Sequence[in
   if any(some.dtype.kind in 'US' for some in labels):
     return _numbered(name, *labels)
   present = np.unique(labels[0])
-  lowest, num_classes = int(present[0]), int(present[-1]) + 1
+  num_classes = int(present[-1]) + 1
   for split, some in zip(('train', 'test'), labels):
     if some.min() < 0 or int(some.max()) >= num_classes:
       raise DataError(f'{name}: {split} labels must lie between 0 and {num_classes - 1 if num_classes > 0 else "C - 1"}, '
@@ -468,7 +480,7 @@ def _checked_labels(name: str, labels: Sequence[np.ndarray], counts: Sequence[in
   if num_classes < 2:
     raise DataError(f'{name}: at least two classes are needed, got {num_classes}.')
   if len(present) < num_classes:
-    absent = lowest and 0 or int(np.flatnonzero(present != np.arange(len(present), dtype=present.dtype))[0])
+    absent = np.flatnonzero(present != np.arange(len(present), dtype=present.dtype))[0]
     raise DataError(f'{name}: labels must be 0 to C - 1 with every class present; class {absent} has no training image.')
   names = class_names or _KNOWN_CLASSES.get(name, ())
   names = names[:num_classes] if len(names) >= num_classes else map(str, range(num_classes))

@@ -75,6 +75,9 @@ def _file(**changes):
     (_file(images=np.zeros((6, 8, 9, 2), np.uint8)), 'images must be finite floating-point numbers'),
     (_file(labels=np.full((6, 3), np.nan)), 'labels must be finite'),
     (_file(settings=json.dumps({'data': {'key': 'other', 'name': 'mnist'}})), 'was distilled from other data, or'),
+    (_file(settings=json.dumps([1])), 'must be real, noise, or an .npz file of a distilled set'),
+    (_file(settings=json.dumps({'data': 'mnist'})), 'must be real, noise, or an .npz file of a distilled set'),
+    (_file(settings='{'), 'must be real, noise, or an .npz file of a distilled set'),
     (None, 'run.initial_images=.* must be real, noise, or an .npz file of a distilled set'),
 ])
 def test_files_that_do_not_fit(make_run, tmp_path, arrays, message):
@@ -84,3 +87,22 @@ def test_files_that_do_not_fit(make_run, tmp_path, arrays, message):
   with pytest.raises(DataError, match=message) as error:
     _make(make_run(tmp_path / 'run', {'run.initial_images': path}))
   assert '\n' not in str(error.value)
+
+
+def test_a_set_of_classes_with_other_names_is_other_data(make_run, tmp_path, npz):
+  with np.load(npz) as file:
+    arrays = dict(file)
+  paths = []
+  for i, names in enumerate((['a', 'b', 'c'], ['a', 'c', 'b'])):  # the images are the same
+    for split in ('y_train', 'y_test'):
+      arrays[split] = np.array(names)[arrays[split]] if not i else np.array(names)[np.searchsorted(['a', 'b', 'c'], arrays[split])]
+    (tmp_path / str(i)).mkdir()
+    paths.append(str(tmp_path / str(i) / 'set.npz'))
+    np.savez(paths[i], **arrays)
+  first = make_run(tmp_path / 'first', {**FC1, 'run.data.name': paths[0]})
+  local.distil(first, threading.Event())
+  start = {**FC1, 'run.initial_images': first.directory.distilled}
+  images, _ = _make(make_run(tmp_path / 'same', {**start, 'run.data.name': paths[0]}))
+  assert images.shape == (6, 8, 9, 2)
+  with pytest.raises(DataError, match='was distilled from other data, or data with other class names or preprocessing, than set'):
+    _make(make_run(tmp_path / 'other', {**start, 'run.data.name': paths[1]}))
