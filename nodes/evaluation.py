@@ -14,7 +14,9 @@ from kernels import ntk
 from nodes import tasks
 
 HARD, SOLVED = 'real images, hard labels', 'real images, solved labels'
-_HELD_OUT = 5000  # the last training images, or a tenth of them if that is less, but one at least: they set the finite network's hyper-parameters
+# The last training images set the finite network's hyper-parameters: so many, or a tenth of all if
+# that is less, but one at least.
+_HELD_OUT = 5000
 
 
 def krr_test(kernel: ntk.Kernel, images: np.ndarray, labels: np.ndarray, ridge: float, test: ntk.Library, classes: np.ndarray, tile: int,
@@ -92,7 +94,7 @@ class Evaluation:
     if len(result.test_accuracies) > 1:
       row['nn_test_accuracy_std'] = float(np.std(result.test_accuracies, ddof=1))
     if result.validation_accuracy is not None:
-      row['nn_selected_on'] = f'the last {count} training images' if count > 1 else 'the last training image'
+      row['nn_selected_on'] = 'the last ' + (f'{count} training images' if count > 1 else 'training image')
       row['nn_validation_accuracy'] = result.validation_accuracy
     return row
 

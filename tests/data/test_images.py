@@ -8,7 +8,7 @@ import pytest
 
 from damage import damaged
 from data import DataError
-from data import image_files
+from data import images
 from data import sources
 
 ORIENTATION = 0x0112
@@ -57,7 +57,7 @@ def _with_alpha(mode):
 @pytest.mark.parametrize('mode', ['LA', 'RGBA'])
 def test_transparency_is_laid_on_white(mode):
   picture, expected = _with_alpha(mode)
-  reader = image_files.Reader()
+  reader = images.Reader()
   pixels = reader.read(picture, 'a')
   assert pixels.shape == ((1, 3) if mode == 'LA' else (1, 3, 3))
   np.testing.assert_array_equal(pixels.reshape(1, 3, -1)[..., 0], expected)
@@ -72,17 +72,17 @@ def test_a_transparent_colour_is_laid_on_white(tmp_path, mode, colour):
   picture.putpixel((1, 0), colour)
   picture.save(tmp_path / 'a.png', transparency=colour)
   with Image.open(tmp_path / 'a.png') as read:
-    pixels = image_files.Reader().read(read, 'a')
+    pixels = images.Reader().read(read, 'a')
   np.testing.assert_array_equal(pixels.reshape(2, -1)[1], [255] * pixels.reshape(2, -1).shape[1])
 
 
 def test_grey_becomes_rgb_wherever_one_picture_has_colour():
   grey, colour = _pixels(channels=1)[..., 0], _pixels()
-  reader = image_files.Reader()
-  images = [reader.read(Image.fromarray(grey), 'a')] * 2
-  assert [image.shape for image in reader.alike(images)] == [(4, 4), (4, 4)] and not reader.remarks()
-  images.append(reader.read(Image.fromarray(colour), 'b'))
-  first, _, last = reader.alike(images)
+  reader = images.Reader()
+  read = [reader.read(Image.fromarray(grey), 'a')] * 2
+  assert [pixels.shape for pixels in reader.alike(read)] == [(4, 4), (4, 4)] and not reader.remarks()
+  read.append(reader.read(Image.fromarray(colour), 'b'))
+  first, _, last = reader.alike(read)
   np.testing.assert_array_equal(first, np.stack([grey] * 3, axis=2))
   np.testing.assert_array_equal(last, colour)
   assert reader.remarks() == ['Grey images among colour, read as RGB: 1 of 2.']
@@ -97,15 +97,15 @@ def test_images_shrink_by_area_from_their_central_square(dtype, height, width):
   image[top:top + 8, left:left + 8] = square.repeat(2, axis=0).repeat(2, axis=1)
   image[top, left] += 4  # a quarter of it is the mean's
   square[0, 0] += 1
-  found = image_files.fit(image, 4)
+  found = images.fit(image, 4)
   assert found.dtype == (np.uint8 if dtype == 'uint8' else np.float32)
   np.testing.assert_array_equal(found, square)
 
 
 def test_images_grow_and_stay():
   image = np.arange(4, dtype=np.float32).reshape(2, 2)
-  assert image_files.fit(image, 2) is image
-  larger = image_files.fit(image, 4)
+  assert images.fit(image, 2) is image
+  larger = images.fit(image, 4)
   assert larger.shape == (4, 4) and larger.min() == 0 and larger.max() == 3
   assert larger[0, 1] == pytest.approx(0.25)  # bilinear, of 0 and 1
 

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from data import classes
 from data import DataError
 from data import sources
 
@@ -114,7 +115,7 @@ def test_numbers_are_the_names_of_classes_without(tmp_path, dtype):
      '100 classes: 0 c0, 1 c1, 2 c2, 3 c3, 4 c4, 5 c5, 6 c6, 7 c7, 8 c8, 9 c9, …, 99 c99.'),
 ])
 def test_the_mapping_is_told_on_a_line(names, line):
-  assert sources.in_words(names) == line
+  assert classes.in_words(names) == line
 
 
 FLOAT = np.random.default_rng(1).uniform(0, 1, (6, 4, 5, 3))
