@@ -27,7 +27,6 @@ KNOWN = {
         squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
         train trout tulip turtle wardrobe whale willow_tree wolf woman worm'''.split()),
 }
-_TOLD = 20  # of more words than this not all are told
 
 
 def ordered(names: Iterable[str]) -> list[str]:
@@ -52,10 +51,10 @@ def absent(labels: np.ndarray, names: Sequence[str]) -> list[str]:
   return [str(c) if names[c] == str(c) else f'{c} {names[c]}' for c in missing]
 
 
-def some(words: Sequence[str]) -> str:
-  """All words on a line; of many the first and the last."""
-  if len(words) > _TOLD:
-    words = [*words[:_TOLD // 2], '…', words[-1]]
+def some(words: Sequence[str], most: int = 20) -> str:
+  """Words on a line; of more than `most` half as many, and the last."""
+  if len(words) > most:
+    words = [*words[:most // 2], '…', words[-1]]
   return ', '.join(' '.join(word.split()) for word in words)
 
 

@@ -67,10 +67,10 @@ def find(folder: str, configuration: str | None) -> Found:
     return Found((train, test), None, '', tuple(remarks))
   for top, split in ((os.path.join(place, 'train'), train), (os.path.join(place, name), test)):
     if not split.files:
-      raise DataError(f'{top!r} holds no images as CLASS/FILE; found {_content(top)}.')
+      raise DataError(f'{top!r} holds no images as CLASS/FILE; found {classes.some(split.skipped, 6) or "nothing"}.')
   if skipped := train.skipped + test.skipped:
     remarks.append('Skipped, being no images of a class: '
-                   f'{len(skipped)} ({classes.some(skipped)}).')
+                   f'{len(skipped)} ({classes.some(skipped, 6)}).')
   names = [os.path.relpath(path, place) for path, _ in train.files + test.files]
   return Found(None, (train.files, test.files), '\n'.join(names), tuple(remarks))
 

@@ -226,6 +226,8 @@ def _decode(rows, reader: images.Reader, where: str,
   pixels, labels = [], []
   for row in rows:
     image, this = row[image_column], f'{where} row {len(labels)}'
+    if not as_pixels and image and image['bytes'] is None and image['path'] is None:
+      image = None
     if image is None or row[label_column] is None:
       raise DataError(f'{this} has no image or no label.')
     if as_pixels:

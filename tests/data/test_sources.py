@@ -6,6 +6,8 @@ import os
 import datasets
 import numpy as np
 from PIL import Image
+import pyarrow
+from pyarrow import parquet
 import pytest
 
 from data import classes
@@ -361,8 +363,8 @@ def _touch(path):
     (('a/0.png', 'b/0.png', 'notes.txt'), r"train.parquet' is missing; found a/, b/, notes.txt; expected"),
     (('train/a/0.png', 'dev/a/0.png'), "/test' is missing; found dev/, train/; expected"),
     (('train.parquet', 'eval.parquet'), "/test.parquet' is missing; found eval.parquet, train.parquet; expected"),
-    (('train/0.png', 'train/1.png', 'test/0.png'), "/train' holds no images as CLASS/FILE; found 0.png, 1.png"),
-    (('train/a/0.txt', 'test/a/0.png'), "/train' holds no images as CLASS/FILE; found a/"),
+    (('train/0.png', 'train/1.png', 'test/0.png'), "/train' holds no images as CLASS/FILE; found train/0.png, train/1.png"),
+    (('train/a/0.heic', 'test/a/0.png'), "/train' holds no images as CLASS/FILE; found train/a/0.heic"),
     (('one/train.parquet', 'two/train.parquet'), "holds several data sets; choose one of '.*one', '.*two'"),
     (('train-00000-of-00003.parquet', 'train-00002-of-00003.parquet', 'test.parquet'), 'holds 2 of the 3 files train-'),
     (('train.parquet', 'train-00000-of-00001.parquet', 'test.parquet'), r'holds train.parquet and train-\*.parquet; keep one'),
@@ -501,6 +503,19 @@ def test_bad_parquet(tmp_path):
     sources.find('x', str(tmp_path)).load()
   (tmp_path / 'test.parquet').write_bytes(b'')
   with pytest.raises(DataError, match='is not a readable parquet file of images'):
+    sources.find('x', str(tmp_path)).load()
+
+
+@pytest.mark.parametrize('image, label', [(None, 0), ({'bytes': None, 'path': None}, 0), (..., None)])
+def test_parquet_rows_without_an_image_or_a_label(tmp_path, image, label):
+  x, y = _arrays()
+  _write_parquet(tmp_path, 'test', x, y)
+  buffer = io.BytesIO()
+  Image.fromarray(x[0]).save(buffer, 'PNG')
+  good = {'bytes': buffer.getvalue(), 'path': None}
+  table = pyarrow.table({'image': [good, good if image is ... else image], 'label': [1, label]})
+  parquet.write_table(table, tmp_path / 'train.parquet')
+  with pytest.raises(DataError, match="train.parquet' row 1 has no image or no label"):
     sources.find('x', str(tmp_path)).load()
 
 

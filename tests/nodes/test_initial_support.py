@@ -1,6 +1,7 @@
 """What a run may start from: values, and files that do not fit."""
 
 import json
+import os
 import threading
 
 import numpy as np
@@ -91,14 +92,13 @@ def test_files_that_do_not_fit(make_run, tmp_path, arrays, message):
 
 def test_a_set_of_classes_with_other_names_is_other_data(make_run, tmp_path, npz):
   with np.load(npz) as file:
-    arrays = dict(file)
-  paths = []
-  for i, names in enumerate((['a', 'b', 'c'], ['a', 'c', 'b'])):  # the images are the same
-    for split in ('y_train', 'y_test'):
-      arrays[split] = np.array(names)[arrays[split]] if not i else np.array(names)[np.searchsorted(['a', 'b', 'c'], arrays[split])]
-    (tmp_path / str(i)).mkdir()
-    paths.append(str(tmp_path / str(i) / 'set.npz'))
-    np.savez(paths[i], **arrays)
+    images = {name: file[name] for name in ('x_train', 'x_test')}
+    numbers = {name: file[name] for name in ('y_train', 'y_test')}
+  paths = [str(tmp_path / f'{names}' / 'set.npz') for names in ('abc', 'acb')]
+  for path in paths:
+    os.mkdir(os.path.dirname(path))
+    names = np.array(list(os.path.basename(os.path.dirname(path))))
+    np.savez(path, **images, **{name: names[labels] for name, labels in numbers.items()})
   first = make_run(tmp_path / 'first', {**FC1, 'run.data.name': paths[0]})
   local.distil(first, threading.Event())
   start = {**FC1, 'run.initial_images': first.directory.distilled}

@@ -51,4 +51,3 @@ def test_the_defaults_run_on_digits_tell_their_classes_and_go_on(tmp_path, cache
   assert '10 classes: 0 to 9.' in told and config['run']['targets_per_step'] == 1410
   told, config = _local(tmp_path, cache, '--config.run.num_steps=2')
   assert 'Resuming at step 1' in told and config['run']['targets_per_step'] == 1410
-  _local(tmp_path, cache, '--config.run.num_steps=3', '--config.run.targets_per_step=1410')
