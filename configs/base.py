@@ -104,8 +104,8 @@ def get_config() -> ml_collections.ConfigDict:
   system.evaluation.nn_batch = 100  # images an update, at most the support
   system.evaluation.nn_loss = 'mse'  # or cross_entropy, with the arg-max of the labels as classes
   system.evaluation.nn_seeds = 1  # networks: their mean accuracy is reported, and the deviation of several
-  # Of several values the pair that is best on the last 5000 training images (a tenth, if that is less; one at least) is taken, never on
-  # test images.
+  # Of several values the pair is taken that is best on the last 5000 training images (a tenth, if
+  # that is less; one at least), never on test images.
   system.evaluation.nn_learning_rate_factors = (0.1,)  # relative to 2 C n / lambda_max of the empirical NTK
   system.evaluation.nn_l2s = (1e-3,)  # weight decay: 1/2 l2 |theta|^2 in the loss
   return config
@@ -123,8 +123,9 @@ def label_solve_step(run: Mapping[str, Any]) -> int:
 
 
 _LIMIT = 10 ** 9
-_POSITIVE_INTS = ('run.num_steps', 'run.images_per_class', 'run.plan.support_tile', 'run.plan.target_tile',
-                  'run.plan.target_tiles_per_task', 'run.standard_width', 'system.evaluation.krr_tile', 'system.evaluation.nn_width',
+_POSITIVE_INTS = ('run.num_steps', 'run.images_per_class', 'run.plan.support_tile',
+                  'run.plan.target_tile', 'run.plan.target_tiles_per_task', 'run.standard_width',
+                  'system.evaluation.krr_tile', 'system.evaluation.nn_width',
                   'system.evaluation.nn_batch', 'system.evaluation.nn_seeds')
 _POSITIVE_FLOATS = ('run.learning_rate', 'run.label_learning_rate_factor', 'run.ridge', 'run.data.zca_regularisation',
                     'system.checkpoint_seconds', 'system.log_seconds', 'system.lease_seconds', 'system.worker_timeout',

@@ -67,7 +67,8 @@ def find(folder: str, configuration: str | None) -> Found:
     return Found((train, test), None, '', tuple(remarks))
   for top, split in ((os.path.join(place, 'train'), train), (os.path.join(place, name), test)):
     if not split.files:
-      raise DataError(f'{top!r} holds no images as CLASS/FILE; found {classes.some(split.skipped, 6) or "nothing"}.')
+      found = classes.some(split.skipped, 6) or 'nothing'
+      raise DataError(f'{top!r} holds no images as CLASS/FILE; found {found}.')
   if skipped := train.skipped + test.skipped:
     remarks.append('Skipped, being no images of a class: '
                    f'{len(skipped)} ({classes.some(skipped, 6)}).')

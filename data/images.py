@@ -1,4 +1,4 @@
-"""Pictures and arrays -> pixel values: upright, opaque, of one size, alike in channels and range."""
+"""Pictures and arrays -> pixel values: upright, opaque, alike in size, channels and range."""
 
 import collections
 import struct

@@ -121,10 +121,10 @@ def digest(*paths: str) -> str:
 def _load_digits(size: int) -> Dataset:
   from sklearn import datasets  # here: it takes seconds to import, and only this set needs it
   digits = datasets.load_digits()
-  images = digits.images.astype(np.uint8)[..., None]
+  pixels = digits.images.astype(np.uint8)[..., None]
   labels = digits.target.astype(np.int64)
-  split = len(images) - _DIGITS_TEST  # the set is ordered by writer, so these are other people's digits
-  return _checked('digits', size, images[:split], labels[:split], images[split:], labels[split:])
+  split = len(pixels) - _DIGITS_TEST  # ordered by writer, so these are other people's digits
+  return _checked('digits', size, pixels[:split], labels[:split], pixels[split:], labels[split:])
 
 
 def _load_npz(path: str, size: int) -> Dataset:

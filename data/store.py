@@ -192,7 +192,7 @@ def _raw_key(key: str) -> str:
 
 
 def _open(key: str, cache: str) -> _Folder | None:
-  """The description and the memory-mapped arrays of a folder; None where it is not there or damaged.
+  """The description and the memory-mapped arrays of a folder; None if it is missing or damaged.
 
   Every file is read through, since mapping it does not show a flipped bit: 0.5 s for CIFAR-10.
   """

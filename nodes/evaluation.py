@@ -94,7 +94,8 @@ class Evaluation:
     if len(result.test_accuracies) > 1:
       row['nn_test_accuracy_std'] = float(np.std(result.test_accuracies, ddof=1))
     if result.validation_accuracy is not None:
-      row['nn_selected_on'] = 'the last ' + (f'{count} training images' if count > 1 else 'training image')
+      last = f'{count} training images' if count > 1 else 'training image'
+      row['nn_selected_on'] = f'the last {last}'
       row['nn_validation_accuracy'] = result.validation_accuracy
     return row
 

@@ -136,7 +136,8 @@ def test_targets_are_as_many_as_suit(counts, wanted, targets):
   run = {**_with('run.architecture', 'fc1')['run'], 'targets_per_step': wanted}
   run['targets_per_step'] = base.resolve_targets(run, labels, len(counts))
   assert run['targets_per_step'] == targets and isinstance(run['targets_per_step'], int)
-  base.validate_with_data({**base.get_config().to_dict(), 'run': run}, labels, len(counts), (8, 8, 1))
+  config = {**base.get_config().to_dict(), 'run': run}
+  base.validate_with_data(config, labels, len(counts), (8, 8, 1))
 
 
 def test_the_default_suits_any_set():

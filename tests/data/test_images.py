@@ -13,8 +13,8 @@ from data import sources
 
 ORIENTATION = 0x0112
 # What a viewer does with the pixels of a file of that orientation.
-UPRIGHT = {1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
-           5: lambda x: x.transpose(1, 0, 2), 6: lambda x: np.rot90(x, -1),
+UPRIGHT = {1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1],
+           4: lambda x: x[::-1], 5: lambda x: x.transpose(1, 0, 2), 6: lambda x: np.rot90(x, -1),
            7: lambda x: x[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90}
 
 
@@ -43,11 +43,12 @@ def test_pictures_are_turned_upright(tmp_path, orientation, suffix):
       _save(tmp_path, split, label, f'0{suffix}', Image.fromarray(pixels), exif=_exif(orientation))
   dataset = sources.find('x', str(tmp_path)).load()
   np.testing.assert_array_equal(dataset.train_images[1], UPRIGHT[orientation](pixels))
-  assert dataset.remarks == (('Images turned upright, as their EXIF data say: 4.',) if orientation > 1 else ())
+  said = ('Images turned upright, as their EXIF data say: 4.',)
+  assert dataset.remarks == (said if orientation > 1 else ())
 
 
 def _with_alpha(mode):
-  """A picture of 200 whose pixels are opaque, half transparent and transparent, and one channel of what it is on white."""
+  """An opaque, a half transparent and a transparent pixel of 200, and what they are on white."""
   alpha = np.array([[255, 128, 0]], np.uint8)
   picture = Image.new(mode, (3, 1), (200,) * (len(mode) - 1) + (0,))
   picture.putalpha(Image.fromarray(alpha))
@@ -80,7 +81,8 @@ def test_grey_becomes_rgb_wherever_one_picture_has_colour():
   grey, colour = _pixels(channels=1)[..., 0], _pixels()
   reader = images.Reader()
   read = [reader.read(Image.fromarray(grey), 'a')] * 2
-  assert [pixels.shape for pixels in reader.alike(read)] == [(4, 4), (4, 4)] and not reader.remarks()
+  assert [pixels.shape for pixels in reader.alike(read)] == [(4, 4), (4, 4)]
+  assert not reader.remarks()
   read.append(reader.read(Image.fromarray(colour), 'b'))
   first, _, last = reader.alike(read)
   np.testing.assert_array_equal(first, np.stack([grey] * 3, axis=2))
@@ -114,11 +116,14 @@ def test_a_size_makes_any_pictures_alike(tmp_path):
   for split in ('train', 'test'):
     for label in 'ab':
       for i, size in enumerate([(9, 14), (8, 8), (30, 17)]):
-        _save(tmp_path, split, label, f'{i}.png', Image.new('RGB', size, (i, 100, 'ab'.index(label))))
+        picture = Image.new('RGB', size, (i, 100, 'ab'.index(label)))
+        _save(tmp_path, split, label, f'{i}.png', picture)
   dataset = sources.find('x', str(tmp_path), 8).load()
   assert dataset.train_images.shape == (6, 8, 8, 3) and dataset.test_images.shape == (6, 8, 8, 3)
-  np.testing.assert_array_equal(dataset.train_images[:, 3, 3], [[i, 100, c] for c in (0, 1) for i in (0, 1, 2)])
-  with pytest.raises(DataError, match=r"a/0.png' is \(14, 9\), '.*a/1.png' is \(8, 8\); run.data.size=9 would"):
+  expected = [[i, 100, c] for c in (0, 1) for i in (0, 1, 2)]
+  np.testing.assert_array_equal(dataset.train_images[:, 3, 3], expected)
+  message = r"a/0.png' is \(14, 9\), '.*a/1.png' is \(8, 8\); run.data.size=9 would"
+  with pytest.raises(DataError, match=message):
     sources.find('x', str(tmp_path)).load()
   assert sources.find('x', str(tmp_path), 8).key != sources.find('x', str(tmp_path)).key
 

@@ -65,20 +65,27 @@ def test_npz_of_grey_floats_and_column_labels(tmp_path):
     ({'y_train': np.array([0, 3, 1, 1, 0, 3])}, 'class 2 has no training image'),
     ({'y_train': np.zeros(6, int), 'y_test': np.zeros(3, int)}, 'at least two classes'),
     ({'y_train': np.array([{}] * 6)}, 'not a readable .npz file without pickled objects'),
-    ({'y_train': np.array(['a'] * 6, object)}, r'without pickled objects \(save text by .astype\(str\)\)'),
+    ({'y_train': np.array(['a'] * 6, object)},
+     r'without pickled objects \(save text by .astype\(str\)\)'),
     ({'y_train': -np.arange(3, 9)}, 'train labels must lie between 0 and C - 1, got -8 to -3'),
     ({'y_train': np.arange(6) + 1}, 'class 0 has no training image'),
-    ({'y_train': np.array([0, 1, 2, 2, 0, 2 ** 64 - 1], np.uint64)}, 'class 3 has no training image'),
+    ({'y_train': np.array([0, 1, 2, 2, 0, 2 ** 64 - 1], np.uint64)},
+     'class 3 has no training image'),
     ({'y_train': np.full(6, 2 ** 64 - 1, np.uint64)}, 'class 0 has no training image'),
     ({'y_train': np.array([0, 1, 2, 2, 0, 2 ** 63 - 1])}, 'class 3 has no training image'),
     ({'y_test': np.array([0, 1, 2 ** 64 - 1], np.uint64)},
      'test labels must lie between 0 and 2, got 0 to 18446744073709551615'),
-    ({'y_train': np.array(['a', 'b', 'c'] * 2)}, 'train labels are <U1, test labels int64; both must be text, or whole'),
-    ({'y_train': np.array(['a', 'b'] * 3), 'y_test': np.array(['a', 'c', 'b'])}, "class 'c' has no training image"),
+    ({'y_train': np.array(['a', 'b', 'c'] * 2)},
+     'train labels are <U1, test labels int64; both must be text, or whole'),
+    ({'y_train': np.array(['a', 'b'] * 3), 'y_test': np.array(['a', 'c', 'b'])},
+     "class 'c' has no training image"),
     ({'y_train': np.array(['a', ''] * 3), 'y_test': np.array(['a'] * 3)}, 'train label 1 is empty'),
-    ({'y_train': np.array(['a'] * 6), 'y_test': np.array(['a'] * 3)}, 'at least two classes are needed, got 1'),
-    ({'y_train': np.array([b'a', b'\xff'] * 3), 'y_test': np.array([b'a'] * 3)}, 'labels are bytes, but not UTF-8 text'),
-    ({'x_train': np.zeros((4, 5, 3, 6), np.uint8)}, r'looks like \[H, W, D, N\]: transpose\(3, 0, 1, 2\)'),
+    ({'y_train': np.array(['a'] * 6), 'y_test': np.array(['a'] * 3)},
+     'at least two classes are needed, got 1'),
+    ({'y_train': np.array([b'a', b'\xff'] * 3), 'y_test': np.array([b'a'] * 3)},
+     'labels are bytes, but not UTF-8 text'),
+    ({'x_train': np.zeros((4, 5, 3, 6), np.uint8)},
+     r'looks like \[H, W, D, N\]: transpose\(3, 0, 1, 2\)'),
 ])
 def test_bad_npz(tmp_path, changes, message):
   path = str(tmp_path / 'bad.npz')
@@ -96,7 +103,8 @@ def test_bad_npz(tmp_path, changes, message):
     ([b'two', b'one', 'drei\u00df'.encode()], ('drei\u00df', 'one', 'two'), [2, 1, 0]),
 ])
 def test_labels_that_are_text_are_numbered_in_their_order(tmp_path, labels, names, numbers):
-  dataset = sources.find(_write_npz(tmp_path / 'a.npz', y_train=np.array(labels * 2), y_test=np.array(labels))).load()
+  path = _write_npz(tmp_path / 'a.npz', y_train=np.array(labels * 2), y_test=np.array(labels))
+  dataset = sources.find(path).load()
   assert dataset.class_names == names and dataset.num_classes == 3
   np.testing.assert_array_equal(dataset.train_labels, numbers * 2)
   np.testing.assert_array_equal(dataset.test_labels, numbers)
@@ -105,7 +113,8 @@ def test_labels_that_are_text_are_numbered_in_their_order(tmp_path, labels, name
 
 @pytest.mark.parametrize('dtype', ['uint8', 'int16', 'uint64'])
 def test_numbers_are_the_names_of_classes_without(tmp_path, dtype):
-  dataset = sources.find(_write_npz(tmp_path / 'a.npz', y_train=np.array([0, 1, 2] * 2, dtype))).load()
+  path = _write_npz(tmp_path / 'a.npz', y_train=np.array([0, 1, 2] * 2, dtype))
+  dataset = sources.find(path).load()
   assert dataset.class_names == ('0', '1', '2') and dataset.train_labels.dtype == np.int64
 
 
@@ -142,7 +151,7 @@ BYTES = (255 * FLOAT).astype(np.uint8)
     (FLOAT, 0.8 * FLOAT, False),
     (16 * FLOAT, np.round(15 * FLOAT).astype(np.uint8), False),
     (BYTES, BYTES // 6, False),  # darker, not in other units
-    (BYTES, np.where(FLOAT > 0.99, 255, 0).astype(np.uint8), False),  # nearly black, but for some bright pixels
+    (BYTES, np.where(FLOAT > 0.99, 255, 0).astype(np.uint8), False),  # nearly black
     (FLOAT, np.where(FLOAT > 0.99, -0.01, FLOAT), False),
     (np.where(FLOAT == FLOAT.min(), 1000, FLOAT), FLOAT, False),  # one pixel far out
     ((FLOAT - 0.5) / 0.3, (FLOAT - 0.4) / 0.3, False),
@@ -152,14 +161,15 @@ def test_splits_in_different_units_are_refused(tmp_path, train, test, differ):
   if not differ:
     assert source.load().num_classes == 3
     return
-  with pytest.raises(DataError, match=r'ranges of pixel values differ: train images .* to .*, test images .*; bring both to'):
+  message = r'ranges of pixel values differ: train images .* to .*, test images .*; bring both to'
+  with pytest.raises(DataError, match=message):
     source.load()
 
 
 @pytest.mark.parametrize('shape, refused', [
     ((3, 8, 9), True), ((1, 28, 28), True), ((4, 16, 16), True), ((2, 5, 6), True),
-    ((8, 8, 3), False), ((3, 3, 3), False), ((1, 9, 1), False), ((3, 8, 4), False), ((2, 3, 8), False),
-    ((4, 4, 512), False), ((5, 5, 5), False),
+    ((8, 8, 3), False), ((3, 3, 3), False), ((1, 9, 1), False), ((3, 8, 4), False),
+    ((2, 3, 8), False), ((4, 4, 512), False), ((5, 5, 5), False),
 ])
 @pytest.mark.parametrize('size', [0, 6])
 def test_channels_first_is_refused(tmp_path, shape, refused, size):
@@ -185,12 +195,16 @@ def test_any_source_has_a_size(tmp_path, name, shape):
     np.testing.assert_array_equal(sources.find(name, size=8).load().train_images, raw.train_images)
 
 
-@pytest.mark.parametrize('present, remark', [([0, 1], 'Classes without a test image: 2 c.'), ([1], 'Classes without a test image: 0 a, 2 c.'),
-                                             ([0, 1, 2], None)])
+@pytest.mark.parametrize('present, remark', [
+    ([0, 1], 'Classes without a test image: 2 c.'),
+    ([1], 'Classes without a test image: 0 a, 2 c.'),
+    ([0, 1, 2], None),
+])
 def test_a_test_split_that_lacks_classes_is_said(tmp_path, present, remark):
   names = np.array(['a', 'b', 'c'])
   y = np.resize(present, 3)
-  dataset = sources.find(_write_npz(tmp_path / 'a.npz', y_train=np.tile(names, 2), y_test=names[y])).load()
+  path = _write_npz(tmp_path / 'a.npz', y_train=np.tile(names, 2), y_test=names[y])
+  dataset = sources.find(path).load()
   assert dataset.remarks == ((remark,) if remark else ())
   np.testing.assert_array_equal(dataset.test_labels, y)
 
@@ -227,9 +241,12 @@ def test_classes_of_known_sets_have_their_names_without_a_schema(tmp_path, name,
 def test_files_that_name_their_classes_differently_are_refused(tmp_path):
   x, y = _arrays(4, classes=2)
   for split, names in (('train', ['cat', 'dog']), ('test', ['dog', 'cat'])):
-    features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=names)})
+    label = datasets.ClassLabel(names=names)
+    features = datasets.Features({'image': datasets.Image(), 'label': label})
     _write_parquet(tmp_path, split, x, y, features=features)
-  with pytest.raises(DataError, match='name their classes differently: 2 classes: 0 cat, 1 dog. and 2 classes: 0 dog, 1 cat.'):
+  message = ('name their classes differently: 2 classes: 0 cat, 1 dog. and '
+             '2 classes: 0 dog, 1 cat.')
+  with pytest.raises(DataError, match=message):
     sources.find('x', str(tmp_path)).load()
 
 
@@ -237,8 +254,10 @@ def test_labels_of_parquet_may_be_text(tmp_path):
   x, _ = _arrays(4)
   for split in ('train', 'test'):
     rows = {'image': [Image.fromarray(i) for i in x], 'label': ['10', '9', '10', '9']}
-    features = datasets.Features({'image': datasets.Image(), 'label': datasets.Value('large_string')})
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(os.path.join(tmp_path, f'{split}.parquet'))
+    label = datasets.Value('large_string')
+    features = datasets.Features({'image': datasets.Image(), 'label': label})
+    made = datasets.Dataset.from_dict(rows, features=features)
+    made.to_parquet(str(tmp_path / f'{split}.parquet'))
   dataset = sources.find('x', str(tmp_path)).load()
   assert dataset.class_names == ('9', '10') and dataset.train_labels.tolist() == [1, 0, 1, 0]
 
@@ -326,10 +345,12 @@ def test_parquet_of_pixel_values(tmp_path, shape, dtype):
 
 
 def test_parquet_of_channels_first_is_refused(tmp_path):
-  features = datasets.Features({'image': datasets.Array3D((3, 6, 7), 'uint8'), 'label': datasets.Value('int32')})
+  features = datasets.Features({'image': datasets.Array3D((3, 6, 7), 'uint8'),
+                                'label': datasets.Value('int32')})
+  rows = {'image': list(np.zeros((4, 3, 6, 7), np.uint8)), 'label': [0, 1] * 2}
   for split in ('train', 'test'):
-    datasets.Dataset.from_dict({'image': list(np.zeros((4, 3, 6, 7), np.uint8)), 'label': [0, 1] * 2}, features=features
-                               ).to_parquet(str(tmp_path / f'{split}.parquet'))
+    made = datasets.Dataset.from_dict(rows, features=features)
+    made.to_parquet(str(tmp_path / f'{split}.parquet'))
   for size in (0, 6):
     with pytest.raises(DataError, match=r'looks like \[N, C, H, W\]: transpose\(0, 2, 3, 1\)'):
       sources.find('x', str(tmp_path), size).load()
@@ -344,7 +365,8 @@ def test_pictures_of_parquet_are_turned_upright_and_resized(tmp_path):
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, 'PNG', exif=exif)
     encoded.append({'bytes': buffer.getvalue(), 'path': None})
-  rows = datasets.Dataset.from_dict({'image': encoded, 'label': y.tolist()}).cast_column('image', datasets.Image())
+  rows = datasets.Dataset.from_dict({'image': encoded, 'label': y.tolist()})
+  rows = rows.cast_column('image', datasets.Image())
   for split in ('train', 'test'):
     rows.to_parquet(str(tmp_path / f'{split}.parquet'))
   dataset = sources.find('x', str(tmp_path)).load()
@@ -360,14 +382,21 @@ def _touch(path):
 
 
 @pytest.mark.parametrize('files, message', [
-    (('a/0.png', 'b/0.png', 'notes.txt'), r"train.parquet' is missing; found a/, b/, notes.txt; expected"),
+    (('a/0.png', 'b/0.png', 'notes.txt'),
+     "train.parquet' is missing; found a/, b/, notes.txt; expected"),
     (('train/a/0.png', 'dev/a/0.png'), "/test' is missing; found dev/, train/; expected"),
-    (('train.parquet', 'eval.parquet'), "/test.parquet' is missing; found eval.parquet, train.parquet; expected"),
-    (('train/0.png', 'train/1.png', 'test/0.png'), "/train' holds no images as CLASS/FILE; found train/0.png, train/1.png"),
-    (('train/a/0.heic', 'test/a/0.png'), "/train' holds no images as CLASS/FILE; found train/a/0.heic"),
-    (('one/train.parquet', 'two/train.parquet'), "holds several data sets; choose one of '.*one', '.*two'"),
-    (('train-00000-of-00003.parquet', 'train-00002-of-00003.parquet', 'test.parquet'), 'holds 2 of the 3 files train-'),
-    (('train.parquet', 'train-00000-of-00001.parquet', 'test.parquet'), r'holds train.parquet and train-\*.parquet; keep one'),
+    (('train.parquet', 'eval.parquet'),
+     "/test.parquet' is missing; found eval.parquet, train.parquet; expected"),
+    (('train/0.png', 'train/1.png', 'test/0.png'),
+     "/train' holds no images as CLASS/FILE; found train/0.png, train/1.png"),
+    (('train/a/0.heic', 'test/a/0.png'),
+     "/train' holds no images as CLASS/FILE; found train/a/0.heic"),
+    (('one/train.parquet', 'two/train.parquet'),
+     "holds several data sets; choose one of '.*one', '.*two'"),
+    (('train-00000-of-00003.parquet', 'train-00002-of-00003.parquet', 'test.parquet'),
+     'holds 2 of the 3 files train-'),
+    (('train.parquet', 'train-00000-of-00001.parquet', 'test.parquet'),
+     r'holds train.parquet and train-\*.parquet; keep one'),
 ])
 def test_what_a_folder_holds_instead_is_said(tmp_path, files, message):
   for file in files:
@@ -378,8 +407,11 @@ def test_what_a_folder_holds_instead_is_said(tmp_path, files, message):
 
 
 @pytest.mark.parametrize('place', ['', 'data', 'plain_text'])
-@pytest.mark.parametrize('train, test', [('train-00000-of-00001', 'test-00000-of-00001'), ('train/0000', 'test/0000'),
-                                         ('train-00000-of-00001', 'validation-00000-of-00001')])
+@pytest.mark.parametrize('train, test', [
+    ('train-00000-of-00001', 'test-00000-of-00001'),
+    ('train/0000', 'test/0000'),
+    ('train-00000-of-00001', 'validation-00000-of-00001'),
+])
 def test_clones_from_the_hub(tmp_path, place, train, test):
   x, y = _arrays(6)
   for split, n in ((train, 6), (test, 3)):
@@ -390,7 +422,8 @@ def test_clones_from_the_hub(tmp_path, place, train, test):
   source = sources.find('x', str(tmp_path))
   np.testing.assert_array_equal(source.load().train_images, x)
   np.testing.assert_array_equal(source.load().test_images, x[:3])
-  assert source.remarks == (("There is no 'test' in run.data.dir: 'validation' is the test set.",) if 'val' in test else ())
+  said = ("There is no 'test' in run.data.dir: 'validation' is the test set.",)
+  assert source.remarks == (said if 'val' in test else ())
 
 
 def test_a_clone_of_several_configurations_is_told_apart_by_the_name(tmp_path):
@@ -400,7 +433,8 @@ def test_a_clone_of_several_configurations_is_told_apart_by_the_name(tmp_path):
     for split in ('train', 'test'):
       _write_parquet(tmp_path / place, split, x if place == 'cropped_digits' else x[::-1], y)
   np.testing.assert_array_equal(sources.find('svhn_cropped', str(tmp_path)).load().train_images, x)
-  with pytest.raises(DataError, match="holds several data sets; choose one of '.*cropped_digits', '.*full_numbers'"):
+  message = "holds several data sets; choose one of '.*cropped_digits', '.*full_numbers'"
+  with pytest.raises(DataError, match=message):
     sources.find('x', str(tmp_path))
 
 
@@ -408,7 +442,7 @@ def test_a_clone_of_several_configurations_is_told_apart_by_the_name(tmp_path):
 def test_pointers_of_git_lfs_are_told(tmp_path, file):
   for path in (file, file.replace('train', 'test')):
     _touch(tmp_path / path)
-    (tmp_path / path).write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n')
+    (tmp_path / path).write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\n')
   with pytest.raises(DataError, match='is only a pointer to the file: fetch it by `git lfs pull`'):
     sources.find('x', str(tmp_path)).load()
 
@@ -420,7 +454,8 @@ def test_links_are_followed_once(tmp_path):
   (tmp_path / 'train' / 'cat' / 'again').symlink_to(tmp_path / 'train' / 'cat')
   (tmp_path / 'train' / 'fox').symlink_to(tmp_path / 'train' / 'dog')
   source = sources.find('x', str(tmp_path))
-  assert source.load().class_names == ('cat', 'dog', 'emu', 'fox') and len(source.load().train_images) == 8
+  dataset = source.load()
+  assert dataset.class_names == ('cat', 'dog', 'emu', 'fox') and len(dataset.train_images) == 8
   assert source.remarks == ('Skipped, being no images of a class: 1 (train/cat/again).',)
 
 
@@ -447,7 +482,8 @@ def test_image_folder(tmp_path, shape):
   source = sources.find('pets', str(tmp_path))
   dataset = source.load()
   order = np.argsort(y, kind='stable')  # class by class
-  assert (dataset.name, dataset.num_classes, dataset.class_names) == ('pets', 3, ('cat', 'dog', 'emu'))
+  assert (dataset.name, dataset.num_classes) == ('pets', 3)
+  assert dataset.class_names == ('cat', 'dog', 'emu')
   np.testing.assert_array_equal(dataset.train_images, x[order])
   np.testing.assert_array_equal(dataset.train_labels, y[order])
   np.testing.assert_array_equal(dataset.test_labels, [1, 2])
@@ -484,7 +520,9 @@ def test_bad_image_folders(tmp_path):
   with pytest.raises(DataError, match="deep.png' is not a readable image"):
     sources.find('x', str(tmp_path)).load()
   Image.fromarray(x[0][:2]).save(tmp_path / 'test' / 'emu' / 'deep.png')
-  with pytest.raises(DataError, match=r"differ in size: '.*train/cat/000.png' is \(4, 5\), '.*emu/deep.png' is \(2, 5\); run.data.size=4"):
+  message = (r"differ in size: '.*train/cat/000.png' is \(4, 5\), '.*emu/deep.png' is \(2, 5\); "
+             'run.data.size=4')
+  with pytest.raises(DataError, match=message):
     sources.find('x', str(tmp_path)).load()
 
 
@@ -506,7 +544,8 @@ def test_bad_parquet(tmp_path):
     sources.find('x', str(tmp_path)).load()
 
 
-@pytest.mark.parametrize('image, label', [(None, 0), ({'bytes': None, 'path': None}, 0), (..., None)])
+@pytest.mark.parametrize('image, label', [
+    (None, 0), ({'bytes': None, 'path': None}, 0), (..., None)])
 def test_parquet_rows_without_an_image_or_a_label(tmp_path, image, label):
   x, y = _arrays()
   _write_parquet(tmp_path, 'test', x, y)
@@ -536,7 +575,9 @@ def test_images_of_different_sizes(tmp_path):
   features = datasets.Features({'image': datasets.Image(), 'label': datasets.Value('int64')})
   for split in ('train', 'test'):
     datasets.Dataset.from_dict(rows, features=features).to_parquet(os.path.join(tmp_path, f'{split}.parquet'))
-  with pytest.raises(DataError, match=r"train.parquet' row 0 is \(4, 5\), '.*train.parquet' row 1 is \(2, 5\); run.data.size="):
+  message = (r"train.parquet' row 0 is \(4, 5\), '.*train.parquet' row 1 is \(2, 5\); "
+             'run.data.size=4')
+  with pytest.raises(DataError, match=message):
     sources.find('x', str(tmp_path)).load()
 
 

@@ -112,7 +112,8 @@ def _flip(cache, folder, file, place=-40):
 
 
 @pytest.mark.parametrize('zca, folder, file', [
-    (False, '', 'train_images.npy'), (False, '', 'test_images.npy'), (False, '', 'train_labels.npy'), (False, '', 'test_labels.npy'),
+    (False, '', 'train_images.npy'), (False, '', 'test_images.npy'),
+    (False, '', 'train_labels.npy'), (False, '', 'test_labels.npy'),
     (True, '', 'zca.npy'), (False, '-raw', 'train_images.npy'), (False, '', 'meta.json'),
 ])
 def test_a_worker_notices_a_flipped_bit_in_its_cache_and_fetches_anew(tmp_path, zca, folder, file):
@@ -137,12 +138,13 @@ def test_a_worker_notices_a_flipped_bit_in_its_cache_and_fetches_anew(tmp_path, 
     np.testing.assert_array_equal(here_value, there_value)
 
 
-def test_a_flipped_bit_in_the_one_cache_of_a_machine_is_refused_and_mended_by_the_next_launch(tmp_path):
+def test_a_flipped_bit_in_the_one_cache_is_refused_and_the_next_launch_mends_it(tmp_path):
   path, cache = _write_npz(tmp_path / 'a.npz'), str(tmp_path / 'cache')
   prepared = store.prepare(_data(path), cache)
   expected = np.array(prepared.train_images)
   _flip(cache, prepared.key, 'train_images.npy')
-  with pytest.raises(DataError, match='are gone, or were found damaged and removed: stop the run; its command makes them again'):
+  message = 'are gone, or were found damaged and removed: stop the run; its command makes them'
+  with pytest.raises(DataError, match=message):
     store.fetch(prepared.key, cache, lambda *place: store.read_chunk(prepared.key, cache, *place))
   np.testing.assert_array_equal(store.prepare(_data(path), cache).train_images, expected)
 
@@ -156,13 +158,16 @@ def test_files_that_are_missing_are_made_again(tmp_path, file):
 
 
 def test_names_and_remarks_are_kept_and_fetched(tmp_path):
-  x, y = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3)).astype(np.uint8), np.array(['10', '9', '8'] * 2)
+  x = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3)).astype(np.uint8)
+  y = np.array(['10', '9', '8'] * 2)
   np.savez(tmp_path / 'a.npz', x_train=x, y_train=y, x_test=x[:2], y_test=y[:2])
   there, here = str(tmp_path / 'there'), str(tmp_path / 'here')
   for _ in range(2):
     prepared = store.prepare(_data(str(tmp_path / 'a.npz')), there)
-    assert (prepared.class_names, prepared.remarks) == (('8', '9', '10'), ('Classes without a test image: 0 8.',))
-  fetched = store.fetch(prepared.key, here, lambda *place: store.read_chunk(prepared.key, there, *place))
+    assert prepared.class_names == ('8', '9', '10')
+    assert prepared.remarks == ('Classes without a test image: 0 8.',)
+  fetched = store.fetch(prepared.key, here,
+                        lambda *place: store.read_chunk(prepared.key, there, *place))
   assert (fetched.class_names, fetched.remarks) == (prepared.class_names, prepared.remarks)
 
 
@@ -171,7 +176,8 @@ def test_a_size_has_a_cache_of_its_own(tmp_path):
   keys = set()
   for size, shape in ((0, (4, 5, 3)), (4, (4, 4, 3)), (2, (2, 2, 3))):
     prepared = store.prepare({**_data(path), 'size': size}, cache, raw=True)
-    assert prepared.train_images.shape[1:] == prepared.test_images.shape[1:] == prepared.raw_images.shape[1:] == shape
+    assert prepared.train_images.shape[1:] == prepared.test_images.shape[1:] == shape
+    assert prepared.raw_images.shape[1:] == shape
     keys.add(prepared.key)
   assert len(keys) == 3 and store.prepare(_data(path), cache).train_images.shape[1:] == (4, 5, 3)
 

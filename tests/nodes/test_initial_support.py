@@ -77,7 +77,8 @@ def _file(**changes):
     (_file(labels=np.full((6, 3), np.nan)), 'labels must be finite'),
     (_file(settings=json.dumps({'data': {'key': 'other', 'name': 'mnist'}})), 'was distilled from other data, or'),
     (_file(settings=json.dumps([1])), 'must be real, noise, or an .npz file of a distilled set'),
-    (_file(settings=json.dumps({'data': 'mnist'})), 'must be real, noise, or an .npz file of a distilled set'),
+    (_file(settings=json.dumps({'data': 'mnist'})),
+     'must be real, noise, or an .npz file of a distilled set'),
     (_file(settings='{'), 'must be real, noise, or an .npz file of a distilled set'),
     (None, 'run.initial_images=.* must be real, noise, or an .npz file of a distilled set'),
 ])
@@ -104,5 +105,7 @@ def test_a_set_of_classes_with_other_names_is_other_data(make_run, tmp_path, npz
   start = {**FC1, 'run.initial_images': first.directory.distilled}
   images, _ = _make(make_run(tmp_path / 'same', {**start, 'run.data.name': paths[0]}))
   assert images.shape == (6, 8, 9, 2)
-  with pytest.raises(DataError, match='was distilled from other data, or data with other class names or preprocessing, than set'):
+  message = ('was distilled from other data, or data with other class names or preprocessing, '
+             'than set here')
+  with pytest.raises(DataError, match=message):
     _make(make_run(tmp_path / 'other', {**start, 'run.data.name': paths[1]}))

@@ -37,8 +37,9 @@ def _local(workdir, cache, *flags):
   """One process's run of a step or so: its output, and the configuration it kept."""
   root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
   done = subprocess.run(
-      [sys.executable, '-m', 'programs.local', '--config=configs/base.py', f'--workdir={workdir}', '--config.run.architecture=fc1',
-       '--config.run.num_steps=1', '--config.system.evaluation.nn_steps=0', f'--config.system.cache_dir={cache}', *flags],
+      [sys.executable, '-m', 'programs.local', '--config=configs/base.py', f'--workdir={workdir}',
+       '--config.run.architecture=fc1', '--config.run.num_steps=1',
+       '--config.system.evaluation.nn_steps=0', f'--config.system.cache_dir={cache}', *flags],
       cwd=root, capture_output=True, text=True, timeout=300, check=False)
   assert done.returncode == 0, done.stdout + done.stderr
   with open(os.path.join(workdir, 'config.json'), encoding='utf-8') as file:
@@ -46,7 +47,7 @@ def _local(workdir, cache, *flags):
 
 
 def test_the_defaults_run_on_digits_tell_their_classes_and_go_on(tmp_path, cache):
-  """`run.targets_per_step=0` is as many as suit, in the run directory and whenever the run goes on."""
+  """`run.targets_per_step=0` is as many as suit, whenever the run goes on."""
   told, config = _local(tmp_path, cache)
   assert '10 classes: 0 to 9.' in told and config['run']['targets_per_step'] == 1410
   told, config = _local(tmp_path, cache, '--config.run.num_steps=2')
