@@ -92,7 +92,8 @@ def _text(y):
 
 SORTED = ('one', 'three', 'two', 'zero')
 NUMBERED = ('0', '1', '2')
-FEW = {'system.evaluation.nn_steps': 2, 'system.evaluation.nn_width': 4}
+FEW = {'system.evaluation.nn_steps': 2, 'system.evaluation.nn_width': 4,
+       'system.evaluation.nn_l2s': (0.0, 0.001)}
 RESIZED = {'run.data.size': 8}
 
 
@@ -173,4 +174,5 @@ def test_runs_to_its_end(make_run, tmp_path, case, fields):
   assert run.directory.read_status()['state'] == 'finished'
   rows = run.directory.read_metrics()
   assert [row['step'] for row in rows] == [0, 1]
-  assert all(('nn_test_accuracy' in row) == bool(fields) for row in rows)
+  selected = {row.get('nn_selected_on') for row in rows}
+  assert selected == ({'the last training image'} if fields else {None})
