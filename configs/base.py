@@ -48,14 +48,16 @@ def get_config() -> ml_collections.ConfigDict:
   run.learn_labels = True  # move the labels with the images
   run.label_learning_rate_factor = 1.0  # of the labels' learning rate to the images'; 0.1: better for finite networks (digits, RESULTS.md)
   run.initial_images = 'real'  # or 'noise', a file such as distilled.npz (images, labels), or a released set's name (data/released.py)
-  # Class-balanced, drawn anew each step: a multiple of the number of classes; or the whole training set; or 0: 5000,
-  # or as many as the set allows.
+  # Class-balanced, drawn anew each step: a multiple of the number of classes; the whole training
+  # set; or 0: 5000, or as many as the set allows.
   run.targets_per_step = 0
 
   run.data = ml_collections.ConfigDict()
   run.data.name = 'digits'  # digits, mnist, fashion_mnist, cifar10, cifar100, svhn_cropped, or the path of an .npz file
   run.data.dir = ''  # folder with {train,test}.parquet or {train,test}/CLASS/IMAGE; empty: the named set itself
-  run.data.size = 0  # pixels a side: resize the shorter side (by area where it shrinks), crop the middle; 0: as they are
+  # Pixels a side: the shorter side is resized (by area where it shrinks) and the middle cut out;
+  # 0: images as they are.
+  run.data.size = 0
   run.data.zca = False  # whiten the standardised images (the papers: for colour images)
   run.data.zca_regularisation = 0.1  # added to the covariance's diagonal, relative to its mean
 
@@ -102,7 +104,8 @@ def get_config() -> ml_collections.ConfigDict:
   system.evaluation.nn_batch = 100  # images an update, at most the support
   system.evaluation.nn_loss = 'mse'  # or cross_entropy, with the arg-max of the labels as classes
   system.evaluation.nn_seeds = 1  # networks: their mean accuracy is reported, and the deviation of several
-  # Of several values the pair that is best on the last 5000 training images (a tenth, if that is less) is taken, never on test images.
+  # Of several values the pair is taken that is best on the last 5000 training images (a tenth, if
+  # that is less; one at least), never on test images.
   system.evaluation.nn_learning_rate_factors = (0.1,)  # relative to 2 C n / lambda_max of the empirical NTK
   system.evaluation.nn_l2s = (1e-3,)  # weight decay: 1/2 l2 |theta|^2 in the loss
   return config
@@ -120,8 +123,9 @@ def label_solve_step(run: Mapping[str, Any]) -> int:
 
 
 _LIMIT = 10 ** 9
-_POSITIVE_INTS = ('run.num_steps', 'run.images_per_class', 'run.plan.support_tile', 'run.plan.target_tile',
-                  'run.plan.target_tiles_per_task', 'run.standard_width', 'system.evaluation.krr_tile', 'system.evaluation.nn_width',
+_POSITIVE_INTS = ('run.num_steps', 'run.images_per_class', 'run.plan.support_tile',
+                  'run.plan.target_tile', 'run.plan.target_tiles_per_task', 'run.standard_width',
+                  'system.evaluation.krr_tile', 'system.evaluation.nn_width',
                   'system.evaluation.nn_batch', 'system.evaluation.nn_seeds')
 _POSITIVE_FLOATS = ('run.learning_rate', 'run.label_learning_rate_factor', 'run.ridge', 'run.data.zca_regularisation',
                     'system.checkpoint_seconds', 'system.log_seconds', 'system.lease_seconds', 'system.worker_timeout',
@@ -129,7 +133,8 @@ _POSITIVE_FLOATS = ('run.learning_rate', 'run.label_learning_rate_factor', 'run.
 _RANGES = {'run.seed': (0, 2 ** 63 - 1), 'run.augmentation.fraction': (0, 1), 'run.augmentation.rotation': (0, 180),
            'run.augmentation.channel_shift': (0, _LIMIT), 'system.num_workers': (0, _LIMIT), 'system.worker_threads': (0, 4096),
            'system.port': (0, 65535), 'system.evaluation.nn_steps': (0, 10 ** 7),
-           'run.plan.support_per_task': (0, _LIMIT), 'run.targets_per_step': (0, _LIMIT), 'run.data.size': (0, 4096)}
+           'run.plan.support_per_task': (0, _LIMIT), 'run.targets_per_step': (0, _LIMIT),
+           'run.data.size': (0, 4096)}
 _TARGETS = 5000  # a step, where the set has so many (the papers)
 _ARCHITECTURES = ('run.architecture', 'system.evaluation.nn_architecture')
 _GRIDS = ('system.evaluation.nn_learning_rate_factors', 'system.evaluation.nn_l2s')
@@ -185,7 +190,7 @@ def validate(config: Mapping[str, Any]) -> None:
 
 
 def resolve_targets(run: Mapping[str, Any], labels, num_classes: int) -> int:
-  """`targets_per_step` of a configuration's `run`, or, where that is 0, what it means for these data.
+  """`run.targets_per_step`, or, where that is 0, as many as suit these data.
 
   Args:
     run: already validated.
@@ -217,8 +222,8 @@ def validate_with_data(config: Mapping[str, Any], labels, num_classes: int, imag
   targets = run['targets_per_step']
   if targets != len(labels) and (targets % num_classes or targets > smallest * num_classes):
     raise ConfigError(f'run.targets_per_step must be a multiple of {num_classes} (the classes) and at most {smallest * num_classes} '
-                      f'(the smallest class has {smallest} images), or {len(labels)} (the whole training set); got {targets} '
-                      '(0 takes as many as suit).')
+                      f'(the smallest class has {smallest} images), or {len(labels)} '
+                      f'(the whole training set); got {targets} (0 takes as many as suit).')
   validate_image_size(config, image_shape)
 
 

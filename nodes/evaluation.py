@@ -18,7 +18,9 @@ _WORDS = {'krr_test_accuracy': lambda value: f'KRR {100 * value:6.2f} %',
           'train_loss': lambda value: f'loss {value:.5f}',
           'wall_seconds': lambda value: f'{value:6.0f} s'}
 HARD, SOLVED = 'real images, hard labels', 'real images, solved labels'
-_HELD_OUT = 5000  # the last training images, or a tenth of them if that is less, but one at least: they set the finite network's hyper-parameters
+# The last training images set the finite network's hyper-parameters: so many, or a tenth of all if
+# that is less, but one at least.
+_HELD_OUT = 5000
 
 
 def krr_test(kernel: ntk.Kernel, images: np.ndarray, labels: np.ndarray, ridge: float, test: ntk.Library, classes: np.ndarray, tile: int,
@@ -121,7 +123,8 @@ class Evaluation:
     if len(result.test_accuracies) > 1:
       row['nn_test_accuracy_std'] = float(np.std(result.test_accuracies, ddof=1))
     if result.validation_accuracy is not None:
-      row['nn_selected_on'] = f'the last {count} training images' if count > 1 else 'the last training image'
+      last = f'{count} training images' if count > 1 else 'training image'
+      row['nn_selected_on'] = f'the last {last}'
       row['nn_validation_accuracy'] = result.validation_accuracy
     return row
 

@@ -64,12 +64,14 @@ def _from_file(path: str, prepared: store.Prepared) -> tuple[np.ndarray, np.ndar
       if missing:
         raise DataError(f'{field} has no array {missing[0]!r}; expected images [S, H, W, D] and labels [S, C].')
       images, labels = file['images'], file['labels']
-      key = json.loads(str(file['settings']))['data']['key'] if 'settings' in file else prepared.key  # ours know their data
+      key = prepared.key
+      if 'settings' in file:  # our own files know their data
+        key = json.loads(str(file['settings']))['data']['key']
   except DataError:
     raise
   except (*NPZ_ERRORS, TypeError) as error:  # the last where the settings are no dictionaries
     raise DataError(f'{field} must be {REAL}, {NOISE}, or an .npz file of a distilled set: {error}') from error
   if key != prepared.key:
-    raise DataError(f'{field} was distilled from other data, or data with other class names or preprocessing, than '
-                    f'{prepared.name} here (run.data).')
+    raise DataError(f'{field} was distilled from other data, or data with other class names or '
+                    f'preprocessing, than {prepared.name} here (run.data).')
   return images, labels

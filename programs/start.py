@@ -11,8 +11,8 @@ from absl import flags
 import psutil
 
 from configs import base
+from data import classes
 from data import DataError
-from data import sources
 from data import store
 from kernels import ntk
 from nodes import command_line
@@ -36,7 +36,8 @@ class Run(NamedTuple):
     config: validated, plain values; `system.num_workers` is at least 1.
     directory: open, and locked by this process; of one that joins a run elsewhere neither, and None where it needs no more than an address.
     cache: folder that holds its prepared data.
-    remarks: lines for the user: its classes, what was odd about the data, the memory it needs, a plan that does not suit its workers, where kernels are computed.
+    remarks: lines for the user: its classes, what was odd about the data, the memory it needs, a
+      plan that does not suit its workers, where kernels are computed.
     gpus: for the kernels, of this host.
   """
   config: dict[str, Any]
@@ -72,7 +73,8 @@ def ready(find_gpus: Callable[[str], placement.Gpus] | None) -> Run:
     base.validate(config)
     cache = store.cache_folder(config['system']['cache_dir'])
     prepared = store.prepare(config['run']['data'], cache, raw=config['run']['augmentation']['fraction'] > 0)
-    config['run']['targets_per_step'] = base.resolve_targets(config['run'], prepared.train_labels, prepared.num_classes)
+    labels, num_classes = prepared.train_labels, prepared.num_classes
+    config['run']['targets_per_step'] = base.resolve_targets(config['run'], labels, num_classes)
     base.validate_with_data(config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:])
     config['system']['num_workers'] = placement.num_workers(config['system']['num_workers'], gpus.names)
     memory = _check_memory(config, prepared, config['system']['num_workers'] if find_gpus else 0)
@@ -83,7 +85,7 @@ def ready(find_gpus: Callable[[str], placement.Gpus] | None) -> Run:
     directory.write_command([os.path.basename(sys.executable), *sys.orig_argv[1:]])
   except (base.ConfigError, DataError, run_directory.RunDirectoryError) as error:
     raise BadInput(str(error)) from error
-  remarks = sources.in_words(prepared.class_names), *prepared.remarks, memory, plan, gpus.remark
+  remarks = classes.in_words(prepared.class_names), *prepared.remarks, memory, plan, gpus.remark
   return Run(config, directory, cache, tuple(filter(None, remarks)), gpus)
 
 

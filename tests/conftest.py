@@ -76,7 +76,8 @@ def make_run(npz, cache):
     config = config.to_dict()
     base.validate(config)
     prepared = store.prepare(config['run']['data'], cache, raw=config['run']['augmentation']['fraction'] > 0)
-    config['run']['targets_per_step'] = base.resolve_targets(config['run'], prepared.train_labels, prepared.num_classes)
+    labels, num_classes = prepared.train_labels, prepared.num_classes
+    config['run']['targets_per_step'] = base.resolve_targets(config['run'], labels, num_classes)
     base.validate_with_data(config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:])
     directory = run_directory.RunDirectory(str(workdir))
     directory.open(config, prepared.key)

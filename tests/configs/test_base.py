@@ -49,6 +49,9 @@ def test_shipped_configs_are_valid(name):
     ('run.augmentation.rotation', -1.0, 'run.augmentation.rotation must lie between 0 and 180, got -1.0'),
     ('run.augmentation.width_shift', 1.0, 'run.augmentation.width_shift must be a part of the side, from 0 to below 1, got 1.0'),
     ('run.augmentation.channel_shift', float('nan'), 'run.augmentation.channel_shift must lie between 0'),
+    ('run.data.size', -1, 'run.data.size must lie between 0 and 4096, got -1'),
+    ('run.data.size', '32', "run.data.size must be a whole number, got '32'"),
+    ('run.targets_per_step', -1, r'run.targets_per_step must lie between 0 and \d+, got -1'),
     ('run.num_steps', 0, 'run.num_steps must be a whole number from 1 to 1000000000, got 0'),
     ('run.num_steps', None, 'run.num_steps is missing'),
     ('run.method', 'ls', "run.method must be one of kip, label_solve, .*; got 'ls'"),
@@ -116,6 +119,29 @@ def test_mistakes_that_only_the_data_show(path, value, message):
   config['run'][path.removeprefix('run.')] = value
   with pytest.raises(base.ConfigError, match=message):
     base.validate_with_data(config, np.array([0, 1, 2] * 4 + [0]), 3, (7, 9, 1))
+
+
+@pytest.mark.parametrize('counts, wanted, targets', [
+    ([5000] * 10, 0, 5000),  # CIFAR-10
+    ([500] * 100, 0, 5000),  # CIFAR-100
+    ([141, 150, 160], 0, 423),
+    ([2000, 3000, 4000], 0, 4998),
+    ([1] * 6000, 0, 6000),
+    ([1, 9], 0, 2),
+    ([141, 150, 160], 3, 3),
+    ([141, 150, 160], 451, 451),
+])
+def test_targets_are_as_many_as_suit(counts, wanted, targets):
+  labels = np.repeat(np.arange(len(counts)), counts)
+  run = {**_with('run.architecture', 'fc1')['run'], 'targets_per_step': wanted}
+  run['targets_per_step'] = base.resolve_targets(run, labels, len(counts))
+  assert run['targets_per_step'] == targets and isinstance(run['targets_per_step'], int)
+  config = {**base.get_config().to_dict(), 'run': run}
+  base.validate_with_data(config, labels, len(counts), (8, 8, 1))
+
+
+def test_the_default_suits_any_set():
+  assert base.get_config().run.targets_per_step == 0
 
 
 def test_specs_by_dict():

@@ -103,6 +103,85 @@ def test_data_are_fetched_once_in_chunks_and_checked(tmp_path, monkeypatch, zca,
                 if file.startswith('train_labels') else read(folder, file, offset))
 
 
+def _flip(cache, folder, file, place=-40):
+  with open(os.path.join(cache, folder, file), 'r+b') as flipped:
+    flipped.seek(place, os.SEEK_END)
+    byte = flipped.read(1)[0]
+    flipped.seek(-1, os.SEEK_CUR)
+    flipped.write(bytes([byte ^ 4]))
+
+
+@pytest.mark.parametrize('zca, folder, file', [
+    (False, '', 'train_images.npy'), (False, '', 'test_images.npy'),
+    (False, '', 'train_labels.npy'), (False, '', 'test_labels.npy'),
+    (True, '', 'zca.npy'), (False, '-raw', 'train_images.npy'), (False, '', 'meta.json'),
+])
+def test_a_worker_notices_a_flipped_bit_in_its_cache_and_fetches_anew(tmp_path, zca, folder, file):
+  there, here = str(tmp_path / 'there'), str(tmp_path / 'here')
+  prepared = store.prepare(_data(_write_npz(tmp_path / 'a.npz'), zca), there, raw=True)
+  calls = []
+
+  def read(folder, file, offset):
+    calls.append((folder, file))
+    return store.read_chunk(prepared.key, there, folder, file, offset)
+  store.fetch(prepared.key, here, read, raw=True)
+  folder = prepared.key.partition('-')[0] + folder if folder else prepared.key
+  _flip(here, folder, file)
+  assert store.open_prepared(prepared.key, here, raw=True) is None
+  calls.clear()
+  again = store.fetch(prepared.key, here, read, raw=True)
+  assert {called for called, _ in calls} == {folder}
+  assert again.content == prepared.content
+  for name in ('train_images', 'train_labels', 'test_images', 'test_labels', 'raw_images'):
+    np.testing.assert_array_equal(getattr(again, name), getattr(prepared, name))
+  for there_value, here_value in zip(prepared.transform, again.transform):
+    np.testing.assert_array_equal(here_value, there_value)
+
+
+def test_a_flipped_bit_in_the_one_cache_is_refused_and_the_next_launch_mends_it(tmp_path):
+  path, cache = _write_npz(tmp_path / 'a.npz'), str(tmp_path / 'cache')
+  prepared = store.prepare(_data(path), cache)
+  expected = np.array(prepared.train_images)
+  _flip(cache, prepared.key, 'train_images.npy')
+  message = 'are gone, or were found damaged and removed: stop the run; its command makes them'
+  with pytest.raises(DataError, match=message):
+    store.fetch(prepared.key, cache, lambda *place: store.read_chunk(prepared.key, cache, *place))
+  np.testing.assert_array_equal(store.prepare(_data(path), cache).train_images, expected)
+
+
+@pytest.mark.parametrize('file', ['meta.json', 'test_labels.npy'])
+def test_files_that_are_missing_are_made_again(tmp_path, file):
+  path, cache = _write_npz(tmp_path / 'a.npz'), str(tmp_path / 'cache')
+  prepared = store.prepare(_data(path), cache)
+  os.unlink(os.path.join(cache, prepared.key, file))
+  assert store.prepare(_data(path), cache).content == prepared.content
+
+
+def test_names_and_remarks_are_kept_and_fetched(tmp_path):
+  x = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3)).astype(np.uint8)
+  y = np.array(['10', '9', '8'] * 2)
+  np.savez(tmp_path / 'a.npz', x_train=x, y_train=y, x_test=x[:2], y_test=y[:2])
+  there, here = str(tmp_path / 'there'), str(tmp_path / 'here')
+  for _ in range(2):
+    prepared = store.prepare(_data(str(tmp_path / 'a.npz')), there)
+    assert prepared.class_names == ('8', '9', '10')
+    assert prepared.remarks == ('Classes without a test image: 0 8.',)
+  fetched = store.fetch(prepared.key, here,
+                        lambda *place: store.read_chunk(prepared.key, there, *place))
+  assert (fetched.class_names, fetched.remarks) == (prepared.class_names, prepared.remarks)
+
+
+def test_a_size_has_a_cache_of_its_own(tmp_path):
+  path, cache = _write_npz(tmp_path / 'a.npz'), str(tmp_path / 'cache')
+  keys = set()
+  for size, shape in ((0, (4, 5, 3)), (4, (4, 4, 3)), (2, (2, 2, 3))):
+    prepared = store.prepare({**_data(path), 'size': size}, cache, raw=True)
+    assert prepared.train_images.shape[1:] == prepared.test_images.shape[1:] == shape
+    assert prepared.raw_images.shape[1:] == shape
+    keys.add(prepared.key)
+  assert len(keys) == 3 and store.prepare(_data(path), cache).train_images.shape[1:] == (4, 5, 3)
+
+
 def test_only_a_prepared_set_can_be_read(tmp_path):
   prepared = store.prepare(_data(_write_npz(tmp_path / 'a.npz')), str(tmp_path))
   for folder, file in ((prepared.key, '../secret'), ('..', 'meta.json'), (prepared.key, 'other.npy')):

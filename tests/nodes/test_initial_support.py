@@ -1,6 +1,7 @@
 """What a run may start from: values, and files that do not fit."""
 
 import json
+import os
 import threading
 
 import numpy as np
@@ -75,6 +76,10 @@ def _file(**changes):
     (_file(images=np.zeros((6, 8, 9, 2), np.uint8)), 'images must be finite floating-point numbers'),
     (_file(labels=np.full((6, 3), np.nan)), 'labels must be finite'),
     (_file(settings=json.dumps({'data': {'key': 'other', 'name': 'mnist'}})), 'was distilled from other data, or'),
+    (_file(settings=json.dumps([1])), 'must be real, noise, or an .npz file of a distilled set'),
+    (_file(settings=json.dumps({'data': 'mnist'})),
+     'must be real, noise, or an .npz file of a distilled set'),
+    (_file(settings='{'), 'must be real, noise, or an .npz file of a distilled set'),
     (None, 'run.initial_images=.* must be real, noise, or an .npz file of a distilled set'),
 ])
 def test_files_that_do_not_fit(make_run, tmp_path, arrays, message):
@@ -84,3 +89,23 @@ def test_files_that_do_not_fit(make_run, tmp_path, arrays, message):
   with pytest.raises(DataError, match=message) as error:
     _make(make_run(tmp_path / 'run', {'run.initial_images': path}))
   assert '\n' not in str(error.value)
+
+
+def test_a_set_of_classes_with_other_names_is_other_data(make_run, tmp_path, npz):
+  with np.load(npz) as file:
+    images = {name: file[name] for name in ('x_train', 'x_test')}
+    numbers = {name: file[name] for name in ('y_train', 'y_test')}
+  paths = [str(tmp_path / f'{names}' / 'set.npz') for names in ('abc', 'acb')]
+  for path in paths:
+    os.mkdir(os.path.dirname(path))
+    names = np.array(list(os.path.basename(os.path.dirname(path))))
+    np.savez(path, **images, **{name: names[labels] for name, labels in numbers.items()})
+  first = make_run(tmp_path / 'first', {**FC1, 'run.data.name': paths[0]})
+  local.distil(first, threading.Event())
+  start = {**FC1, 'run.initial_images': first.directory.distilled}
+  images, _ = _make(make_run(tmp_path / 'same', {**start, 'run.data.name': paths[0]}))
+  assert images.shape == (6, 8, 9, 2)
+  message = ('was distilled from other data, or data with other class names or preprocessing, '
+             'than set here')
+  with pytest.raises(DataError, match=message):
+    _make(make_run(tmp_path / 'other', {**start, 'run.data.name': paths[1]}))

@@ -36,7 +36,8 @@ def _oracle(run, images):
   return np.linalg.pinv(predict, rcond=1e-12) @ y_t, lambda labels: 0.5 * np.mean((predict @ labels - y_t) ** 2)
 
 
-@pytest.mark.parametrize('architecture, per_step, target_tile, per_task', [('convnet2', 33, 5, 2), ('fc1', 96, 96, 1), ('fc1', 3, 7, 1)])
+@pytest.mark.parametrize('architecture, per_step, target_tile, per_task', [
+    ('convnet2', 33, 5, 2), ('fc1', 96, 96, 1), ('fc1', 3, 7, 1), ('fc1', 0, 7, 1)])
 def test_the_whole_training_set_is_fitted_as_by_the_pseudo_inverse(make_run, tmp_path, architecture, per_step, target_tile, per_task):
   """Rounds and tasks that divide the 96 training images, that do not, and that are smaller than S + C."""
   run = make_run(tmp_path, {**FC1, 'run.architecture': architecture, 'run.targets_per_step': per_step,
