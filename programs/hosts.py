@@ -90,7 +90,7 @@ def _label(supervising: int) -> str:
 
 
 def _coordinate(stop: threading.Event) -> int:
-  run = start.ready(None)
+  run = start.ready(None, start.Here.COORDINATOR)
   for remark in run.remarks:
     logging.info(remark)
   port = run.config['system']['port']
