@@ -8,10 +8,12 @@ import psutil
 from data import store
 from kernels import architectures
 from kernels import ntk
+from kernels.native import build
 from nodes import tasks
 
-_PROCESS = 2 ** 27  # interpreter and libraries
-_KERNEL = 2 ** 28  # what a kernel forms of its tiles beside results
+_PROCESS = 2 ** 27  # interpreter and libraries; twice as much again for Neural Tangents and what XLA makes of a finite network
+_DERIVATIVES, _TILES = 2 ** 28, 3 * 2 ** 28  # what a kernel forms beside results: the native one at most, the others
+_LANES = 16  # images of a vector
 _TEST_BATCH = 500  # images that go through a finite network at once
 
 # Of a control group, by version: its limit, what it uses, and the prefix of the lines of memory.stat that count its descendants in.
@@ -41,11 +43,13 @@ def needs(config: dict[str, Any], prepared: store.Prepared) -> Needs:
   pixels, table = height * width * channels, size * table_size(architectures.get(run['architecture']), height, width)
   support, targets = run['images_per_class'] * prepared.num_classes, run['targets_per_step']
   gradient, tile = 8 * support * pixels, min(plan['target_tile'], targets)
+  is_native = run['implementation'] == 'native' or run['implementation'] == 'auto' and build.is_built()
+  kernel = min(_DERIVATIVES, size * support * (tile + _LANES) * (pixels + table // size)) if is_native else _TILES
   tasks_a_step = len(tasks.ranges(targets, tasks.targets_per_task(run)))
   # The state, its optimiser's moments and the gradient; the pieces of a step; K_ss and what the solve makes of it.
   coordinator = _PROCESS + 10 * gradient + tasks_a_step * gradient // 2 + 6 * 8 * support ** 2
   # Support and gradients; blocks; tiles of targets that are in work and ahead; every training image's variances, in the end.
-  worker = _PROCESS + _KERNEL + 4 * gradient + 4 * 8 * support * tile + 3 * tile * (size * pixels + table)
+  worker = _PROCESS + kernel + 4 * gradient + 4 * 8 * support * tile + 3 * tile * (size * pixels + table)
   if run['method'] != 'label_solve' and not run['augmentation']['fraction']:
     worker += len(prepared.train_images) * table
   if tasks.support_per_task(run, support):
@@ -56,11 +60,11 @@ def needs(config: dict[str, Any], prepared: store.Prepared) -> Needs:
     rows = min(targets, tasks.targets_per_task(run))
     coordinator += 8 * columns * (3 * tasks_a_step * min(rows, columns) + 6 * columns)
     worker += 3 * 8 * rows * columns
-  evaluator = (2 * _PROCESS + _KERNEL + len(prepared.test_images) * table + 2 * gradient +
+  evaluator = (_PROCESS + (0 if is_native else _TILES) + len(prepared.test_images) * table + 2 * gradient +
                8 * support * (3 * support + 2 * settings['krr_tile']))
   if settings['nn_steps']:
     network = architectures.get(settings['nn_architecture'] or run['architecture'])
-    evaluator += 3 * _TEST_BATCH * 4 * settings['nn_width'] * (height * width if network.stages else 1)
+    evaluator += 2 * _PROCESS + 2 * _TEST_BATCH * 4 * settings['nn_width'] * (height * width if network.stages else 1)
   return Needs(coordinator, worker, evaluator)
 
 

@@ -127,7 +127,8 @@ def test_the_evaluator_keeps_those_of_the_test_set_and_trains_a_network():
   assert many - few == 9000 * 12032
   narrow, wide, none = (memory.needs(_config(system__evaluation__nn_width=width, system__evaluation__nn_steps=steps), _prepared(10000)).evaluator
                         for width, steps in ((128, 10), (1024, 10), (1024, 0)))
-  assert wide - none == 8 * (narrow - none) > 2 * GIB
+  assert wide - narrow == 2 * 500 * 4 * (1024 - 128) * 32 * 32  # a batch of test images before and after a layer
+  assert narrow - none > 500 * MIB
 
 
 def test_a_limit_of_its_control_group_refuses_a_run(system, monkeypatch):
