@@ -66,8 +66,8 @@ def play() -> int:
   return supervisor.supervise(_label(os.getpid()), stop)
 
 
-def own_host() -> str | None:
-  """A name of this host, or else an address, by which others may reach it: never a loopback one. None where it has none."""
+def own_host() -> str:
+  """A name of this host, or else an address, by which others may reach it: 'localhost' only where it has none, and says so."""
   for name in (socket.getfqdn(), socket.gethostname()):
     try:
       addresses = [ipaddress.ip_address(info[4][0]) for info in socket.getaddrinfo(name, None)]
@@ -78,10 +78,14 @@ def own_host() -> str | None:
   with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
     try:
       probe.connect(_ELSEWHERE)  # sends nothing, but chooses an interface
+      address = probe.getsockname()[0]
     except OSError:  # there is no route
-      return None
-    address = probe.getsockname()[0]
-  return None if ipaddress.ip_address(address).is_loopback else address
+      address = None
+  if address and not ipaddress.ip_address(address).is_loopback:
+    return address
+  logging.warning('This host has no name or address that others could reach: only processes of its own can join, unless --host=NAME tells '
+                  'one.')
+  return 'localhost'
 
 
 def _label(supervising: int) -> str:
@@ -90,17 +94,12 @@ def _label(supervising: int) -> str:
 
 
 def _coordinate(stop: threading.Event) -> int:
-  run = start.ready(None)
+  run = start.ready(None, start.Here.COORDINATOR)
   for remark in run.remarks:
     logging.info(remark)
   port = run.config['system']['port']
   distill.check_port(port)
-  host = _HOST.value or own_host()
-  if host is None:
-    host = 'localhost'
-    logging.warning('This host has no name or address that others could reach: only processes of its own can join, unless --host=NAME '
-                    'tells one.')
-  address = f'{host}:{port or _free_port()}'
+  address = f'{_HOST.value or own_host()}:{port or _free_port()}'
   run_directory.write_atomically(run.directory.address, address + '\n')
   logging.info('The coordinator is at %s. Whoever can connect to it can run code as you: see BUILD.md, "The coordinator\'s port".', address)
   with terminal.shown(run.directory):

@@ -13,6 +13,7 @@ import sys
 from typing import Sequence
 
 from absl import flags
+from absl import logging
 
 from nodes import run_directory
 from programs import start
@@ -29,7 +30,10 @@ _PATIENT = '--config.system.worker_timeout=1000000'  # workers may wait in the q
 def submit(argv: Sequence[str]) -> int:
   """Submits the jobs, and prints their ids and how to follow, extend and stop the run. Inside an allocation: runs it to its end there, and
   gives its exit status. Raises BadInput."""
-  run = start.ready(None)  # on this host: others may have no way to the data, and mistakes are told at once
+  # On this host: others may have no way to the data, and mistakes are told at once.
+  run = start.ready(None, start.Here.NOTHING)
+  for remark in run.remarks:
+    logging.info(remark)
   workdir = run.directory.path
   logs = os.path.join(workdir, 'logs')
   os.makedirs(logs, exist_ok=True)

@@ -1,6 +1,7 @@
 """From the command line to a run that is ready to start, and from its outcome to an exit status: the same for every launcher."""
 
 import contextlib
+import enum
 import os
 import signal
 import sys
@@ -8,8 +9,6 @@ import threading
 from typing import Any, Callable, NamedTuple, Sequence
 
 from absl import flags
-import psutil
-
 from configs import base
 from data import classes
 from data import DataError
@@ -22,11 +21,17 @@ from nodes import run_directory
 from nodes import tasks
 from nodes.command_line import BadInput
 from nodes.command_line import log_plainly
+from programs import memory
 from programs import placement
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory: made if missing; one that holds a checkpoint resumes from it.')
 
 _BUSY = 0.9  # of the workers' time: a plan that leaves less than this for work is worth a word
+
+
+class Here(enum.Enum):
+  """Which processes of a run share this host."""
+  ALL, COORDINATOR, NOTHING = range(3)
 
 
 class Run(NamedTuple):
@@ -53,11 +58,12 @@ def parse(argv: Sequence[str]) -> None:
   command_line.parse(argv, '--config=FILE --workdir=DIR')
 
 
-def ready(find_gpus: Callable[[str], placement.Gpus] | None) -> Run:
+def ready(find_gpus: Callable[[str], placement.Gpus] | None, here: Here = Here.ALL) -> Run:
   """Validates the configuration, prepares the data and opens the run directory; the flags are parsed.
 
   Args:
     find_gpus: finds the workers' GPUs for `run.implementation`, before JAX starts; None where the workers do not share this host.
+    here: whose memory this host must have.
 
   Raises:
     BadInput: anything the user can mend; nothing has been started.
@@ -77,7 +83,7 @@ def ready(find_gpus: Callable[[str], placement.Gpus] | None) -> Run:
     config['run']['targets_per_step'] = base.resolve_targets(config['run'], labels, num_classes)
     base.validate_with_data(config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:])
     config['system']['num_workers'] = placement.num_workers(config['system']['num_workers'], gpus.names)
-    memory = _check_memory(config, prepared, config['system']['num_workers'] if find_gpus else 0)
+    of_memory = check_memory(config, prepared, here)
     plan = _remark_on_plan(config, prepared.num_classes)
     initial_support.make(config['run'], prepared, cache)
     directory = run_directory.RunDirectory(WORKDIR.value)
@@ -85,7 +91,7 @@ def ready(find_gpus: Callable[[str], placement.Gpus] | None) -> Run:
     directory.write_command([os.path.basename(sys.executable), *sys.orig_argv[1:]])
   except (base.ConfigError, DataError, run_directory.RunDirectoryError) as error:
     raise BadInput(str(error)) from error
-  remarks = classes.in_words(prepared.class_names), *prepared.remarks, memory, plan, gpus.remark
+  remarks = classes.in_words(prepared.class_names), *prepared.remarks, of_memory, plan, gpus.remark
   return Run(config, directory, cache, tuple(filter(None, remarks)), gpus)
 
 
@@ -140,29 +146,19 @@ def outcome(directory: run_directory.RunDirectory) -> int:
   return run_directory.EXIT_STATUS.get(state, 1)
 
 
-def _check_memory(config: dict[str, Any], prepared: store.Prepared, num_workers: int) -> str:
-  """Refuses what cannot fit: the coordinator's state and pieces, and every worker's inputs and sums. Gives the estimate in words."""
-  run, plan = config['run'], config['run']['plan']
-  support = run['images_per_class'] * prepared.num_classes
-  images = 8 * support * prepared.train_images[0].size
-  tasks_a_step = len(tasks.ranges(run['targets_per_step'], tasks.targets_per_task(run)))
-  block = 8 * support * plan['target_tile']
-  coordinator = 10 * images + tasks_a_step * images // 2 + 6 * 8 * support ** 2
-  worker = 4 * images + 4 * block + 2 ** 29  # and half a GiB for the kernel's own tiles
-  if tasks.support_per_task(run, support):
-    coordinator += 2 * 8 * support * run['targets_per_step']
-    worker += ntk.KEPT_BYTES
-  if run['method'] != 'kip':
-    width = support + prepared.num_classes
-    rows = min(run['targets_per_step'], tasks.targets_per_task(run))
-    coordinator += 8 * width * (3 * tasks_a_step * min(rows, width) + 6 * width)
-    worker += 3 * 8 * rows * width
-  needed = coordinator + num_workers * worker + 2 ** 30
-  available = psutil.virtual_memory().available
+def check_memory(config: dict[str, Any], prepared: store.Prepared, here: Here) -> str:
+  """Refuses what this host has no room for; gives the estimate in words."""
+  needs, workers = memory.needs(config, prepared), config['system']['num_workers']
+  needed = {Here.ALL: needs.coordinator + workers * needs.worker + needs.evaluator, Here.COORDINATOR: needs.coordinator,
+            Here.NOTHING: 0}[here]
+  available = memory.available()
   if needed > available:
-    raise BadInput(f'this run needs about {needed / 2 ** 30:.1f} GiB of memory, {available / 2 ** 30:.1f} GiB are available: lower '
-                   'run.images_per_class, run.plan.target_tile or system.num_workers, or raise run.plan.target_tiles_per_task.')
-  return f'Memory: about {needed / 2 ** 30:.1f} GiB of {available / 2 ** 30:.1f} GiB available.'
+    raise BadInput(f'this run needs about {memory.in_gib(needed)} GiB of memory here ({needs.in_words()}), {memory.in_gib(available)} GiB '
+                   'are available: lower run.images_per_class, run.plan.target_tile or system.num_workers, or raise '
+                   'run.plan.target_tiles_per_task.')
+  if here is not Here.ALL:
+    return f'Memory: {needs.in_words()}.'
+  return f'Memory: about {memory.in_gib(needed)} GiB of {memory.in_gib(available)} GiB available.'
 
 
 def _remark_on_plan(config: dict[str, Any], num_classes: int) -> str:

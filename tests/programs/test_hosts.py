@@ -138,7 +138,7 @@ def test_a_proxy_in_the_environment_is_not_for_the_nodes(tmp_path, npz, cache):
                  start('worker', '--role=worker', where), start('evaluator', '--role=evaluator', where)]
     assert [process.wait(120) for process in processes] == [0, 0, 0], (tmp_path / 'worker').read_text()
   assert _status(tmp_path / 'run')['state'] == 'finished'
-  assert run_directory.read_address(str(tmp_path / 'run' / 'address')).rpartition(':')[0] == (hosts.own_host() or 'localhost')
+  assert run_directory.read_address(str(tmp_path / 'run' / 'address')).rpartition(':')[0] == hosts.own_host()
 
 
 @pytest.mark.parametrize('names, addresses, by_route, expected', [
@@ -147,10 +147,10 @@ def test_a_proxy_in_the_environment_is_not_for_the_nodes(tmp_path, npz, cache):
     (('node7', 'node7'), {'node7': ['127.0.1.1']}, '10.0.0.7', '10.0.0.7'),  # as Debian has it
     (('node7', 'node7'), {'node7': ['127.0.1.1', '10.0.0.7']}, '10.0.0.7', '10.0.0.7'),
     (('localhost.localdomain', 'node7'), {'localhost.localdomain': ['::1']}, '10.0.0.7', '10.0.0.7'),  # nobody knows node7
-    (('localhost', 'node7'), {'localhost': ['127.0.0.1'], 'node7': ['127.0.1.1']}, None, None),  # no route
-    (('localhost', 'localhost'), {'localhost': ['127.0.0.1']}, '127.0.0.1', None),
+    (('localhost', 'node7'), {'localhost': ['127.0.0.1'], 'node7': ['127.0.1.1']}, None, 'localhost'),  # no route
+    (('localhost', 'localhost'), {'localhost': ['127.0.0.1']}, '127.0.0.1', 'localhost'),
 ])
-def test_others_are_never_sent_to_a_loopback_address(monkeypatch, names, addresses, by_route, expected):
+def test_others_are_never_sent_to_a_loopback_address(monkeypatch, caplog, names, addresses, by_route, expected):
 
   def resolve(name, port):
     if name not in addresses:
@@ -173,6 +173,8 @@ def test_others_are_never_sent_to_a_loopback_address(monkeypatch, names, address
   monkeypatch.setattr(socket, 'getaddrinfo', resolve)
   monkeypatch.setattr(socket, 'socket', Probe)
   assert hosts.own_host() == expected
+  said = 'This host has no name or address that others could reach: only processes of its own can join, unless --host=NAME tells one.'
+  assert caplog.messages == [said] * (expected == 'localhost')
 
 
 def test_a_worker_that_waits_for_an_address_can_be_stopped(tmp_path):

@@ -1,6 +1,7 @@
 """What --cluster=slurm does without a Slurm; tests/slurm has one."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -37,3 +38,4 @@ def test_what_sbatch_says_is_passed_on(tmp_path, npz, cache):
   (tmp_path / 'sbatch').chmod(0o755)
   done = _submit(tmp_path, npz, cache, path=f'{tmp_path}:{os.environ["PATH"]}')
   assert done.returncode == 2 and 'error: sbatch refuses: sbatch: error: invalid partition' in done.stderr
+  assert re.search(r'Memory: about \d+\.\d GiB for the coordinator, \d+\.\d GiB for each worker, \d+\.\d GiB for the evaluator', done.stderr)

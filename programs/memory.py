@@ -1,0 +1,135 @@
+"""How much memory the processes of a run need, and how much there is for them."""
+
+import os
+from typing import Any, Iterator, NamedTuple
+
+import psutil
+
+from data import store
+from kernels import architectures
+from kernels import ntk
+from kernels.native import build
+from nodes import tasks
+
+_PROCESS = 2 ** 27  # interpreter and libraries; twice as much again for Neural Tangents and what XLA makes of a finite network
+_DERIVATIVES, _TILES = 2 ** 28, 3 * 2 ** 28  # what a kernel forms beside results: the native one at most, the others
+_LANES = 16  # images of a vector
+_TEST_BATCH = 500  # images that go through a finite network at once
+
+# Of a control group, by version: its limit, what it uses, and the prefix of the lines of memory.stat that count its descendants in.
+_FILES = {1: ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_'), 2: ('memory.max', 'memory.current', '')}
+
+
+class Needs(NamedTuple):
+  """Bytes that each process needs at its peak, an estimate. Data on disk that are memory-mapped are not counted: the system may drop them."""
+  coordinator: int
+  worker: int
+  evaluator: int
+
+  def in_words(self) -> str:
+    return (f'about {in_gib(self.coordinator)} GiB for the coordinator, {in_gib(self.worker)} GiB for each worker, '
+            f'{in_gib(self.evaluator)} GiB for the evaluator')
+
+
+def in_gib(number: int) -> str:
+  return f'{number / 2 ** 30:.1f}'
+
+
+def needs(config: dict[str, Any], prepared: store.Prepared) -> Needs:
+  """What the processes of a validated configuration need."""
+  run, plan, settings = config['run'], config['run']['plan'], config['system']['evaluation']
+  height, width, channels = prepared.train_images.shape[1:]
+  size = 8 if run['kernel_dtype'] == 'float64' else 4
+  pixels, table = height * width * channels, size * table_size(architectures.get(run['architecture']), height, width)
+  support, targets = run['images_per_class'] * prepared.num_classes, run['targets_per_step']
+  gradient, tile = 8 * support * pixels, min(plan['target_tile'], targets)
+  is_native = run['implementation'] == 'native' or run['implementation'] == 'auto' and build.is_built()
+  kernel = min(_DERIVATIVES, size * support * (tile + _LANES) * (pixels + table // size)) if is_native else _TILES
+  tasks_a_step = len(tasks.ranges(targets, tasks.targets_per_task(run)))
+  # The state, its optimiser's moments and the gradient; the pieces of a step; K_ss and what the solve makes of it.
+  coordinator = _PROCESS + 10 * gradient + tasks_a_step * gradient // 2 + 6 * 8 * support ** 2
+  # Support and gradients; blocks; tiles of targets that are in work and ahead; every training image's variances, in the end.
+  worker = _PROCESS + kernel + 4 * gradient + 4 * 8 * support * tile + 3 * tile * (size * pixels + table)
+  if run['method'] != 'label_solve' and not run['augmentation']['fraction']:
+    worker += len(prepared.train_images) * table
+  if tasks.support_per_task(run, support):
+    coordinator += 2 * 8 * support * targets
+    worker += ntk.KEPT_BYTES
+  if run['method'] != 'kip':
+    columns = support + prepared.num_classes
+    rows = min(targets, tasks.targets_per_task(run))
+    coordinator += 8 * columns * (3 * tasks_a_step * min(rows, columns) + 6 * columns)
+    worker += 3 * 8 * rows * columns
+  evaluator = (_PROCESS + (0 if is_native else _TILES) + len(prepared.test_images) * table + 2 * gradient +
+               8 * support * (3 * support + 2 * settings['krr_tile']))
+  if settings['nn_steps']:
+    network = architectures.get(settings['nn_architecture'] or run['architecture'])
+    evaluator += 2 * _PROCESS + 2 * _TEST_BATCH * 4 * settings['nn_width'] * (height * width if network.stages else 1)
+  return Needs(coordinator, worker, evaluator)
+
+
+def table_size(architecture: architectures.Architecture, height: int, width: int) -> int:
+  """Numbers that a kernel keeps of an image on its own (`ntk.Kernel.prepare`), at most: the native kernel's variance of every ReLU's
+  input, and two of every pooled pixel."""
+  size = architecture.hidden
+  convs = sum(stage.convs for stage in architecture.stages)
+  for stage in architecture.stages:
+    size += stage.convs * height * width
+    convs -= stage.convs
+    if stage.pool:
+      height, width = height // 2, width // 2
+      size += 2 * height * width if convs else 0
+  return size
+
+
+def available(root: str = '/') -> int:
+  """Bytes that this process and its children may still take: of the machine, and of every control group they are in (`docker -m`, Slurm's
+  `--mem`)."""
+  return min([psutil.virtual_memory().available, *left_by_control_groups(root)])
+
+
+def left_by_control_groups(root: str = '/') -> list[int]:
+  """For every control group of this process that has a limit, what is left of it, page cache counted as free; `root` has `proc` and `sys`."""
+  left = []
+  for folder, version in _control_groups(root):
+    limit, used, prefix = _FILES[version]
+    try:
+      room = int(_read(folder, limit)) - int(_read(folder, used))
+      statistics = dict(line.split() for line in _read(folder, 'memory.stat').splitlines())
+    except (OSError, ValueError):  # 'max', or a group without these files, such as version 2's root
+      continue
+    left.append(max(0, room + sum(int(statistics.get(f'{prefix}{kind}_file', 0)) for kind in ('inactive', 'active'))))
+  return left
+
+
+def _control_groups(root: str) -> Iterator[tuple[str, int]]:
+  """(folder, version) of this process's groups that may limit memory, and of all above them that can be seen."""
+  try:
+    lines, mounts = _read(root, 'proc/self/cgroup').splitlines(), _read(root, 'proc/self/mountinfo').splitlines()
+  except OSError:
+    return
+  paths = {}
+  for line in lines:
+    _, controllers, path = line.split(':', 2)
+    if not controllers:
+      paths[2] = path
+    elif 'memory' in controllers.split(','):
+      paths[1] = path
+  for line in mounts:
+    mount, _, system = line.partition(' - ')
+    (_, _, _, top, point), (kind, _, options) = mount.split()[:5], system.split()[:3]
+    version = {'cgroup': 1, 'cgroup2': 2}.get(kind)
+    if version not in paths or version == 1 and 'memory' not in options.split(','):
+      continue
+    path = os.path.relpath(paths[version], top)  # a container may see its own group as the top
+    folder = top = os.path.join(root, point.lstrip('/'))
+    if not path.startswith('..'):
+      folder = os.path.normpath(os.path.join(top, path))
+    while len(folder) >= len(top):
+      yield folder, version
+      folder = os.path.dirname(folder)
+
+
+def _read(folder: str, name: str) -> str:
+  with open(os.path.join(folder, name), encoding='utf-8') as file:
+    return file.read()
