@@ -1,4 +1,6 @@
-"""KIP, ConvNet kernel, MNIST, 1 image a class (K2, Table 1). Published test accuracy: KRR 96.5 %, finite network 90.1 %.
+"""KIP, ConvNet kernel, MNIST, 1 image a class (K2, Table 1).
+
+Published test accuracy: KRR 96.5 %, finite network (width 1024, 5000 updates) 90.1 %.
 
     python launch.py --config=configs/mnist_ipc1.py --workdir=runs/mnist_ipc1 --lp_launch_type=local_mp
 

@@ -1,4 +1,6 @@
-"""KIP, ConvNet kernel, MNIST, 10 images a class (K2, Table 1). Published test accuracy: KRR 99.1 %, finite network 97.5 %.
+"""KIP, ConvNet kernel, MNIST, 10 images a class (K2, Table 1).
+
+Published test accuracy: KRR 99.1 %, finite network (width 1024, 5000 updates) 97.5 %.
 
     python launch.py --config=configs/mnist_ipc10.py --workdir=runs/mnist_ipc10 --lp_launch_type=local_mp
 

@@ -1,4 +1,6 @@
-"""KIP, ConvNet kernel, MNIST, 50 images a class (K2, Table 1). Published test accuracy: KRR 99.5 %, finite network 98.4 %.
+"""KIP, ConvNet kernel, MNIST, 50 images a class (K2, Table 1).
+
+Published test accuracy: KRR 99.5 %, finite network (width 1024, 5000 updates) 98.4 %.
 
     python launch.py --config=configs/mnist_ipc50.py --workdir=runs/mnist_ipc50 --lp_launch_type=local_mp
 
