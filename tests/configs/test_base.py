@@ -175,6 +175,8 @@ def test_what_keeps_a_run_from_resuming():
   assert not base.differences(saved, wanted)
   wanted['run']['plan']['target_tile'] = 10
   wanted['run']['num_steps'] = 5
+  assert base.differences(saved, wanted) == ['run.plan.target_tile (250 there, 10 here)']
+  saved['run']['method'] = wanted['run']['method'] = 'kip+label_solve'  # its last update is of its own kind
   assert base.differences(saved, wanted) == ['run.num_steps (1000 there, 5 here)', 'run.plan.target_tile (250 there, 10 here)']
 
 
