@@ -1,6 +1,7 @@
 """The distributed step against automatic differentiation of the whole loss in float64, and its bits against itself."""
 
 import contextlib
+import json
 import threading
 
 from kernels import precision  # pylint: disable=unused-import
@@ -51,8 +52,20 @@ def working(run, workers=2, threads=1):
       assert not thread.is_alive()
 
 
+_KNOWN = {}  # what the oracle said, by what is asked: neither implementation nor plan matters
+
+
 def _oracle(run, state, prepared):
-  """Loss and gradients of the whole step by jax.value_and_grad over Neural Tangents."""
+  """Loss and gradients of the whole step by jax.value_and_grad over Neural Tangents, which takes long to compile."""
+  asked = json.dumps({name: value for name, value in run.items() if name not in ('implementation', 'plan')})
+  if asked not in _KNOWN:
+    _KNOWN[asked] = state, _computed(run, state, prepared)
+  known, found = _KNOWN[asked]
+  assert known.images.tobytes() == state.images.tobytes() and known.labels.tobytes() == state.labels.tobytes()
+  return found
+
+
+def _computed(run, state, prepared):
   kernel_fn = reference.network(architectures.get(run['architecture']))[2]
   batch = sampling.class_balanced(run['seed'], sampling.TARGETS, state.step, prepared.train_labels, run['targets_per_step'])
   x_t = jnp.asarray(augment.target_images(run, prepared, state.step, batch, 0, len(batch)), jnp.float64)
@@ -66,11 +79,14 @@ def _oracle(run, state, prepared):
   return float(value), *map(np.asarray, gradients)
 
 
-@pytest.mark.parametrize('implementation', ntk.available())
-@pytest.mark.parametrize('architecture, support_tile, target_tile, per_task, more', [
-    ('convnet2', 4, 5, 2, {}), ('fc1', 2, 7, 1, {}), ('fc1', 2, 7, 2, AUGMENTED), ('myrtle5', 6, 33, 1, {}),
-    ('convnet2', 4, 5, 2, {**HALVES, 'run.kernel': 'nngp'}), ('myrtle5', 4, 10, 1, HALVES),
-    (GAP, 4, 7, 2, {}), (GAP, 5, 7, 1, HALVES), ('conv2', 4, 9, 1, HALVES)])
+EVERYWHERE = [('convnet2', 4, 5, 2, {}), ('fc1', 2, 7, 1, {}), ('fc1', 2, 7, 2, AUGMENTED), ('myrtle5', 6, 33, 1, {})]
+PLANS = [('convnet2', 4, 5, 2, HALVES), ('convnet2', 4, 5, 2, {**HALVES, 'run.kernel': 'nngp'}),
+         ('myrtle5', 4, 10, 1, HALVES), (GAP, 4, 7, 2, {}), (GAP, 5, 7, 1, HALVES)]
+
+
+@pytest.mark.parametrize('implementation, architecture, support_tile, target_tile, per_task, more', [
+    *((name, *case) for name in ntk.available() for case in EVERYWHERE),
+    *(('auto', *case) for case in PLANS)])
 def test_gradient_is_that_of_the_whole_loss(make_run, tmp_path, implementation, architecture, support_tile, target_tile, per_task, more):
   run = make_run(tmp_path, {'run.architecture': architecture, 'run.kernel_dtype': 'float64', 'run.implementation': implementation,
                             'run.plan.support_tile': support_tile, 'run.plan.target_tile': target_tile,
