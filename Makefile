@@ -3,21 +3,22 @@ PYTHON = .venv/bin/python
 DEMO_DIR ?= runs/demo
 export DEMO_DIR
 
-.PHONY: help demo test test-slurm chaos bench bench-gpu bench-coordinator bench-scale native setup cuda lock clean
+.PHONY: help demo test test-slurm chaos bench bench-gpu bench-coordinator bench-scale native setup \
+  cuda lock clean
 
 help:  ## these lines
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
-demo: native  ## distils 8x8 digits into 10 images, in four processes; the result is in DEMO_DIR (runs/demo), and replaces an earlier one's
+demo: native  ## distils 8x8 digits into 10 images, anew, in DEMO_DIR (runs/demo)
 	@PYTHON=$(PYTHON) tools/demo.sh "$$DEMO_DIR"
 
 test: native  ## the tests
 	$(PYTHON) -m pytest
 
-test-slurm: native  ## those on a Slurm of its own on this machine (slurm-wlm, munge, root): some minutes
+test-slurm: native  ## those on a Slurm of its own (slurm-wlm, munge, root): some minutes
 	KIP_TEST_SLURM=1 $(PYTHON) -m pytest tests/slurm
 
-chaos: native  ## kills, pauses and cuts real runs for a quarter of an hour and compares them, bit by bit, with others left in peace
+chaos: native  ## kills and pauses real runs and compares the bits: a quarter of an hour
 	PYTHONPATH=. $(PYTHON) tests/chaos --workdir=runs/chaos
 
 bench: native  ## the kernels beside Neural Tangents: many minutes
@@ -33,7 +34,7 @@ bench-coordinator: setup  ## what a step costs beside the kernel
 bench-scale: native  ## how a run scales with its workers, simulated ones but for their messages
 	$(PYTHON) -m benchmarks.scale
 
-native: setup  ## builds the C++ kernel where there is a compiler; elsewhere the JAX kernel is used
+native: setup  ## builds the C++ kernel where there is a compiler (else: the JAX kernel)
 	@$(PYTHON) -m kernels.native.build
 
 setup:  ## makes .venv, once

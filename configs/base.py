@@ -83,7 +83,9 @@ def get_config() -> ml_collections.ConfigDict:
   system.worker_threads = 0  # CPU threads of each; 0: an equal share of the machine
   system.port = 0  # of the coordinator; 0: any free one
   system.accept_open_port = False  # no warning where the port cannot be hidden from other hosts (BUILD.md tells the risk)
-  system.cache_dir = ''  # for preprocessed data; empty: kip in the user's cache folder, or in a temporary one if that cannot be written
+  # For preprocessed data. Empty: kip in the user's cache folder, or, if that cannot be written, in
+  # a temporary one.
+  system.cache_dir = ''
   system.allow_mixed = False  # accept workers that differ in implementation, hardware or versions: other bits
   system.snapshot_steps = ()  # steps to evaluate besides the first and the last; empty: the papers' schedule
   system.checkpoint_seconds = 60.0  # at most so long between checkpoints

@@ -1,10 +1,9 @@
-"""Where libraries keep things of their own: below the user's home, or elsewhere where that cannot be written."""
+"""Where libraries keep things of their own: below the user's home, or elsewhere if need be."""
 
 import os
 import tempfile
 
 from absl import logging
-
 
 
 def cache() -> str | None:
@@ -13,27 +12,31 @@ def cache() -> str | None:
 
 
 def settle(instead: str = '') -> None:
-  """Sees to it that this process and its children have a folder of caches and of settings that can be written.
+  """Gives this process and its children folders of caches and of settings that can be written.
 
-  Datasets, Matplotlib and CuPy read these variables when they are imported. What the user has set and can be used stays as it is.
+  Datasets, Matplotlib and CuPy read these variables when they are imported. What the user has set
+  and can be used stays as it is.
 
   Args:
-    instead: where to put it where the user's cannot be written; without it, or where that cannot be written either, in a temporary folder.
+    instead: where to put them where the user's cannot be written; without it, or where that cannot
+      be written either, in a temporary folder.
   """
   found = cache()
   if not _can_be_written(found):
     folder = os.path.abspath(instead) if instead and _can_be_written(instead) else _temporary()
-    logging.warning('%s: data and caches are kept in %s.', f'{found} cannot be written' if found else 'This user has no home', folder)
+    logging.warning('%s: data and caches are kept in %s.',
+                    f'{found} cannot be written' if found else 'This user has no home', folder)
     os.environ['XDG_CACHE_HOME'] = found = folder
-  for variable, usual, name in (('MPLCONFIGDIR', os.environ.get('XDG_CONFIG_HOME') or _below_home('.config'), 'matplotlib'),
+  settings = os.environ.get('XDG_CONFIG_HOME') or _below_home('.config')
+  for variable, usual, name in (('MPLCONFIGDIR', settings, 'matplotlib'),
                                 ('CUPY_CACHE_DIR', _below_home('.cupy'), 'cupy')):
     if variable not in os.environ and not _can_be_written(usual):
       os.environ[variable] = os.path.join(found, name)
 
 
 def _below_home(name: str) -> str | None:
-  home = os.path.expanduser('~')
-  return os.path.join(home, name) if os.path.isdir(home) else None  # '~' itself for a user that nobody knows
+  home = os.path.expanduser('~')  # stays as it is for a user that nobody knows
+  return os.path.join(home, name) if os.path.isdir(home) else None
 
 
 def _can_be_written(path: str | None) -> bool:

@@ -64,8 +64,10 @@ class Prepared(NamedTuple):
 
 
 def cache_folder(configured: str = '') -> str:
-  """`configured`, or a folder of this project's in the user's cache folder. Where that one cannot be written, libraries get another for
-  theirs (see `home.settle`), before they are imported."""
+  """`configured`, or a folder of this project's in the user's cache folder.
+
+  Where that one cannot be written, libraries get another for theirs: see `home.settle`.
+  """
   home.settle(configured)
   return os.path.abspath(configured or os.path.join(home.cache(), 'kip'))
 

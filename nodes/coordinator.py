@@ -106,7 +106,8 @@ class Coordinator:
       workdir: run directory with its config.json.
       cache: folder of prepared data that has this run's.
       stop: set when the process is to stop: the run is then checkpointed and ends as 'stopped'.
-      progressed: called with False after each piece that is accepted, and with True after each checkpoint, which makes progress last.
+      progressed: called with False after each piece that is accepted, and with True after each
+        checkpoint, which makes progress last.
 
     Raises:
       RunDirectoryError: another coordinator is at work in `workdir`; nothing there has been touched.

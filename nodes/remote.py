@@ -69,9 +69,12 @@ class Retrying:
             lost = error
         silent, timeout = time.monotonic() - start, self._timeout / 2 if self._was_there else self._timeout
         if silent > timeout:
-          raise CoordinatorLost(f'the coordinator has not answered for {silent:.0f} s{self._where}: {lost}', self._was_there) from lost
+          raise CoordinatorLost(
+              f'the coordinator has not answered for {silent:.0f} s{self._where}: {lost}',
+              self._was_there) from lost
         if silent > told + _SILENCE:
-          logging.info('The coordinator has not answered for %.0f s%s; trying for %.0f s more.', silent, self._where, timeout - silent)
+          logging.info('The coordinator has not answered for %.0f s%s; trying for %.0f s more.',
+                       silent, self._where, timeout - silent)
           told = silent
         end = time.monotonic() + _PAUSE
         while time.monotonic() < end:  # Event.wait can deadlock with a signal handler that sets the event

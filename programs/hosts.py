@@ -31,7 +31,8 @@ from programs import terminal
 _WORKER = 'worker'
 ROLE = flags.DEFINE_enum('role', None, [distill.COORDINATOR, _WORKER, 'evaluator'], 'Run this one node of the program.')
 _ADDRESS = flags.DEFINE_string('coordinator', None, 'HOST:PORT of the coordinator; not needed where --workdir is on a shared disk.')
-_HOST = flags.DEFINE_string('host', None, 'Of the coordinator: the name or address by which the other hosts reach this one; by default its own.')
+_HOST = flags.DEFINE_string('host', None, 'Of the coordinator: the name or address by which the '
+                            'other hosts reach this one; by default its own.')
 _NAME = flags.DEFINE_string('name', None, "Of a worker: its name, unique among the run's.")
 _THREADS = flags.DEFINE_integer('threads', 0, 'Of a worker: its CPU threads; 0: all that it may use.', lower_bound=0)
 
@@ -67,7 +68,10 @@ def play() -> int:
 
 
 def own_host() -> str:
-  """A name of this host, or else an address, by which others may reach it: 'localhost' only where it has none, and says so."""
+  """A name of this host, or else an address, by which others may reach it.
+
+  'localhost' only where it has none; a warning says so.
+  """
   for name in (socket.getfqdn(), socket.gethostname()):
     try:
       addresses = [ipaddress.ip_address(info[4][0]) for info in socket.getaddrinfo(name, None)]
@@ -83,8 +87,8 @@ def own_host() -> str:
       address = None
   if address and not ipaddress.ip_address(address).is_loopback:
     return address
-  logging.warning('This host has no name or address that others could reach: only processes of its own can join, unless --host=NAME tells '
-                  'one.')
+  logging.warning('This host has no name or address that others could reach: '
+                  'only processes of its own can join, unless --host=NAME tells one.')
   return 'localhost'
 
 

@@ -11,23 +11,31 @@ from kernels import ntk
 from kernels.native import build
 from nodes import tasks
 
-_PROCESS = 2 ** 27  # interpreter and libraries; twice as much again for Neural Tangents and what XLA makes of a finite network
-_DERIVATIVES, _TILES = 2 ** 28, 3 * 2 ** 28  # what a kernel forms beside results: the native one at most, the others
+_PROCESS = 2 ** 27  # interpreter and libraries
+_NETWORK = 2 ** 28  # Neural Tangents, and what XLA makes of a finite network
+_DERIVATIVES = 2 ** 28  # of a tile, which the native kernel keeps; at most
+_TILES = 3 * 2 ** 28  # what the other kernels form beside results
 _LANES = 16  # images of a vector
 _TEST_BATCH = 500  # images that go through a finite network at once
 
-# Of a control group, by version: its limit, what it uses, and the prefix of the lines of memory.stat that count its descendants in.
-_FILES = {1: ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_'), 2: ('memory.max', 'memory.current', '')}
+# Of a control group, by version: its limit, what it uses, and the prefix of those lines of
+# memory.stat that count its descendants in.
+_FILES = {1: ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_'),
+          2: ('memory.max', 'memory.current', '')}
 
 
 class Needs(NamedTuple):
-  """Bytes that each process needs at its peak, an estimate. Data on disk that are memory-mapped are not counted: the system may drop them."""
+  """Bytes that each process needs at its peak, an estimate.
+
+  Data on disk that are memory-mapped are not counted: the system may drop them.
+  """
   coordinator: int
   worker: int
   evaluator: int
 
   def in_words(self) -> str:
-    return (f'about {in_gib(self.coordinator)} GiB for the coordinator, {in_gib(self.worker)} GiB for each worker, '
+    return (f'about {in_gib(self.coordinator)} GiB for the coordinator, '
+            f'{in_gib(self.worker)} GiB for each worker, '
             f'{in_gib(self.evaluator)} GiB for the evaluator')
 
 
@@ -40,18 +48,21 @@ def needs(config: dict[str, Any], prepared: store.Prepared) -> Needs:
   run, plan, settings = config['run'], config['run']['plan'], config['system']['evaluation']
   height, width, channels = prepared.train_images.shape[1:]
   size = 8 if run['kernel_dtype'] == 'float64' else 4
-  pixels, table = height * width * channels, size * table_size(architectures.get(run['architecture']), height, width)
+  pixels = height * width * channels
+  numbers = table_size(architectures.get(run['architecture']), height, width)
   support, targets = run['images_per_class'] * prepared.num_classes, run['targets_per_step']
   gradient, tile = 8 * support * pixels, min(plan['target_tile'], targets)
-  is_native = run['implementation'] == 'native' or run['implementation'] == 'auto' and build.is_built()
-  kernel = min(_DERIVATIVES, size * support * (tile + _LANES) * (pixels + table // size)) if is_native else _TILES
+  is_native = run['implementation'] in ('native', 'auto') and build.is_built()
+  derivatives = min(_DERIVATIVES, size * support * (tile + _LANES) * (pixels + numbers))
   tasks_a_step = len(tasks.ranges(targets, tasks.targets_per_task(run)))
-  # The state, its optimiser's moments and the gradient; the pieces of a step; K_ss and what the solve makes of it.
+
+  # The state, its optimiser's moments and the gradient; a step's pieces; K_ss and its solve.
   coordinator = _PROCESS + 10 * gradient + tasks_a_step * gradient // 2 + 6 * 8 * support ** 2
-  # Support and gradients; blocks; tiles of targets that are in work and ahead; every training image's variances, in the end.
-  worker = _PROCESS + kernel + 4 * gradient + 4 * 8 * support * tile + 3 * tile * (size * pixels + table)
+  # Support and gradients; blocks; tiles of targets, in work and ahead.
+  worker = _PROCESS + (derivatives if is_native else _TILES) + 4 * gradient
+  worker += 4 * 8 * support * tile + 3 * tile * size * (pixels + numbers)
   if run['method'] != 'label_solve' and not run['augmentation']['fraction']:
-    worker += len(prepared.train_images) * table
+    worker += len(prepared.train_images) * size * numbers  # in the end, of all of them
   if tasks.support_per_task(run, support):
     coordinator += 2 * 8 * support * targets
     worker += ntk.KEPT_BYTES
@@ -60,17 +71,22 @@ def needs(config: dict[str, Any], prepared: store.Prepared) -> Needs:
     rows = min(targets, tasks.targets_per_task(run))
     coordinator += 8 * columns * (3 * tasks_a_step * min(rows, columns) + 6 * columns)
     worker += 3 * 8 * rows * columns
-  evaluator = (_PROCESS + (0 if is_native else _TILES) + len(prepared.test_images) * table + 2 * gradient +
-               8 * support * (3 * support + 2 * settings['krr_tile']))
+
+  evaluator = _PROCESS + (0 if is_native else _TILES) + 2 * gradient
+  evaluator += len(prepared.test_images) * size * numbers
+  evaluator += 8 * support * (3 * support + 2 * settings['krr_tile'])
   if settings['nn_steps']:
     network = architectures.get(settings['nn_architecture'] or run['architecture'])
-    evaluator += 2 * _PROCESS + 2 * _TEST_BATCH * 4 * settings['nn_width'] * (height * width if network.stages else 1)
+    values = settings['nn_width'] * (height * width if network.stages else 1)  # of a layer
+    evaluator += _NETWORK + 2 * 4 * _TEST_BATCH * values
   return Needs(coordinator, worker, evaluator)
 
 
 def table_size(architecture: architectures.Architecture, height: int, width: int) -> int:
-  """Numbers that a kernel keeps of an image on its own (`ntk.Kernel.prepare`), at most: the native kernel's variance of every ReLU's
-  input, and two of every pooled pixel."""
+  """Numbers that a kernel keeps of an image on its own (`ntk.Kernel.prepare`), at most.
+
+  Those of the native kernel: the variance of every ReLU's input, and two of every pooled pixel.
+  """
   size = architecture.hidden
   convs = sum(stage.convs for stage in architecture.stages)
   for stage in architecture.stages:
@@ -83,13 +99,18 @@ def table_size(architecture: architectures.Architecture, height: int, width: int
 
 
 def available(root: str = '/') -> int:
-  """Bytes that this process and its children may still take: of the machine, and of every control group they are in (`docker -m`, Slurm's
-  `--mem`)."""
+  """Bytes that this process and its children may still take.
+
+  Of the machine, and of every control group they are in (`docker -m`, Slurm's `--mem`).
+  """
   return min([psutil.virtual_memory().available, *left_by_control_groups(root)])
 
 
 def left_by_control_groups(root: str = '/') -> list[int]:
-  """For every control group of this process that has a limit, what is left of it, page cache counted as free; `root` has `proc` and `sys`."""
+  """What is left of the limit of each control group of this process that has one.
+
+  Page cache counts as free. `root` is the folder that has `proc` and `sys`.
+  """
   left = []
   for folder, version in _control_groups(root):
     limit, used, prefix = _FILES[version]
@@ -98,14 +119,16 @@ def left_by_control_groups(root: str = '/') -> list[int]:
       statistics = dict(line.split() for line in _read(folder, 'memory.stat').splitlines())
     except (OSError, ValueError):  # 'max', or a group without these files, such as version 2's root
       continue
-    left.append(max(0, room + sum(int(statistics.get(f'{prefix}{kind}_file', 0)) for kind in ('inactive', 'active'))))
+    cached = [int(statistics.get(f'{prefix}{kind}_file', 0)) for kind in ('inactive', 'active')]
+    left.append(max(0, room + sum(cached)))
   return left
 
 
 def _control_groups(root: str) -> Iterator[tuple[str, int]]:
-  """(folder, version) of this process's groups that may limit memory, and of all above them that can be seen."""
+  """(folder, version) of this process's groups that may limit memory, and of those above them."""
   try:
-    lines, mounts = _read(root, 'proc/self/cgroup').splitlines(), _read(root, 'proc/self/mountinfo').splitlines()
+    lines = _read(root, 'proc/self/cgroup').splitlines()
+    mounts = _read(root, 'proc/self/mountinfo').splitlines()
   except OSError:
     return
   paths = {}

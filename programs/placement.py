@@ -112,10 +112,11 @@ def launcher_environment() -> dict[str, str]:
   """For a process whose JAX is to keep to the CPU, but which still has GPUs to find or to give to others.
 
   Libraries get one thread (XLA's CPU part by NPROC), since the bits of long dot products follow their number of threads; kernels use theirs
-  on whole tiles. An empty grpc_proxy keeps gRPC, which would send even localhost there, from using http_proxy or https_proxy; downloads
-  still do.
+  on whole tiles. An empty grpc_proxy keeps gRPC, which would send even localhost there, from using
+  http_proxy or https_proxy; downloads still do.
   """
-  return {'NPROC': '1', 'JAX_PLATFORMS': 'cpu', 'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1', 'grpc_proxy': ''}
+  return {'NPROC': '1', 'JAX_PLATFORMS': 'cpu', 'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1',
+          'grpc_proxy': ''}
 
 
 def _has_any(packages: Sequence[str]) -> bool:

@@ -87,8 +87,8 @@ class _Client:
     start.log_plainly()
     stop = lp.stop_event()
     address = coordinator.address
-    coordinator = Retrying(coordinator, timeout, stop, _unreachable, functools.partial(_listens, address, published), _note_progress,
-                           address)
+    coordinator = Retrying(coordinator, timeout, stop, _unreachable,
+                           functools.partial(_listens, address, published), _note_progress, address)
     if kind == 'evaluator':
       from nodes import evaluator
       os.nice(_EVALUATOR_NICENESS)

@@ -149,13 +149,14 @@ def outcome(directory: run_directory.RunDirectory) -> int:
 def check_memory(config: dict[str, Any], prepared: store.Prepared, here: Here) -> str:
   """Refuses what this host has no room for; gives the estimate in words."""
   needs, workers = memory.needs(config, prepared), config['system']['num_workers']
-  needed = {Here.ALL: needs.coordinator + workers * needs.worker + needs.evaluator, Here.COORDINATOR: needs.coordinator,
-            Here.NOTHING: 0}[here]
+  needed = {Here.ALL: needs.coordinator + workers * needs.worker + needs.evaluator,
+            Here.COORDINATOR: needs.coordinator, Here.NOTHING: 0}[here]
   available = memory.available()
   if needed > available:
-    raise BadInput(f'this run needs about {memory.in_gib(needed)} GiB of memory here ({needs.in_words()}), {memory.in_gib(available)} GiB '
-                   'are available: lower run.images_per_class, run.plan.target_tile or system.num_workers, or raise '
-                   'run.plan.target_tiles_per_task.')
+    raise BadInput(
+        f'this run needs about {memory.in_gib(needed)} GiB of memory here ({needs.in_words()}), '
+        f'{memory.in_gib(available)} GiB are available: lower run.images_per_class, '
+        'run.plan.target_tile or system.num_workers, or raise run.plan.target_tiles_per_task.')
   if here is not Here.ALL:
     return f'Memory: {needs.in_words()}.'
   return f'Memory: about {memory.in_gib(needed)} GiB of {memory.in_gib(available)} GiB available.'

@@ -64,8 +64,9 @@ def terminal_signals_blocked():
 def supervise(name: str, stop: threading.Event) -> int:
   """Runs the child until it ends by itself, or until this process is to stop; gives its exit status.
 
-  A child that is killed (by whatever signal) or asks for it is started again, with growing pauses while it makes no progress, and no more
-  after _MAX_USELESS such lives, nor after _MAX_IN_VAIN without lasting progress. One that ends by itself, well or not, has said why.
+  A child that is killed (by whatever signal) or asks for it is started again, with growing pauses
+  while it makes no progress, and no more after _MAX_USELESS such lives, nor after _MAX_IN_VAIN
+  without lasting progress. One that ends by itself, well or not, has said why.
   """
   launcher = _process(int(os.environ[LAUNCHER])) if LAUNCHER in os.environ else None
   gone = lambda: stop.is_set() or (LAUNCHER in os.environ and not _is_alive(launcher))

@@ -1,16 +1,21 @@
 #!/bin/sh
-# Runs the demo anew in the folder $1; of what is there it removes an earlier demo and nothing else. $PYTHON is the interpreter.
+# Runs the demo anew in the folder $1; of what is there it removes an earlier demo and nothing else.
+# $PYTHON is the interpreter.
 set -eu
 case $1 in -*) folder=./$1 ;; *) folder=$1 ;; esac
-demo="launch.py --config=configs/digits.py \(--workdir=[^ ]*\|'--workdir=.*'\) --lp_launch_type=local_mp"  # in its command.txt
+config=--config=configs/digits.py
+type=--lp_launch_type=local_mp
+demo="launch.py $config \(--workdir=[^ ]*\|'--workdir=.*'\) $type"  # as command.txt has it
 
 refuse() { printf 'demo: DEMO_DIR=%s %s\n' "$folder" "$1" >&2; exit 2; }
 
 [ -n "$folder" ] || refuse "names no folder."
 if [ -f "$folder/command.txt" ] && grep -qx "[^ ]* $demo" "$folder/command.txt"; then
-  flock -n "$folder/.lock" true || refuse "is in use by a demo that is still going; stop it or choose another."
+  flock -n "$folder/.lock" true ||
+    refuse "is in use by a demo that is still going; stop it or choose another."
   rm -rf -- "$folder"
 elif [ -e "$folder" ] || [ -L "$folder" ]; then
-  [ -d "$folder" ] && [ -z "$(ls -A -- "$folder")" ] || refuse "is not an earlier demo's; choose another, or remove it by hand."
+  [ -d "$folder" ] && [ -z "$(ls -A -- "$folder")" ] ||
+    refuse "is not an earlier demo's; choose another, or remove it by hand."
 fi
-exec "$PYTHON" launch.py --config=configs/digits.py --workdir="$folder" --lp_launch_type=local_mp
+exec "$PYTHON" launch.py $config --workdir="$folder" $type

@@ -1,7 +1,8 @@
 """Builds the native kernel with the system's C++ compiler: `python -m kernels.native.build`.
 
-One shared library per instruction set, from the same sources. Their names carry a hash of sources, flags and XLA's headers, and a library of
-another name is stale. The compiler does not count: what is built is found without one. To build with another, remove `build/`.
+One shared library per instruction set, from the same sources. Their names carry a hash of sources,
+flags and XLA's headers, and a library of another name is stale. The compiler does not count: what
+is built is found without one. To build with another, remove `build/`.
 """
 
 import concurrent.futures
@@ -56,9 +57,11 @@ def build() -> str:
   try:
     FOLDER.mkdir(exist_ok=True)
   except OSError as error:
-    return f'native kernel: not built, {FOLDER} cannot be written ({error.strerror}); the JAX kernel will be used.'
+    return (f'native kernel: not built, {FOLDER} cannot be written ({error.strerror}); '
+            'the JAX kernel will be used.')
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    errors = list(filter(None, pool.map(lambda name: _compile(command, name, _path(name)), missing)))
+    compiled = pool.map(lambda name: _compile(command, name, _path(name)), missing)
+    errors = list(filter(None, compiled))
   if errors:
     return f'native kernel: not built, {" ".join(command)} failed; the JAX kernel will be used.\n{errors[0]}'
   current = {_path(name) for name in INSTRUCTION_SETS}

@@ -2,10 +2,11 @@
 
     PYTHONPATH=. python tests/chaos --workdir=runs/chaos --seed=0
 
-For each kind of step, in one pass and in two halves, two runs of launch.py with worker, coordinator and evaluator processes; in the second a
-seeded schedule kills them (SIGKILL) in the middle of every kind of task and write, pauses some (SIGSTOP), repeats calls and loses answers,
-and cuts the newest checkpoint short once. Exit status 0 if every kill of the schedules struck, and the support set, Adam's state, every
-snapshot and every row of metrics.jsonl are the same.
+For each kind of step, in one pass and in two halves, two runs of launch.py with worker, coordinator
+and evaluator processes; in the second a seeded schedule kills them (SIGKILL) in the middle of every
+kind of task and write, pauses some (SIGSTOP), repeats calls and loses answers, and cuts the newest
+checkpoint short once. Exit status 0 if every kill of the schedules struck, and the support set,
+Adam's state, every snapshot and every row of metrics.jsonl are the same.
 """
 
 import argparse
@@ -24,10 +25,12 @@ import time
 import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-KINDS = {'one pass': (), 'two halves': ('--config.run.plan.support_per_task=10',)}  # of a step, and the flags for it
+# Kinds of steps, and the flags for them.
+KINDS = {'one pass': (), 'two halves': ('--config.run.plan.support_per_task=10',)}
 TASKS = {'one pass': ('support_blocks', 'targets', 'support_vjp'),
          'two halves': ('support_blocks', 'target_blocks', 'target_vjp', 'support_vjp')}
-# What the coordinator waits for: in two halves not for SUPPORT_VJP, whose pieces are there before the last TARGET_VJP's.
+# What the coordinator waits for. In two halves SUPPORT_VJP's pieces are there before the last of
+# TARGET_VJP's, so it never waits for them.
 AWAITED = {'one pass': TASKS['one pass'], 'two halves': TASKS['two halves'][:3]}
 TIMINGS = ('wall_seconds', 'kernel_pairs_per_second')  # of a row: what may differ
 PAUSES = ('kernel_worker', 'evaluator', 'kernel_worker', 'coordinator', 'kernel_worker', 'evaluator')
@@ -73,7 +76,8 @@ class Activity:
 class Havoc(threading.Thread):
   """Kills and pauses the processes of a run until every kind of activity has been struck often enough."""
 
-  def __init__(self, folder: str, workdir: str, activities: dict[str, tuple[str, ...]], seed: int, kills: int):
+  def __init__(self, folder: str, workdir: str, activities: dict[str, tuple[str, ...]], seed: int,
+               kills: int):
     super().__init__(daemon=True)
     self._activities = activities
     self._folder, self._workdir, self._random = folder, workdir, random.Random(seed)
@@ -140,14 +144,20 @@ class Havoc(threading.Thread):
       self.cut = steps[-1]
 
 
-def launch(workdir: str, kind: str, steps: int, calls: float, havoc: Havoc | None, folder: str) -> float:
+def launch(workdir: str, kind: str, steps: int, calls: float, havoc: Havoc | None,
+           folder: str) -> float:
   """Runs launch.py with steps of a kind; gives its seconds."""
   shutil.rmtree(folder, ignore_errors=True)
   os.makedirs(folder)
-  command = [sys.executable, 'launch.py', '--config=configs/digits.py', f'--workdir={workdir}', '--lp_launch_type=local_mp',
-             f'--config.run.num_steps={steps}', '--config.run.images_per_class=2', '--config.run.plan.support_tile=10',
-             f'--config.system.num_workers={WORKERS}', f'--config.system.snapshot_steps={",".join(map(str, range(0, steps, 3)))}',
-             '--config.system.checkpoint_seconds=2', '--config.system.log_seconds=5', '--config.system.evaluation.nn_steps=0', *KINDS[kind]]
+  command = [
+      sys.executable, 'launch.py', '--config=configs/digits.py', f'--workdir={workdir}',
+      '--lp_launch_type=local_mp', f'--config.run.num_steps={steps}',
+      '--config.run.images_per_class=2', '--config.run.plan.support_tile=10',
+      f'--config.system.num_workers={WORKERS}',
+      f'--config.system.snapshot_steps={",".join(map(str, range(0, steps, 3)))}',
+      '--config.system.checkpoint_seconds=2', '--config.system.log_seconds=5',
+      '--config.system.evaluation.nn_steps=0', *KINDS[kind]
+  ]
   environment = {**os.environ, 'PYTHONPATH': os.path.dirname(os.path.abspath(__file__)), 'KIP_CHAOS': folder, 'KIP_CHAOS_CALLS': str(calls)}
   start = time.monotonic()
   with open(os.path.join(folder, 'log'), 'w', encoding='utf-8') as log:
@@ -193,13 +203,16 @@ def compare(peace: str, fire: str) -> list[str]:
 
 
 def survives(kind: str, workdir: str, seed: int, steps: int, kills: int) -> bool:
-  """Whether a run of steps of a kind comes to the same end in peace and under fire; says what happened."""
+  """Whether runs with steps of a kind end the same in peace and under fire; says what happened."""
   peace, fire = os.path.join(workdir, 'peace'), os.path.join(workdir, 'fire')
   seconds = launch(peace, kind, steps, 0.0, None, os.path.join(workdir, 'peace_told'))
   print(f'{kind}, in peace: {steps} steps in {seconds:.0f} s', flush=True)
   told = os.path.join(workdir, 'fire_told')
-  activities = {'kernel_worker': TASKS[kind], 'coordinator': (*AWAITED[kind], 'checkpoint', 'snapshot'),
-                'evaluator': ('evaluate', 'append')}
+  activities = {
+      'kernel_worker': TASKS[kind],
+      'coordinator': (*AWAITED[kind], 'checkpoint', 'snapshot'),
+      'evaluator': ('evaluate', 'append')
+  }
   havoc = Havoc(told, fire, activities, seed, kills)
   seconds_under_fire = launch(fire, kind, steps, 0.03, havoc, told)
 
@@ -207,19 +220,24 @@ def survives(kind: str, workdir: str, seed: int, steps: int, kills: int) -> bool
     with open(os.path.join(told, name), encoding='utf-8') as file:
       return file.read().splitlines()
   calls = collections.Counter(line.split()[0] for line in lines('calls'))
-  print(f'{kind}, under fire: {sum(havoc.killed.values())} kills survived ({havoc.missed} more between activities), '
-        f'{sum(havoc.paused.values())} pauses, {calls["repeated"]} calls repeated, {calls["lost"]} answers lost, '
-        f'the checkpoint of step {int(havoc.cut or -1)} cut short; {len(lines("steps")) - steps} steps redone, '
-        f'{seconds_under_fire - seconds:.0f} s lost')
+  print(
+      f'{kind}, under fire: {sum(havoc.killed.values())} kills survived '
+      f'({havoc.missed} more between activities), {sum(havoc.paused.values())} pauses, '
+      f'{calls["repeated"]} calls repeated, {calls["lost"]} answers lost, '
+      f'the checkpoint of step {int(havoc.cut or -1)} cut short; '
+      f'{len(lines("steps")) - steps} steps redone, {seconds_under_fire - seconds:.0f} s lost')
   for role, struck in activities.items():
-    print(f'  {role}: ' + ', '.join(f'{havoc.killed[role, activity]} in {activity}' for activity in struck))
+    print(f'  {role}: ' +
+          ', '.join(f'{havoc.killed[role, activity]} in {activity}' for activity in struck))
   problems = [f'the run ended before these struck: {", ".join(havoc.left)}'] if havoc.left else []
   if not havoc.cut:
     problems.append('no checkpoint was cut short')
   differing = compare(peace, fire)
   if differing:
     problems.append(f'these differ: {", ".join(differing)}')
-  print('\n'.join(problems) or 'the final state, every snapshot and every row are the same, bit by bit', flush=True)
+  print('\n'.join(problems) or
+        'the final state, every snapshot and every row are the same, bit by bit',
+        flush=True)
   return not problems
 
 
@@ -232,8 +250,10 @@ def main() -> int:
   arguments = parser.parse_args()
   workdir = os.path.abspath(arguments.workdir)
   shutil.rmtree(workdir, ignore_errors=True)
-  survived = [survives(kind, os.path.join(workdir, kind.replace(' ', '_')), arguments.seed, arguments.steps, arguments.kills)
-              for kind in KINDS]
+  survived = [
+      survives(kind, os.path.join(workdir, kind.replace(' ', '_')), arguments.seed, arguments.steps,
+               arguments.kills) for kind in KINDS
+  ]
   return 0 if all(survived) else 1
 
 

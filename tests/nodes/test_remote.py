@@ -47,7 +47,8 @@ def test_it_gives_up_after_the_timeout():
 
 def test_it_says_where_it_looked():
   with pytest.raises(remote.CoordinatorLost, match='has not answered for 0 s at here:1: gone'):
-    remote.Retrying(_Flaky(10 ** 9), 0.1, threading.Event(), _is_connection, address='here:1').add(1, 1)
+    remote.Retrying(_Flaky(10**9), 0.1, threading.Event(), _is_connection,
+                    address='here:1').add(1, 1)
 
 
 def test_no_try_is_wasted_while_nobody_listens():

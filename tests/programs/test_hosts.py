@@ -122,40 +122,72 @@ def test_a_worker_without_a_coordinator_gives_up(tmp_path):
   with socket.socket() as taken:
     taken.bind(('', 0))
     address = f'localhost:{taken.getsockname()[1]}'
-    with _started(tmp_path / 'log', '--role=worker', f'--config={tmp_path}/short.py', f'--coordinator={address}') as process:
+    with _started(tmp_path / 'log', '--role=worker', f'--config={tmp_path}/short.py',
+                  f'--coordinator={address}') as process:
       assert process.wait(60) == 1
-  assert re.search(f'Giving up: the coordinator has not answered for \\d s at {address}: ', (tmp_path / 'log').read_text())
+  assert re.search(f'Giving up: the coordinator has not answered for \\d s at {address}: ',
+                   (tmp_path / 'log').read_text())
 
 
 def test_a_proxy_in_the_environment_is_not_for_the_nodes(tmp_path, npz, cache):
-  proxies = {name: 'http://127.0.0.1:9' for lower in ('http_proxy', 'https_proxy', 'grpc_proxy', 'all_proxy')
-             for name in (lower, lower.upper())}
+  proxies = {
+      name: 'http://127.0.0.1:9'
+      for lower in ('http_proxy', 'https_proxy', 'grpc_proxy', 'all_proxy')
+      for name in (lower, lower.upper())
+  }
   where = f'--workdir={tmp_path}/run'
   with contextlib.ExitStack() as stack:
     start = lambda name, *flags: stack.enter_context(_started(tmp_path / name, *flags, env=proxies))
-    processes = [start('coordinator', '--role=coordinator', '--config=configs/base.py', where, *SMALL, f'--config.run.data.name={npz}',
-                       f'--config.system.cache_dir={cache}', '--config.run.num_steps=2', '--config.system.coordinator_timeout=20'),
-                 start('worker', '--role=worker', where), start('evaluator', '--role=evaluator', where)]
-    assert [process.wait(120) for process in processes] == [0, 0, 0], (tmp_path / 'worker').read_text()
+    processes = [
+        start('coordinator', '--role=coordinator', '--config=configs/base.py', where, *SMALL,
+              f'--config.run.data.name={npz}', f'--config.system.cache_dir={cache}',
+              '--config.run.num_steps=2', '--config.system.coordinator_timeout=20'),
+        start('worker', '--role=worker', where),
+        start('evaluator', '--role=evaluator', where)
+    ]
+    assert [process.wait(120) for process in processes] == [0, 0,
+                                                            0], (tmp_path / 'worker').read_text()
   assert _status(tmp_path / 'run')['state'] == 'finished'
-  assert run_directory.read_address(str(tmp_path / 'run' / 'address')).rpartition(':')[0] == hosts.own_host()
+  assert run_directory.read_address(str(tmp_path / 'run' /
+                                        'address')).rpartition(':')[0] == hosts.own_host()
 
 
-@pytest.mark.parametrize('names, addresses, by_route, expected', [
-    (('node7.cluster', 'node7'), {'node7.cluster': ['10.0.0.7'], 'node7': ['10.0.0.7']}, '10.0.0.7', 'node7.cluster'),
-    (('localhost', 'node7'), {'localhost': ['127.0.0.1', '::1'], 'node7': ['10.0.0.7', 'fe80::1']}, '10.0.0.7', 'node7'),
-    (('node7', 'node7'), {'node7': ['127.0.1.1']}, '10.0.0.7', '10.0.0.7'),  # as Debian has it
-    (('node7', 'node7'), {'node7': ['127.0.1.1', '10.0.0.7']}, '10.0.0.7', '10.0.0.7'),
-    (('localhost.localdomain', 'node7'), {'localhost.localdomain': ['::1']}, '10.0.0.7', '10.0.0.7'),  # nobody knows node7
-    (('localhost', 'node7'), {'localhost': ['127.0.0.1'], 'node7': ['127.0.1.1']}, None, 'localhost'),  # no route
-    (('localhost', 'localhost'), {'localhost': ['127.0.0.1']}, '127.0.0.1', 'localhost'),
-])
-def test_others_are_never_sent_to_a_loopback_address(monkeypatch, caplog, names, addresses, by_route, expected):
+@pytest.mark.parametrize(
+    'names, addresses, by_route, expected',
+    [
+        (('node7.cluster', 'node7'), {
+            'node7.cluster': ['10.0.0.7'],
+            'node7': ['10.0.0.7']
+        }, '10.0.0.7', 'node7.cluster'),
+        (('localhost', 'node7'), {
+            'localhost': ['127.0.0.1', '::1'],
+            'node7': ['10.0.0.7', 'fe80::1']
+        }, '10.0.0.7', 'node7'),
+        (('node7', 'node7'), {
+            'node7': ['127.0.1.1']
+        }, '10.0.0.7', '10.0.0.7'),  # as Debian has it
+        (('node7', 'node7'), {
+            'node7': ['127.0.1.1', '10.0.0.7']
+        }, '10.0.0.7', '10.0.0.7'),
+        (('localhost.localdomain', 'node7'), {
+            'localhost.localdomain': ['::1']
+        }, '10.0.0.7', '10.0.0.7'),  # nobody knows node7
+        (('localhost', 'node7'), {
+            'localhost': ['127.0.0.1'],
+            'node7': ['127.0.1.1']
+        }, None, 'localhost'),  # no route
+        (('localhost', 'localhost'), {
+            'localhost': ['127.0.0.1']
+        }, '127.0.0.1', 'localhost'),
+    ])
+def test_others_are_never_sent_to_a_loopback_address(monkeypatch, caplog, names, addresses,
+                                                     by_route, expected):
 
   def resolve(name, port):
     if name not in addresses:
       raise socket.gaierror(-2, 'Name or service not known')
-    return [(socket.AF_INET, socket.SOCK_STREAM, 6, '', (address, 0)) for address in addresses[name]]
+    return [(socket.AF_INET, socket.SOCK_STREAM, 6, '', (address, 0)) for address in addresses[name]
+           ]
 
   class Probe:
     __enter__ = lambda self: self
@@ -173,7 +205,8 @@ def test_others_are_never_sent_to_a_loopback_address(monkeypatch, caplog, names,
   monkeypatch.setattr(socket, 'getaddrinfo', resolve)
   monkeypatch.setattr(socket, 'socket', Probe)
   assert hosts.own_host() == expected
-  said = 'This host has no name or address that others could reach: only processes of its own can join, unless --host=NAME tells one.'
+  said = ('This host has no name or address that others could reach: '
+          'only processes of its own can join, unless --host=NAME tells one.')
   assert caplog.messages == [said] * (expected == 'localhost')
 
 

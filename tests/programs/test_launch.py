@@ -336,10 +336,19 @@ else:
 
 
 def test_a_proxy_in_the_environment_is_not_for_the_nodes(tmp_path, npz, cache):
-  proxies = {name: 'http://127.0.0.1:9' for lower in ('http_proxy', 'https_proxy', 'grpc_proxy', 'all_proxy')
-             for name in (lower, lower.upper())}
-  done = _run(_command(tmp_path, *SMALL, f'--config.run.data.name={npz}', '--config.run.num_steps=2',
-                       '--config.system.coordinator_timeout=20', cache=cache), timeout=120, env=proxies)
+  proxies = {
+      name: 'http://127.0.0.1:9'
+      for lower in ('http_proxy', 'https_proxy', 'grpc_proxy', 'all_proxy')
+      for name in (lower, lower.upper())
+  }
+  done = _run(_command(tmp_path,
+                       *SMALL,
+                       f'--config.run.data.name={npz}',
+                       '--config.run.num_steps=2',
+                       '--config.system.coordinator_timeout=20',
+                       cache=cache),
+              timeout=120,
+              env=proxies)
   assert done.returncode == 0, done.stdout + done.stderr
   assert _json(tmp_path, 'status.json')['state'] == 'finished'
 

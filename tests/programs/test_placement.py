@@ -16,8 +16,14 @@ from programs import start
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LISTING = 'GPU {0}: NVIDIA H100 80GB HBM3 (UUID: GPU-{0}aaa)\n'
-ON_CPU = {'NPROC': '1', 'JAX_PLATFORMS': 'cpu', 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1',
-          'grpc_proxy': ''}
+ON_CPU = {
+    'NPROC': '1',
+    'JAX_PLATFORMS': 'cpu',
+    'CUDA_VISIBLE_DEVICES': '',
+    'OMP_NUM_THREADS': '1',
+    'OPENBLAS_NUM_THREADS': '1',
+    'grpc_proxy': ''
+}
 SLICES = '  MIG 3g.40gb     Device  0: (UUID: MIG-b0)\n  MIG 3g.40gb     Device  1: (UUID: MIG-b1)\n'
 
 

@@ -38,4 +38,7 @@ def test_what_sbatch_says_is_passed_on(tmp_path, npz, cache):
   (tmp_path / 'sbatch').chmod(0o755)
   done = _submit(tmp_path, npz, cache, path=f'{tmp_path}:{os.environ["PATH"]}')
   assert done.returncode == 2 and 'error: sbatch refuses: sbatch: error: invalid partition' in done.stderr
-  assert re.search(r'Memory: about \d+\.\d GiB for the coordinator, \d+\.\d GiB for each worker, \d+\.\d GiB for the evaluator', done.stderr)
+  assert re.search(
+      r'Memory: about \d+\.\d GiB for the coordinator, \d+\.\d GiB for each worker, '
+      r'\d+\.\d GiB for the evaluator',
+      done.stderr)

@@ -74,7 +74,11 @@ def test_an_error_of_its_own_is_final(node):
     ('supervisor.progressed(lasting=False)\ndie()', 8, 8),
     ('supervisor.progressed(life == 3)\nsupervisor.progressed(False)\ndie()', 12, 8),
     ('supervisor.progressed(False)\nif life == 3: supervisor.progressed()\ndie()', 12, 8),
-], ids=['none', 'a life that lasts', 'a life that does not last', 'never any that lasts', 'once', 'first one, then the other'])
+],
+                         ids=[
+                             'none', 'a life that lasts', 'a life that does not last',
+                             'never any that lasts', 'once', 'first one, then the other'
+                         ])
 def test_lives_without_progress_are_limited(node, work, lives, said):
   process = node(work + '\n')
   assert process.wait(60) == 1 and process.lives() == lives
