@@ -30,6 +30,7 @@ struct Image {
   const L* inverse;    // [variances]: (pi q)^-1/2, 0 where q = 0
   const L* deviation;  // [variances]: (q / 2)^1/2
   const L* pooled;     // for each level after a pooling to distances: the spread within each window, and q
+  const std::conditional_t<std::is_arithmetic_v<L>, double, VectorD>* head;  // see head.h
 };
 
 // The covariances (or their cotangents) of one level at all its offsets; see Level::starts.
