@@ -56,7 +56,7 @@ class Architecture:
 
   @property
   def is_convolutional(self) -> bool:
-    """False where the readout is of the images themselves: no convolution, no pooling, no offsets."""
+    """False if the readout is of the images themselves: no convolution, pooling or offsets."""
     return self.readout != 'flatten' or any(stage.convs or stage.pool for stage in self.stages)
 
   def check_image_size(self, height: int, width: int) -> None:

@@ -5,8 +5,8 @@ fixed `d`, ReLU is pointwise, and only pooling mixes offsets. So each offset str
 offsets that the output depends on (`architectures.band_plan`) are computed at all. The vjp recomputes each offset and pulls
 back through it.
 
-Up to the last ReLU n is held as the half squared distance `m = (q1 + q2) / 2 - n`, of the two pixels' variances q: where patches are
-nearly the same, 1 - cosine decides the gradient, and would be lost in the rounding of n. Input: m = |x1 - x2|² / 2D. A convolution sums m
+Up to the last ReLU n is held as the half squared distance `m = (q1 + q2) / 2 - n`, of the two
+pixels' variances q: where patches are nearly the same, 1 - cosine decides the gradient, and would be lost in the rounding of n. Input: m = |x1 - x2|² / 2D. A convolution sums m
 as it sums n, without the bias, a tap that only one image has (a ghost) counting q / 2 of that image. Pooling takes from the mean over the
 pairs of two windows half of the mean within each window (its spread). The derivatives are those by n and the deviations, at fixed q: a
 cotangent of m is that of n with the sign changed, and all else that m is made of counts as constant.
@@ -52,8 +52,9 @@ _CPU, _GPU = _Budget(2 ** 28, 2 ** 29, 16), _Budget(2 ** 29, 2 ** 31, 256)  # th
 
 _GPU_OPTIONS = {'xla_gpu_deterministic_ops': True, 'xla_gpu_autotune_level': 0}
 
-# What is rounding: of 1 - |c| in hidden layers, which hold n, in float64; and of m after a pooling, relative to √(V (V + q)), V the spread.
-# Identical images must not see the cusp of dot at c = 1, where its square root would turn an error of 1e-7 into one of 1e-4.
+# What is rounding: of 1 - |c| in hidden layers, which hold n, in float64; and of m after a pooling,
+# relative to √(V (V + q)), V the spread. Identical images must not see the cusp of dot at c = 1,
+# where its square root would turn an error of 1e-7 into one of 1e-4.
 _CUSP = 1e-14
 _ROUNDING = {np.dtype('float32'): 2.5e-7, np.dtype('float64'): 2e-15}
 
@@ -164,7 +165,8 @@ def plan(architecture: architectures.Architecture, height: int, width: int) -> l
   size = (height >> len(resolutions), width >> len(resolutions))
   resolutions.append((convs, size, tuple(n - 1 for n in size) if everything else (0, 0)))
   axes = list(zip(*(_axes([(size[i], radius[i]) for _, size, radius in resolutions]) for i in (0, 1))))
-  remaining = [architecture.hidden + sum(convs for convs, _, _ in resolutions[i:]) for i in range(len(resolutions) + 1)]
+  remaining = [architecture.hidden + sum(convs for convs, _, _ in resolutions[i:])
+               for i in range(len(resolutions) + 1)]
   return [Level(convs, axes[i], axes[i + 1] if i + 1 < len(axes) else None, (remaining[i] > 0, remaining[i + 1] > 0))
           for i, (convs, _, _) in enumerate(resolutions)]
 
@@ -209,8 +211,9 @@ def _from_distance(m, s1, s2):
   """n, and r = 1 - c."""
   s12 = s1 * s2
   chord = jnp.maximum(m - 0.5 * (s1 - s2) ** 2, 0)
-  # Patches that are multiples of each other, as without a bias there are. Of any two sizes: |c| <= 1.
-  chord = jnp.where(chord * chord <= _ROUNDING[m.dtype] ** 2 * m * (m + s12), 0, jnp.minimum(chord, 2 * s12))
+  # Without a bias patches may be multiples of each other, or of any two sizes: still |c| <= 1.
+  is_rounding = chord * chord <= _ROUNDING[m.dtype] ** 2 * m * (m + s12)
+  chord = jnp.where(is_rounding, 0, jnp.minimum(chord, 2 * s12))
   return s12 - chord, _ratio(chord, s12)
 
 
@@ -430,8 +433,10 @@ def _sweep(level: Level, network: Network, from_images: bool, source, side1: Sid
 
   if level.above is None:
     def read(total, k):
-      return tuple(sum_ if v is None else sum_ + jnp.sum(v.astype(jnp.float64) * scan.inside(k), (0, 1))
-                   for sum_, v in zip(total, through(k))), None
+      # In float64: hidden layers take the images' spreads from it.
+      parts = (None if v is None else jnp.sum(v.astype(jnp.float64) * scan.inside(k), (0, 1))
+               for v in through(k))
+      return tuple(None if v is None else sum_ + v for sum_, v in zip(total, parts)), None
 
     zero = jnp.zeros(scan.shape[2:], jnp.float64)
     return lax.scan(read, (zero, zero if has_t else None), jnp.arange(level.offsets))[0]
@@ -568,8 +573,9 @@ def _variances(architecture: architectures.Architecture, x) -> list:
   """What the kernel needs of images x [N, H, W, D] on their own.
 
   Returns:
-    q [N, H, W] entering every level up to the last before a ReLU, at its resolution; the spreads of all these levels but the first; and, if
-    there are hidden layers, in float64, q [N] after the readout and (but for fully-connected networks) the spread there.
+    q [N, H, W] entering every level up to the last before a ReLU, at its resolution; the spreads of
+    all these levels but the first; and, if there are hidden layers, in float64, q [N] after the
+    readout and (but for fully-connected networks) the spread there.
   """
   if not architecture.is_convolutional:
     flat = x.reshape(len(x), -1).astype(jnp.float64)
@@ -596,11 +602,15 @@ def _variances(architecture: architectures.Architecture, x) -> list:
   if not architecture.hidden:
     return levels
   mean = jnp.mean(q.astype(jnp.float64), (0, 1))
-  return levels + [lax.stop_gradient(mean) - source, lax.stop_gradient(source)]  # as after a pooling
+  # As after a pooling.
+  return levels + [lax.stop_gradient(mean) - source, lax.stop_gradient(source)]
 
 
 def _variances_vjp(architecture: architectures.Architecture, x, q_bar):
-  """Pulls cotangents of `_variances` back to x. Float64 for fully-connected networks: near the cusp most of it and of the pairs' part cancel."""
+  """Pulls cotangents of `_variances` back to x.
+
+  In float64 for fully-connected networks: near the cusp most of it and of the pairs' part cancel.
+  """
   x = x.astype(jnp.float64) if not architecture.is_convolutional else x
   return jax.vjp(functools.partial(_variances, architecture), x)[1](q_bar)[0]
 
@@ -703,10 +713,11 @@ def _head(architecture, kind, dtype, readout, q1, q2):
   if not architecture.is_convolutional:
     return _dense(architecture, kind, n, t, q1[-1], q2[-1])
   (*_, q1, spread1), (*_, q2, spread2) = q1, q2
-  spreads, variances = (lax.stop_gradient(v1[:, None] + v2) for v1, v2 in ((spread1, spread2), (q1, q2)))
+  spreads = lax.stop_gradient(spread1[:, None] + spread2)
+  variances = lax.stop_gradient(q1[:, None] + q2)
   m = lax.stop_gradient(n) - spreads / 2
   m = jnp.where(m < _ROUNDING[dtype] / 2 * jnp.sqrt(spreads * (spreads + variances)), 0, m)
-  n = variances / 2 - m + (lax.stop_gradient(n) - n)  # the derivative by m, also where it is rounding
+  n = variances / 2 - m + (lax.stop_gradient(n) - n)  # the derivative by m, rounding or not
   return _dense(architecture, kind, n, t, q1, q2)
 
 

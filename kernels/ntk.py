@@ -25,13 +25,13 @@ KEPT_BYTES = 2 ** 31  # of memory, where derivatives are kept there, for all tha
 Cotangent = np.ndarray | Callable[[np.ndarray], np.ndarray]
 
 # Pairs of images that float32 cannot do take float64. Those nearly coincide whose squared distance
-# is below _NEAR times the mean of their squared norms, plus _NEAR_BIAS times the first layer's bias:
-# rounding then shows in their 1 - c, and near the cusp of ReLU's dot the gradient does not fade with
-# the difference. Where squared norms, with that bias, are in a ratio above _FAR, the covariance is
+# is below _NEAR times the mean of their squared norms, plus _NEAR_BIAS times the first layer's
+# bias: rounding then shows in their 1 - c, and near the cusp of ReLU's dot the gradient does not
+# fade with the difference. Where squared norms, with that bias, are in a ratio above _FAR, the covariance is
 # lost beside the larger variance. Without biases lengths do not matter (see ScaleFree), but angles.
 _NEAR = 0.01
 _NEAR_BIAS = 0.1
-_FAR = 100.0
+_FAR = 50.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,7 +141,8 @@ def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'flo
   extra = (parameterization, width) if implementation == 'reference' else ()
 
   def make(dtype):
-    kernel = getattr(importlib.import_module(module), name)(architecture, dtype, threads, kind, *extra)
+    implementation_of = getattr(importlib.import_module(module), name)
+    kernel = implementation_of(architecture, dtype, threads, kind, *extra)
     return kernel if architecture.b_std else ScaleFree(kernel)
 
   has_relu = architecture.hidden > 0 or any(stage.convs for stage in architecture.stages)
@@ -264,7 +265,8 @@ class ScaleFree:
 
 
 class Checked:
-  """Checks and casts what goes into an implementation, and what comes out of it; has float64 for pairs that float32 cannot do."""
+  """Checks and casts what goes into an implementation, and checks what comes out of it; has float64
+  for the pairs that float32 cannot do."""
 
   def __init__(self, kernel: Kernel, make_double: Callable[[], Kernel] | None = None, is_delicate: bool = False):
     """`make_double`: the same kernel in float64; `is_delicate`: whether it is ever needed."""
@@ -309,8 +311,8 @@ class Checked:
 
     def checked_pull_back(cotangent):
       cotangent = self._cotangent(block.shape, cotangent)
-      gradient = self._mended_gradient(pull_back(_without(cotangent, near)), x1, x2, near, cotangent)
-      return self._finite(gradient, x1, x2)
+      gradient = pull_back(_without(cotangent, near))
+      return self._finite(self._mended_gradient(gradient, x1, x2, near, cotangent), x1, x2)
     block = self._finite(self._mended(block, x1, x2, near), x1, x2)
     return Linearised(block, checked_pull_back, nbytes)
 
@@ -321,10 +323,11 @@ class Checked:
     a, b = (_pixels(x).reshape(len(x), -1) for x in (x1, x2))
     if not self._bias:
       a, b = (v.astype(np.float64) for v in (a, b))  # of any size, see ScaleFree
-    squares = [np.einsum('np,np->n', v, v, dtype=np.float64) for v in (a, b)]
-    # A little more than asked for: products are rounded. Then each pair is judged alone: no tile
-    # may change what is done.
-    candidates = self._needs_double(squares[0][:, None], squares[1], a @ b.T, a.shape[1], 1.01)
+    squares = [np.einsum('np,np->n', v, v) for v in (a, b)]
+    # A little more than asked for: these sums are float32's. Then each pair is judged alone: no
+    # tile may change what is done.
+    with np.errstate(over='ignore', invalid='ignore'):  # `_finite` says so
+      candidates = self._needs_double(squares[0][:, None], squares[1], a @ b.T, a.shape[1], 1.01)
 
     def is_near(i, j):
       x, y = a[i].astype(np.float64), b[j].astype(np.float64)
@@ -410,7 +413,7 @@ def _linearised(kernel, x1: Images, x2: Images) -> Linearised:
 
 
 def _scaled(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Images whose largest values are between 1/2 and 1, and the exponents [N] of 2 to multiply them by."""
+  """Images with largest values between 1/2 and 1, and the exponents [N] of 2 to multiply them by."""
   exponents = np.frexp(np.abs(x).max(axis=(1, 2, 3)))[1]
   return _times_powers(x, -exponents), exponents
 

@@ -187,7 +187,8 @@ class _Convolutional(_Program):
     for first, last in self._parts(len(x2), len(x2)):
       right = [table[first:last] for table in left] if symmetric else self._tables(x2[first:last])
       part = self._gpu.empty((len(x1), last - first), self._dtype)
-      self._run('kip_block', part.size, *left, *right, *part.shape, first if symmetric else len(x1), part)
+      diagonal = first if symmetric else len(x1)
+      self._run('kip_block', part.size, *left, *right, *part.shape, diagonal, part)
       values[:, first:last] = self._gpu.download(part)
     return np.triu(values) + np.triu(values, 1).T if symmetric else values
 
@@ -209,7 +210,8 @@ class _Convolutional(_Program):
       self._contract(derivatives, cotangent, sums)
       return self._gradient(x1, left, sums)
 
-    return ntk.Linearised(self._gpu.download(values), pull_back, left[0].nbytes + derivatives.nbytes)
+    nbytes = left[0].nbytes + derivatives.nbytes
+    return ntk.Linearised(self._gpu.download(values), pull_back, nbytes)
 
   def derivatives_bytes(self, rows, columns):
     return rows * columns * max(1, self._plan.derivatives) * self._dtype.itemsize

@@ -22,7 +22,7 @@ class Level:
 
   Attributes:
     has_ntk: whether a convolution lies before this level: the NTK is zero until then.
-    distances: whether a ReLU lies here or after: covariances are then held as half squared distances.
+    distances: whether a ReLU lies here or after: covariances are then half squared distances.
     deviations, halves: where an image's table has what belongs to the level.
     sigma: where a pair's derivatives have it.
     band: where a block's workspace has what enters the level: for each group of the level before a part of its own, of which the first
@@ -114,11 +114,13 @@ def make_plan(architecture: architectures.Architecture, shape: tuple[int, int, i
   threads = min(threads, _enough_threads(height, width))
   everything = architecture.readout == 'global_average_pool'
   hidden = architecture.hidden
-  pair, table, derivatives, pair_bands = _levels(convs, sizes, channels, everything, len(convs) - 1, threads, hidden, ntk=True)
+  pair, table, derivatives, pair_bands = _levels(
+      convs, sizes, channels, everything, len(convs) - 1, threads, hidden, ntk=True)
   last = len(convs) - 1
   if not hidden:  # variances are wanted up to the last ReLU, there at offset 0 only
     last = max((p for p, count in enumerate(convs) if count), default=-1)
-  own, _, _, own_bands = _levels(convs, sizes, channels, everything and hidden > 0, last, threads, hidden, ntk=False)
+  own, _, _, own_bands = _levels(
+      convs, sizes, channels, everything and hidden > 0, last, threads, hidden, ntk=False)
   diagonal = max((level.plane for level in own), default=0)
   bands = max(pair_bands, own_bands)
   exchange = max(level.exchange for level in pair + own)
@@ -134,17 +136,20 @@ def make_plan(architecture: architectures.Architecture, shape: tuple[int, int, i
   constants['long long'] = dict(
       kPixels=channels * plane_size(height, width), kTable=table, kDerivatives=derivatives + hidden,
       kDiagonal=diagonal, kDiagonals=bands, kWorkspace=workspace, kExchangeSize=exchange, kMargin=margin,
-      kReadoutCount=(last_height * last_width) ** (2 if everything else 1), kReadoutPixels=last_height * last_width)
+      kReadoutCount=(last_height * last_width) ** (2 if everything else 1),
+      kReadoutPixels=last_height * last_width)
   constants['bool'] |= dict(kExchangeShared=exchange_shared, kTableShared=table_shared)
   levels = ''.join(f'inline constexpr Level {name}[] = {{{", ".join(map(_literal, levels))}}};\n'
                    for name, levels in (('kPairLevels', pair), ('kSelfLevels', own or pair[:1])))
-  return Plan(_text(real, constants, 'sweep.h', 'pairs.cu', levels=levels), threads, table, derivatives + hidden,
+  source = _text(real, constants, 'sweep.h', 'pairs.cu', levels=levels)
+  return Plan(source, threads, table, derivatives + hidden,
               channels * plane_size(height, width), workspace, workspace * itemsize,
               block_bytes if table_shared else sums_bytes + exchange * itemsize * exchange_shared)
 
 
 def _levels(convs, sizes, channels, everything, last, threads, hidden, ntk):
-  """The levels up to `last`; and the sizes of a table, of derivatives (but for hidden layers), and of all bands.
+  """The levels up to `last`; and the sizes of a table, of derivatives (but for hidden layers), and
+  of all bands.
 
   Args:
     ntk: whether these are a pair's levels, not an image's with itself, whose offsets take turns (offset 0 is a special one).

@@ -66,10 +66,12 @@ class NativeKernel:
     self._cpu = jax.devices('cpu')[0]
 
   def prepare(self, x: np.ndarray) -> ntk.Prepared:
-    """See `ntk.Kernel.prepare`; the tables of plan.h are [N, V + P]: V variances of convolutions' ReLU inputs, P pooled values. Then, in
-    float64, the variances and spreads of what the readout reads [N, 2]."""
+    """See `ntk.Kernel.prepare`; the tables of plan.h are [N, V + P]: V variances of convolutions' ReLU
+    inputs, P pooled values. Then, in float64, the variances and spreads of what the readout reads,
+    [N, 2]."""
     variances, pooled = self._table(*x.shape[1:3])
-    outputs = self._call('tables', [(len(x), variances + pooled), (len(x), 2)], x, dtypes=[self.dtype, np.float64])
+    shapes = [(len(x), variances + pooled), (len(x), 2)]
+    outputs = self._call('tables', shapes, x, dtypes=[self.dtype, np.float64])
     return ntk.Prepared(x, [np.asarray(output) for output in outputs], self)
 
   def block(self, x1: ntk.Images, x2: ntk.Images) -> np.ndarray:

@@ -18,7 +18,9 @@ inline void for_each_of(long long count, F f) {
 
 // Variances [count] of images [count, H, W, D].
 KIP_KERNEL(1) kip_dense_tables(const Real* images, double* tables, int count) {
-  for_each_of(count, [&](long long image) { tables[image] = dot_product(images + image * kPixels, images + image * kPixels, 1); });
+  for_each_of(count, [&](long long image) {
+    tables[image] = dot_product(images + image * kPixels, images + image * kPixels, 1);
+  });
 }
 
 // [kPixels, count], for the loads of the next kernel.
@@ -50,7 +52,8 @@ KIP_KERNEL(1) kip_dense_variances_vjp(const double* tables, const double* deriva
     for_each_hidden(tables[i], [&](int l, double value) { q[l] = value; });
     for (int l = kHidden - 1; l >= 0; --l) {
       double sum = 0;
-      for (int j = 0; j < columns; ++j) sum += double(cotangent[i * columns + j]) * derivatives[(1 + l) * pairs + i * columns + j];
+      for (int j = 0; j < columns; ++j)
+        sum += double(cotangent[i * columns + j]) * derivatives[(1 + l) * pairs + i * columns + j];
       q_bar = ((q[l] > 0 ? sum / (2 * q[l]) : 0) + q_bar / 2) * kWeight;
     }
     variances_bar[i] = q_bar;

@@ -1,9 +1,11 @@
-// Kernels of pairs of images, and images' tables. A block of threads takes one pair (or image) at a time, and has a workspace of its own.
+// Kernels of pairs of images, and images' tables. A block of threads takes one pair (or image) at a
+// time, and has a workspace of its own.
 //
-// A table has an image's pixels, a plane a channel; at each level the deviations (q / 2)^1/2 of each ReLU's input, and, where n is held as
-// m, q / 2 entering the level, and, after a pooling, half of the spread. Readouts have, for hidden layers, the variance and the spread of what
-// the readout reads.
-// A pair's derivatives are those by the first image's pixels, and by its deviations (and hidden variances), each times the deviation.
+// A table has an image's pixels, a plane a channel; at each level the deviations (q / 2)^1/2 of
+// each ReLU's input, and, where n is held as m, q / 2 entering the level, and, after a pooling,
+// half of the spread. Readouts have, for hidden layers, the variance and the spread of what the
+// readout reads. A pair's derivatives are those by the first image's pixels, and by its deviations
+// (and hidden variances), each times the deviation.
 namespace kip {
 
 struct Shared {
@@ -69,18 +71,21 @@ inline void pair_backward(const Real* left, const Real* right, const Shared& sha
   }
 }
 
-// The covariance at the readout, which hidden layers need, given the mean half squared distance there.
+// The covariance at the readout, which hidden layers need, given the mean half squared distance
+// there.
 inline double covariance(double m, const double* left, const double* right) {
   const double spreads = left[1] + right[1], variances = left[0] + right[0];
   m -= spreads / 2;
   // The m below it are good to sqrt(m q) times an ulp.
-  return variances / 2 - (m < double(kRounding<Real>) / 4 * square_root(spreads * (spreads + variances)) ? 0 : m);
+  return variances / 2 -
+         (m < double(kRounding<Real>) / 4 * square_root(spreads * (spreads + variances)) ? 0 : m);
 }
 
 // Pairs i, j of left images [rows] and right ones [columns], but for those with j < i - diagonal: values[i, j].
 template <bool kBackward>
-inline void for_each_pair(const Real* left, const double* left_readouts, const Real* right, const double* right_readouts, int rows, int columns, int diagonal, Real* values, Real* derivatives,
-                          Real* workspace, double* memory) {
+inline void for_each_pair(const Real* left, const double* left_readouts, const Real* right,
+                          const double* right_readouts, int rows, int columns, int diagonal,
+                          Real* values, Real* derivatives, Real* workspace, double* memory) {
   Real* bands = workspace + block() * kWorkspace;
   const Shared shared(memory, bands);
   for (long long unit = block(); unit < (long long)rows * columns; unit += blocks()) {
@@ -134,7 +139,8 @@ inline void self_backward(const Real* table, const Shared& shared, Real* bands, 
 }
 
 // tables [count, kTable] and readouts [count, 2] of images [count, H, W, D].
-KIP_KERNEL(kBackwardBlocks) kip_tables(const Real* images, Real* tables, double* readouts, int count, Real* workspace) {
+KIP_KERNEL(kBackwardBlocks)
+kip_tables(const Real* images, Real* tables, double* readouts, int count, Real* workspace) {
   KIP_SHARED(memory);
   Real* bands = workspace + block() * kWorkspace;
   const Shared shared(memory, bands);
@@ -148,7 +154,8 @@ KIP_KERNEL(kBackwardBlocks) kip_tables(const Real* images, Real* tables, double*
     sync();
     double m = 0, q = 0;
     self_forward<0>(table, shared, bands, m, q);
-    if (!thread()) {  // as after a pooling: the variance of a mean is the mean variance less the spread
+    if (!thread()) {  // as after a pooling: the variance of a mean is the mean variance less the
+                      // spread
       const double spread = m * kReadoutShare;
       readouts[2 * image] = q / kReadoutPixels - spread, readouts[2 * image + 1] = spread;
     }
@@ -157,19 +164,24 @@ KIP_KERNEL(kBackwardBlocks) kip_tables(const Real* images, Real* tables, double*
 }
 
 // values [rows, columns] of the block, but for those with j < i - diagonal.
-KIP_KERNEL(kForwardBlocks) kip_block(const Real* __restrict__ left, const double* __restrict__ left_readouts,
-                               const Real* __restrict__ right, const double* __restrict__ right_readouts, int rows, int columns, int diagonal,
-                               Real* __restrict__ values, Real* __restrict__ workspace) {
+KIP_KERNEL(kForwardBlocks)
+kip_block(const Real* __restrict__ left, const double* __restrict__ left_readouts,
+          const Real* __restrict__ right, const double* __restrict__ right_readouts, int rows,
+          int columns, int diagonal, Real* __restrict__ values, Real* __restrict__ workspace) {
   KIP_SHARED(memory);
-  for_each_pair<false>(left, left_readouts, right, right_readouts, rows, columns, diagonal, values, nullptr, workspace, memory);
+  for_each_pair<false>(left, left_readouts, right, right_readouts, rows, columns, diagonal, values,
+                       nullptr, workspace, memory);
 }
 
 // values [rows, columns] of the block, and every pair's derivatives [rows, columns, kDerivatives].
-KIP_KERNEL(kBackwardBlocks) kip_derivatives(const Real* __restrict__ left, const double* __restrict__ left_readouts,
-                               const Real* __restrict__ right, const double* __restrict__ right_readouts, int rows, int columns,
-                                      Real* __restrict__ values, Real* __restrict__ derivatives, Real* __restrict__ workspace) {
+KIP_KERNEL(kBackwardBlocks)
+kip_derivatives(const Real* __restrict__ left, const double* __restrict__ left_readouts,
+                const Real* __restrict__ right, const double* __restrict__ right_readouts, int rows,
+                int columns, Real* __restrict__ values, Real* __restrict__ derivatives,
+                Real* __restrict__ workspace) {
   KIP_SHARED(memory);
-  for_each_pair<true>(left, left_readouts, right, right_readouts, rows, columns, rows, values, derivatives, workspace, memory);
+  for_each_pair<true>(left, left_readouts, right, right_readouts, rows, columns, rows, values,
+                      derivatives, workspace, memory);
 }
 
 // Adds sum_j cotangent[i, j] derivatives[i, j] to sums [rows, kDerivatives]: j in order, whatever part of a block this is.
@@ -186,7 +198,9 @@ KIP_KERNEL(1) kip_contract(const Real* __restrict__ derivatives, const Real* __r
 }
 
 // gradient [count, D planes] by the images: what `sums` has by their pixels, and through their tables.
-KIP_KERNEL(1) kip_tables_vjp(Real* tables, const double* readouts, const double* sums, double* gradient, int count, Real* workspace) {
+KIP_KERNEL(1)
+kip_tables_vjp(Real* tables, const double* readouts, const double* sums, double* gradient,
+               int count, Real* workspace) {
   KIP_SHARED(memory);
   Real* bands = workspace + block() * kWorkspace;
   const Shared shared(memory, bands);
@@ -199,7 +213,9 @@ KIP_KERNEL(1) kip_tables_vjp(Real* tables, const double* readouts, const double*
     self_forward<0>(table, shared, bands, unused[0], unused[1]);
     for_each_hidden(readouts[2 * image], [&](int l, double q) { hidden[l] = q; });
     for (int l = kHidden - 1; l >= 0; --l)
-      n_bar = ((hidden[l] > 0 ? from[kDerivatives - kHidden + l] / (2 * hidden[l]) : 0) + n_bar / 2) * kWeight;
+      n_bar =
+          ((hidden[l] > 0 ? from[kDerivatives - kHidden + l] / (2 * hidden[l]) : 0) + n_bar / 2) *
+          kWeight;
     sync();
     self_backward<kSelfCount - 1>(table, shared, bands, Real(n_bar * kReadoutShare), from, to);
     sync();

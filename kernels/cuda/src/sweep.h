@@ -1,13 +1,18 @@
-// One level (resolution) of one pair of images: its offsets, one after the other, through the level's convolutions, forward and back.
+// One level (resolution) of one pair of images: its offsets, one after the other, through the
+// level's convolutions, forward and back.
 //
-// At a fixed offset d, covariances n and t, indexed by the pixel y of the first image, form a plane. A thread owns patches of it, `rows` by
-// 2 pixels: the same ones at every offset, so that what it gathers for the first image (its pixels' and deviations' cotangents) stays in
-// registers, in a fixed order, and 2x2 windows of a pooling lie within a thread. Neighbours' values come through planes in shared memory,
-// written by all, read by all: one barrier for each convolution or its adjoint. Where a plane has few patches, a block's threads are several
-// groups, each at an offset of its own, with planes and sums of its own. The mathematics is that of native/src/lines.h: n is held
-// as m = (q1 + q2) / 2 - n up to the last convolution, and taps that only one image has count q / 2 of it.
+// At a fixed offset d, covariances n and t, indexed by the pixel y of the first image, form a
+// plane. A thread owns patches of it, `rows` by 2 pixels: the same ones at every offset, so that
+// what it gathers for the first image (its pixels' and deviations' cotangents) stays in registers,
+// in a fixed order, and 2x2 windows of a pooling lie within a thread. Neighbours' values come
+// through planes in shared memory, written by all, read by all: one barrier for each convolution or
+// its adjoint. Where a plane has few patches, a block's threads are several groups, each at an
+// offset of its own, with planes and sums of its own. The mathematics is that of
+// native/src/lines.h: n is held as m = (q1 + q2) / 2 - n up to the last ReLU, and taps that only
+// one image has count q / 2 of it.
 //
-// Between levels, covariances at all offsets, and then their cotangents in their place, lie in the block's workspace, which a cache holds.
+// Between levels, covariances at all offsets, and then their cotangents in their place, lie in the
+// block's workspace, which a cache holds.
 namespace kip {
 
 struct Offset {
@@ -80,7 +85,8 @@ class Sweep {
     for (int e = thread(); e < kGroups * 6 * kExchange; e += kThreads) exchange_[e] = 0;
   }
 
-  // The readout's sums of n (or m) and t over this thread's pixels; of an image with itself, of m and of the variances.
+  // The readout's sums of n (or m) and t over this thread's pixels; of an image with itself, of m
+  // and of the variances.
   double n_sum = 0, t_sum = 0;
 
   void forward() {

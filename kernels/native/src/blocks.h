@@ -13,8 +13,9 @@ Index tiles_of(Index count) {
   return (count + kLanes<T> - 1) / kLanes<T>;
 }
 
-// `count` images, their tables: the variances of their convolutions' ReLU inputs, then the pooled values; and, where there are hidden
-// layers, the variance and the spread of what the readout reads.
+// `count` images, their tables: the variances of their convolutions' ReLU inputs, then the pooled
+// values; and, where there are hidden layers, the variance and the spread of what the readout
+// reads.
 template <class T>
 struct ImageSet {
   const T* pixels;         // [count, H, W, D]
@@ -63,7 +64,8 @@ struct LeftTables {
     }
   }
   Image<T> image(Index i) const {
-    return {pixels + i * plan.image_size(), inverse.data() + i * count, deviation.data() + i * count, tables + i * plan.table() + count,
+    return {pixels + i * plan.image_size(), inverse.data() + i * count,
+            deviation.data() + i * count, tables + i * plan.table() + count,
             head.data() + i * head_size(plan)};
   }
 
@@ -97,14 +99,16 @@ struct RightTables {
       std::vector<double> values(head_size(plan));
       double* to = reinterpret_cast<double*>(head.data() + k * head_size(plan) * kParts<T>);
       for (int lane = 0; lane < kLanes<T>; ++lane) {
-        fill_head(plan, x.readouts + 2 * std::min((first_tile + k) * kLanes<T> + lane, x.count - 1), values.data());
+        fill_head(plan, x.readouts + 2 * std::min((first_tile + k) * kLanes<T> + lane, x.count - 1),
+                  values.data());
         for (Index e = 0; e < head_size(plan); ++e) to[e * kLanes<T> + lane] = values[e];
       }
     });
   }
   Image<V> tile(Index k) const {
-    return {pixels.data() + k * plan.image_size(), inverse.data() + k * count, deviation.data() + k * count,
-            pooled.data() + k * plan.pooled, head.data() + k * head_size(plan) * kParts<T>};
+    return {pixels.data() + k * plan.image_size(), inverse.data() + k * count,
+            deviation.data() + k * count, pooled.data() + k * plan.pooled,
+            head.data() + k * head_size(plan) * kParts<T>};
   }
 
   const Plan& plan;
@@ -126,7 +130,8 @@ void for_each_image(Index count, Index tile, F f) {
   for (int lane = 0; lane < kLanes<T> && tile * kLanes<T> + lane < count; ++lane) f(tile * kLanes<T> + lane, lane);
 }
 
-// Runs f(worker, tile, pixels) for each tile of images [count, H, W, D]; the tile's pixels have an image a lane.
+// Runs f(worker, tile, pixels) for each tile of images [count, H, W, D]; the tile's pixels have an
+// image a lane.
 template <class T, class F>
 void for_each_tile(const Plan& plan, const T* pixels, Index count, std::size_t workers, F f) {
   std::vector<Buffer<Vector<T>>> lanes;
@@ -139,28 +144,32 @@ void for_each_tile(const Plan& plan, const T* pixels, Index count, std::size_t w
 
 // The tables [count, table] of images [count, H, W, D], and their readouts [count, 2].
 template <class T>
-void compute_tables(const Plan& plan, const T* pixels, Index count, T* tables, double* readouts, std::size_t threads) {
+void compute_tables(const Plan& plan, const T* pixels, Index count, T* tables, double* readouts,
+                    std::size_t threads) {
   const auto store = [&](Index tile, const Lanes<T>& variance, const Lanes<T>& spread) {
     for_each_image<T>(count, tile, [&](Index image, int lane) {
       readouts[2 * image] = variance.get(lane), readouts[2 * image + 1] = spread.get(lane);
     });
   };
   if (plan.fully_connected()) {
-    return for_each_tile(plan, pixels, count, threads, [&](std::size_t, Index tile, const Vector<T>* lanes) {
-      Lanes<T> variance = squares<T>(lanes, plan.image_size());
-      for (auto& part : variance.part) part *= plan.dot_product_share();
-      store(tile, variance, {});
-    });
+    return for_each_tile(plan, pixels, count, threads,
+                         [&](std::size_t, Index tile, const Vector<T>* lanes) {
+                           Lanes<T> variance = squares<T>(lanes, plan.image_size());
+                           for (auto& part : variance.part) part *= plan.dot_product_share();
+                           store(tile, variance, {});
+                         });
   }
   auto engines = make_engines<T, VarianceEngine<T>>(plan, tiles_of<T>(count), threads);
-  for_each_tile(plan, pixels, count, engines.size(), [&](std::size_t worker, Index tile, const Vector<T>* lanes) {
-    Lanes<T> variance, spread;
-    const auto& values = engines[worker].forward(lanes, variance, spread);
-    for_each_image<T>(count, tile, [&](Index image, int lane) {
-      for (Index e = 0; e < plan.table(); ++e) tables[image * plan.table() + e] = values[e][lane];
-    });
-    store(tile, variance, spread);
-  });
+  for_each_tile(plan, pixels, count, engines.size(),
+                [&](std::size_t worker, Index tile, const Vector<T>* lanes) {
+                  Lanes<T> variance, spread;
+                  const auto& values = engines[worker].forward(lanes, variance, spread);
+                  for_each_image<T>(count, tile, [&](Index image, int lane) {
+                    for (Index e = 0; e < plan.table(); ++e)
+                      tables[image * plan.table() + e] = values[e][lane];
+                  });
+                  store(tile, variance, spread);
+                });
 }
 
 // Adds to gradient [count, H, W, D] what the variances contribute, given their cotangents q_bar [count, variances].
@@ -169,25 +178,29 @@ void add_variances_vjp(const Plan& plan, const T* pixels, Index count, const dou
   if (plan.fully_connected()) {
     return parallel_for(threads, count, [&](std::size_t, Index image) {
       double n_bar = 0;
-      for (Index e = plan.variances; e-- > 0;) n_bar = (q_bar[image * plan.variances + e] + n_bar * 0.5) * plan.network.w;
+      for (Index e = plan.variances; e-- > 0;)
+        n_bar = (q_bar[image * plan.variances + e] + n_bar * 0.5) * plan.network.w;
       for (Index e = image * plan.image_size(); e < (image + 1) * plan.image_size(); ++e)
         gradient[e] += 2 * n_bar * plan.dot_product_share() * double(pixels[e]);
     });
   }
   auto engines = make_engines<T, VarianceEngine<T>>(plan, tiles_of<T>(count), threads);
-  for_each_tile(plan, pixels, count, engines.size(), [&](std::size_t worker, Index tile, const Vector<T>* lanes) {
-    VarianceEngine<T>& engine = engines[worker];
-    Lanes<T> variance, spread;
-    engine.forward(lanes, variance, spread);
-    Buffer<Vector<T>> bars(plan.variances);
-    for_each_image<T>(count, tile, [&](Index image, int lane) {
-      for (Index e = 0; e < plan.variances; ++e) bars[e][lane] = T(q_bar[image * plan.variances + e]);
-    });
-    const auto& pixel_bar = engine.backward(bars.data());
-    for_each_image<T>(count, tile, [&](Index image, int lane) {
-      for (Index e = 0; e < plan.image_size(); ++e) gradient[image * plan.image_size() + e] += 2 * double(pixel_bar[e][lane]);
-    });
-  });
+  for_each_tile(plan, pixels, count, engines.size(),
+                [&](std::size_t worker, Index tile, const Vector<T>* lanes) {
+                  VarianceEngine<T>& engine = engines[worker];
+                  Lanes<T> variance, spread;
+                  engine.forward(lanes, variance, spread);
+                  Buffer<Vector<T>> bars(plan.variances);
+                  for_each_image<T>(count, tile, [&](Index image, int lane) {
+                    for (Index e = 0; e < plan.variances; ++e)
+                      bars[e][lane] = T(q_bar[image * plan.variances + e]);
+                  });
+                  const auto& pixel_bar = engine.backward(bars.data());
+                  for_each_image<T>(count, tile, [&](Index image, int lane) {
+                    for (Index e = 0; e < plan.image_size(); ++e)
+                      gradient[image * plan.image_size() + e] += 2 * double(pixel_bar[e][lane]);
+                  });
+                });
 }
 
 // Runs f(engine, i, k, tile, right) for each left image and each of the tiles, `per_round` tiles at a time, and after(first_tile, tiles)
@@ -211,7 +224,8 @@ inline Index tiles_per_round(Index bytes_per_tile) { return std::max<Index>(1, k
 
 template <class T>
 Index tile_bytes(const Plan& plan) {
-  return (plan.image_size() + 2 * plan.convolution_variances() + plan.pooled + head_size(plan) * kParts<T>) * kVectorBytes;
+  return (plan.image_size() + 2 * plan.convolution_variances() + plan.pooled +
+          head_size(plan) * kParts<T>)*kVectorBytes;
 }
 
 template <class T>
@@ -225,14 +239,17 @@ inline constexpr int kGroup = 8;
 // Vectors of a row at a time: with the group's, as many sums as registers.
 inline constexpr int kColumns = kVectorBytes == 64 ? 3 : 1;
 
-// Adds sum_j weights[i, j] rows[j, e] to sums[i, e] for all i, and e from `first` for kColumns vectors (up to `size`), in double: near the
-// cusp most of the sum and of what the variances contribute cancel.
+// Adds sum_j weights[i, j] rows[j, e] to sums[i, e] for all i, and e from `first` for kColumns
+// vectors (up to `size`), in double: near the cusp most of the sum and of what the variances
+// contribute cancel.
 template <class T>
-void add_weighted_rows(const double* weights, Index images, const T* rows, Index count, Index size, Index first, double* sums,
-                       Index stride) {
+void add_weighted_rows(const double* weights, Index images, const T* rows, Index count, Index size,
+                       Index first, double* sums, Index stride) {
   constexpr Index kRows = 64, kWidth = kColumns * kLanes<double>;
   const Index width = std::min(kWidth, size - first);
-  Buffer<VectorD> packed(kRows * kColumns);  // where they lie, the same columns of all rows may share a few lines of the cache
+  Buffer<VectorD> packed(
+      kRows *
+      kColumns);  // where they lie, the same columns of all rows may share a few lines of the cache
   for (Index begin = 0; begin < count; begin += kRows) {
     const Index run = std::min(kRows, count - begin);
     for (Index j = 0; j < run; ++j) {
@@ -245,7 +262,8 @@ void add_weighted_rows(const double* weights, Index images, const T* rows, Index
       VectorD total[kGroup][kColumns] = {};
       for (Index j = 0; j < run; ++j)
         for (int g = 0; g < kGroup; ++g)
-          for (int c = 0; c < kColumns; ++c) total[g][c] += spread<VectorD>(from[g][j]) * packed[j * kColumns + c];
+          for (int c = 0; c < kColumns; ++c)
+            total[g][c] += spread<VectorD>(from[g][j]) * packed[j * kColumns + c];
       for (int g = 0; g < std::min<Index>(kGroup, images - i); ++g) {
         double values[kWidth];
         std::memcpy(values, total[g], sizeof(values));
@@ -255,7 +273,8 @@ void add_weighted_rows(const double* weights, Index images, const T* rows, Index
   }
 }
 
-// Calls f(head, kernel, i, tile) for each pair of a left image and a tile (symmetric: that reaches above the diagonal), after head.forward.
+// Calls f(head, kernel, i, tile) for each pair of a left image and a tile (symmetric: that reaches
+// above the diagonal), after head.forward.
 template <class T, class F>
 void for_each_dense_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmetric, std::size_t threads, F f) {
   const LeftTables<T> left(plan, x1);
@@ -275,7 +294,8 @@ void for_each_dense_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool 
       for (Index i = begin; i < std::min(begin + kGroup, x1.count); ++i) {
         for (auto& part : n[i - begin].part) part *= plan.dot_product_share();
         Head<T>& head = heads[worker];
-        const Lanes<T> kernel = head.forward(left.image(i).head, right.tile(k).head, n[i - begin], {});
+        const Lanes<T> kernel =
+            head.forward(left.image(i).head, right.tile(k).head, n[i - begin], {});
         f(head, kernel.narrowed(), i, first + k);
       }
     });
@@ -285,7 +305,9 @@ void for_each_dense_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool 
 template <class T>
 void compute_dense_block(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmetric, T* block, std::size_t threads) {
   for_each_dense_unit(plan, x1, x2, symmetric, threads,
-                      [&](Head<T>&, Vector<T> kernel, Index i, Index tile) { store_block<T>(kernel, i, tile, x2.count, block); });
+                      [&](Head<T>&, Vector<T> kernel, Index i, Index tile) {
+                        store_block<T>(kernel, i, tile, x2.count, block);
+                      });
 }
 
 // block [A, B]. symmetric: x1 and x2 are the same images.
@@ -319,9 +341,13 @@ void finish_gradient(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1
   for (Index i = 0; i < x1.count; ++i) {
     const double* from = sums.data() + i * derivatives(plan);
     std::copy(from, from + size, pixel_bar.data() + i * size);
-    const auto divide = [&](Index e, double q) { q_bar[i * count + e] = q > 0 ? from[size + e] / (2 * q) : 0; };
-    for (Index e = 0; e < plan.convolution_variances(); ++e) divide(e, x1.tables[i * plan.table() + e]);
-    for_each_hidden(plan, x1.readouts[2 * i], [&](int l, double q) { divide(plan.convolution_variances() + l, q); });
+    const auto divide = [&](Index e, double q) {
+      q_bar[i * count + e] = q > 0 ? from[size + e] / (2 * q) : 0;
+    };
+    for (Index e = 0; e < plan.convolution_variances(); ++e)
+      divide(e, x1.tables[i * plan.table() + e]);
+    for_each_hidden(plan, x1.readouts[2 * i],
+                    [&](int l, double q) { divide(plan.convolution_variances() + l, q); });
   }
   if (count) add_variances_vjp(variance_plan, x1.pixels, x1.count, q_bar.data(), pixel_bar.data(), threads);
   for (Index e = 0; e < x1.count * size; ++e) gradient[e] = T(pixel_bar[e]);
@@ -358,18 +384,21 @@ void compute_dense_vjp(const Plan& plan, const Plan& variance_plan, ImageSet<T> 
   Buffer<double> weights(x1.count * x2.count);          // of x2's pixels in the gradient by x1's
   Buffer<double> pieces(x1.count * tiles * variances);  // of sigma
   Buffer<double> sums(x1.count * count);
-  for_each_dense_unit(plan, x1, x2, false, threads, [&](Head<T>& head, Vector<T> kernel, Index i, Index tile) {
-    store_block<T>(kernel, i, tile, x2.count, block);
-    const Weights<T> lanes(cotangent, i, tile, x2.count);
-    double* piece = pieces.data() + (i * tiles + tile) * variances;
-    Lanes<T> n_bar, t_bar;
-    head.backward(n_bar, t_bar, [&](int l, const Lanes<T>& sigma) {
-      for (int lane = 0; lane < kLanes<T>; ++lane) piece[l] += lanes.values[lane] * sigma.get(lane);
-    });
-    for_each_image<T>(x2.count, tile, [&](Index j, int lane) {
-      weights[i * x2.count + j] = n_bar.get(lane) * lanes.values[lane] * plan.dot_product_share();
-    });
-  });
+  for_each_dense_unit(plan, x1, x2, false, threads,
+                      [&](Head<T>& head, Vector<T> kernel, Index i, Index tile) {
+                        store_block<T>(kernel, i, tile, x2.count, block);
+                        const Weights<T> lanes(cotangent, i, tile, x2.count);
+                        double* piece = pieces.data() + (i * tiles + tile) * variances;
+                        Lanes<T> n_bar, t_bar;
+                        head.backward(n_bar, t_bar, [&](int l, const Lanes<T>& sigma) {
+                          for (int lane = 0; lane < kLanes<T>; ++lane)
+                            piece[l] += lanes.values[lane] * sigma.get(lane);
+                        });
+                        for_each_image<T>(x2.count, tile, [&](Index j, int lane) {
+                          weights[i * x2.count + j] =
+                              n_bar.get(lane) * lanes.values[lane] * plan.dot_product_share();
+                        });
+                      });
   constexpr Index kWidth = kColumns * kLanes<double>;
   parallel_for(threads, (size + kWidth - 1) / kWidth, [&](std::size_t, Index unit) {
     add_weighted_rows(weights.data(), x1.count, x2.pixels, x2.count, size, unit * kWidth, sums.data(), count);

@@ -62,7 +62,10 @@ class PairEngine {
     const double share = plan_.readout_share();
     Lanes<T> n = Lanes<T>::from([&](int lane) { return n_sum[lane] * share; });
     if (plan_.distances_to_readout()) n = head_.covariance(left.head, right.head, n);
-    return head_.forward(left.head, right.head, n, Lanes<T>::from([&](int lane) { return t_sum[lane] * share; })).narrowed();
+    return head_
+        .forward(left.head, right.head, n,
+                 Lanes<T>::from([&](int lane) { return t_sum[lane] * share; }))
+        .narrowed();
   }
 
   // After `forward`: sets the derivatives of the kernel by the left image's pixels, and by its deviations (each times the deviation).
@@ -70,9 +73,11 @@ class PairEngine {
     pixel_bar_.clear();
     sigma_.clear();
     Lanes<T> n_bar, t_bar;
-    head_.backward(n_bar, t_bar,
-                   [&](int l, const Lanes<T>& sigma) { sigma_[plan_.convolution_variances() + l] = sigma.narrowed(); });
-    readout_.set_cotangents(n_bar.narrowed() * T(plan_.readout_share()), t_bar.narrowed() * T(plan_.readout_share()));
+    head_.backward(n_bar, t_bar, [&](int l, const Lanes<T>& sigma) {
+      sigma_[plan_.convolution_variances() + l] = sigma.narrowed();
+    });
+    readout_.set_cotangents(n_bar.narrowed() * T(plan_.readout_share()),
+                            t_bar.narrowed() * T(plan_.readout_share()));
     spare_.clear();
     lines_.set_images(left, right);
     for (int p = levels() - 1; p >= 0; --p) {
@@ -125,10 +130,12 @@ class VarianceEngine {
         next_plane_(plan.pixels * 2),
         readout_(plan.max_width, plan.distances_to_readout()) {}
 
-  // The tables of images [H, W, D]: the variance of each convolution's ReLU's input, and the pooled values. Where there are hidden layers,
-  // sets the variance and the spread of what the readout reads.
+  // The tables of images [H, W, D]: the variance of each convolution's ReLU's input, and the pooled
+  // values. Where there are hidden layers, sets the variance and the spread of what the readout
+  // reads.
   const Buffer<V>& forward(const V* pixels, Lanes<T>& variance, Lanes<T>& spread) {
-    images_ = {pixels, inverse_.data(), deviation_.data(), table_.data() + plan_.convolution_variances(), nullptr};
+    images_ = {pixels, inverse_.data(), deviation_.data(),
+               table_.data() + plan_.convolution_variances(), nullptr};
     lines_.set_images(images_, images_);
     readout_.clear();
     double sum[kLanes<T>] = {}, unused[kLanes<T>] = {};
@@ -158,7 +165,8 @@ class VarianceEngine {
         });
       }
     }
-    if (plan_.network.hidden) {  // as after a pooling: the variance of a mean is the mean variance less the spread
+    if (plan_.network.hidden) {  // as after a pooling: the variance of a mean is the mean variance
+                                 // less the spread
       spread = Lanes<T>::from([&](int lane) { return sum[lane] * plan_.readout_share(); });
       variance = mean_diagonal();
       for (int k = 0; k < kParts<T>; ++k) variance.part[k] -= spread.part[k];
@@ -171,7 +179,8 @@ class VarianceEngine {
     pixel_bar_.clear();
     sigma_.clear();
     V n_bar{};
-    for (Index e = plan_.variances; e-- > plan_.convolution_variances();) n_bar = (q_bar[e] + n_bar * T(0.5)) * T(plan_.network.w);
+    for (Index e = plan_.variances; e-- > plan_.convolution_variances();)
+      n_bar = (q_bar[e] + n_bar * T(0.5)) * T(plan_.network.w);
     readout_.set_cotangents(plan_.network.hidden ? n_bar * T(plan_.readout_share()) : n_bar, V{});
     spare_.clear();
     for (int p = levels() - 1; p >= 0; --p) {
@@ -214,7 +223,8 @@ class VarianceEngine {
     double sum[kLanes<T>] = {};
     for (int y = 0; y < level.height; ++y)
       for (int x = 0; x < level.width; ++x)
-        for (int lane = 0; lane < kLanes<T>; ++lane) sum[lane] += plane_[y * (level.width + 1) + x][lane];
+        for (int lane = 0; lane < kLanes<T>; ++lane)
+          sum[lane] += plane_[y * (level.width + 1) + x][lane];
     return Lanes<T>::from([&](int lane) { return sum[lane] / level.pixels(); });
   }
 

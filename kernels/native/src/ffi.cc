@@ -1,5 +1,5 @@
-// The handlers that XLA calls; shapes are [A, H, W, D] images, [A, table] tables, [A, B] blocks, in float32 or float64, and [A, 2] readouts
-// in float64.
+// The handlers that XLA calls; shapes are [A, H, W, D] images, [A, table] tables, [A, B] blocks, in
+// float32 or float64, and [A, 2] readouts in float64.
 #include <stdexcept>
 #include <string>
 
@@ -83,44 +83,51 @@ ffi::Error tables(Array x, Out out, Out readouts, const Attributes& attributes) 
   return dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     const Settings settings(attributes);
-    compute_tables(settings.plan(x, false), data<T>(x), x.dimensions()[0], data<T>(out), data<double>(readouts),
-                   settings.threads);
+    compute_tables(settings.plan(x, false), data<T>(x), x.dimensions()[0], data<T>(out),
+                   data<double>(readouts), settings.threads);
   });
 }
 
-ffi::Error block(Array x1, Array q1, Array r1, Array x2, Array q2, Array r2, Out out, const Attributes& attributes) {
+ffi::Error block(Array x1, Array q1, Array r1, Array x2, Array q2, Array r2, Out out,
+                 const Attributes& attributes) {
   return dispatch(x1, [&](auto zero) {
     using T = decltype(zero);
     const Settings settings(attributes);
     compute_block(settings.plan(x1, true), image_set<T>(x1, q1, r1), image_set<T>(x2, q2, r2),
-                  attribute<std::int64_t>(attributes, "symmetric") != 0, data<T>(out), settings.threads);
+                  attribute<std::int64_t>(attributes, "symmetric") != 0, data<T>(out),
+                  settings.threads);
   });
 }
 
-ffi::Error vjp(Array x1, Array q1, Array r1, Array x2, Array q2, Array r2, Array cotangent, Out out, Out gradient, const Attributes& attributes) {
+ffi::Error vjp(Array x1, Array q1, Array r1, Array x2, Array q2, Array r2, Array cotangent, Out out,
+               Out gradient, const Attributes& attributes) {
   return dispatch(x1, [&](auto zero) {
     using T = decltype(zero);
     const Settings settings(attributes);
-    compute_vjp(settings.plan(x1, true), settings.plan(x1, false), image_set<T>(x1, q1, r1), image_set<T>(x2, q2, r2), data<const T>(cotangent),
-                data<T>(out), data<T>(gradient), settings.threads);
+    compute_vjp(settings.plan(x1, true), settings.plan(x1, false), image_set<T>(x1, q1, r1),
+                image_set<T>(x2, q2, r2), data<const T>(cotangent), data<T>(out), data<T>(gradient),
+                settings.threads);
   });
 }
 
-ffi::Error derivatives_of_block(Array x1, Array q1, Array r1, Array x2, Array q2, Array r2, Out out, Out values, const Attributes& attributes) {
+ffi::Error derivatives_of_block(Array x1, Array q1, Array r1, Array x2, Array q2, Array r2, Out out,
+                                Out values, const Attributes& attributes) {
   return dispatch(x1, [&](auto zero) {
     using T = decltype(zero);
     const Settings settings(attributes);
-    compute_derivatives(settings.plan(x1, true), image_set<T>(x1, q1, r1), image_set<T>(x2, q2, r2), data<T>(out), data<T>(values),
-                        settings.threads);
+    compute_derivatives(settings.plan(x1, true), image_set<T>(x1, q1, r1), image_set<T>(x2, q2, r2),
+                        data<T>(out), data<T>(values), settings.threads);
   });
 }
 
-ffi::Error pull_back_cotangent(Array x1, Array q1, Array r1, Array values, Array cotangent, Out gradient, const Attributes& attributes) {
+ffi::Error pull_back_cotangent(Array x1, Array q1, Array r1, Array values, Array cotangent,
+                               Out gradient, const Attributes& attributes) {
   return dispatch(x1, [&](auto zero) {
     using T = decltype(zero);
     const Settings settings(attributes);
-    pull_back(settings.plan(x1, true), settings.plan(x1, false), image_set<T>(x1, q1, r1), cotangent.dimensions()[1], data<const T>(values),
-              data<const T>(cotangent), data<T>(gradient), settings.threads);
+    pull_back(settings.plan(x1, true), settings.plan(x1, false), image_set<T>(x1, q1, r1),
+              cotangent.dimensions()[1], data<const T>(values), data<const T>(cotangent),
+              data<T>(gradient), settings.threads);
   });
 }
 
@@ -132,10 +139,14 @@ ffi::Error pull_back_cotangent(Array x1, Array q1, Array r1, Array values, Array
 #define KIP_OUT .Ret<xla::ffi::AnyBuffer>()
 
 KIP_HANDLER(KipTables, kip::tables, KIP_ARRAY KIP_OUT KIP_OUT);
-KIP_HANDLER(KipBlock, kip::block, KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT);
-KIP_HANDLER(KipVjp, kip::vjp, KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT KIP_OUT);
-KIP_HANDLER(KipDerivatives, kip::derivatives_of_block, KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT KIP_OUT);
-KIP_HANDLER(KipPullBack, kip::pull_back_cotangent, KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT);
+KIP_HANDLER(KipBlock, kip::block,
+            KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT);
+KIP_HANDLER(KipVjp, kip::vjp,
+            KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT KIP_OUT);
+KIP_HANDLER(KipDerivatives, kip::derivatives_of_block,
+            KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT KIP_OUT);
+KIP_HANDLER(KipPullBack, kip::pull_back_cotangent,
+            KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT);
 
 extern "C" {
 

@@ -1,5 +1,6 @@
-// What follows the readout: hidden Dense + ReLU layers, and the output. A number a pair, so that it is all in double: a layer's cosine may be
-// so near to 1 that a rounding of float32 is more than what the gradient depends on.
+// What follows the readout: hidden Dense + ReLU layers, and the output. A number a pair, so that it
+// is all in double: a layer's cosine may be so near to 1 that a rounding of float32 is more than
+// what the gradient depends on.
 #pragma once
 
 #include <cmath>
@@ -10,7 +11,8 @@
 namespace kip {
 
 template <class T>
-inline constexpr int kParts = sizeof(double) / sizeof(T);  // vectors of double for as many lanes as a vector of T has
+inline constexpr int kParts =
+    sizeof(double) / sizeof(T);  // vectors of double for as many lanes as a vector of T has
 
 // A double a lane.
 template <class T>
@@ -42,8 +44,11 @@ T deviation(T q) {
   return std::sqrt(q / 2);
 }
 
-// What this part needs of an image: its variance and its spread at the readout; then of each hidden layer the inverse and the deviation.
-inline Index head_size(const Plan& plan) { return plan.network.hidden ? 2 + 2 * plan.network.hidden : 0; }
+// What this part needs of an image: its variance and its spread at the readout; then of each hidden
+// layer the inverse and the deviation.
+inline Index head_size(const Plan& plan) {
+  return plan.network.hidden ? 2 + 2 * plan.network.hidden : 0;
+}
 
 // Calls f(l, q): the variance of hidden layer l's input, given that at the readout.
 template <class F>
@@ -58,22 +63,30 @@ void for_each_hidden(const Plan& plan, double q, F f) {
 // readout: variance and spread.
 inline void fill_head(const Plan& plan, const double* readout, double* head) {
   std::copy(readout, readout + std::min<Index>(2, head_size(plan)), head);
-  for_each_hidden(plan, readout[0], [&](int l, double q) { head[2 + 2 * l] = inverse(q), head[3 + 2 * l] = deviation(q); });
+  for_each_hidden(plan, readout[0], [&](int l, double q) {
+    head[2 + 2 * l] = inverse(q), head[3 + 2 * l] = deviation(q);
+  });
 }
 
-// Of a left image and as many right ones as a vector of T has lanes: head[size], and head[size][lanes].
+// Of a left image and as many right ones as a vector of T has lanes: head[size], and
+// head[size][lanes].
 template <class T>
 class Head {
  public:
   using V = VectorD;
 
-  explicit Head(const Plan& plan) : plan_(plan), w_(plan.network.w), b_(plan.network.b), hidden_(plan.network.hidden * kParts<T>) {}
+  explicit Head(const Plan& plan)
+      : plan_(plan),
+        w_(plan.network.w),
+        b_(plan.network.b),
+        hidden_(plan.network.hidden * kParts<T>) {}
 
   // The covariance at the readout, given the mean half squared distance there.
   Lanes<T> covariance(const double* left, const V* right, const Lanes<T>& m) const {
     Lanes<T> n;
     for (int k = 0; k < kParts<T>; ++k) {
-      const V spreads = left[1] + right[kParts<T> + k], variances = left[0] + right[k], distance = m.part[k] - spreads / 2;
+      const V spreads = left[1] + right[kParts<T> + k], variances = left[0] + right[k],
+              distance = m.part[k] - spreads / 2;
       // The m below it are good to sqrt(m q) times an ulp.
       const V rounding = double(kRounding<T>) / 4 * square_root(spreads * (spreads + variances));
       n.part[k] = variances / 2 - (distance < rounding ? V{} : distance);
@@ -84,22 +97,25 @@ class Head {
   // The kernel, given the readout's covariances.
   Lanes<T> forward(const double* left, const V* right, const Lanes<T>& n, const Lanes<T>& t) {
     Lanes<T> kernel;
-    for (int k = 0; k < kParts<T>; ++k) kernel.part[k] = forward(left, right + k, n.part[k], t.part[k], k);
+    for (int k = 0; k < kParts<T>; ++k)
+      kernel.part[k] = forward(left, right + k, n.part[k], t.part[k], k);
     return kernel;
   }
 
-  // After `forward`: the derivatives of the kernel by n and t; f(l, those by hidden layer l's deviation, each times the deviation).
+  // After `forward`: the derivatives of the kernel by n and t; f(l, those by hidden layer l's
+  // deviation, each times the deviation).
   template <class F>
   void backward(Lanes<T>& n_bar, Lanes<T>& t_bar, F f) const {
     n_bar = t_bar = {};
-    for (int k = 0; k < kParts<T>; ++k) n_bar.part[k] += w_, t_bar.part[k] += plan_.network.nngp ? 0 : w_;
+    for (int k = 0; k < kParts<T>; ++k)
+      n_bar.part[k] += w_, t_bar.part[k] += plan_.network.nngp ? 0 : w_;
     for (int l = plan_.network.hidden; l-- > 0;) {
       Lanes<T> sigma;
       for (int k = 0; k < kParts<T>; ++k) {
         const Hidden& h = hidden_[l * kParts<T> + k];
         V nt_bar_in, t_bar_in;
-        pull_back<true, Relu<false, false>>(n_bar.part[k], t_bar.part[k], h.n, h.dot, h.dot_slope, h.sine_slope, nt_bar_in, t_bar_in,
-                                            sigma.part[k]);
+        pull_back<true, Relu<false, false>>(n_bar.part[k], t_bar.part[k], h.n, h.dot, h.dot_slope,
+                                            h.sine_slope, nt_bar_in, t_bar_in, sigma.part[k]);
         n_bar.part[k] = nt_bar_in * w_, t_bar.part[k] = t_bar_in * w_;
       }
       f(l, sigma);
@@ -117,7 +133,8 @@ class Head {
       const int e = 2 + 2 * l;
       const V inverse = left[e] * right[e * kParts<T>], rest = 1 / kPi - n * inverse;
       const Angle<V> a = angle<true>(absolute(rest) < kRounding<double> / 8 ? V{} : rest);
-      const V dot = 0.5 - a.rest * 0.5, sine_slope = left[e + 1] * right[(e + 1) * kParts<T>] * a.sine * 0.5;
+      const V dot = 0.5 - a.rest * 0.5,
+              sine_slope = left[e + 1] * right[(e + 1) * kParts<T>] * a.sine * 0.5;
       hidden_[l * kParts<T> + k] = {n, dot, t * (a.dot_slope * inverse) * 0.5, sine_slope};
       n = n * dot + sine_slope, t = t * dot;
     }
@@ -130,10 +147,12 @@ class Head {
   std::vector<Hidden> hidden_;
 };
 
-// Adds sum_e left(g, e, part) right[e] to out[g], e < size, in double. Pairs and variances of fully-connected networks both come from here:
-// the covariance of identical images must equal their variance to the bit.
+// Adds sum_e left(g, e, part) right[e] to out[g], e < size, in double. Pairs and variances of
+// fully-connected networks both come from here: the covariance of identical images must equal their
+// variance to the bit.
 template <class T, int kCount, class F>
-KIP_INLINE inline void add_products(F left, const VectorD* right, Index size, Lanes<T> (&out)[kCount]) {
+KIP_INLINE inline void add_products(F left, const VectorD* right, Index size,
+                                    Lanes<T> (&out)[kCount]) {
   VectorD sums[kCount][kParts<T>] = {};
   for (Index e = 0; e < size; ++e)
     for (int g = 0; g < kCount; ++g)
@@ -142,7 +161,8 @@ KIP_INLINE inline void add_products(F left, const VectorD* right, Index size, La
     for (int k = 0; k < kParts<T>; ++k) out[g].part[k] += sums[g][k];
 }
 
-inline constexpr Index kRun = 128;  // of numbers summed at a time, so that rounding stays small, and which are in double in L1
+inline constexpr Index kRun = 128;  // of numbers summed at a time, so that rounding stays small,
+                                    // and which are in double in L1
 
 template <class T>
 struct Run {
@@ -156,14 +176,16 @@ struct Run {
 
 // The products, summed, of left images [kCount] and those in the lanes of `right`.
 template <class T, int kCount>
-void dot_products(const T* const (&left)[kCount], const Vector<T>* right, Index size, Lanes<T> (&out)[kCount]) {
+void dot_products(const T* const (&left)[kCount], const Vector<T>* right, Index size,
+                  Lanes<T> (&out)[kCount]) {
   for (auto& value : out) value = {};
   for (Index first = 0; first < size; first += kRun) {
     const Index count = std::min(kRun, size - first);
     const Run<T> run(right + first, count);
     double images[kCount][kRun];
     for (int g = 0; g < kCount; ++g) std::copy(left[g] + first, left[g] + first + count, images[g]);
-    add_products<T>([&](int g, Index e, int) { return spread<VectorD>(images[g][e]); }, run.values, count, out);
+    add_products<T>([&](int g, Index e, int) { return spread<VectorD>(images[g][e]); }, run.values,
+                    count, out);
   }
 }
 
@@ -174,7 +196,8 @@ Lanes<T> squares(const Vector<T>* pixels, Index size) {
   for (Index first = 0; first < size; first += kRun) {
     const Index count = std::min(kRun, size - first);
     const Run<T> run(pixels + first, count);
-    add_products<T>([&](int, Index e, int k) { return run.values[e * kParts<T> + k]; }, run.values, count, out);
+    add_products<T>([&](int, Index e, int k) { return run.values[e * kParts<T> + k]; }, run.values,
+                    count, out);
   }
   return out[0];
 }

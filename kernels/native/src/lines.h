@@ -134,13 +134,16 @@ KIP_INLINE inline void for_each_input(ThreeRows<V> m, ThreeRows<V> t, int width,
     Input<V> input;
     const V s1 = spread<V>(relu.deviation1[x]), s2 = relu.deviation2[x], radial = s1 - s2;
     input.m = box_m * scale;
-    V chord = input.m - radial * radial;  // sqrt(q1 q2) (1 - cosine): the distance without the difference in length
+    V chord =
+        input.m -
+        radial * radial;  // sqrt(q1 q2) (1 - cosine): the distance without the difference in length
     input.inverse = spread<V>(relu.inverse1[x]) * relu.inverse2[x];
     input.deviation = s1 * s2;
     if (Kind::kZeros) {
       // Without a bias patches may be multiples of each other, or of any two sizes.
       constexpr auto rounding = kRounding<Scalar<V>> / 2;
-      const V largest = input.deviation * (Kind::kFirst ? 4 : 2), square = input.m * (input.m + 2 * input.deviation);
+      const V largest = input.deviation * (Kind::kFirst ? 4 : 2),
+              square = input.m * (input.m + 2 * input.deviation);
       chord = chord > V{} && chord * chord > rounding * rounding * square ? chord : V{};
       chord = chord < largest ? chord : largest;
     }

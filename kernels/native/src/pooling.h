@@ -54,7 +54,8 @@ class Readout {
   static constexpr auto share = Scalar<V>(1);
   bool distances() const { return distances_; }
 
-  Readout(int max_width, bool distances) : half_((max_width + 1) / 2), columns_(4 * half_), distances_(distances) {}
+  Readout(int max_width, bool distances)
+      : half_((max_width + 1) / 2), columns_(4 * half_), distances_(distances) {}
 
   void clear() { columns_.clear(); }
   void begin(int width) { width_ = width; }
