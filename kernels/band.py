@@ -206,19 +206,19 @@ def _ratio(x, s12):
   return jnp.where(s12 > 0, x / jnp.where(s12 > 0, s12, 1), 1)
 
 
-@jax.custom_vjp
-def _from_distance(m, s1, s2):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _from_distance(has_bias, m, s1, s2):
   """n, and r = 1 - c."""
   s12 = s1 * s2
   chord = jnp.maximum(m - 0.5 * (s1 - s2) ** 2, 0)
-  # Without a bias patches may be multiples of each other, or of any two sizes: still |c| <= 1.
-  is_rounding = chord * chord <= _ROUNDING[m.dtype] ** 2 * m * (m + s12)
-  chord = jnp.where(is_rounding, 0, jnp.minimum(chord, 2 * s12))
+  if not has_bias:  # patches may be multiples of each other, or of any two sizes: still |c| <= 1
+    is_rounding = chord * chord <= _ROUNDING[m.dtype] ** 2 * m * (m + s12)
+    chord = jnp.where(is_rounding, 0, jnp.minimum(chord, 2 * s12))
   return s12 - chord, _ratio(chord, s12)
 
 
-_from_distance.defvjp(lambda m, s1, s2: (_from_distance(m, s1, s2), (s1, s2)),
-                      lambda s, cotangents: (-cotangents[0], *map(jnp.zeros_like, s)))
+_from_distance.defvjp(lambda has_bias, m, s1, s2: (_from_distance(has_bias, m, s1, s2), (s1, s2)),
+                      lambda has_bias, s, cotangents: (-cotangents[0], *map(jnp.zeros_like, s)))
 
 
 @jax.custom_vjp
@@ -323,7 +323,7 @@ def _convolutions(level: Level, network: Network, v, t, side1: Side, side2: Side
   """One offset through a level's (convolution, ReLU)s. v, m or n, and t [R, Q, ...]; t is None where it is identically 0."""
   for i, (s1, s2) in enumerate(zip(side1.s, side2.s)):
     m = network.weight / 9 * _box(v, pieces, list(zip(side1.ghosts[i], side2.ghosts[i])))
-    n, r = _from_distance(m, s1, s2)
+    n, r = _from_distance(network.bias > 0, m, s1, s2)
     if network.with_ntk:
       t = n if t is None else network.weight / 9 * _box(t, pieces) + n
     rise, t = _relu(n, r, t, s1, s2)

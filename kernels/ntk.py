@@ -32,6 +32,8 @@ Cotangent = np.ndarray | Callable[[np.ndarray], np.ndarray]
 _NEAR = 0.01
 _NEAR_BIAS = 0.1
 _FAR = 50.0
+_LARGE = 1e15  # mean squares above this: products of variances might overflow float32
+_PEAK = 1e70  # and of values above this, float64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -283,25 +285,25 @@ class Checked:
   def block(self, x1, x2):
     x1, x2 = self._images(x1, x2)
     near = self._search.submit(self._near, x1, x2)
-    return self._finite(self._mended(self._kernel.block(x1, x2), x1, x2, near.result()), x1, x2)
+    return self._finite_block(self._kernel.block(x1, x2), x1, x2, near.result())
 
   def block_vjp(self, x1, x2, cotangent):
     x1, x2 = self._images(x1, x2)
     near = self._search.submit(self._near, x1, x2)
     checked = functools.partial(self._cotangent, (len(x1), len(x2)))
     if not callable(cotangent) and not near.result():
-      block, gradient = self._kernel.block_vjp(x1, x2, checked(cotangent))
-      return self._finite(block, x1, x2), self._finite(gradient, x1, x2)
+      value = checked(cotangent)
+      block, gradient = self._kernel.block_vjp(x1, x2, value)
+      return self._finite_block(block, x1, x2, []), self._finite_gradient(gradient, x1, x2, [], value)
     mended = value = None
 
     def rest(block):
       nonlocal mended, value
-      mended = self._finite(self._mended(block, x1, x2, near.result()), x1, x2)
+      mended = self._finite_block(block, x1, x2, near.result())
       value = checked(cotangent(mended) if callable(cotangent) else cotangent)
       return _without(value, near.result())
     gradient = self._kernel.block_vjp(x1, x2, rest)[1]
-    gradient = self._mended_gradient(gradient, x1, x2, near.result(), value)
-    return mended, self._finite(gradient, x1, x2)
+    return mended, self._finite_gradient(gradient, x1, x2, near.result(), value)
 
   def linearise(self, x1, x2):
     x1, x2 = self._images(x1, x2)
@@ -312,9 +314,8 @@ class Checked:
     def checked_pull_back(cotangent):
       cotangent = self._cotangent(block.shape, cotangent)
       gradient = pull_back(_without(cotangent, near))
-      return self._finite(self._mended_gradient(gradient, x1, x2, near, cotangent), x1, x2)
-    block = self._finite(self._mended(block, x1, x2, near), x1, x2)
-    return Linearised(block, checked_pull_back, nbytes)
+      return self._finite_gradient(gradient, x1, x2, near, cotangent)
+    return Linearised(self._finite_block(block, x1, x2, near), checked_pull_back, nbytes)
 
   def _near(self, x1, x2) -> list[tuple[int, np.ndarray]]:
     """Pairs that float32 is not enough for: rows that have some, and their columns. An image and itself are none: they are exact."""
@@ -346,15 +347,31 @@ class Checked:
     near = square1 + square2 - 2 * product
     near = near <= slack * (_NEAR * (square1 + square2) / 2 + _NEAR_BIAS * bias)
     larger, smaller = np.maximum(square1, square2) + bias, np.minimum(square1, square2) + bias
-    return near | (slack * larger >= _FAR * smaller)
+    return near | (slack * larger >= np.minimum(_FAR * smaller, size * _LARGE))
 
-  def _finite(self, value, x1, x2):
-    """`value`, if it is finite."""
+  def _finite_block(self, block, x1, x2, near):
+    """The block with its `near` entries by float64; all of them, where float32 overflows."""
+    block = self._mended(block, x1, x2, near)
+    return self._finite(block, x1, x2, lambda *images: self._make_double().block(*images))
+
+  def _finite_gradient(self, gradient, x1, x2, near, cotangent):
+    """As `_finite_block`, of a gradient that lacks the `near` entries' part."""
+    gradient = self._mended_gradient(gradient, x1, x2, near, cotangent)
+    return self._finite(gradient, x1, x2,
+                        lambda *images: self._make_double().block_vjp(*images, cotangent)[1])
+
+  def _finite(self, value, x1, x2, in_double):
+    if not np.isfinite(value).all() and self.dtype == np.float32:
+      with np.errstate(over='ignore'):
+        value = in_double(_pixels(x1), _pixels(x2)).astype(np.float32)
     if not np.isfinite(value).all():
-      peak = max(np.abs(_pixels(x)).max() for x in (x1, x2))
-      raise ValueError(f'images: values up to {peak:.3g} are too large for this kernel in '
-                       f'{self.dtype}; scale them down.')
+      raise self._too_large(_pixels(x1), _pixels(x2))
     return value
+
+  def _too_large(self, *images):
+    peak = max(np.abs(x).max() for x in images)
+    return ValueError(f'images: values up to {peak:.3g} are too large for this kernel in '
+                      f'{self.dtype}; scale them down.')
 
   def _mended(self, block, x1, x2, near):
     """The block with its `near` entries by float64."""
@@ -401,6 +418,8 @@ class Checked:
     if not np.isfinite(x).all():
       raise ValueError(f'{name}: contains NaN or infinity in image {int(np.nonzero(~np.isfinite(x))[0][0])}.')
     self.architecture.check_image_size(*x.shape[1:3])
+    if self._bias and np.abs(x).max() > _PEAK:
+      raise self._too_large(x)
     return x
 
 

@@ -46,7 +46,6 @@ CASES = {
 NEAR_NETWORKS = {
     'fc1': 'fc1',
     'fc3': 'fc3',
-    'conv1': 'conv1',
     'conv3': 'conv3',
     'convnet2': 'convnet2',
     'myrtle5': 'myrtle5',

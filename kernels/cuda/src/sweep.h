@@ -602,11 +602,12 @@ class Sweep {
         // sqrt(q1 q2) (1 - cosine): the distance without the difference in length.
         Real chord = larger(m - radial * radial, Real(0));
         const Real deviation = s1 * s2[i];
-        if (!kPositive) {  // patches may be multiples of each other, or of any two sizes
+        if (!kPositive) {  // patches may be multiples of each other
           constexpr Real rounding2 = kRounding<Real> * kRounding<Real> / 4;
           if (chord * chord <= rounding2 * m * (m + 2 * deviation)) chord = 0;
-          chord = smaller(chord, deviation * (first_ntk ? 4 : 2));
         }
+        // Of sizes far apart, or no pixels at all: what is not used must be a number, too.
+        chord = smaller(chord, deviation * (first_ntk ? 4 : 2));
         const Real n = 2 * deviation - chord, t_in = first_ntk || !kNtk ? n : t[i] * kScale + n;
         const bool positive = kPositive || deviation > 0;
         const Real inverse = positive ? reciprocal(deviation) * Real(0.5 / kPi) : Real(0);

@@ -139,14 +139,13 @@ KIP_INLINE inline void for_each_input(ThreeRows<V> m, ThreeRows<V> t, int width,
         radial * radial;  // sqrt(q1 q2) (1 - cosine): the distance without the difference in length
     input.inverse = spread<V>(relu.inverse1[x]) * relu.inverse2[x];
     input.deviation = s1 * s2;
-    if (Kind::kZeros) {
-      // Without a bias patches may be multiples of each other, or of any two sizes.
+    if (Kind::kZeros) {  // without a bias patches may be multiples of each other
       constexpr auto rounding = kRounding<Scalar<V>> / 2;
-      const V largest = input.deviation * (Kind::kFirst ? 4 : 2),
-              square = input.m * (input.m + 2 * input.deviation);
+      const V square = input.m * (input.m + 2 * input.deviation);
       chord = chord > V{} && chord * chord > rounding * rounding * square ? chord : V{};
-      chord = chord < largest ? chord : largest;
     }
+    const V largest = input.deviation * (Kind::kFirst ? 4 : 2);  // of sizes far apart rounding is more
+    chord = chord < largest ? chord : largest;
     input.n = 2 * input.deviation - chord;
     input.t = kSumsOfT ? box_t * scale + input.n : input.n;
     input.gap = chord * input.inverse;
