@@ -56,7 +56,8 @@ class Architecture:
 
   @property
   def is_convolutional(self) -> bool:
-    return bool(self.stages) or self.readout != 'flatten'
+    """False if the readout is of the images themselves: no convolution, pooling or offsets."""
+    return self.readout != 'flatten' or any(stage.convs or stage.pool for stage in self.stages)
 
   def check_image_size(self, height: int, width: int) -> None:
     """Raises ValueError if poolings leave nothing of an image of `height` x `width` pixels."""

@@ -5,8 +5,8 @@ fixed `d`, ReLU is pointwise, and only pooling mixes offsets. So each offset str
 offsets that the output depends on (`architectures.band_plan`) are computed at all. The vjp recomputes each offset and pulls
 back through it.
 
-Up to the last convolution n is held as the half squared distance `m = (q1 + q2) / 2 - n`, of the two pixels' variances q: where patches are
-nearly the same, 1 - cosine decides the gradient, and would be lost in the rounding of n. Input: m = |x1 - x2|² / 2D. A convolution sums m
+Up to the last ReLU n is held as the half squared distance `m = (q1 + q2) / 2 - n`, of the two
+pixels' variances q: where patches are nearly the same, 1 - cosine decides the gradient, and would be lost in the rounding of n. Input: m = |x1 - x2|² / 2D. A convolution sums m
 as it sums n, without the bias, a tap that only one image has (a ghost) counting q / 2 of that image. Pooling takes from the mean over the
 pairs of two windows half of the mean within each window (its spread). The derivatives are those by n and the deviations, at fixed q: a
 cotangent of m is that of n with the sign changed, and all else that m is made of counts as constant.
@@ -52,9 +52,10 @@ _CPU, _GPU = _Budget(2 ** 28, 2 ** 29, 16), _Budget(2 ** 29, 2 ** 31, 256)  # th
 
 _GPU_OPTIONS = {'xla_gpu_deterministic_ops': True, 'xla_gpu_autotune_level': 0}
 
-# What is rounding: of 1 - |c| in hidden layers, which hold n; and of m after a pooling, relative to √(V (V + q)), V the spread. Identical
-# images must not see the cusp of dot at c = 1, where its square root would turn an error of 1e-7 into one of 1e-4.
-_CUSP = {np.dtype('float32'): 3e-7, np.dtype('float64'): 1e-14}
+# What is rounding: of 1 - |c| in hidden layers, which hold n, in float64; and of m after a pooling,
+# relative to √(V (V + q)), V the spread. Identical images must not see the cusp of dot at c = 1,
+# where its square root would turn an error of 1e-7 into one of 1e-4.
+_CUSP = 1e-14
 _ROUNDING = {np.dtype('float32'): 2.5e-7, np.dtype('float64'): 2e-15}
 
 # From fit_polynomials.py.
@@ -139,7 +140,7 @@ class Axis(NamedTuple):
 class Level(NamedTuple):
   """All convolutions at one resolution, on the band `axes`; then pooling to the band `above`, or, where that is None, the readout.
 
-  distances: whether m enters, and whether m leaves: where there are convolutions to come. Else n.
+  distances: whether m enters, and whether m leaves: where there are ReLUs to come. Else n.
   """
   convs: int
   axes: tuple[Axis, Axis]
@@ -164,7 +165,8 @@ def plan(architecture: architectures.Architecture, height: int, width: int) -> l
   size = (height >> len(resolutions), width >> len(resolutions))
   resolutions.append((convs, size, tuple(n - 1 for n in size) if everything else (0, 0)))
   axes = list(zip(*(_axes([(size[i], radius[i]) for _, size, radius in resolutions]) for i in (0, 1))))
-  remaining = [sum(convs for convs, _, _ in resolutions[i:]) for i in range(len(resolutions) + 1)]
+  remaining = [architecture.hidden + sum(convs for convs, _, _ in resolutions[i:])
+               for i in range(len(resolutions) + 1)]
   return [Level(convs, axes[i], axes[i + 1] if i + 1 < len(axes) else None, (remaining[i] > 0, remaining[i + 1] > 0))
           for i, (convs, _, _) in enumerate(resolutions)]
 
@@ -204,16 +206,19 @@ def _ratio(x, s12):
   return jnp.where(s12 > 0, x / jnp.where(s12 > 0, s12, 1), 1)
 
 
-@jax.custom_vjp
-def _from_distance(m, s1, s2):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _from_distance(has_bias, m, s1, s2):
   """n, and r = 1 - c."""
   s12 = s1 * s2
   chord = jnp.maximum(m - 0.5 * (s1 - s2) ** 2, 0)
+  if not has_bias:  # patches may be multiples of each other, or of any two sizes: still |c| <= 1
+    is_rounding = chord * chord <= _ROUNDING[m.dtype] ** 2 * m * (m + s12)
+    chord = jnp.where(is_rounding, 0, jnp.minimum(chord, 2 * s12))
   return s12 - chord, _ratio(chord, s12)
 
 
-_from_distance.defvjp(lambda m, s1, s2: (_from_distance(m, s1, s2), (s1, s2)),
-                      lambda s, cotangents: (-cotangents[0], *map(jnp.zeros_like, s)))
+_from_distance.defvjp(lambda has_bias, m, s1, s2: (_from_distance(has_bias, m, s1, s2), (s1, s2)),
+                      lambda has_bias, s, cotangents: (-cotangents[0], *map(jnp.zeros_like, s)))
 
 
 @jax.custom_vjp
@@ -318,7 +323,7 @@ def _convolutions(level: Level, network: Network, v, t, side1: Side, side2: Side
   """One offset through a level's (convolution, ReLU)s. v, m or n, and t [R, Q, ...]; t is None where it is identically 0."""
   for i, (s1, s2) in enumerate(zip(side1.s, side2.s)):
     m = network.weight / 9 * _box(v, pieces, list(zip(side1.ghosts[i], side2.ghosts[i])))
-    n, r = _from_distance(m, s1, s2)
+    n, r = _from_distance(network.bias > 0, m, s1, s2)
     if network.with_ntk:
       t = n if t is None else network.weight / 9 * _box(t, pieces) + n
     rise, t = _relu(n, r, t, s1, s2)
@@ -428,7 +433,10 @@ def _sweep(level: Level, network: Network, from_images: bool, source, side1: Sid
 
   if level.above is None:
     def read(total, k):
-      return tuple(sum_ if v is None else sum_ + jnp.sum(v * scan.inside(k), (0, 1)) for sum_, v in zip(total, through(k))), None
+      # In float64: hidden layers take the images' spreads from it.
+      parts = (None if v is None else jnp.sum(v.astype(jnp.float64) * scan.inside(k), (0, 1))
+               for v in through(k))
+      return tuple(None if v is None else sum_ + v for sum_, v in zip(total, parts)), None
 
     zero = jnp.zeros(scan.shape[2:], jnp.float64)
     return lax.scan(read, (zero, zero if has_t else None), jnp.arange(level.offsets))[0]
@@ -565,10 +573,11 @@ def _variances(architecture: architectures.Architecture, x) -> list:
   """What the kernel needs of images x [N, H, W, D] on their own.
 
   Returns:
-    q [N, H, W] entering every level up to the last that has a ReLU, at its resolution; the spreads of all these levels but the first; and,
-    if there are hidden layers, q [N] after the readout.
+    q [N, H, W] entering every level up to the last before a ReLU, at its resolution; the spreads of
+    all these levels but the first; and, if there are hidden layers, in float64, q [N] after the
+    readout and (but for fully-connected networks) the spread there.
   """
-  if _is_fully_connected(architecture):
+  if not architecture.is_convolutional:
     flat = x.reshape(len(x), -1).astype(jnp.float64)
     return [jnp.mean(flat * flat, 1)] if architecture.hidden else []
   network = Network(architecture.w_std ** 2, architecture.b_std ** 2, with_ntk=False)
@@ -589,11 +598,21 @@ def _variances(architecture: architectures.Architecture, x) -> list:
     if level.above or architecture.hidden:
       source = _self_sweep(level, network, i == 0, source, s, (q, spread if level.distances[0] else None))
     q = s[-1] ** 2 / 2 if s else q
-  return [jnp.moveaxis(v, -1, 0) for v in variances + spreads] + ([source] if architecture.hidden else [])
+  levels = [jnp.moveaxis(v, -1, 0) for v in variances + spreads]
+  if not architecture.hidden:
+    return levels
+  mean = jnp.mean(q.astype(jnp.float64), (0, 1))
+  # As after a pooling.
+  return levels + [lax.stop_gradient(mean) - source, lax.stop_gradient(source)]
 
 
-def _is_fully_connected(architecture: architectures.Architecture) -> bool:
-  return architecture.readout == 'flatten' and not any(stage.convs or stage.pool for stage in architecture.stages)
+def _variances_vjp(architecture: architectures.Architecture, x, q_bar):
+  """Pulls cotangents of `_variances` back to x.
+
+  In float64 for fully-connected networks: near the cusp most of it and of the pairs' part cancel.
+  """
+  x = x.astype(jnp.float64) if not architecture.is_convolutional else x
+  return jax.vjp(functools.partial(_variances, architecture), x)[1](q_bar)[0]
 
 
 # A tile: some images x1 against some x2.
@@ -608,7 +627,7 @@ def _dense(architecture, kind, n, t, q1, q2):
     q1, q2 = weight * q1 + bias, weight * q2 + bias
     s1, s2 = _sqrt(q1)[:, None], _sqrt(q2)[None, :]
     r = lax.stop_gradient(_ratio(s1 * s2 - n, s1 * s2))
-    r = jnp.where(jnp.abs(1 - r) > 1 - _CUSP[r.dtype], jnp.where(r < 1, 0, 2), r)
+    r = jnp.where(jnp.abs(1 - r) > 1 - _CUSP, jnp.where(r < 1, 0, 2), r)
     rise, t = _relu(n, r, t, s1, s2)
     n = n / 2 + rise
     q1, q2 = q1 / 2, q2 / 2
@@ -667,7 +686,7 @@ def _inner_products(x1, x2):
 
 def _tile_forward(architecture, kind, x1, q1, x2, q2):
   """NTK [a, b] of x1 [a, H, W, D] and x2 [b, H, W, D], whose variances are q1, q2; and what `_tile_backward` wants of the way."""
-  if _is_fully_connected(architecture):
+  if not architecture.is_convolutional:
     sources = [(_inner_products(x1, x2), None)]
   else:
     sources = _Tile(architecture, x1, q1, x2, q2).forward()
@@ -677,9 +696,8 @@ def _tile_forward(architecture, kind, x1, q1, x2, q2):
 def _tile_backward(architecture, kind, x1, q1, x2, q2, sources, cotangent):
   """Cotangents of x1 and q1."""
   _, pull_back = jax.vjp(lambda readout, q: _head(architecture, kind, x1.dtype, readout, q, q2), sources[-1], q1)
-  dtype = jax.eval_shape(lambda: _head(architecture, kind, x1.dtype, sources[-1], q1, q2)).dtype
-  readout_bar, q1_bar = pull_back(cotangent.astype(dtype))
-  if _is_fully_connected(architecture):
+  readout_bar, q1_bar = pull_back(cotangent.astype(jnp.float64))
+  if not architecture.is_convolutional:
     flat2 = x2.reshape(len(x2), -1).astype(jnp.float64)
     x1_bar = jnp.dot(readout_bar[0], flat2, precision=lax.Precision.HIGHEST) / flat2.shape[1]
     return x1_bar.reshape(x1.shape), q1_bar
@@ -688,10 +706,18 @@ def _tile_backward(architecture, kind, x1, q1, x2, q2, sources, cotangent):
 
 
 def _head(architecture, kind, dtype, readout, q1, q2):
-  """`_dense`; in float64 where the readout is exact, else in the images' dtype, whose rounding the cusp must allow for."""
-  dtype = jnp.float64 if _is_fully_connected(architecture) else dtype
-  n, t = (None if v is None else v.astype(dtype) for v in readout)
-  q1, q2 = (q[-1].astype(dtype) if architecture.hidden else None for q in (q1, q2))
+  """`_dense` in float64, whose cusp would see a rounding of float32; `dtype` is the images'."""
+  n, t = readout
+  if not architecture.hidden:
+    return _dense(architecture, kind, n, t, None, None)
+  if not architecture.is_convolutional:
+    return _dense(architecture, kind, n, t, q1[-1], q2[-1])
+  (*_, q1, spread1), (*_, q2, spread2) = q1, q2
+  spreads = lax.stop_gradient(spread1[:, None] + spread2)
+  variances = lax.stop_gradient(q1[:, None] + q2)
+  m = lax.stop_gradient(n) - spreads / 2
+  m = jnp.where(m < _ROUNDING[dtype] / 2 * jnp.sqrt(spreads * (spreads + variances)), 0, m)
+  n = variances / 2 - m + (lax.stop_gradient(n) - n)  # the derivative by m, rounding or not
   return _dense(architecture, kind, n, t, q1, q2)
 
 
@@ -708,7 +734,7 @@ class JaxKernel:
     self._budget = _CPU if self._on_cpu else _GPU
     self._pool = concurrent.futures.ThreadPoolExecutor(threads if self._on_cpu else _GPU_TILES)
     self._variances = _compiled(functools.partial(_variances, architecture))
-    self._variances_vjp = _compiled(lambda x, q_bar: jax.vjp(functools.partial(_variances, architecture), x)[1](q_bar)[0])
+    self._variances_vjp = _compiled(functools.partial(_variances_vjp, architecture))
     self._forward = _compiled(functools.partial(_tile_forward, architecture, kind))
     self._block = _compiled(lambda *tile: _tile_forward(architecture, kind, *tile)[0])
     self._backward = _compiled(functools.partial(_tile_backward, architecture, kind))
@@ -787,7 +813,7 @@ class JaxKernel:
 
   def _bytes_per_pair(self, shape) -> int:
     """Of what a tile keeps for its vjp."""
-    if _is_fully_connected(self.architecture):
+    if not self.architecture.is_convolutional:
       return 8
     levels = plan(self.architecture, *shape[1:3])[1:]
     return sum(2 * level.offsets * level.axes[0].rows * level.axes[1].rows for level in levels) * self.dtype.itemsize
@@ -796,7 +822,7 @@ class JaxKernel:
     """The least work, padding included, then the most images of x2, that a tile's number of pairs allows. On CPU powers of two, so that few
     shapes compile; on a GPU the images of x1 are shared out evenly, and a tile's launches count as an eighth of a full one's work.
     """
-    if _is_fully_connected(self.architecture):
+    if not self.architecture.is_convolutional:
       pairs = 2 ** 18
     else:
       _, height, width, _ = x1.images.shape

@@ -25,9 +25,16 @@ KEPT_BYTES = 2 ** 31  # of memory, where derivatives are kept there, for all tha
 
 Cotangent = np.ndarray | Callable[[np.ndarray], np.ndarray]
 
-# Images whose squared distance is below this part of the mean of their squared norms nearly coincide. After a pooling, float32 cannot tell
-# their 1 - c from rounding, and near the cusp of ReLU's dot the gradient does not fade with the difference: these few pairs take float64.
+# Pairs of images that float32 cannot do take float64. Those nearly coincide whose squared distance
+# is below _NEAR times the mean of their squared norms, plus _NEAR_BIAS times the first layer's
+# bias: rounding then shows in their 1 - c, and near the cusp of ReLU's dot the gradient does not
+# fade with the difference. Where squared norms, with that bias, are in a ratio above _FAR, the covariance is
+# lost beside the larger variance. Without biases lengths do not matter (see ScaleFree), but angles.
 _NEAR = 0.01
+_NEAR_BIAS = 0.1
+_FAR = 50.0
+_LARGE = 1e15  # mean squares above this: products of variances might overflow float32
+_PEAK = 1e70  # and of values above this, float64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,9 +142,16 @@ def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'flo
     implementation = _fastest() if parameterization == 'ntk' else 'reference'
   module, name = _CLASSES[implementation]
   extra = (parameterization, width) if implementation == 'reference' else ()
-  make = lambda dtype: getattr(importlib.import_module(module), name)(architecture, dtype, threads, kind, *extra)
-  pools = architecture.readout == 'global_average_pool' or any(stage.pool for stage in architecture.stages)
-  return Checked(make(dtype), lambda: Checked(make('float64')), pools and dtype == 'float32' and implementation != 'reference')
+
+  def make(dtype):
+    implementation_of = getattr(importlib.import_module(module), name)
+    kernel = implementation_of(architecture, dtype, threads, kind, *extra)
+    return kernel if architecture.b_std else ScaleFree(kernel)
+
+  has_relu = architecture.hidden > 0 or any(stage.convs for stage in architecture.stages)
+  is_delicate = (has_relu and architecture.is_convolutional and dtype == 'float32' and
+                 implementation != 'reference')
+  return Checked(make(dtype), lambda: Checked(make('float64')), is_delicate)
 
 
 def for_run(run: Mapping[str, Any], threads: int) -> Kernel:
@@ -211,12 +225,61 @@ class Library:
     return Prepared(np.asarray(self._images[chosen], self._kernel.dtype), [q[chosen] for q in self._variances], self._maker)
 
 
+class ScaleFree:
+  """A kernel without biases, K(a x, b y) = a b K(x, y), of images whose values may be of any size.
+
+  Powers of two, which change no digit, bring each image's largest value to between 1/2 and 1. So no
+  variance under- or overflows, and none is lost beside that of an image very much brighter.
+  """
+
+  def __init__(self, kernel: Kernel):
+    self._kernel = kernel
+
+  def __getattr__(self, name):
+    return getattr(self._kernel, name)
+
+  def prepare(self, x):
+    scaled, exponents = _scaled(x)
+    return Prepared(x, [*self._kernel.prepare(scaled).variances, exponents], self)
+
+  def block(self, x1, x2):
+    (x1, e1), (x2, e2) = self._pair(x1, x2)
+    return np.ldexp(self._kernel.block(x1, x2), e1[:, None] + e2)
+
+  def block_vjp(self, x1, x2, cotangent):
+    (x1, e1), (x2, e2) = self._pair(x1, x2)
+    if callable(cotangent):
+      inner = lambda block: np.ldexp(cotangent(np.ldexp(block, e1[:, None] + e2)), e2)
+    else:
+      inner = np.ldexp(cotangent, e2)
+    block, gradient = self._kernel.block_vjp(x1, x2, inner)
+    return np.ldexp(block, e1[:, None] + e2), gradient
+
+  def linearise(self, x1, x2):
+    (x1, e1), (x2, e2) = self._pair(x1, x2)
+    block, pull_back, nbytes = _linearised(self._kernel, x1, x2)
+    return Linearised(np.ldexp(block, e1[:, None] + e2),
+                      lambda cotangent: pull_back(np.ldexp(cotangent, e2)), nbytes)
+
+  def _pair(self, x1, x2):
+    first = self._scaled(x1)
+    return first, first if x2 is x1 else self._scaled(x2)
+
+  def _scaled(self, x):
+    if not isinstance(x, Prepared):
+      return _scaled(x)
+    *variances, exponents = x.variances
+    return Prepared(_times_powers(x.images, -exponents), variances, self._kernel), exponents
+
+
 class Checked:
-  """Checks and casts what goes into an implementation, and has float64 for pairs of images that nearly coincide, once for all of them."""
+  """Checks and casts what goes into an implementation, and checks what comes out of it; has float64
+  for the pairs that float32 cannot do."""
 
   def __init__(self, kernel: Kernel, make_double: Callable[[], Kernel] | None = None, is_delicate: bool = False):
     """`make_double`: the same kernel in float64; `is_delicate`: whether it is ever needed."""
     self._kernel, self._make_double, self._is_delicate = kernel, make_double and functools.cache(make_double), is_delicate
+    self._bias = (kernel.architecture.b_std / kernel.architecture.w_std) ** 2
     self._search = futures.ThreadPoolExecutor(1)  # beside the kernel: a fast GPU would wait for it
     self.implementation, self.architecture, self.dtype = kernel.implementation, kernel.architecture, kernel.dtype
     self.instruction_set, self.device = getattr(kernel, 'instruction_set', ''), getattr(kernel, 'device', '')
@@ -228,49 +291,93 @@ class Checked:
   def block(self, x1, x2):
     x1, x2 = self._images(x1, x2)
     near = self._search.submit(self._near, x1, x2)
-    return self._mended(self._kernel.block(x1, x2), x1, x2, near.result())
+    return self._finite_block(self._kernel.block(x1, x2), x1, x2, near.result())
 
   def block_vjp(self, x1, x2, cotangent):
     x1, x2 = self._images(x1, x2)
     near = self._search.submit(self._near, x1, x2)
     checked = functools.partial(self._cotangent, (len(x1), len(x2)))
     if not callable(cotangent) and not near.result():
-      return self._kernel.block_vjp(x1, x2, checked(cotangent))
+      value = checked(cotangent)
+      block, gradient = self._kernel.block_vjp(x1, x2, value)
+      return self._finite_block(block, x1, x2, []), self._finite_gradient(gradient, x1, x2, [], value)
     mended = value = None
 
     def rest(block):
       nonlocal mended, value
-      mended = self._mended(block, x1, x2, near.result())
+      mended = self._finite_block(block, x1, x2, near.result())
       value = checked(cotangent(mended) if callable(cotangent) else cotangent)
       return _without(value, near.result())
     gradient = self._kernel.block_vjp(x1, x2, rest)[1]
-    return mended, self._mended_gradient(gradient, x1, x2, near.result(), value)
+    return mended, self._finite_gradient(gradient, x1, x2, near.result(), value)
 
   def linearise(self, x1, x2):
     x1, x2 = self._images(x1, x2)
     search = self._search.submit(self._near, x1, x2)
-    if hasattr(self._kernel, 'linearise'):
-      block, pull_back, nbytes = self._kernel.linearise(x1, x2)
-    else:
-      block, pull_back = self._kernel.block(x1, x2), lambda cotangent: self._kernel.block_vjp(x1, x2, cotangent)[1]
-      nbytes = _pixels(x2).nbytes
+    block, pull_back, nbytes = _linearised(self._kernel, x1, x2)
     near = search.result()
 
     def checked_pull_back(cotangent):
       cotangent = self._cotangent(block.shape, cotangent)
-      return self._mended_gradient(pull_back(_without(cotangent, near)), x1, x2, near, cotangent)
-    return Linearised(self._mended(block, x1, x2, near), checked_pull_back, nbytes)
+      gradient = pull_back(_without(cotangent, near))
+      return self._finite_gradient(gradient, x1, x2, near, cotangent)
+    return Linearised(self._finite_block(block, x1, x2, near), checked_pull_back, nbytes)
 
   def _near(self, x1, x2) -> list[tuple[int, np.ndarray]]:
     """Pairs that float32 is not enough for: rows that have some, and their columns. An image and itself are none: they are exact."""
     if not self._is_delicate:
       return []
     a, b = (_pixels(x).reshape(len(x), -1) for x in (x1, x2))
-    squares = (np.einsum('np,np->n', a, a)[:, None] + np.einsum('np,np->n', b, b)) / 2
-    candidates = squares - a @ b.T <= 1.01 * _NEAR * squares  # a little more than asked for: these sums are float32's
-    rows = [(i, [j for j in np.flatnonzero(candidates[i]) if _nearly_coincide(a[i].astype(np.float64), b[j].astype(np.float64))])
+    if not self._bias:
+      a, b = (v.astype(np.float64) for v in (a, b))  # of any size, see ScaleFree
+    squares = [np.einsum('np,np->n', v, v) for v in (a, b)]
+    # A little more than asked for: these sums are float32's. Then each pair is judged alone: no
+    # tile may change what is done.
+    with np.errstate(over='ignore', invalid='ignore'):  # `_finite` says so
+      candidates = self._needs_double(squares[0][:, None], squares[1], a @ b.T, a.shape[1], 1.01)
+
+    def is_near(i, j):
+      x, y = a[i].astype(np.float64), b[j].astype(np.float64)
+      return not np.array_equal(x, y) and self._needs_double(x @ x, y @ y, x @ y, len(x))
+
+    rows = [(i, [j for j in np.flatnonzero(candidates[i]) if is_near(i, j)])
             for i in np.flatnonzero(candidates.any(axis=1))]
     return [(i, np.array(columns)) for i, columns in rows if columns]
+
+  def _needs_double(self, square1, square2, product, size, slack=1.0):
+    """Whether pairs are near or far; from the sums of two images' squares and of their products."""
+    if not self._bias:
+      cosine = np.sqrt(square1) * np.sqrt(square2)
+      return (np.abs(product) >= (1 - slack * _NEAR / 2) * cosine) & (cosine > 0)
+    bias = size * self._bias
+    near = square1 + square2 - 2 * product
+    near = near <= slack * (_NEAR * (square1 + square2) / 2 + _NEAR_BIAS * bias)
+    larger, smaller = np.maximum(square1, square2) + bias, np.minimum(square1, square2) + bias
+    return near | (slack * larger >= np.minimum(_FAR * smaller, size * _LARGE))
+
+  def _finite_block(self, block, x1, x2, near):
+    """The block with its `near` entries by float64; all of them, where float32 overflows."""
+    block = self._mended(block, x1, x2, near)
+    return self._finite(block, x1, x2, lambda *images: self._make_double().block(*images))
+
+  def _finite_gradient(self, gradient, x1, x2, near, cotangent):
+    """As `_finite_block`, of a gradient that lacks the `near` entries' part."""
+    gradient = self._mended_gradient(gradient, x1, x2, near, cotangent)
+    return self._finite(gradient, x1, x2,
+                        lambda *images: self._make_double().block_vjp(*images, cotangent)[1])
+
+  def _finite(self, value, x1, x2, in_double):
+    if not np.isfinite(value).all() and self.dtype == np.float32:
+      with np.errstate(over='ignore'):
+        value = in_double(_pixels(x1), _pixels(x2)).astype(np.float32)
+    if not np.isfinite(value).all():
+      raise self._too_large(_pixels(x1), _pixels(x2))
+    return value
+
+  def _too_large(self, *images):
+    peak = max(np.abs(x).max() for x in images)
+    return ValueError(f'images: values up to {peak:.3g} are too large for this kernel in '
+                      f'{self.dtype}; scale them down.')
 
   def _mended(self, block, x1, x2, near):
     """The block with its `near` entries by float64."""
@@ -317,7 +424,27 @@ class Checked:
     if not np.isfinite(x).all():
       raise ValueError(f'{name}: contains NaN or infinity in image {int(np.nonzero(~np.isfinite(x))[0][0])}.')
     self.architecture.check_image_size(*x.shape[1:3])
+    if self._bias and np.abs(x).max() > _PEAK:
+      raise self._too_large(x)
     return x
+
+
+def _linearised(kernel, x1: Images, x2: Images) -> Linearised:
+  """`Kernel.linearise`, also of an implementation that has none of its own."""
+  if hasattr(kernel, 'linearise'):
+    return kernel.linearise(x1, x2)
+  pull_back = lambda cotangent: kernel.block_vjp(x1, x2, cotangent)[1]
+  return Linearised(kernel.block(x1, x2), pull_back, _pixels(x2).nbytes)
+
+
+def _scaled(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Images with largest values between 1/2 and 1, and the exponents [N] of 2 to multiply them by."""
+  exponents = np.frexp(np.abs(x).max(axis=(1, 2, 3)))[1]
+  return _times_powers(x, -exponents), exponents
+
+
+def _times_powers(x: np.ndarray, exponents: np.ndarray) -> np.ndarray:
+  return np.ldexp(x, exponents[:, None, None, None])
 
 
 def _pixels(x: Images) -> np.ndarray:
@@ -335,8 +462,3 @@ def _without(cotangent: np.ndarray, near: list[tuple[int, np.ndarray]]) -> np.nd
 def _padded(columns: np.ndarray) -> np.ndarray:
   """As many columns as vectors have lanes, or a multiple: some twice. Few shapes are few compilations, too."""
   return np.resize(columns, -(-len(columns) // 8) * 8)
-
-
-def _nearly_coincide(a: np.ndarray, b: np.ndarray) -> bool:
-  """Of two images [P] in float64; not where they are the same. Each pair is judged alone: no tile may change what is done."""
-  return 0 < np.square(a - b).sum() <= _NEAR * (np.square(a).sum() + np.square(b).sum()) / 2

@@ -152,7 +152,7 @@ class CudaKernel:
   def _program(self, x):
     shape = x.shape[1:]
     if shape not in self._programs:
-      make = _Dense if planning.is_dense(self.architecture) else _Convolutional
+      make = _Dense if not self.architecture.is_convolutional else _Convolutional
       gpu = self._gpu
       plan = planning.make_plan(self.architecture, shape, str(self.dtype), self._kind, gpu.threads, gpu.shared_bytes)
       self._programs[shape] = make(gpu, plan, self.dtype)
@@ -185,9 +185,10 @@ class _Convolutional(_Program):
     symmetric = x1 is x2
     left, values = self._tables(x1), np.empty((len(x1), len(x2)), self._dtype)
     for first, last in self._parts(len(x2), len(x2)):
-      right = left[first:last] if symmetric else self._tables(x2[first:last])
+      right = [table[first:last] for table in left] if symmetric else self._tables(x2[first:last])
       part = self._gpu.empty((len(x1), last - first), self._dtype)
-      self._run('kip_block', part.size, left, right, *part.shape, first if symmetric else len(x1), part)
+      diagonal = first if symmetric else len(x1)
+      self._run('kip_block', part.size, *left, *right, *part.shape, diagonal, part)
       values[:, first:last] = self._gpu.download(part)
     return np.triu(values) + np.triu(values, 1).T if symmetric else values
 
@@ -209,15 +210,16 @@ class _Convolutional(_Program):
       self._contract(derivatives, cotangent, sums)
       return self._gradient(x1, left, sums)
 
-    return ntk.Linearised(self._gpu.download(values), pull_back, left.nbytes + derivatives.nbytes)
+    nbytes = left[0].nbytes + derivatives.nbytes
+    return ntk.Linearised(self._gpu.download(values), pull_back, nbytes)
 
   def derivatives_bytes(self, rows, columns):
     return rows * columns * max(1, self._plan.derivatives) * self._dtype.itemsize
 
   def _derivatives(self, left, x2):
-    shape = len(left), len(x2)
+    shape = len(left[0]), len(x2)
     values, derivatives = self._gpu.empty(shape, self._dtype), self._gpu.empty((*shape, self._plan.derivatives), self._dtype)
-    self._run('kip_derivatives', values.size, left, self._tables(x2), *shape, values, derivatives)
+    self._run('kip_derivatives', values.size, *left, *self._tables(x2), *shape, values, derivatives)
     return values, derivatives
 
   def _sums(self, x1):
@@ -229,7 +231,7 @@ class _Convolutional(_Program):
 
   def _gradient(self, x1, left, sums):
     gradient = self._gpu.empty((len(x1), self._plan.pixels), np.float64)
-    self._run('kip_tables_vjp', len(x1), left, sums, gradient, len(x1))
+    self._run('kip_tables_vjp', len(x1), *left, sums, gradient, len(x1))
     return _from_planes(self._gpu.download(gradient), x1.shape).astype(self._dtype)
 
   def _parts(self, count, columns):
@@ -238,11 +240,13 @@ class _Convolutional(_Program):
     return [(first, min(first + columns, count)) for first in range(0, count, columns)]
 
   def _tables(self, x):
+    """Tables [N, plan.table], and what hidden layers need of the readout in float64, [N, 2]."""
     # A thread may read, though not use, what lies before or behind a table: a number.
     margin = x[0].size // x.shape[3] + 4 * sum(x.shape[1:3]) + 16
     tables = self._gpu.zeros(len(x) * self._plan.table + 2 * margin, self._dtype)[margin:-margin].reshape(len(x), self._plan.table)
-    self._run('kip_tables', len(x), self._gpu.upload(x), tables, len(x))
-    return tables
+    readouts = self._gpu.empty((len(x), 2), np.float64)
+    self._run('kip_tables', len(x), self._gpu.upload(x), tables, readouts, len(x))
+    return tables, readouts
 
   def _run(self, name, work, *arguments):
     """Launches a kernel whose blocks have workspaces, for `work` pairs or images."""
@@ -290,7 +294,7 @@ class _Dense(_Program):
     return values, left, left_tables, right, derivatives
 
   def _tables(self, x):
-    images, tables = self._gpu.upload(x), self._gpu.empty((len(x), max(1, self._plan.table)), np.float64)
+    images, tables = self._gpu.upload(x), self._gpu.empty(len(x), np.float64)
     self._run('kip_dense_tables', len(x), images, tables, len(x))
     return images, tables
 

@@ -22,7 +22,7 @@ class Level:
 
   Attributes:
     has_ntk: whether a convolution lies before this level: the NTK is zero until then.
-    distances: whether one lies here or after: covariances are then held as half squared distances.
+    distances: whether a ReLU lies here or after: covariances are then half squared distances.
     deviations, halves: where an image's table has what belongs to the level.
     sigma: where a pair's derivatives have it.
     band: where a block's workspace has what enters the level: for each group of the level before a part of its own, of which the first
@@ -87,11 +87,6 @@ def plane_size(height: int, width: int) -> int:
   return 2 * height * ((width + 1) // 2)
 
 
-def is_dense(architecture: architectures.Architecture) -> bool:
-  """No convolution, no pooling, no offsets."""
-  return architecture.readout == 'flatten' and not any(stage.convs or stage.pool for stage in architecture.stages)
-
-
 @functools.cache
 def make_plan(architecture: architectures.Architecture, shape: tuple[int, int, int], dtype: str, kind: str, threads: int,
               shared_bytes: int) -> Plan:
@@ -107,9 +102,9 @@ def make_plan(architecture: architectures.Architecture, shape: tuple[int, int, i
       'int': dict(kHeight=height, kWidth=width, kChannels=channels, kHidden=architecture.hidden),
       'double': dict(kWeight=architecture.w_std ** 2, kBias=architecture.b_std ** 2),
       'bool': dict(kNngp=kind == 'nngp')}
-  if is_dense(architecture):
+  if not architecture.is_convolutional:
     constants['int'] |= dict(kThreads=threads, kPixels=height * width * channels, kReadoutCount=1)
-    return Plan(_text(real, constants, 'dense.cu'), threads, architecture.hidden, 1 + architecture.hidden, 0, 0, 0, 0)
+    return Plan(_text(real, constants, 'dense.cu'), threads, 1, 1 + architecture.hidden, 0, 0, 0, 0)
   convs, sizes = [0], [(height, width)]
   for stage in architecture.stages:
     convs[-1] += stage.convs
@@ -118,11 +113,14 @@ def make_plan(architecture: architectures.Architecture, shape: tuple[int, int, i
       sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
   threads = min(threads, _enough_threads(height, width))
   everything = architecture.readout == 'global_average_pool'
-  pair, table, derivatives, pair_bands = _levels(convs, sizes, channels, everything, len(convs) - 1, threads, ntk=True)
+  hidden = architecture.hidden
+  pair, table, derivatives, pair_bands = _levels(
+      convs, sizes, channels, everything, len(convs) - 1, threads, hidden, ntk=True)
   last = len(convs) - 1
-  if not architecture.hidden:  # variances are wanted up to the last ReLU, there at offset 0 only
+  if not hidden:  # variances are wanted up to the last ReLU, there at offset 0 only
     last = max((p for p, count in enumerate(convs) if count), default=-1)
-  own, _, _, own_bands = _levels(convs, sizes, channels, everything and architecture.hidden > 0, last, threads, ntk=False)
+  own, _, _, own_bands = _levels(
+      convs, sizes, channels, everything and hidden > 0, last, threads, hidden, ntk=False)
   diagonal = max((level.plane for level in own), default=0)
   bands = max(pair_bands, own_bands)
   exchange = max(level.exchange for level in pair + own)
@@ -133,22 +131,25 @@ def make_plan(architecture: architectures.Architecture, shape: tuple[int, int, i
   blocks = {name: min(16, max(1, resident * 4 // itemsize // threads)) for name, resident in _RESIDENT.items()}
   constants['int'] |= dict(kThreads=threads, kPairCount=len(pair), kSelfCount=len(own)) | blocks
   margin = 2 * width + 16  # around a table in shared memory: a thread may read, though not use, what lies there
-  block_bytes = sums_bytes + itemsize * (exchange + table + architecture.hidden + 2 * margin)
+  block_bytes = sums_bytes + itemsize * (exchange + table + 2 * margin)
   table_shared = max(blocks.values()) * (block_bytes + _RESERVED_BYTES) <= shared_bytes + _RESERVED_BYTES
   constants['long long'] = dict(
-      kPixels=channels * plane_size(height, width), kTable=table + architecture.hidden, kDerivatives=derivatives + architecture.hidden,
+      kPixels=channels * plane_size(height, width), kTable=table, kDerivatives=derivatives + hidden,
       kDiagonal=diagonal, kDiagonals=bands, kWorkspace=workspace, kExchangeSize=exchange, kMargin=margin,
-      kReadoutCount=(last_height * last_width) ** (2 if everything else 1))
+      kReadoutCount=(last_height * last_width) ** (2 if everything else 1),
+      kReadoutPixels=last_height * last_width)
   constants['bool'] |= dict(kExchangeShared=exchange_shared, kTableShared=table_shared)
   levels = ''.join(f'inline constexpr Level {name}[] = {{{", ".join(map(_literal, levels))}}};\n'
                    for name, levels in (('kPairLevels', pair), ('kSelfLevels', own or pair[:1])))
-  return Plan(_text(real, constants, 'sweep.h', 'pairs.cu', levels=levels), threads, table + architecture.hidden,
-              derivatives + architecture.hidden, channels * plane_size(height, width), workspace, workspace * itemsize,
+  source = _text(real, constants, 'sweep.h', 'pairs.cu', levels=levels)
+  return Plan(source, threads, table, derivatives + hidden,
+              channels * plane_size(height, width), workspace, workspace * itemsize,
               block_bytes if table_shared else sums_bytes + exchange * itemsize * exchange_shared)
 
 
-def _levels(convs, sizes, channels, everything, last, threads, ntk):
-  """The levels up to `last`; and the sizes of a table, of derivatives (both but for hidden layers), and of all bands.
+def _levels(convs, sizes, channels, everything, last, threads, hidden, ntk):
+  """The levels up to `last`; and the sizes of a table, of derivatives (but for hidden layers), and
+  of all bands.
 
   Args:
     ntk: whether these are a pair's levels, not an image's with itself, whose offsets take turns (offset 0 is a special one).
@@ -156,7 +157,7 @@ def _levels(convs, sizes, channels, everything, last, threads, ntk):
   table = derivatives = channels * plane_size(*sizes[0])
   starts = []
   for p, (count, size) in enumerate(zip(convs, sizes)):
-    distances, plane = any(convs[p:]), plane_size(*size)
+    distances, plane = hidden > 0 or any(convs[p:]), plane_size(*size)
     starts.append((table, table + count * plane, derivatives, distances))
     table += (count + distances * (1 + (p > 0))) * plane
     derivatives += count * plane

@@ -66,9 +66,13 @@ class NativeKernel:
     self._cpu = jax.devices('cpu')[0]
 
   def prepare(self, x: np.ndarray) -> ntk.Prepared:
-    """See `ntk.Kernel.prepare`; the tables of plan.h are [N, V + P]: V variances of ReLU inputs, P pooled values."""
-    table = sum(self._table(*x.shape[1:3]))
-    return ntk.Prepared(x, [np.asarray(self._call('tables', [(len(x), table)], x)[0])], self)
+    """See `ntk.Kernel.prepare`; the tables of plan.h are [N, V + P]: V variances of convolutions' ReLU
+    inputs, P pooled values. Then, in float64, the variances and spreads of what the readout reads,
+    [N, 2]."""
+    variances, pooled = self._table(*x.shape[1:3])
+    shapes = [(len(x), variances + pooled), (len(x), 2)]
+    outputs = self._call('tables', shapes, x, dtypes=[self.dtype, np.float64])
+    return ntk.Prepared(x, [np.asarray(output) for output in outputs], self)
 
   def block(self, x1: ntk.Images, x2: ntk.Images) -> np.ndarray:
     """See `ntk.Kernel.block`."""
@@ -90,7 +94,8 @@ class NativeKernel:
     many, or forming them again is cheap."""
     left, right = self._prepared(x1, x2)
     tiles = -(-len(right) // self._lanes)
-    derivatives = (len(left), tiles, left.images[0].size + self._table(*left.images.shape[1:3])[0], self._lanes)
+    variances = self._table(*left.images.shape[1:3])[0] + self.architecture.hidden
+    derivatives = (len(left), tiles, left.images[0].size + variances, self._lanes)
     if self.architecture.is_convolutional and np.prod(derivatives, dtype=np.int64) * self.dtype.itemsize <= _DERIVATIVES_BYTES:
       block, values = self._call('derivatives', [(len(left), len(right)), derivatives], *_arrays(left), *_arrays(right))
       pull_back = lambda cotangent: np.array(self._call('pull_back', [left.images.shape], *_arrays(left), values, cotangent)[0])
@@ -106,14 +111,15 @@ class NativeKernel:
   def _table(self, height: int, width: int) -> tuple[int, int]:
     """(V, P) of `prepare`."""
     pixels = [(height >> p) * (width >> p) for p in range(len(self._convs))]
-    pooled = (2 * n for p, n in enumerate(pixels) if p and any(self._convs[p:]))
-    return sum(c * n for c, n in zip(self._convs, pixels)) + self.architecture.hidden, sum(pooled)
+    hidden = self.architecture.hidden
+    pooled = (2 * n for p, n in enumerate(pixels) if p and (hidden or any(self._convs[p:])))
+    return sum(c * n for c, n in zip(self._convs, pixels)), sum(pooled)
 
-  def _call(self, name: str, shapes, *arguments, **attributes):
+  def _call(self, name: str, shapes, *arguments, dtypes=None, **attributes):
     with jax.default_device(self._cpu):
-      outputs = [jax.ShapeDtypeStruct(shape, self.dtype) for shape in shapes]
+      outputs = list(map(jax.ShapeDtypeStruct, shapes, dtypes or [self.dtype] * len(shapes)))
       return jax.ffi.ffi_call(f'kip_{self.instruction_set}_{name}', outputs)(*arguments, **self._network, **attributes)
 
 
-def _arrays(x: ntk.Prepared) -> tuple[np.ndarray, np.ndarray]:
-  return x.images, x.variances[0]
+def _arrays(x: ntk.Prepared) -> tuple[np.ndarray, ...]:
+  return x.images, *x.variances

@@ -42,6 +42,22 @@ CASES = {
     'global_only_hidden': Case(_dict(readout='global_average_pool', hidden=1), (4, 5, 2), 'random'),
 }
 
+# For test_near_pairs.py.
+NEAR_NETWORKS = {
+    'fc1': 'fc1',
+    'fc3': 'fc3',
+    'conv3': 'conv3',
+    'convnet2': 'convnet2',
+    'myrtle5': 'myrtle5',
+    'hidden': _dict((2, False), hidden=2),
+    'pooled_hidden': _dict((1, True), (1, True), hidden=1),
+    'global_hidden': _dict((2, True), (1, False), readout='global_average_pool', hidden=1),
+    'pool_first_hidden': _dict((0, True), hidden=1),
+    'fc2_without_bias': _dict(hidden=2, b_std=0.0),
+    'conv2_without_bias': _dict((2, False), b_std=0.0),
+    'pooled_without_bias': _dict((1, True), (1, False), b_std=0.0, hidden=1),
+}
+
 
 def images(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """x1 [A, H, W, D], x2 [B, H, W, D] and a cotangent [A, B], the same on every machine."""

@@ -214,5 +214,8 @@ def test_a_changed_source_is_not_built(monkeypatch, tmp_path):
 def test_the_table_has_a_variance_per_relu_input_and_two_values_per_pooled_pixel():
   stages = [{'convs': 1, 'pool': True}, {'convs': 2, 'pool': False}, {'convs': 1, 'pool': True}]
   kernel = native.NativeKernel(architectures.get({'stages': stages, 'hidden': 2}), 'float32', 1)
-  variances, pooled = 7 * 6 + 3 * 3 * 3 + 2, 2 * 3 * 3  # no convolution follows the last pooling
-  assert kernel.prepare(np.ones((2, 7, 6, 1), np.float32)).variances[0].shape == (2, variances + pooled)
+  # A hidden layer follows the last pooling.
+  variances, pooled = 7 * 6 + 3 * 3 * 3, 2 * (3 * 3 + 1)
+  table, readouts = kernel.prepare(np.ones((2, 7, 6, 1), np.float32)).variances
+  assert table.shape == (2, variances + pooled)
+  assert readouts.shape == (2, 2) and readouts.dtype == np.float64

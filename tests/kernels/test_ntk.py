@@ -65,7 +65,7 @@ def test_block_and_gradient_equal_golden_values(implementation, name, dtype):
   assert error(gradient, GOLDEN[f'{name}/gradient']) <= tolerances[1]
 
 
-@pytest.mark.parametrize('name', ['fc2', 'convnet2_odd_flat', 'linear_pool'])
+@pytest.mark.parametrize('name', ['fc2', 'convnet2_odd_flat', 'linear_pool', 'pool_first_global_hidden', 'no_bias'])
 @pytest.mark.parametrize('implementation', FAST)
 def test_nngp_equals_neural_tangents(implementation, name):
   case = kernel_cases.CASES[name]
@@ -90,7 +90,7 @@ def test_equals_the_dense_oracle_where_images_coincide(implementation, name):
 SMALL = ('fc2', 'convnet2_odd_flat')
 
 
-@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('name', SMALL + ('pool_first_global_hidden', 'no_bias'))
 @pytest.mark.parametrize('implementation', FAST)
 def test_block_of_parts_is_parts_of_block(implementation, name):
   case = kernel_cases.CASES[name]

@@ -83,20 +83,34 @@ inline void pull_back(T n_bar, T t_bar, T n, T dot, T dot_slope, T sine_slope, T
   sigma += n_bar * sine_slope - slope * n;
 }
 
-// After the readout: hidden Dense + ReLU layers and the output. The kernel, and its derivatives by n, t and (times them) the deviations.
+// Calls f(l, q): the variance of hidden layer l's input, given that at the readout.
+template <class F>
+inline void for_each_hidden(double q, F f) {
+  for (int l = 0; l < kHidden; ++l) {
+    q = q * kWeight + kBias;
+    f(l, q);
+    q /= 2;
+  }
+}
+
+// After the readout: hidden Dense + ReLU layers and the output. The kernel, and its derivatives by
+// n, t and (times them) the deviations. In double whatever the images are in: a layer's cosine may
+// be so near to 1 that a rounding of float32 is more than what the gradient depends on.
 struct Head {
   double kernel, n_bar, t_bar, sigma[kHidden + 1];
 
-  // q1, q2: the variances of the hidden layers' inputs. rounding: of n / (pi sqrt(q1 q2)).
-  template <class Q>
-  Head(double n, double t, const Q* q1, const Q* q2, double rounding) {
+  // n, t, q1, q2: covariances and variances at the readout.
+  Head(double n, double t, double q1, double q2) {
     double saved[kHidden + 1][4];
     for (int l = 0; l < kHidden; ++l) {
-      n = n * kWeight + kBias, t = t * kWeight + n;
-      const double product = double(q1[l]) * double(q2[l]), inverse = product > 0 ? 1 / (kPi * square_root(product)) : 0;
+      n = n * kWeight + kBias, t = t * kWeight + n, q1 = q1 * kWeight + kBias,
+      q2 = q2 * kWeight + kBias;
+      const double product = q1 * q2, inverse = product > 0 ? 1 / (kPi * square_root(product)) : 0;
       const double gap = 1 / kPi - n * inverse;
-      const Angle<double> a = angle<double>(larger(gap, -gap) < rounding ? 0 : gap, true);
+      const Angle<double> a =
+          angle<double>(larger(gap, -gap) < kRounding<double> / 8 ? 0 : gap, true);
       saved[l][0] = n, saved[l][1] = a.dot, saved[l][2] = t * (a.dot_slope * inverse), saved[l][3] = square_root(product) / 2 * a.sine;
+      q1 /= 2, q2 /= 2;
       n = n * a.dot + saved[l][3], t = t * a.dot;
     }
     kernel = n * kWeight + kBias;

@@ -16,15 +16,10 @@ inline void for_each_of(long long count, F f) {
   for (long long k = (long long)block() * kThreads + thread(); k < count; k += (long long)blocks() * kThreads) f(k);
 }
 
-// Variances of hidden layers' inputs [count, kHidden], of images [count, H, W, D].
+// Variances [count] of images [count, H, W, D].
 KIP_KERNEL(1) kip_dense_tables(const Real* images, double* tables, int count) {
   for_each_of(count, [&](long long image) {
-    double q = dot_product(images + image * kPixels, images + image * kPixels, 1);
-    for (int l = 0; l < kHidden; ++l) {
-      q = q * kWeight + kBias;
-      tables[image * kHidden + l] = q;
-      q /= 2;
-    }
+    tables[image] = dot_product(images + image * kPixels, images + image * kPixels, 1);
   });
 }
 
@@ -41,7 +36,7 @@ KIP_KERNEL(1) kip_dense_block(const Real* __restrict__ left, const double* __res
   for_each_of(pairs, [&](long long pair) {
     const long long i = pair / columns, j = pair % columns;
     const double n = dot_product(left + i * kPixels, right_transposed + j, columns);
-    const Head head(n, 0, left_tables + i * kHidden, right_tables + j * kHidden, kRounding<double> / 8);
+    const Head head(n, 0, left_tables[i], right_tables[j]);
     values[pair] = Real(head.kernel);
     derivatives[pair] = head.n_bar;
     for (int l = 0; l < kHidden; ++l) derivatives[(1 + l) * pairs + pair] = head.sigma[l];
@@ -53,12 +48,13 @@ KIP_KERNEL(1) kip_dense_variances_vjp(const double* tables, const double* deriva
                                 double* variances_bar) {
   const long long pairs = (long long)rows * columns;
   for_each_of(rows, [&](long long i) {
-    double q_bar = 0;
+    double q_bar = 0, q[kHidden + 1];
+    for_each_hidden(tables[i], [&](int l, double value) { q[l] = value; });
     for (int l = kHidden - 1; l >= 0; --l) {
       double sum = 0;
-      for (int j = 0; j < columns; ++j) sum += double(cotangent[i * columns + j]) * derivatives[(1 + l) * pairs + i * columns + j];
-      const double q = tables[i * kHidden + l];
-      q_bar = ((q > 0 ? sum / (2 * q) : 0) + q_bar / 2) * kWeight;
+      for (int j = 0; j < columns; ++j)
+        sum += double(cotangent[i * columns + j]) * derivatives[(1 + l) * pairs + i * columns + j];
+      q_bar = ((q[l] > 0 ? sum / (2 * q[l]) : 0) + q_bar / 2) * kWeight;
     }
     variances_bar[i] = q_bar;
   });

@@ -1,8 +1,11 @@
-// Kernels of pairs of images, and images' tables. A block of threads takes one pair (or image) at a time, and has a workspace of its own.
+// Kernels of pairs of images, and images' tables. A block of threads takes one pair (or image) at a
+// time, and has a workspace of its own.
 //
-// A table has an image's pixels, a plane a channel; at each level the deviations (q / 2)^1/2 of each ReLU's input, and, where n is held as
-// m, q / 2 entering the level, and, after a pooling, half of the spread; then the variances q of hidden layers' inputs.
-// A pair's derivatives are those by the first image's pixels, and by its deviations (and hidden variances), each times the deviation.
+// A table has an image's pixels, a plane a channel; at each level the deviations (q / 2)^1/2 of
+// each ReLU's input, and, where n is held as m, q / 2 entering the level, and, after a pooling,
+// half of the spread. Readouts have, for hidden layers, the variance and the spread of what the
+// readout reads. A pair's derivatives are those by the first image's pixels, and by its deviations
+// (and hidden variances), each times the deviation.
 namespace kip {
 
 struct Shared {
@@ -68,10 +71,21 @@ inline void pair_backward(const Real* left, const Real* right, const Shared& sha
   }
 }
 
+// The covariance at the readout, which hidden layers need, given the mean half squared distance
+// there.
+inline double covariance(double m, const double* left, const double* right) {
+  const double spreads = left[1] + right[1], variances = left[0] + right[0];
+  m -= spreads / 2;
+  // The m below it are good to sqrt(m q) times an ulp.
+  return variances / 2 -
+         (m < double(kRounding<Real>) / 4 * square_root(spreads * (spreads + variances)) ? 0 : m);
+}
+
 // Pairs i, j of left images [rows] and right ones [columns], but for those with j < i - diagonal: values[i, j].
 template <bool kBackward>
-inline void for_each_pair(const Real* left, const Real* right, int rows, int columns, int diagonal, Real* values, Real* derivatives,
-                          Real* workspace, double* memory) {
+inline void for_each_pair(const Real* left, const double* left_readouts, const Real* right,
+                          const double* right_readouts, int rows, int columns, int diagonal,
+                          Real* values, Real* derivatives, Real* workspace, double* memory) {
   Real* bands = workspace + block() * kWorkspace;
   const Shared shared(memory, bands);
   for (long long unit = block(); unit < (long long)rows * columns; unit += blocks()) {
@@ -81,7 +95,10 @@ inline void for_each_pair(const Real* left, const Real* right, int rows, int col
     double n = 0, t = 0;
     pair_forward<0>(x1, held, shared, bands, n, t);
     if (!thread()) {  // the others may hold the next pair's table already
-      const Head head(n * kReadoutShare, t * kReadoutShare, x1 + kTable - kHidden, x2 + kTable - kHidden, kRounding<Real> / 8);
+      const double *readout1 = left_readouts + 2 * i, *readout2 = right_readouts + 2 * j;
+      n *= kReadoutShare, t *= kReadoutShare;
+      if (kHidden) n = covariance(n, readout1, readout2);
+      const Head head(n, t, readout1[0], readout2[0]);
       values[unit] = Real(head.kernel);
       n = head.n_bar * kReadoutShare, t = head.t_bar * kReadoutShare;
       if constexpr (kBackward)
@@ -95,17 +112,16 @@ inline void for_each_pair(const Real* left, const Real* right, int rows, int col
 }
 
 template <int p>
-inline void self_forward(Real* table, const Shared& shared, Real* bands, double& n) {
+inline void self_forward(Real* table, const Shared& shared, Real* bands, double& m, double& q) {
   if constexpr (p < kSelfCount) {
     using Level = Sweep<true, p>;
     Level sweep(table, table, shared.exchange, bands);
     sweep.forward_self(table, bands + kDiagonals);
     if constexpr (Level::kLast) {
-      double unused = 0;
-      n = sweep.n_sum;
-      shared.add_up<Level::kBusy>(n, unused);
+      m = sweep.n_sum, q = sweep.t_sum;
+      shared.add_up<Level::kBusy>(m, q);
     } else {
-      self_forward<p + 1>(table, shared, bands, n);
+      self_forward<p + 1>(table, shared, bands, m, q);
     }
   }
 }
@@ -122,17 +138,9 @@ inline void self_backward(const Real* table, const Shared& shared, Real* bands, 
   }
 }
 
-inline void fill_hidden(Real* table, double n) {
-  Real q = Real(n * kReadoutShare);
-  for (int l = 0; l < kHidden; ++l) {
-    q = q * Real(kWeight) + Real(kBias);
-    table[kTable - kHidden + l] = q;
-    q /= 2;
-  }
-}
-
-// tables [count, kTable] of images [count, H, W, D].
-KIP_KERNEL(kBackwardBlocks) kip_tables(const Real* images, Real* tables, int count, Real* workspace) {
+// tables [count, kTable] and readouts [count, 2] of images [count, H, W, D].
+KIP_KERNEL(kBackwardBlocks)
+kip_tables(const Real* images, Real* tables, double* readouts, int count, Real* workspace) {
   KIP_SHARED(memory);
   Real* bands = workspace + block() * kWorkspace;
   const Shared shared(memory, bands);
@@ -144,25 +152,36 @@ KIP_KERNEL(kBackwardBlocks) kip_tables(const Real* images, Real* tables, int cou
       for (int c = 0; c < kChannels; ++c) to[c * plane_size(kHeight, kWidth)] = pixels[e * kChannels + c];
     }
     sync();
-    double n = 0;
-    self_forward<0>(table, shared, bands, n);
-    if (!thread()) fill_hidden(table, n);
+    double m = 0, q = 0;
+    self_forward<0>(table, shared, bands, m, q);
+    if (!thread()) {  // as after a pooling: the variance of a mean is the mean variance less the
+                      // spread
+      const double spread = m * kReadoutShare;
+      readouts[2 * image] = q / kReadoutPixels - spread, readouts[2 * image + 1] = spread;
+    }
     sync();
   }
 }
 
 // values [rows, columns] of the block, but for those with j < i - diagonal.
-KIP_KERNEL(kForwardBlocks) kip_block(const Real* __restrict__ left, const Real* __restrict__ right, int rows, int columns, int diagonal,
-                               Real* __restrict__ values, Real* __restrict__ workspace) {
+KIP_KERNEL(kForwardBlocks)
+kip_block(const Real* __restrict__ left, const double* __restrict__ left_readouts,
+          const Real* __restrict__ right, const double* __restrict__ right_readouts, int rows,
+          int columns, int diagonal, Real* __restrict__ values, Real* __restrict__ workspace) {
   KIP_SHARED(memory);
-  for_each_pair<false>(left, right, rows, columns, diagonal, values, nullptr, workspace, memory);
+  for_each_pair<false>(left, left_readouts, right, right_readouts, rows, columns, diagonal, values,
+                       nullptr, workspace, memory);
 }
 
 // values [rows, columns] of the block, and every pair's derivatives [rows, columns, kDerivatives].
-KIP_KERNEL(kBackwardBlocks) kip_derivatives(const Real* __restrict__ left, const Real* __restrict__ right, int rows, int columns,
-                                      Real* __restrict__ values, Real* __restrict__ derivatives, Real* __restrict__ workspace) {
+KIP_KERNEL(kBackwardBlocks)
+kip_derivatives(const Real* __restrict__ left, const double* __restrict__ left_readouts,
+                const Real* __restrict__ right, const double* __restrict__ right_readouts, int rows,
+                int columns, Real* __restrict__ values, Real* __restrict__ derivatives,
+                Real* __restrict__ workspace) {
   KIP_SHARED(memory);
-  for_each_pair<true>(left, right, rows, columns, rows, values, derivatives, workspace, memory);
+  for_each_pair<true>(left, left_readouts, right, right_readouts, rows, columns, rows, values,
+                      derivatives, workspace, memory);
 }
 
 // Adds sum_j cotangent[i, j] derivatives[i, j] to sums [rows, kDerivatives]: j in order, whatever part of a block this is.
@@ -179,7 +198,9 @@ KIP_KERNEL(1) kip_contract(const Real* __restrict__ derivatives, const Real* __r
 }
 
 // gradient [count, D planes] by the images: what `sums` has by their pixels, and through their tables.
-KIP_KERNEL(1) kip_tables_vjp(Real* tables, const double* sums, double* gradient, int count, Real* workspace) {
+KIP_KERNEL(1)
+kip_tables_vjp(Real* tables, const double* readouts, const double* sums, double* gradient,
+               int count, Real* workspace) {
   KIP_SHARED(memory);
   Real* bands = workspace + block() * kWorkspace;
   const Shared shared(memory, bands);
@@ -188,13 +209,13 @@ KIP_KERNEL(1) kip_tables_vjp(Real* tables, const double* sums, double* gradient,
     const double* from = sums + (long long)image * kDerivatives;
     double* to = gradient + (long long)image * kPixels;
     for (int e = thread(); e < kPixels; e += kThreads) to[e] = from[e];
-    double n = 0;
-    self_forward<0>(table, shared, bands, n);
-    double n_bar = 0;
-    for (int l = kHidden - 1; l >= 0; --l) {
-      const double q = table[kTable - kHidden + l];
-      n_bar = ((q > 0 ? from[kDerivatives - kHidden + l] / (2 * q) : 0) + n_bar / 2) * kWeight;
-    }
+    double unused[2], hidden[kHidden + 1], n_bar = 0;
+    self_forward<0>(table, shared, bands, unused[0], unused[1]);
+    for_each_hidden(readouts[2 * image], [&](int l, double q) { hidden[l] = q; });
+    for (int l = kHidden - 1; l >= 0; --l)
+      n_bar =
+          ((hidden[l] > 0 ? from[kDerivatives - kHidden + l] / (2 * hidden[l]) : 0) + n_bar / 2) *
+          kWeight;
     sync();
     self_backward<kSelfCount - 1>(table, shared, bands, Real(n_bar * kReadoutShare), from, to);
     sync();

@@ -1,13 +1,18 @@
-// One level (resolution) of one pair of images: its offsets, one after the other, through the level's convolutions, forward and back.
+// One level (resolution) of one pair of images: its offsets, one after the other, through the
+// level's convolutions, forward and back.
 //
-// At a fixed offset d, covariances n and t, indexed by the pixel y of the first image, form a plane. A thread owns patches of it, `rows` by
-// 2 pixels: the same ones at every offset, so that what it gathers for the first image (its pixels' and deviations' cotangents) stays in
-// registers, in a fixed order, and 2x2 windows of a pooling lie within a thread. Neighbours' values come through planes in shared memory,
-// written by all, read by all: one barrier for each convolution or its adjoint. Where a plane has few patches, a block's threads are several
-// groups, each at an offset of its own, with planes and sums of its own. The mathematics is that of native/src/lines.h: n is held
-// as m = (q1 + q2) / 2 - n up to the last convolution, and taps that only one image has count q / 2 of it.
+// At a fixed offset d, covariances n and t, indexed by the pixel y of the first image, form a
+// plane. A thread owns patches of it, `rows` by 2 pixels: the same ones at every offset, so that
+// what it gathers for the first image (its pixels' and deviations' cotangents) stays in registers,
+// in a fixed order, and 2x2 windows of a pooling lie within a thread. Neighbours' values come
+// through planes in shared memory, written by all, read by all: one barrier for each convolution or
+// its adjoint. Where a plane has few patches, a block's threads are several groups, each at an
+// offset of its own, with planes and sums of its own. The mathematics is that of
+// native/src/lines.h: n is held as m = (q1 + q2) / 2 - n up to the last ReLU, and taps that only
+// one image has count q / 2 of it.
 //
-// Between levels, covariances at all offsets, and then their cotangents in their place, lie in the block's workspace, which a cache holds.
+// Between levels, covariances at all offsets, and then their cotangents in their place, lie in the
+// block's workspace, which a cache holds.
 namespace kip {
 
 struct Offset {
@@ -19,6 +24,15 @@ struct Offset {
 constexpr int at(int width, int y, int x) { return (2 * y + (x & 1)) * ((width + 1) / 2) + (x >> 1); }
 
 constexpr int plane_size(int height, int width) { return 2 * height * ((width + 1) / 2); }
+
+template <bool kIsDouble>
+struct SumOf {
+  using type = Real;
+};
+template <>
+struct SumOf<true> {
+  using type = double;
+};
 
 template <bool kSelf>
 constexpr int level_count() {
@@ -38,7 +52,7 @@ class Sweep {
   static constexpr bool kLast = p + 1 == level_count<kSelf>();
   static constexpr Level kNext = level<kSelf>(kLast ? p : p + 1);
   static constexpr bool kNtk = !kSelf, kHasNtk = kNtk && kLevel.has_ntk;
-  static constexpr bool kDistancesOut = !kLast && kNext.distances;
+  static constexpr bool kDistancesOut = kLast ? kHidden > 0 : kNext.distances;
   static constexpr int kHeight = kLevel.height, kWidth = kLevel.width, kConvs = kLevel.convs, kRows = kLevel.rows;
   static constexpr int kPlane = plane_size(kHeight, kWidth), kHalf = (kWidth + 1) / 2;
   static constexpr int kPatchRows = (kHeight + kRows - 1) / kRows, kPatches = kPatchRows * kHalf;
@@ -71,7 +85,8 @@ class Sweep {
     for (int e = thread(); e < kGroups * 6 * kExchange; e += kThreads) exchange_[e] = 0;
   }
 
-  // The readout's sums of n and t over this thread's pixels.
+  // The readout's sums of n (or m) and t over this thread's pixels; of an image with itself, of m
+  // and of the variances.
   double n_sum = 0, t_sum = 0;
 
   void forward() {
@@ -148,7 +163,7 @@ class Sweep {
     }
     for_each_pixel([&](int i, int y, int x) {
       diagonals[p % 2 * kDiagonal + at(kWidth, y, x)] = q[i];
-      if (kLast) n_sum += q[i];
+      if (kLast) t_sum += q[i];
     });
     if (!kLast && !kDistancesOut) pool(view({0, 0}), q, q);
     sync();
@@ -585,8 +600,15 @@ class Sweep {
       exchange(l, view, v, t, [&](int i) {
         const Real s1 = s1_[l][i], radial = s1 - s2[i], m = v[i] * kScale;
         // sqrt(q1 q2) (1 - cosine): the distance without the difference in length.
-        const Real chord = larger(m - radial * radial, Real(0));
-        const Real deviation = s1 * s2[i], n = 2 * deviation - chord, t_in = first_ntk || !kNtk ? n : t[i] * kScale + n;
+        Real chord = larger(m - radial * radial, Real(0));
+        const Real deviation = s1 * s2[i];
+        if (!kPositive) {  // patches may be multiples of each other
+          constexpr Real rounding2 = kRounding<Real> * kRounding<Real> / 4;
+          if (chord * chord <= rounding2 * m * (m + 2 * deviation)) chord = 0;
+        }
+        // Of sizes far apart, or no pixels at all: what is not used must be a number, too.
+        chord = smaller(chord, deviation * (first_ntk ? 4 : 2));
+        const Real n = 2 * deviation - chord, t_in = first_ntk || !kNtk ? n : t[i] * kScale + n;
         const bool positive = kPositive || deviation > 0;
         const Real inverse = positive ? reciprocal(deviation) * Real(0.5 / kPi) : Real(0);
         const Angle<Real> a = angle<Real>(positive ? chord * inverse : Real(1 / kPi), first_ntk);
@@ -616,10 +638,12 @@ class Sweep {
       if (kConvs) exchange_back(kHasNtk, Real(kWeight / 9 * share), view, n_bar, t_bar, [](int) {});
       entered(view, Real(kConvs ? 1 : share), n_bar, t_bar);
     } else if constexpr (kLast) {
-      Real n_part = 0, t_part = 0;
+      typename SumOf<(kHidden > 0)>::type n_part = 0;  // hidden layers take the spread from it
+      Real t_part = 0;
       for (int i = 0; i < kOwn; ++i)
         if (view.valid[i]) n_part += v[i], t_part += t[i];
-      n_sum += n_part, t_sum += t_part;
+      n_sum += n_part;
+      if (kNtk) t_sum += t_part;
     } else {
       pool(view, v, t);
     }

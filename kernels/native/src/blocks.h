@@ -8,14 +8,22 @@
 
 namespace kip {
 
-// `count` images, and their tables: the variances of their ReLU inputs, then the pooled values.
+template <class T>
+Index tiles_of(Index count) {
+  return (count + kLanes<T> - 1) / kLanes<T>;
+}
+
+// `count` images, their tables: the variances of their convolutions' ReLU inputs, then the pooled
+// values; and, where there are hidden layers, the variance and the spread of what the readout
+// reads.
 template <class T>
 struct ImageSet {
-  const T* pixels;  // [count, H, W, D]
-  const T* tables;  // [count, table]
+  const T* pixels;         // [count, H, W, D]
+  const T* tables;         // [count, table]
+  const double* readouts;  // [count, 2]
   Index count;
 
-  Index tiles() const { return (count + kLanes<T> - 1) / kLanes<T>; }
+  Index tiles() const { return tiles_of<T>(count); }
 };
 
 // Bytes of intermediate results kept between a round of units and their sum.
@@ -36,35 +44,36 @@ T same(T value) {
   return value;
 }
 
-// See Image; correctly rounded, which halves the rounding of cosines.
-template <class T>
-T inverse(T q) {
-  return q > 0 ? T(1 / std::sqrt(kPi * double(q))) : T(0);
-}
-template <class T>
-T deviation(T q) {
-  return std::sqrt(q / 2);
-}
-
 // The left images' tables.
 template <class T>
 struct LeftTables {
   LeftTables(const Plan& plan, ImageSet<T> x)
-      : plan(plan), pixels(x.pixels), tables(x.tables), inverse(x.count * plan.variances), deviation(x.count * plan.variances) {
-    for (Index i = 0; i < x.count; ++i)
-      for (Index e = 0; e < plan.variances; ++e) {
+      : plan(plan),
+        count(plan.convolution_variances()),
+        pixels(x.pixels),
+        tables(x.tables),
+        inverse(x.count * count),
+        deviation(x.count * count),
+        head(x.count * head_size(plan)) {
+    for (Index i = 0; i < x.count; ++i) {
+      for (Index e = 0; e < count; ++e) {
         const T q = tables[i * plan.table() + e];
-        inverse[i * plan.variances + e] = kip::inverse(q), deviation[i * plan.variances + e] = kip::deviation(q);
+        inverse[i * count + e] = kip::inverse(q), deviation[i * count + e] = kip::deviation(q);
       }
+      fill_head(plan, x.readouts + 2 * i, head.data() + i * head_size(plan));
+    }
   }
   Image<T> image(Index i) const {
-    return {pixels + i * plan.image_size(), inverse.data() + i * plan.variances, deviation.data() + i * plan.variances,
-            tables + i * plan.table() + plan.variances};
+    return {pixels + i * plan.image_size(), inverse.data() + i * count,
+            deviation.data() + i * count, tables + i * plan.table() + count,
+            head.data() + i * head_size(plan)};
   }
 
   const Plan& plan;
+  const Index count;
   const T *pixels, *tables;
   Buffer<T> inverse, deviation;
+  Buffer<double> head;
 };
 
 // Tiles of right images, with their tables.
@@ -73,27 +82,39 @@ struct RightTables {
   using V = Vector<T>;
   RightTables(const Plan& plan, ImageSet<T> x, Index first_tile, Index tiles, std::size_t threads)
       : plan(plan),
+        count(plan.convolution_variances()),
         pixels(tiles * plan.image_size()),
-        inverse(tiles * plan.variances),
-        deviation(tiles * plan.variances),
-        pooled(tiles * plan.pooled) {
+        inverse(tiles * count),
+        deviation(tiles * count),
+        pooled(tiles * plan.pooled),
+        head(tiles * head_size(plan) * kParts<T>) {
     parallel_for(threads, tiles, [&](std::size_t, Index k) {
       const auto spread_out = [&](const T* rows, Index stride, Index size, Buffer<V>& out, T (*f)(T)) {
         across_lanes(rows, stride, size, x.count, first_tile + k, out.data() + k * size, f);
       };
       spread_out(x.pixels, plan.image_size(), plan.image_size(), pixels, same<T>);
-      spread_out(x.tables, plan.table(), plan.variances, inverse, kip::inverse<T>);
-      spread_out(x.tables, plan.table(), plan.variances, deviation, kip::deviation<T>);
-      spread_out(x.tables + plan.variances, plan.table(), plan.pooled, pooled, same<T>);
+      spread_out(x.tables, plan.table(), count, inverse, kip::inverse<T>);
+      spread_out(x.tables, plan.table(), count, deviation, kip::deviation<T>);
+      spread_out(x.tables + count, plan.table(), plan.pooled, pooled, same<T>);
+      std::vector<double> values(head_size(plan));
+      double* to = reinterpret_cast<double*>(head.data() + k * head_size(plan) * kParts<T>);
+      for (int lane = 0; lane < kLanes<T>; ++lane) {
+        fill_head(plan, x.readouts + 2 * std::min((first_tile + k) * kLanes<T> + lane, x.count - 1),
+                  values.data());
+        for (Index e = 0; e < head_size(plan); ++e) to[e * kLanes<T> + lane] = values[e];
+      }
     });
   }
   Image<V> tile(Index k) const {
-    return {pixels.data() + k * plan.image_size(), inverse.data() + k * plan.variances, deviation.data() + k * plan.variances,
-            pooled.data() + k * plan.pooled};
+    return {pixels.data() + k * plan.image_size(), inverse.data() + k * count,
+            deviation.data() + k * count, pooled.data() + k * plan.pooled,
+            head.data() + k * head_size(plan) * kParts<T>};
   }
 
   const Plan& plan;
+  const Index count;
   Buffer<V> pixels, inverse, deviation, pooled;
+  Buffer<VectorD> head;
 };
 
 template <class T, class Engine>
@@ -109,44 +130,77 @@ void for_each_image(Index count, Index tile, F f) {
   for (int lane = 0; lane < kLanes<T> && tile * kLanes<T> + lane < count; ++lane) f(tile * kLanes<T> + lane, lane);
 }
 
-// Runs f(engine, tile, pixels) for each tile of images [count, H, W, D]; the tile's pixels have an image a lane.
+// Runs f(worker, tile, pixels) for each tile of images [count, H, W, D]; the tile's pixels have an
+// image a lane.
 template <class T, class F>
-void for_each_tile(const Plan& plan, const T* pixels, Index count, std::size_t threads, F f) {
-  const Index tiles = ImageSet<T>{pixels, nullptr, count}.tiles();
-  auto engines = make_engines<T, VarianceEngine<T>>(plan, tiles, threads);
+void for_each_tile(const Plan& plan, const T* pixels, Index count, std::size_t workers, F f) {
   std::vector<Buffer<Vector<T>>> lanes;
-  for (std::size_t k = 0; k < engines.size(); ++k) lanes.emplace_back(plan.image_size());
-  parallel_for(engines.size(), tiles, [&](std::size_t worker, Index tile) {
+  for (std::size_t k = 0; k < workers; ++k) lanes.emplace_back(plan.image_size());
+  parallel_for(workers, tiles_of<T>(count), [&](std::size_t worker, Index tile) {
     across_lanes(pixels, plan.image_size(), plan.image_size(), count, tile, lanes[worker].data(), same<T>);
-    f(engines[worker], tile, lanes[worker].data());
+    f(worker, tile, lanes[worker].data());
   });
 }
 
-// The tables [count, table] of images [count, H, W, D].
+// The tables [count, table] of images [count, H, W, D], and their readouts [count, 2].
 template <class T>
-void compute_tables(const Plan& plan, const T* pixels, Index count, T* tables, std::size_t threads) {
-  for_each_tile(plan, pixels, count, threads, [&](VarianceEngine<T>& engine, Index tile, const Vector<T>* lanes) {
-    const auto& values = engine.forward(lanes);
+void compute_tables(const Plan& plan, const T* pixels, Index count, T* tables, double* readouts,
+                    std::size_t threads) {
+  const auto store = [&](Index tile, const Lanes<T>& variance, const Lanes<T>& spread) {
     for_each_image<T>(count, tile, [&](Index image, int lane) {
-      for (Index e = 0; e < plan.table(); ++e) tables[image * plan.table() + e] = values[e][lane];
+      readouts[2 * image] = variance.get(lane), readouts[2 * image + 1] = spread.get(lane);
     });
-  });
+  };
+  if (plan.fully_connected()) {
+    return for_each_tile(plan, pixels, count, threads,
+                         [&](std::size_t, Index tile, const Vector<T>* lanes) {
+                           Lanes<T> variance = squares<T>(lanes, plan.image_size());
+                           for (auto& part : variance.part) part *= plan.dot_product_share();
+                           store(tile, variance, {});
+                         });
+  }
+  auto engines = make_engines<T, VarianceEngine<T>>(plan, tiles_of<T>(count), threads);
+  for_each_tile(plan, pixels, count, engines.size(),
+                [&](std::size_t worker, Index tile, const Vector<T>* lanes) {
+                  Lanes<T> variance, spread;
+                  const auto& values = engines[worker].forward(lanes, variance, spread);
+                  for_each_image<T>(count, tile, [&](Index image, int lane) {
+                    for (Index e = 0; e < plan.table(); ++e)
+                      tables[image * plan.table() + e] = values[e][lane];
+                  });
+                  store(tile, variance, spread);
+                });
 }
 
 // Adds to gradient [count, H, W, D] what the variances contribute, given their cotangents q_bar [count, variances].
 template <class T>
 void add_variances_vjp(const Plan& plan, const T* pixels, Index count, const double* q_bar, double* gradient, std::size_t threads) {
-  for_each_tile(plan, pixels, count, threads, [&](VarianceEngine<T>& engine, Index tile, const Vector<T>* lanes) {
-    engine.forward(lanes);
-    Buffer<Vector<T>> bars(plan.variances);
-    for_each_image<T>(count, tile, [&](Index image, int lane) {
-      for (Index e = 0; e < plan.variances; ++e) bars[e][lane] = T(q_bar[image * plan.variances + e]);
+  if (plan.fully_connected()) {
+    return parallel_for(threads, count, [&](std::size_t, Index image) {
+      double n_bar = 0;
+      for (Index e = plan.variances; e-- > 0;)
+        n_bar = (q_bar[image * plan.variances + e] + n_bar * 0.5) * plan.network.w;
+      for (Index e = image * plan.image_size(); e < (image + 1) * plan.image_size(); ++e)
+        gradient[e] += 2 * n_bar * plan.dot_product_share() * double(pixels[e]);
     });
-    const auto& pixel_bar = engine.backward(bars.data());
-    for_each_image<T>(count, tile, [&](Index image, int lane) {
-      for (Index e = 0; e < plan.image_size(); ++e) gradient[image * plan.image_size() + e] += 2 * double(pixel_bar[e][lane]);
-    });
-  });
+  }
+  auto engines = make_engines<T, VarianceEngine<T>>(plan, tiles_of<T>(count), threads);
+  for_each_tile(plan, pixels, count, engines.size(),
+                [&](std::size_t worker, Index tile, const Vector<T>* lanes) {
+                  VarianceEngine<T>& engine = engines[worker];
+                  Lanes<T> variance, spread;
+                  engine.forward(lanes, variance, spread);
+                  Buffer<Vector<T>> bars(plan.variances);
+                  for_each_image<T>(count, tile, [&](Index image, int lane) {
+                    for (Index e = 0; e < plan.variances; ++e)
+                      bars[e][lane] = T(q_bar[image * plan.variances + e]);
+                  });
+                  const auto& pixel_bar = engine.backward(bars.data());
+                  for_each_image<T>(count, tile, [&](Index image, int lane) {
+                    for (Index e = 0; e < plan.image_size(); ++e)
+                      gradient[image * plan.image_size() + e] += 2 * double(pixel_bar[e][lane]);
+                  });
+                });
 }
 
 // Runs f(engine, i, k, tile, right) for each left image and each of the tiles, `per_round` tiles at a time, and after(first_tile, tiles)
@@ -170,7 +224,8 @@ inline Index tiles_per_round(Index bytes_per_tile) { return std::max<Index>(1, k
 
 template <class T>
 Index tile_bytes(const Plan& plan) {
-  return (plan.image_size() + 2 * plan.variances + plan.pooled) * kVectorBytes;
+  return (plan.image_size() + 2 * plan.convolution_variances() + plan.pooled +
+          head_size(plan) * kParts<T>)*kVectorBytes;
 }
 
 template <class T>
@@ -181,26 +236,36 @@ void store_block(Vector<T> values, Index i, Index tile, Index count, T* block) {
 // Fully-connected networks: matrix products, several left images at a time so that each value loaded is used as often.
 inline constexpr int kGroup = 8;
 
-inline constexpr int kColumns = kVectorBytes == 64 ? 3 : 1;  // vectors of a row at a time: with the group's, as many sums as registers
+// Vectors of a row at a time: with the group's, as many sums as registers.
+inline constexpr int kColumns = kVectorBytes == 64 ? 3 : 1;
 
-// Adds sum_j weights[i, j] rows[j, e] to sums[i, e] for all i, and e from `first` for kColumns vectors (up to `size`).
+// Adds sum_j weights[i, j] rows[j, e] to sums[i, e] for all i, and e from `first` for kColumns
+// vectors (up to `size`), in double: near the cusp most of the sum and of what the variances
+// contribute cancel.
 template <class T>
-void add_weighted_rows(const T* weights, Index images, const T* rows, Index count, Index size, Index first, double* sums, Index stride) {
-  constexpr Index kRun = 64, kWidth = kColumns * kLanes<T>;
+void add_weighted_rows(const double* weights, Index images, const T* rows, Index count, Index size,
+                       Index first, double* sums, Index stride) {
+  constexpr Index kRows = 64, kWidth = kColumns * kLanes<double>;
   const Index width = std::min(kWidth, size - first);
-  Buffer<Vector<T>> packed(kRun * kColumns);  // where they lie, the same columns of all rows may share a few lines of the cache
-  for (Index begin = 0; begin < count; begin += kRun) {
-    const Index run = std::min(kRun, count - begin);
-    for (Index j = 0; j < run; ++j) std::memcpy(packed.data() + j * kColumns, rows + (begin + j) * size + first, width * sizeof(T));
+  Buffer<VectorD> packed(
+      kRows *
+      kColumns);  // where they lie, the same columns of all rows may share a few lines of the cache
+  for (Index begin = 0; begin < count; begin += kRows) {
+    const Index run = std::min(kRows, count - begin);
+    for (Index j = 0; j < run; ++j) {
+      const T* row = rows + (begin + j) * size + first;
+      std::copy(row, row + width, reinterpret_cast<double*>(packed.data() + j * kColumns));
+    }
     for (Index i = 0; i < images; i += kGroup) {
-      const T* from[kGroup];
+      const double* from[kGroup];
       for (int g = 0; g < kGroup; ++g) from[g] = weights + std::min(i + g, images - 1) * count + begin;
-      Vector<T> total[kGroup][kColumns] = {};
+      VectorD total[kGroup][kColumns] = {};
       for (Index j = 0; j < run; ++j)
         for (int g = 0; g < kGroup; ++g)
-          for (int c = 0; c < kColumns; ++c) total[g][c] += spread<Vector<T>>(from[g][j]) * packed[j * kColumns + c];
+          for (int c = 0; c < kColumns; ++c)
+            total[g][c] += spread<VectorD>(from[g][j]) * packed[j * kColumns + c];
       for (int g = 0; g < std::min<Index>(kGroup, images - i); ++g) {
-        T values[kWidth];
+        double values[kWidth];
         std::memcpy(values, total[g], sizeof(values));
         for (Index e = 0; e < width; ++e) sums[(i + g) * stride + first + e] += values[e];
       }
@@ -208,8 +273,8 @@ void add_weighted_rows(const T* weights, Index images, const T* rows, Index coun
   }
 }
 
-// Calls f(head, left, right, i, tile, n) for each pair of a left image and a tile (symmetric: that reaches above the diagonal); n is the
-// readout's covariance.
+// Calls f(head, kernel, i, tile) for each pair of a left image and a tile (symmetric: that reaches
+// above the diagonal), after head.forward.
 template <class T, class F>
 void for_each_dense_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmetric, std::size_t threads, F f) {
   const LeftTables<T> left(plan, x1);
@@ -224,10 +289,15 @@ void for_each_dense_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool 
       if (symmetric && (first + k + 1) * kLanes<T> <= begin) return;
       const T* images[kGroup];
       for (int g = 0; g < kGroup; ++g) images[g] = x1.pixels + std::min(begin + g, x1.count - 1) * size;
-      Vector<T> n[kGroup];
-      dot_products([&](int g, Index e) { return spread<Vector<T>>(images[g][e]); }, right.tile(k).pixels, size, n);
-      for (Index i = begin; i < std::min(begin + kGroup, x1.count); ++i)
-        f(heads[worker], left.image(i), right.tile(k), i, first + k, n[i - begin] * T(plan.dot_product_share()));
+      Lanes<T> n[kGroup];
+      dot_products<T>(images, right.tile(k).pixels, size, n);
+      for (Index i = begin; i < std::min(begin + kGroup, x1.count); ++i) {
+        for (auto& part : n[i - begin].part) part *= plan.dot_product_share();
+        Head<T>& head = heads[worker];
+        const Lanes<T> kernel =
+            head.forward(left.image(i).head, right.tile(k).head, n[i - begin], {});
+        f(head, kernel.narrowed(), i, first + k);
+      }
     });
   }
 }
@@ -235,8 +305,8 @@ void for_each_dense_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool 
 template <class T>
 void compute_dense_block(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmetric, T* block, std::size_t threads) {
   for_each_dense_unit(plan, x1, x2, symmetric, threads,
-                      [&](Head<T>& head, Image<T> left, Image<Vector<T>> right, Index i, Index tile, Vector<T> n) {
-                        store_block<T>(head.forward(left, right, n, Vector<T>{}), i, tile, x2.count, block);
+                      [&](Head<T>&, Vector<T> kernel, Index i, Index tile) {
+                        store_block<T>(kernel, i, tile, x2.count, block);
                       });
 }
 
@@ -271,10 +341,13 @@ void finish_gradient(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1
   for (Index i = 0; i < x1.count; ++i) {
     const double* from = sums.data() + i * derivatives(plan);
     std::copy(from, from + size, pixel_bar.data() + i * size);
-    for (Index e = 0; e < count; ++e) {
-      const double q = x1.tables[i * plan.table() + e];
+    const auto divide = [&](Index e, double q) {
       q_bar[i * count + e] = q > 0 ? from[size + e] / (2 * q) : 0;
-    }
+    };
+    for (Index e = 0; e < plan.convolution_variances(); ++e)
+      divide(e, x1.tables[i * plan.table() + e]);
+    for_each_hidden(plan, x1.readouts[2 * i],
+                    [&](int l, double q) { divide(plan.convolution_variances() + l, q); });
   }
   if (count) add_variances_vjp(variance_plan, x1.pixels, x1.count, q_bar.data(), pixel_bar.data(), threads);
   for (Index e = 0; e < x1.count * size; ++e) gradient[e] = T(pixel_bar[e]);
@@ -308,23 +381,25 @@ template <class T>
 void compute_dense_vjp(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, ImageSet<T> x2, const T* cotangent, T* block,
                        T* gradient, std::size_t threads) {
   const Index size = plan.image_size(), variances = plan.variances, count = derivatives(plan), tiles = x2.tiles();
-  Buffer<T> weights(x1.count * x2.count);          // of x2's pixels in the gradient by x1's
-  Buffer<T> pieces(x1.count * tiles * variances);  // of sigma
+  Buffer<double> weights(x1.count * x2.count);          // of x2's pixels in the gradient by x1's
+  Buffer<double> pieces(x1.count * tiles * variances);  // of sigma
   Buffer<double> sums(x1.count * count);
   for_each_dense_unit(plan, x1, x2, false, threads,
-                      [&](Head<T>& head, Image<T> left, Image<Vector<T>> right, Index i, Index tile, Vector<T> n) {
-                        store_block<T>(head.forward(left, right, n, Vector<T>{}), i, tile, x2.count, block);
-                        Buffer<Vector<T>> sigma(variances);
-                        Vector<T> n_bar, t_bar;
-                        head.backward(n_bar, t_bar, sigma.data());
+                      [&](Head<T>& head, Vector<T> kernel, Index i, Index tile) {
+                        store_block<T>(kernel, i, tile, x2.count, block);
                         const Weights<T> lanes(cotangent, i, tile, x2.count);
-                        for_each_image<T>(x2.count, tile, [&](Index j, int lane) {
-                          weights[i * x2.count + j] = T(n_bar[lane] * lanes.values[lane] * plan.dot_product_share());
+                        double* piece = pieces.data() + (i * tiles + tile) * variances;
+                        Lanes<T> n_bar, t_bar;
+                        head.backward(n_bar, t_bar, [&](int l, const Lanes<T>& sigma) {
+                          for (int lane = 0; lane < kLanes<T>; ++lane)
+                            piece[l] += lanes.values[lane] * sigma.get(lane);
                         });
-                        T* piece = pieces.data() + (i * tiles + tile) * variances;
-                        contract(lanes_of(sigma), variances, lanes.values, [&](Index e, double sum) { piece[e] = T(sum); });
+                        for_each_image<T>(x2.count, tile, [&](Index j, int lane) {
+                          weights[i * x2.count + j] =
+                              n_bar.get(lane) * lanes.values[lane] * plan.dot_product_share();
+                        });
                       });
-  constexpr Index kWidth = kColumns * kLanes<T>;
+  constexpr Index kWidth = kColumns * kLanes<double>;
   parallel_for(threads, (size + kWidth - 1) / kWidth, [&](std::size_t, Index unit) {
     add_weighted_rows(weights.data(), x1.count, x2.pixels, x2.count, size, unit * kWidth, sums.data(), count);
   });
@@ -384,7 +459,7 @@ void compute_derivatives(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, T* bl
 template <class T>
 void pull_back(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, Index right_count, const T* values, const T* cotangent,
                T* gradient, std::size_t threads) {
-  const Index count = derivatives(plan), tiles = ImageSet<T>{nullptr, nullptr, right_count}.tiles();
+  const Index count = derivatives(plan), tiles = tiles_of<T>(right_count);
   Buffer<double> sums(x1.count * count);
   parallel_for(threads, x1.count, [&](std::size_t, Index i) {
     double* sum = sums.data() + i * count;

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "head.h"
 #include "pooling.h"
 
 namespace kip {
@@ -21,51 +22,6 @@ struct BandBuffers {
   std::vector<Buffer<V>> n, t;
 };
 
-// What follows the readout: hidden Dense + ReLU layers, and the output.
-template <class T>
-class Head {
- public:
-  using V = Vector<T>;
-
-  explicit Head(const Plan& plan) : plan_(plan), w_(T(plan.network.w)), b_(T(plan.network.b)), hidden_(plan.network.hidden) {}
-
-  // The kernel, given the readout's covariances.
-  V forward(Image<T> left, Image<V> right, V n, V t) {
-    for (std::size_t l = 0; l < hidden_.size(); ++l) {
-      n = n * w_ + b_, t = t * w_ + n;
-      const Index e = plan_.hidden_variances() + l;
-      const V inverse = left.inverse[e] * right.inverse[e], rest = T(1 / kPi) - n * inverse;
-      const Angle<V> a = angle<true>(absolute(rest) < kRounding<T> / 8 ? V{} : rest);
-      const V dot = T(0.5) - a.rest * T(0.5);
-      hidden_[l] = {n, dot, t * (a.dot_slope * inverse) * T(0.5), left.deviation[e] * right.deviation[e] * a.sine * T(0.5)};
-      n = n * dot + hidden_[l].sine_slope, t = t * dot;
-    }
-    n = n * w_ + b_;
-    return plan_.network.nngp ? n : t * w_ + n;
-  }
-
-  // After `forward`: the derivatives of the kernel by n and t; adds those by the deviations to sigma [variances].
-  void backward(V& n_bar, V& t_bar, V* sigma) const {
-    n_bar = spread<V>(w_), t_bar = plan_.network.nngp ? V{} : n_bar;
-    for (std::size_t l = hidden_.size(); l-- > 0;) {
-      const Hidden& h = hidden_[l];
-      V nt_bar_in, t_bar_in;
-      pull_back<true, Relu<false, false>>(n_bar, t_bar, h.n, h.dot, h.dot_slope, h.sine_slope, nt_bar_in, t_bar_in,
-                                          sigma[plan_.hidden_variances() + l]);
-      n_bar = nt_bar_in * w_, t_bar = t_bar_in * w_;
-    }
-  }
-
- private:
-  struct Hidden {
-    V n, dot, dot_slope, sine_slope;
-  };
-
-  const Plan& plan_;
-  const T w_, b_;
-  std::vector<Hidden> hidden_;
-};
-
 // One left image against a tile of right images. One per thread.
 template <class T>
 class PairEngine {
@@ -77,7 +33,7 @@ class PairEngine {
         lines_(plan),
         bands_(plan, true),
         head_(plan),
-        readout_(plan.max_width),
+        readout_(plan.max_width, plan.distances_to_readout()),
         pixel_bar_(plan.image_size()),
         sigma_(plan.variances),
         spare_(plan.max_width) {}
@@ -103,19 +59,25 @@ class PairEngine {
         });
       }
     }
-    V n, t;
-    for (int lane = 0; lane < kLanes<T>; ++lane)
-      n[lane] = T(n_sum[lane] * plan_.readout_share()), t[lane] = T(t_sum[lane] * plan_.readout_share());
-    return head_.forward(left, right, n, t);
+    const double share = plan_.readout_share();
+    Lanes<T> n = Lanes<T>::from([&](int lane) { return n_sum[lane] * share; });
+    if (plan_.distances_to_readout()) n = head_.covariance(left.head, right.head, n);
+    return head_
+        .forward(left.head, right.head, n,
+                 Lanes<T>::from([&](int lane) { return t_sum[lane] * share; }))
+        .narrowed();
   }
 
   // After `forward`: sets the derivatives of the kernel by the left image's pixels, and by its deviations (each times the deviation).
   void backward(Image<T> left, Image<V> right) {
     pixel_bar_.clear();
     sigma_.clear();
-    V n_bar, t_bar;
-    head_.backward(n_bar, t_bar, sigma_.data());
-    readout_.set_cotangents(n_bar * T(plan_.readout_share()), t_bar * T(plan_.readout_share()));
+    Lanes<T> n_bar, t_bar;
+    head_.backward(n_bar, t_bar, [&](int l, const Lanes<T>& sigma) {
+      sigma_[plan_.convolution_variances() + l] = sigma.narrowed();
+    });
+    readout_.set_cotangents(n_bar.narrowed() * T(plan_.readout_share()),
+                            t_bar.narrowed() * T(plan_.readout_share()));
     spare_.clear();
     lines_.set_images(left, right);
     for (int p = levels() - 1; p >= 0; --p) {
@@ -146,20 +108,6 @@ class PairEngine {
   Buffer<V> pixel_bar_, sigma_, spare_;
 };
 
-// out[g] = sum_e left(g, e) right[e], in short runs, and the runs summed, so that rounding stays small. Pairs and variances of fully-connected
-// networks both come from here: the covariance of identical images must equal their variance to the bit.
-template <class V, class F, int kCount>
-KIP_INLINE inline void dot_products(F left, const V* right, Index size, V (&out)[kCount]) {
-  constexpr Index kRun = 128;
-  for (auto& value : out) value = V{};
-  for (Index first = 0; first < size; first += kRun) {
-    V run[kCount] = {};
-    for (Index e = first; e < std::min(first + kRun, size); ++e)
-      for (int g = 0; g < kCount; ++g) run[g] += left(g, e) * right[e];
-    for (int g = 0; g < kCount; ++g) out[g] += run[g];
-  }
-}
-
 // As many images as there are lanes, each with itself. The pair (x, x) is symmetric under (d, y) -> (-d, y + d), so that all gradients are
 // twice those through its left image.
 template <class T>
@@ -172,29 +120,56 @@ class VarianceEngine {
         lines_(plan),
         bands_(plan, false),
         table_(plan.table()),
-        inverse_(plan.variances),
-        deviation_(plan.variances),
+        inverse_(plan.convolution_variances()),
+        deviation_(plan.convolution_variances()),
         pixel_bar_(plan.image_size()),
         sigma_(plan.variances),
         zeros_(plan.max_width + 1),
         spare_(plan.max_width),
         plane_(plan.pixels * 2),
         next_plane_(plan.pixels * 2),
-        readout_(plan.max_width) {}
+        readout_(plan.max_width, plan.distances_to_readout()) {}
 
-  // The tables of images [H, W, D]: the variance of each ReLU's input, and the pooled values.
-  const Buffer<V>& forward(const V* pixels) {
-    images_ = {pixels, inverse_.data(), deviation_.data(), table_.data() + plan_.variances};
-    V q[1];
-    if (plan_.fully_connected()) {
-      dot_products([&](int, Index e) { return pixels[e]; }, pixels, plan_.image_size(), q);
-      q[0] *= T(plan_.dot_product_share());
-    } else {
-      q[0] = readout_variance();
+  // The tables of images [H, W, D]: the variance of each convolution's ReLU's input, and the pooled
+  // values. Where there are hidden layers, sets the variance and the spread of what the readout
+  // reads.
+  const Buffer<V>& forward(const V* pixels, Lanes<T>& variance, Lanes<T>& spread) {
+    images_ = {pixels, inverse_.data(), deviation_.data(),
+               table_.data() + plan_.convolution_variances(), nullptr};
+    lines_.set_images(images_, images_);
+    readout_.clear();
+    double sum[kLanes<T>] = {}, unused[kLanes<T>] = {};
+    for (int p = 0; p < levels(); ++p) {
+      const Level& level = plan_.levels[p];
+      forward_diagonal(p);
+      const auto through = [&](Offset d, auto& to) {
+        if (d.dy || d.dx) return lines_.forward(p, d, bands_.band(p), to);
+        if (to.distances()) return;  // 0
+        for (int y = 0; y < level.height; ++y) {
+          const AddToCells<V, false> out{to.row(y), to.share};
+          const V* row = plane_row(plane_, level, y);
+          for (int x = 0; x < out.cells.count; ++x) out.template emit<false>(x, 2 * row[x], V{});
+        }
+      };
+      if (p + 1 < levels()) {
+        bands_.clear(p + 1);
+        level.for_each_offset([&](Offset d) {
+          PoolingCells<V> to(level, plan_.levels[p + 1], d, bands_.band(p + 1), spare_.data());
+          through(d, to);
+        });
+      } else if (plan_.network.hidden) {
+        level.for_each_offset([&](Offset d) {
+          readout_.begin(level.rectangle(d).width);
+          through(d, readout_);
+          readout_.flush(sum, unused);
+        });
+      }
     }
-    for (Index e = plan_.hidden_variances(); e < plan_.variances; ++e) {
-      table_[e] = q[0] * T(plan_.network.w) + T(plan_.network.b);
-      q[0] = table_[e] * T(0.5);
+    if (plan_.network.hidden) {  // as after a pooling: the variance of a mean is the mean variance
+                                 // less the spread
+      spread = Lanes<T>::from([&](int lane) { return sum[lane] * plan_.readout_share(); });
+      variance = mean_diagonal();
+      for (int k = 0; k < kParts<T>; ++k) variance.part[k] -= spread.part[k];
     }
     return table_;
   }
@@ -204,7 +179,8 @@ class VarianceEngine {
     pixel_bar_.clear();
     sigma_.clear();
     V n_bar{};
-    for (Index e = plan_.variances; e-- > plan_.hidden_variances();) n_bar = (q_bar[e] + n_bar * T(0.5)) * T(plan_.network.w);
+    for (Index e = plan_.variances; e-- > plan_.convolution_variances();)
+      n_bar = (q_bar[e] + n_bar * T(0.5)) * T(plan_.network.w);
     readout_.set_cotangents(plan_.network.hidden ? n_bar * T(plan_.readout_share()) : n_bar, V{});
     spare_.clear();
     for (int p = levels() - 1; p >= 0; --p) {
@@ -241,41 +217,15 @@ class VarianceEngine {
             y + 1 < level.height ? plane_row(plane_, level, y + 1) : zeros_.data()};
   }
 
-  // Fills the tables of all levels; the variance after the readout, where hidden layers ask for it.
-  V readout_variance() {
-    lines_.set_images(images_, images_);
-    readout_.clear();
-    double sum[kLanes<T>] = {}, unused[kLanes<T>] = {};
-    for (int p = 0; p < levels(); ++p) {
-      const Level& level = plan_.levels[p];
-      forward_diagonal(p);
-      const auto through = [&](Offset d, auto& to) {
-        if (d.dy || d.dx) return lines_.forward(p, d, bands_.band(p), to);
-        if (to.distances()) return;  // 0
-        for (int y = 0; y < level.height; ++y) {
-          const AddToCells<V, false> out{to.row(y), to.share};
-          const V* row = plane_row(plane_, level, y);
-          for (int x = 0; x < out.cells.count; ++x) out.template emit<false>(x, 2 * row[x], V{});
-        }
-      };
-      if (p + 1 < levels()) {
-        bands_.clear(p + 1);
-        level.for_each_offset([&](Offset d) {
-          PoolingCells<V> to(level, plan_.levels[p + 1], d, bands_.band(p + 1), spare_.data());
-          through(d, to);
-        });
-      } else if (plan_.network.hidden) {
-        level.for_each_offset([&](Offset d) {
-          readout_.begin(level.rectangle(d).width);
-          through(d, readout_);
-          readout_.flush(sum, unused);
-        });
-      }
-    }
-    V q{};
-    if (plan_.network.hidden)
-      for (int lane = 0; lane < kLanes<T>; ++lane) q[lane] = T(sum[lane] * plan_.readout_share());
-    return q;
+  // The mean of plane_ at the last level.
+  Lanes<T> mean_diagonal() const {
+    const Level& level = plan_.levels.back();
+    double sum[kLanes<T>] = {};
+    for (int y = 0; y < level.height; ++y)
+      for (int x = 0; x < level.width; ++x)
+        for (int lane = 0; lane < kLanes<T>; ++lane)
+          sum[lane] += plane_[y * (level.width + 1) + x][lane];
+    return Lanes<T>::from([&](int lane) { return sum[lane] / level.pixels(); });
   }
 
   // At offset 0 the cosine is 1: the variances themselves. Leaves the level's output in plane_.
@@ -316,7 +266,7 @@ class VarianceEngine {
   // Pools the variances in plane_: the variance of a mean is the mean variance less the spread, which the band holds at offset 0.
   void pool_diagonal(int p) {
     const Level &level = plan_.levels[p], &below = plan_.levels[p - 1];
-    V* pooled = table_.data() + plan_.variances + level.first_pooled;
+    V* pooled = table_.data() + plan_.convolution_variances() + level.first_pooled;
     for (int y = 0; y < level.height; ++y) {
       const V *even = plane_row(plane_, below, 2 * y), *odd = plane_row(plane_, below, 2 * y + 1);
       const V* m = bands_.n[p].data() + level.start({0, 0}) + y * (level.width + 1);

@@ -1,4 +1,5 @@
-// The handlers that XLA calls; shapes are [A, H, W, D] images, [A, table] tables, [A, B] blocks, in float32 or float64.
+// The handlers that XLA calls; shapes are [A, H, W, D] images, [A, table] tables, [A, B] blocks, in
+// float32 or float64, and [A, 2] readouts in float64.
 #include <stdexcept>
 #include <string>
 
@@ -52,8 +53,8 @@ T* data(Out& out) {
 }
 
 template <class T>
-ImageSet<T> image_set(const Array& x, const Array& q) {
-  return {data<T>(x), data<T>(q), x.dimensions()[0]};
+ImageSet<T> image_set(const Array& x, const Array& q, const Array& r) {
+  return {data<T>(x), data<T>(q), data<double>(r), x.dimensions()[0]};
 }
 
 // Calls f(T{}) for the array's type T; nothing may be thrown into XLA.
@@ -78,47 +79,55 @@ ffi::Error dispatch(const Array& x, F f) {
   return ffi::Error::Success();
 }
 
-ffi::Error tables(Array x, Out out, const Attributes& attributes) {
+ffi::Error tables(Array x, Out out, Out readouts, const Attributes& attributes) {
   return dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     const Settings settings(attributes);
-    compute_tables(settings.plan(x, false), data<T>(x), x.dimensions()[0], data<T>(out), settings.threads);
+    compute_tables(settings.plan(x, false), data<T>(x), x.dimensions()[0], data<T>(out),
+                   data<double>(readouts), settings.threads);
   });
 }
 
-ffi::Error block(Array x1, Array q1, Array x2, Array q2, Out out, const Attributes& attributes) {
+ffi::Error block(Array x1, Array q1, Array r1, Array x2, Array q2, Array r2, Out out,
+                 const Attributes& attributes) {
   return dispatch(x1, [&](auto zero) {
     using T = decltype(zero);
     const Settings settings(attributes);
-    compute_block(settings.plan(x1, true), image_set<T>(x1, q1), image_set<T>(x2, q2),
-                  attribute<std::int64_t>(attributes, "symmetric") != 0, data<T>(out), settings.threads);
+    compute_block(settings.plan(x1, true), image_set<T>(x1, q1, r1), image_set<T>(x2, q2, r2),
+                  attribute<std::int64_t>(attributes, "symmetric") != 0, data<T>(out),
+                  settings.threads);
   });
 }
 
-ffi::Error vjp(Array x1, Array q1, Array x2, Array q2, Array cotangent, Out out, Out gradient, const Attributes& attributes) {
+ffi::Error vjp(Array x1, Array q1, Array r1, Array x2, Array q2, Array r2, Array cotangent, Out out,
+               Out gradient, const Attributes& attributes) {
   return dispatch(x1, [&](auto zero) {
     using T = decltype(zero);
     const Settings settings(attributes);
-    compute_vjp(settings.plan(x1, true), settings.plan(x1, false), image_set<T>(x1, q1), image_set<T>(x2, q2), data<const T>(cotangent),
-                data<T>(out), data<T>(gradient), settings.threads);
+    compute_vjp(settings.plan(x1, true), settings.plan(x1, false), image_set<T>(x1, q1, r1),
+                image_set<T>(x2, q2, r2), data<const T>(cotangent), data<T>(out), data<T>(gradient),
+                settings.threads);
   });
 }
 
-ffi::Error derivatives_of_block(Array x1, Array q1, Array x2, Array q2, Out out, Out values, const Attributes& attributes) {
+ffi::Error derivatives_of_block(Array x1, Array q1, Array r1, Array x2, Array q2, Array r2, Out out,
+                                Out values, const Attributes& attributes) {
   return dispatch(x1, [&](auto zero) {
     using T = decltype(zero);
     const Settings settings(attributes);
-    compute_derivatives(settings.plan(x1, true), image_set<T>(x1, q1), image_set<T>(x2, q2), data<T>(out), data<T>(values),
-                        settings.threads);
+    compute_derivatives(settings.plan(x1, true), image_set<T>(x1, q1, r1), image_set<T>(x2, q2, r2),
+                        data<T>(out), data<T>(values), settings.threads);
   });
 }
 
-ffi::Error pull_back_cotangent(Array x1, Array q1, Array values, Array cotangent, Out gradient, const Attributes& attributes) {
+ffi::Error pull_back_cotangent(Array x1, Array q1, Array r1, Array values, Array cotangent,
+                               Out gradient, const Attributes& attributes) {
   return dispatch(x1, [&](auto zero) {
     using T = decltype(zero);
     const Settings settings(attributes);
-    pull_back(settings.plan(x1, true), settings.plan(x1, false), image_set<T>(x1, q1), cotangent.dimensions()[1], data<const T>(values),
-              data<const T>(cotangent), data<T>(gradient), settings.threads);
+    pull_back(settings.plan(x1, true), settings.plan(x1, false), image_set<T>(x1, q1, r1),
+              cotangent.dimensions()[1], data<const T>(values), data<const T>(cotangent),
+              data<T>(gradient), settings.threads);
   });
 }
 
@@ -129,11 +138,15 @@ ffi::Error pull_back_cotangent(Array x1, Array q1, Array values, Array cotangent
 #define KIP_ARRAY .Arg<xla::ffi::AnyBuffer>()
 #define KIP_OUT .Ret<xla::ffi::AnyBuffer>()
 
-KIP_HANDLER(KipTables, kip::tables, KIP_ARRAY KIP_OUT);
-KIP_HANDLER(KipBlock, kip::block, KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT);
-KIP_HANDLER(KipVjp, kip::vjp, KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT KIP_OUT);
-KIP_HANDLER(KipDerivatives, kip::derivatives_of_block, KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT KIP_OUT);
-KIP_HANDLER(KipPullBack, kip::pull_back_cotangent, KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT);
+KIP_HANDLER(KipTables, kip::tables, KIP_ARRAY KIP_OUT KIP_OUT);
+KIP_HANDLER(KipBlock, kip::block,
+            KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT);
+KIP_HANDLER(KipVjp, kip::vjp,
+            KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT KIP_OUT);
+KIP_HANDLER(KipDerivatives, kip::derivatives_of_block,
+            KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT KIP_OUT);
+KIP_HANDLER(KipPullBack, kip::pull_back_cotangent,
+            KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_ARRAY KIP_OUT);
 
 extern "C" {
 

@@ -30,6 +30,7 @@ struct Image {
   const L* inverse;    // [variances]: (pi q)^-1/2, 0 where q = 0
   const L* deviation;  // [variances]: (q / 2)^1/2
   const L* pooled;     // for each level after a pooling to distances: the spread within each window, and q
+  const std::conditional_t<std::is_arithmetic_v<L>, double, VectorD>* head;  // see head.h
 };
 
 // The covariances (or their cotangents) of one level at all its offsets; see Level::starts.
@@ -133,9 +134,18 @@ KIP_INLINE inline void for_each_input(ThreeRows<V> m, ThreeRows<V> t, int width,
     Input<V> input;
     const V s1 = spread<V>(relu.deviation1[x]), s2 = relu.deviation2[x], radial = s1 - s2;
     input.m = box_m * scale;
-    const V chord = input.m - radial * radial;  // sqrt(q1 q2) (1 - cosine): the distance without the difference in length
+    V chord =
+        input.m -
+        radial * radial;  // sqrt(q1 q2) (1 - cosine): the distance without the difference in length
     input.inverse = spread<V>(relu.inverse1[x]) * relu.inverse2[x];
     input.deviation = s1 * s2;
+    if (Kind::kZeros) {  // without a bias patches may be multiples of each other
+      constexpr auto rounding = kRounding<Scalar<V>> / 2;
+      const V square = input.m * (input.m + 2 * input.deviation);
+      chord = chord > V{} && chord * chord > rounding * rounding * square ? chord : V{};
+    }
+    const V largest = input.deviation * (Kind::kFirst ? 4 : 2);  // of sizes far apart rounding is more
+    chord = chord < largest ? chord : largest;
     input.n = 2 * input.deviation - chord;
     input.t = kSumsOfT ? box_t * scale + input.n : input.n;
     input.gap = chord * input.inverse;

@@ -33,7 +33,8 @@ struct Level {
   int height, width, convs, radius_y, radius_x;
   Index first_variance;       // of the table of variances: the first ReLU's
   bool has_ntk;               // whether a convolution lies before this level: the NTK is zero until then
-  bool distances;             // whether one lies here or after: covariances are then held as half squared distances, see lines.h
+  bool distances;  // whether a ReLU lies here or after: covariances are then held as half squared
+                   // distances, see lines.h
   Index first_pooled;         // of the table of pooled values: [2, pixels], after a pooling to distances
   std::vector<Index> starts;  // where each offset's rectangle starts, rows of width + 1 (a zero column follows each row)
   Index size;                 // of all rectangles together
@@ -54,13 +55,15 @@ struct Plan {
   Network network;
   int pixels, channels;
   std::vector<Level> levels;  // input side first
-  Index variances;            // ReLU inputs per image, and how many numbers the table of variances has for it
+  Index variances;  // ReLU inputs per image: those of convolutions, of which the table has the
+                    // variances; then hidden layers'
   Index pooled;               // how many the table of pooled values has
   int max_convs, max_width;
 
   Index image_size() const { return Index(pixels) * channels; }
-  Index table() const { return variances + pooled; }  // both tables, as they are kept
-  Index hidden_variances() const { return variances - network.hidden; }
+  Index convolution_variances() const { return variances - network.hidden; }
+  Index table() const { return convolution_variances() + pooled; }  // both tables, as they are kept
+  bool distances_to_readout() const { return network.hidden > 0; }  // what the readout reads
   // No convolution, no pooling, no offsets: the readout is a dot product of images.
   bool fully_connected() const { return !network.all_offsets && network.convs.size() == 1 && !network.convs[0]; }
   double readout_share() const {  // of each entry of the last level, which is doubled, in the mean
@@ -78,7 +81,9 @@ inline Plan make_plan(const Network& network, int height, int width, int channel
   for (int p = 0; p < count; ++p) {
     Level level{height >> p, width >> p, static_cast<int>(network.convs[p]), -1, -1, plan.variances, false, false, plan.pooled, {}, 0};
     level.has_ntk = p > 0 && (plan.levels[p - 1].has_ntk || plan.levels[p - 1].convs > 0);
-    level.distances = std::any_of(network.convs.begin() + p, network.convs.end(), [](std::int64_t convs) { return convs > 0; });
+    level.distances =
+        plan.distances_to_readout() || std::any_of(network.convs.begin() + p, network.convs.end(),
+                                                   [](std::int64_t convs) { return convs > 0; });
     plan.variances += Index(level.convs) * level.pixels();
     if (p && level.distances) plan.pooled += 2 * level.pixels();
     plan.max_convs = std::max(plan.max_convs, level.convs);

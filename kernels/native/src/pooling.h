@@ -52,9 +52,10 @@ template <class V>
 class Readout {
  public:
   static constexpr auto share = Scalar<V>(1);
-  static constexpr bool distances() { return false; }
+  bool distances() const { return distances_; }
 
-  explicit Readout(int max_width) : half_((max_width + 1) / 2), columns_(4 * half_) {}
+  Readout(int max_width, bool distances)
+      : half_((max_width + 1) / 2), columns_(4 * half_), distances_(distances) {}
 
   void clear() { columns_.clear(); }
   void begin(int width) { width_ = width; }
@@ -77,6 +78,7 @@ class Readout {
  private:
   int half_, width_ = 0;
   Buffer<V> columns_;
+  bool distances_;
 };
 
 }  // namespace kip
