@@ -327,7 +327,7 @@ class Checked:
     squares = [np.einsum('np,np->n', v, v) for v in (a, b)]
     # A little more than asked for: these sums are float32's. Then each pair is judged alone: no
     # tile may change what is done.
-    with np.errstate(over='ignore', invalid='ignore'):  # `_finite` says so
+    with np.errstate(over='ignore', invalid='ignore'):
       candidates = self._needs_double(squares[0][:, None], squares[1], a @ b.T, a.shape[1], 1.01)
 
     def is_near(i, j):
@@ -351,12 +351,14 @@ class Checked:
 
   def _finite_block(self, block, x1, x2, near):
     """The block with its `near` entries by float64; all of them, where float32 overflows."""
-    block = self._mended(block, x1, x2, near)
+    with np.errstate(over='ignore'):  # `_finite` says so
+      block = self._mended(block, x1, x2, near)
     return self._finite(block, x1, x2, lambda *images: self._make_double().block(*images))
 
   def _finite_gradient(self, gradient, x1, x2, near, cotangent):
     """As `_finite_block`, of a gradient that lacks the `near` entries' part."""
-    gradient = self._mended_gradient(gradient, x1, x2, near, cotangent)
+    with np.errstate(over='ignore', invalid='ignore'):
+      gradient = self._mended_gradient(gradient, x1, x2, near, cotangent)
     return self._finite(gradient, x1, x2,
                         lambda *images: self._make_double().block_vjp(*images, cotangent)[1])
 
