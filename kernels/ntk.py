@@ -27,8 +27,9 @@ Cotangent = np.ndarray | Callable[[np.ndarray], np.ndarray]
 # Pairs of images that float32 cannot do take float64. Those nearly coincide whose squared distance
 # is below _NEAR times the mean of their squared norms, plus _NEAR_BIAS times the first layer's
 # bias: rounding then shows in their 1 - c, and near the cusp of ReLU's dot the gradient does not
-# fade with the difference. Where squared norms, with that bias, are in a ratio above _FAR, the covariance is
-# lost beside the larger variance. Without biases lengths do not matter (see ScaleFree), but angles.
+# fade with the difference. Where squared norms, with that bias, are in a ratio above _FAR, the
+# covariance is lost beside the larger variance. Without biases lengths do not matter (see
+# ScaleFree), but angles.
 _NEAR = 0.01
 _NEAR_BIAS = 0.1
 _FAR = 50.0
@@ -294,7 +295,8 @@ class Checked:
     if not callable(cotangent) and not near.result():
       value = checked(cotangent)
       block, gradient = self._kernel.block_vjp(x1, x2, value)
-      return self._finite_block(block, x1, x2, []), self._finite_gradient(gradient, x1, x2, [], value)
+      return (self._finite_block(block, x1, x2, []),
+              self._finite_gradient(gradient, x1, x2, [], value))
     mended = value = None
 
     def rest(block):
@@ -434,7 +436,7 @@ def _linearised(kernel, x1: Images, x2: Images) -> Linearised:
 
 
 def _scaled(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Images with largest values between 1/2 and 1, and the exponents [N] of 2 to multiply them by."""
+  """Images with largest values between 1/2 and 1, and the powers [N] of 2 that they lack."""
   exponents = np.frexp(np.abs(x).max(axis=(1, 2, 3)))[1]
   return _times_powers(x, -exponents), exponents
 
