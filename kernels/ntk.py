@@ -28,8 +28,9 @@ Cotangent = np.ndarray | Callable[[np.ndarray], np.ndarray]
 # Pairs of images that float32 cannot do take float64. Those nearly coincide whose squared distance
 # is below _NEAR times the mean of their squared norms, plus _NEAR_BIAS times the first layer's
 # bias: rounding then shows in their 1 - c, and near the cusp of ReLU's dot the gradient does not
-# fade with the difference. Where squared norms, with that bias, are in a ratio above _FAR, the covariance is
-# lost beside the larger variance. Without biases lengths do not matter (see ScaleFree), but angles.
+# fade with the difference. Where squared norms, with that bias, are in a ratio above _FAR, the
+# covariance is lost beside the larger variance. Without biases lengths do not matter (see
+# ScaleFree), but angles.
 _NEAR = 0.01
 _NEAR_BIAS = 0.1
 _FAR = 50.0
@@ -300,7 +301,8 @@ class Checked:
     if not callable(cotangent) and not near.result():
       value = checked(cotangent)
       block, gradient = self._kernel.block_vjp(x1, x2, value)
-      return self._finite_block(block, x1, x2, []), self._finite_gradient(gradient, x1, x2, [], value)
+      return (self._finite_block(block, x1, x2, []),
+              self._finite_gradient(gradient, x1, x2, [], value))
     mended = value = None
 
     def rest(block):
@@ -333,7 +335,7 @@ class Checked:
     squares = [np.einsum('np,np->n', v, v) for v in (a, b)]
     # A little more than asked for: these sums are float32's. Then each pair is judged alone: no
     # tile may change what is done.
-    with np.errstate(over='ignore', invalid='ignore'):  # `_finite` says so
+    with np.errstate(over='ignore', invalid='ignore'):
       candidates = self._needs_double(squares[0][:, None], squares[1], a @ b.T, a.shape[1], 1.01)
 
     def is_near(i, j):
@@ -357,12 +359,14 @@ class Checked:
 
   def _finite_block(self, block, x1, x2, near):
     """The block with its `near` entries by float64; all of them, where float32 overflows."""
-    block = self._mended(block, x1, x2, near)
+    with np.errstate(over='ignore'):  # `_finite` says so
+      block = self._mended(block, x1, x2, near)
     return self._finite(block, x1, x2, lambda *images: self._make_double().block(*images))
 
   def _finite_gradient(self, gradient, x1, x2, near, cotangent):
     """As `_finite_block`, of a gradient that lacks the `near` entries' part."""
-    gradient = self._mended_gradient(gradient, x1, x2, near, cotangent)
+    with np.errstate(over='ignore', invalid='ignore'):
+      gradient = self._mended_gradient(gradient, x1, x2, near, cotangent)
     return self._finite(gradient, x1, x2,
                         lambda *images: self._make_double().block_vjp(*images, cotangent)[1])
 
@@ -438,7 +442,7 @@ def _linearised(kernel, x1: Images, x2: Images) -> Linearised:
 
 
 def _scaled(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Images with largest values between 1/2 and 1, and the exponents [N] of 2 to multiply them by."""
+  """Images with largest values between 1/2 and 1, and the powers [N] of 2 that they lack."""
   exponents = np.frexp(np.abs(x).max(axis=(1, 2, 3)))[1]
   return _times_powers(x, -exponents), exponents
 

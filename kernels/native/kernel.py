@@ -66,8 +66,8 @@ class NativeKernel:
     self._cpu = jax.devices('cpu')[0]
 
   def prepare(self, x: np.ndarray) -> ntk.Prepared:
-    """See `ntk.Kernel.prepare`; the tables of plan.h are [N, V + P]: V variances of convolutions' ReLU
-    inputs, P pooled values. Then, in float64, the variances and spreads of what the readout reads,
+    """See `ntk.Kernel.prepare`; the tables of plan.h are [N, V + P]: V variances of convolutions'
+    ReLU inputs, P pooled values. Then, in float64, the variances and spreads of what the readout reads,
     [N, 2]."""
     variances, pooled = self._table(*x.shape[1:3])
     shapes = [(len(x), variances + pooled), (len(x), 2)]

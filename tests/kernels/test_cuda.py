@@ -133,7 +133,9 @@ NVRTC = nvrtc.library()
 @pytest.mark.skipif(NVRTC is None, reason='NVRTC is not installed (nvidia-cuda-nvrtc-cu12: `make cuda`)')
 @pytest.mark.parametrize('gpu', ['sm_75', 'sm_90'])
 @pytest.mark.parametrize('architecture, shape, dtype', [
-    ('convnet', (32, 32, 3), 'float32'), ('myrtle5', (9, 7, 2), 'float64'), ('fc2', (8, 8, 1), 'float32')])
+    ('convnet', (32, 32, 3), 'float32'), ('myrtle5', (9, 7, 2), 'float64'),
+    ('fc2', (8, 8, 1), 'float32'),
+    ({'stages': [{'convs': 1, 'pool': True}], 'hidden': 1, 'b_std': 0.0}, (8, 8, 1), 'float32')])
 def test_nvrtc_compiles_the_source(architecture, shape, dtype, gpu):
   plan = planning.make_plan(architectures.get(architecture), shape, dtype, 'ntk', planning.THREADS, 2 ** 16)
   cubin, log = nvrtc.compile_source(NVRTC, plan.source, [*cuda._OPTIONS, f'--gpu-architecture={gpu}'])

@@ -1,4 +1,5 @@
-"""Float32 where it is hardest: pairs of images that nearly coincide, are multiples of each other, are dim, or very unequal.
+"""Float32 where it is hardest: images that nearly coincide, are multiples of each other, dim, or
+very unequal.
 
 Each network against Neural Tangents in float64, by the tolerances that README states.
 """
@@ -73,7 +74,8 @@ def _images(pairs):
 
 @functools.cache
 def _kernel(network, implementation, dtype, kind='ntk'):
-  return ntk.make_kernel(NETWORKS[network], implementation=implementation, dtype=dtype, threads=1, kind=kind)
+  return ntk.make_kernel(NETWORKS[network], implementation=implementation, dtype=dtype, threads=1,
+                         kind=kind)
 
 
 @functools.cache
@@ -103,7 +105,7 @@ def test_nngp_too(implementation, network, pairs):
   assert error(gradient, expected[1]) <= GRADIENT
 
 
-@pytest.mark.parametrize('network', ['fc2_without_bias', 'conv2_without_bias', 'pooled_without_bias'])
+@pytest.mark.parametrize('network', [name for name in NETWORKS if 'without_bias' in name])
 @pytest.mark.parametrize('dtype', ntk.DTYPES)
 @pytest.mark.parametrize('implementation', FAST)
 def test_without_biases_the_size_of_images_does_not_matter(implementation, dtype, network):

@@ -65,7 +65,8 @@ def test_block_and_gradient_equal_golden_values(implementation, name, dtype):
   assert error(gradient, GOLDEN[f'{name}/gradient']) <= tolerances[1]
 
 
-@pytest.mark.parametrize('name', ['fc2', 'convnet2_odd_flat', 'linear_pool', 'pool_first_global_hidden', 'no_bias'])
+@pytest.mark.parametrize('name', ['fc2', 'convnet2_odd_flat', 'linear_pool', 'no_bias',
+                                  'pool_first_global_hidden'])
 @pytest.mark.parametrize('implementation', FAST)
 def test_nngp_equals_neural_tangents(implementation, name):
   case = kernel_cases.CASES[name]

@@ -181,7 +181,7 @@ void add_variances_vjp(const Plan& plan, const T* pixels, Index count, const dou
       for (Index e = plan.variances; e-- > 0;)
         n_bar = (q_bar[image * plan.variances + e] + n_bar * 0.5) * plan.network.w;
       for (Index e = image * plan.image_size(); e < (image + 1) * plan.image_size(); ++e)
-        gradient[e] += 2 * n_bar * plan.dot_product_share() * double(pixels[e]);
+        gradient[e] += 4 * (n_bar * plan.readout_share()) * double(pixels[e]) / plan.channels;
     });
   }
   auto engines = make_engines<T, VarianceEngine<T>>(plan, tiles_of<T>(count), threads);

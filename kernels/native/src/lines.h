@@ -144,7 +144,8 @@ KIP_INLINE inline void for_each_input(ThreeRows<V> m, ThreeRows<V> t, int width,
       const V square = input.m * (input.m + 2 * input.deviation);
       chord = chord > V{} && chord * chord > rounding * rounding * square ? chord : V{};
     }
-    const V largest = input.deviation * (Kind::kFirst ? 4 : 2);  // of sizes far apart rounding is more
+    // Of sizes far apart rounding is more than that.
+    const V largest = input.deviation * (Kind::kFirst ? 4 : 2);
     chord = chord < largest ? chord : largest;
     input.n = 2 * input.deviation - chord;
     input.t = kSumsOfT ? box_t * scale + input.n : input.n;
