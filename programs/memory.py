@@ -48,21 +48,21 @@ def needs(config: dict[str, Any], prepared: store.Prepared) -> Needs:
   run, plan, settings = config['run'], config['run']['plan'], config['system']['evaluation']
   height, width, channels = prepared.train_images.shape[1:]
   size = 8 if run['kernel_dtype'] == 'float64' else 4
-  pixels = height * width * channels
-  numbers = table_size(architectures.get(run['architecture']), height, width)
+  image = size * height * width * channels
+  table = table_bytes(architectures.get(run['architecture']), height, width, size)
   support, targets = run['images_per_class'] * prepared.num_classes, run['targets_per_step']
-  gradient, tile = 8 * support * pixels, min(plan['target_tile'], targets)
+  gradient, tile = 8 * support * height * width * channels, min(plan['target_tile'], targets)
   is_native = run['implementation'] in ('native', 'auto') and build.is_built()
-  derivatives = min(_DERIVATIVES, size * support * (tile + _LANES) * (pixels + numbers))
+  derivatives = min(_DERIVATIVES, support * (tile + _LANES) * (image + table))
   tasks_a_step = len(tasks.ranges(targets, tasks.targets_per_task(run)))
 
   # The state, its optimiser's moments and the gradient; a step's pieces; K_ss and its solve.
   coordinator = _PROCESS + 10 * gradient + tasks_a_step * gradient // 2 + 6 * 8 * support ** 2
   # Support and gradients; blocks; tiles of targets, in work and ahead.
   worker = _PROCESS + (derivatives if is_native else _TILES) + 4 * gradient
-  worker += 4 * 8 * support * tile + 3 * tile * size * (pixels + numbers)
+  worker += 4 * 8 * support * tile + 3 * tile * (image + table)
   if run['method'] != 'label_solve' and not run['augmentation']['fraction']:
-    worker += len(prepared.train_images) * size * numbers  # in the end, of all of them
+    worker += len(prepared.train_images) * table  # in the end, of all of them
   if tasks.support_per_task(run, support):
     coordinator += 2 * 8 * support * targets
     worker += ntk.KEPT_BYTES
@@ -73,7 +73,7 @@ def needs(config: dict[str, Any], prepared: store.Prepared) -> Needs:
     worker += 3 * 8 * rows * columns
 
   evaluator = _PROCESS + (0 if is_native else _TILES) + 2 * gradient
-  evaluator += len(prepared.test_images) * size * numbers
+  evaluator += len(prepared.test_images) * table
   evaluator += 8 * support * (3 * support + 2 * settings['krr_tile'])
   if settings['nn_steps']:
     network = architectures.get(settings['nn_architecture'] or run['architecture'])
@@ -82,20 +82,20 @@ def needs(config: dict[str, Any], prepared: store.Prepared) -> Needs:
   return Needs(coordinator, worker, evaluator)
 
 
-def table_size(architecture: architectures.Architecture, height: int, width: int) -> int:
-  """Numbers that a kernel keeps of an image on its own (`ntk.Kernel.prepare`), at most.
+def table_bytes(architecture: architectures.Architecture, height: int, width: int, size: int) -> int:
+  """Bytes that a kernel keeps of an image on its own (`ntk.Kernel.prepare`), at most.
 
-  Those of the native kernel: the variance of every ReLU's input, and two of every pooled pixel.
+  They are the native kernel's: the variance of every convolution's ReLU input and two numbers for
+  every pooled pixel, `size` bytes each, and two of the readout in float64.
   """
-  size = architecture.hidden
-  convs = sum(stage.convs for stage in architecture.stages)
+  values, convs = 0, sum(stage.convs for stage in architecture.stages)
   for stage in architecture.stages:
-    size += stage.convs * height * width
+    values += stage.convs * height * width
     convs -= stage.convs
     if stage.pool:
       height, width = height // 2, width // 2
-      size += 2 * height * width if convs else 0
-  return size
+      values += 2 * height * width if convs or architecture.hidden else 0
+  return size * values + 2 * 8
 
 
 def available(root: str = '/') -> int:
