@@ -1,7 +1,8 @@
 """Every field of a run's configuration: meaning, unit, default; and its validation.
 
-`run` is all that defines the trajectory: a run directory only resumes under the same `run`; `num_steps` may
-change, down to the step that is reached. `system` says how it is computed and watched, and may change freely between lives of a run.
+`run` is all that defines the trajectory: a run directory only resumes under the same `run`;
+`num_steps` may change, down to the step that is reached. `system` says how it is computed and
+watched, and may change freely between lives of a run.
 """
 
 import difflib
@@ -246,8 +247,11 @@ def check_path(path: str) -> None:
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-  """What keeps a saved run from going on: ['run.seed (0 there, 1 here)']. `data.dir` is only a place; `num_steps` says where to
-  stop, and nothing of the way there, unless the last update is of its own kind."""
+  """What keeps a saved run from going on: ['run.seed (0 there, 1 here)'].
+
+  `data.dir` is only a place; `num_steps` says where to stop, and nothing of the way there, unless
+  the last update is of its own kind.
+  """
   saved, wanted = (flatten({'run': json.loads(json.dumps(config['run']))}) for config in (saved, wanted))
   saved.setdefault('run.plan.support_per_task', 0)  # of runs from before it was a field
   found = []

@@ -198,9 +198,9 @@ def _fastest() -> str:
 
 
 class Library:
-  """A fixed set of images of which parts are used again and again: each image's variances are computed once, when first asked for.
+  """A fixed set of images of which parts are used again and again. Thread safe.
 
-  Thread safe.
+  Each image's variances are computed once, when they are first asked for.
   """
 
   def __init__(self, kernel: Kernel, images: np.ndarray):
@@ -219,7 +219,8 @@ class Library:
         fresh = self._kernel.prepare(self._images[new])
         if self._variances is None:
           self._maker = fresh.kernel
-          self._variances = [np.empty((len(self._images),) + q.shape[1:], q.dtype) for q in fresh.variances]
+          self._variances = [np.empty((len(self._images),) + q.shape[1:], q.dtype)
+                             for q in fresh.variances]
         for kept, q in zip(self._variances, fresh.variances):
           kept[new] = q
         self._known[new] = True

@@ -64,7 +64,7 @@ def parse(argv: Sequence[str], expected: str) -> None:
 
 
 def exit_with(main: Callable[[list[str]], int]) -> None:
-  """Ends this process with the exit status that `main` gives for its arguments, or, in one line, on Ctrl-C."""
+  """Ends this process with the exit status of `main` for its arguments; on Ctrl-C with one line."""
   try:
     sys.exit(main(sys.argv))
   except KeyboardInterrupt:

@@ -110,7 +110,7 @@ class Coordinator:
         checkpoint, which makes progress last.
 
     Raises:
-      RunDirectoryError: another coordinator is at work in `workdir`; nothing there has been touched.
+      RunDirectoryError: another coordinator is at work in `workdir`; nothing there was touched.
       RunFailed: and any other error, which status.json tells of then.
     """
     self._start = time.monotonic()
@@ -164,13 +164,14 @@ class Coordinator:
     self._progress: dict[str, Any] = {}  # of the last progress line
     self._end: float | None = None  # when the last update was computed
     self._earlier_seconds = 0.0
-    self._reached: tuple[int, float] = 0, 0.0  # the step the run has come to, and `wall_seconds` then
+    self._reached: tuple[int, float] = 0, 0.0  # step the run has come to, `wall_seconds` then
     self._next_status = 0.0
     self._next_log = self._next_checkpoint = 0.0
     self._next_stall = _STALL
     self._saved_step = -1
     self._pairs = 0
-    self._state: SupportState | None = self._restore()  # before the first worker is checked against it
+    # Before any worker asks: it is checked against what the run was computed by so far.
+    self._state: SupportState | None = self._restore()
 
   # RPCs of workers.
 
@@ -316,7 +317,8 @@ class Coordinator:
     except _Stopped as error:
       message = {'message': str(error)} if str(error) else {}
       self._write_status(run_directory.STOPPED, self._saved_step, **message)
-      logging.info('Stopped at step %d, checkpointed%s.', self._saved_step, f': {error}' if message else '')
+      logging.info('Stopped at step %d, checkpointed%s.', self._saved_step,
+                   f': {error}' if message else '')
     except EXPECTED as error:
       self._fail(str(error))
     except Exception as error:
@@ -335,7 +337,8 @@ class Coordinator:
       return template
     state, meta = restored
     self._earlier_seconds, self._fingerprint = meta['wall_seconds'], meta['fingerprint']
-    self._saved_step, self._reached = state.step, (state.step, meta.get('reached_seconds', meta['wall_seconds']))
+    self._saved_step = state.step
+    self._reached = state.step, meta.get('reached_seconds', meta['wall_seconds'])
     self._write_status(run_directory.RUNNING, state.step)
     logging.info('Resuming at step %d.', state.step)
     return state
@@ -482,14 +485,15 @@ class Coordinator:
     k_ss, solution = self._solution(state)
     factor = self._target_factor(state)
     rate = (self._pairs - pairs) / (time.monotonic() - started)
-    metrics = Metrics(label_solve.loss(factor, solution.alpha, len(self._prepared.train_images)), None,
-                      self._reached[1], rate)
+    loss = label_solve.loss(factor, solution.alpha, len(self._prepared.train_images))
+    metrics = Metrics(loss, None, self._reached[1], rate)
     return metrics, label_solve.solve(k_ss, factor, self._run['ridge']) if with_labels else None
 
   def _target_factor(self, state: SupportState) -> np.ndarray:
-    """R of [K_ts, y_t], [S + C, S + C], in rounds of `targets_per_step` images, each ending with a checkpoint: its step counts rounds.
+    """R of [K_ts, y_t], [S + C, S + C], in rounds of `targets_per_step` images.
 
-    The checkpoints stand in a folder named by the images: rounds about others would be in the way.
+    Each ends with a checkpoint, whose step counts rounds. The checkpoints stand in a folder named by
+    the images: rounds about others would be in the way.
     """
     num_targets, size = len(self._prepared.train_images), self._run['targets_per_step']
     name = hashlib.sha256(state.images.tobytes()).hexdigest()[:16]
@@ -698,8 +702,8 @@ class Coordinator:
                         'ending without %s.', silent, lacking)
         return
       if time.monotonic() > end:
-        logging.warning('Ending without %s after %.0f s (system.final_evaluation_timeout).', lacking,
-                        self._system['final_evaluation_timeout'])
+        logging.warning('Ending without %s after %.0f s (system.final_evaluation_timeout).',
+                        lacking, self._system['final_evaluation_timeout'])
         return
 
   def _release(self) -> None:
@@ -727,8 +731,9 @@ class Coordinator:
     solved = state.step == base.label_solve_step(self._run)  # all of this update's work is done by now
     pairs = pairs_to_go(self._run, len(state.images), len(self._prepared.train_images), state.step + solved)
     seconds = pairs / metrics.kernel_pairs_per_second
-    logging.info('step %d/%d: loss %.5f%s%s, %.3g pairs/s by %s, %s to go', state.step, self._run['num_steps'], metrics.train_loss,
-                 accuracy, row, metrics.kernel_pairs_per_second, _count(len(self._alive()), 'worker'),
+    logging.info('step %d/%d: loss %.5f%s%s, %.3g pairs/s by %s, %s to go', state.step,
+                 self._run['num_steps'], metrics.train_loss, accuracy, row,
+                 metrics.kernel_pairs_per_second, _count(len(self._alive()), 'worker'),
                  _duration(seconds))
     self._progress = {'train_loss': metrics.train_loss, 'kernel_pairs_per_second': metrics.kernel_pairs_per_second,
                       'seconds_to_go': seconds}
@@ -736,7 +741,8 @@ class Coordinator:
 
   def _alive(self) -> set[str]:
     """Workers that have been heard of lately."""
-    return {name for name, seen in list(self._clients.items()) if name != _EVALUATOR and time.monotonic() - seen < _STALL}
+    return {name for name, seen in list(self._clients.items())
+            if name != _EVALUATOR and time.monotonic() - seen < _STALL}
 
   def _refresh_status(self, state: str) -> None:
     """Keeps status.json fresh while a step, or the last evaluation, takes long."""

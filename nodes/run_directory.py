@@ -22,7 +22,8 @@ EXIT_STATUS = {FINISHED: 0, FAILED: 1, STOPPED: 75}
 BAD_INPUT_STATUS = 2
 _SCRATCH = '.writing-'
 _HANDOVER = 20.0  # seconds that a coordinator's predecessor may take to go
-_LOOK = 3.0  # seconds within which who only looks for a launch here, or submits one to a scheduler, is gone again
+# Seconds within which a process that only looks for a launch, or submits one, is gone again.
+_LOOK = 3.0
 DISK_PATIENCE, DISK_PAUSE = 60.0, 5.0  # seconds that `persist` tries, and waits between two tries
 
 
@@ -63,9 +64,11 @@ class RunDirectory:
       os.makedirs(self.checkpoints, exist_ok=True)
       self._lock = _locked(os.path.join(self.path, '.lock'), _LOOK)
     except BlockingIOError as error:
-      raise RunDirectoryError(f'--workdir={self.path} is in use by a run that is still going; stop it or choose another.') from error
+      raise RunDirectoryError(f'--workdir={self.path} is in use by a run that is still going; '
+                              'stop it or choose another.') from error
     except OSError as error:
-      raise RunDirectoryError(f'--workdir={self.path} cannot be written: {error.strerror}.') from error
+      raise RunDirectoryError(
+          f'--workdir={self.path} cannot be written: {error.strerror}.') from error
     with contextlib.ExitStack() as unless_opened:
       unless_opened.callback(self.close)
       with self.claim():
@@ -76,7 +79,7 @@ class RunDirectory:
       unless_opened.pop_all()
 
   def begin(self, state: str = STARTING) -> None:
-    """Makes status.json tell of the launch that this process has opened the directory for, and of none before it."""
+    """Makes status.json tell of the launch for which this process opened the directory."""
     self._earlier_generation = self._read_generation()
     self.write_status(state, step=self.checkpoint_step() or 0,
                       num_steps=self.read_config()['run']['num_steps'])
@@ -89,7 +92,8 @@ class RunDirectory:
     if saved['data_key'] != data_key:
       found.append('the content of the data set')
     if found:
-      raise RunDirectoryError(f'--workdir={self.path} holds another run: {"; ".join(found)}. Choose another --workdir.')
+      raise RunDirectoryError(f'--workdir={self.path} holds another run: {"; ".join(found)}. '
+                              'Choose another --workdir.')
     if reached is not None and config['run']['num_steps'] < reached:
       raise RunDirectoryError(
           f'--workdir={self.path} has come to step {reached}: run.num_steps must be {reached} or '
@@ -124,7 +128,9 @@ class RunDirectory:
     return False
 
   def claim(self) -> BinaryIO:
-    """Keeps other coordinators from writing here until the result is closed; waits for one that is about to end.
+    """Keeps other coordinators from writing here until the result is closed.
+
+    Waits for one that is about to end.
 
     Raises:
       RunDirectoryError: the other one does not end, or the folder cannot be written.
@@ -132,7 +138,8 @@ class RunDirectory:
     try:
       claim = _locked(os.path.join(self.path, '.coordinator'), _HANDOVER)
     except BlockingIOError as error:
-      raise RunDirectoryError(f'{self.path} has another coordinator that is still going; stop it first.') from error
+      raise RunDirectoryError(f'{self.path} has another coordinator that is still going; '
+                              'stop it first.') from error
     except OSError as error:
       raise RunDirectoryError(f'{self.path} cannot be written ({error.strerror}).') from error
     _sweep(self.snapshots)
@@ -151,7 +158,10 @@ class RunDirectory:
       raise RunDirectoryError(f'{self._generation} cannot be read ({error.strerror}).') from error
 
   def next_generation(self) -> int:
-    """Counts the coordinator's lives, of which the caller has claimed its own: 1 for the first. Raises RunDirectoryError."""
+    """Counts the coordinator's lives, 1 for the first; the caller holds the claim.
+
+    Raises RunDirectoryError.
+    """
     generation = self._read_generation() + 1
     try:
       write_atomically(self._generation, str(generation))
@@ -177,7 +187,8 @@ class RunDirectory:
     """Records how the run is, and when. Best effort: write errors are logged, not raised."""
     updated = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
     try:
-      write_atomically(self.status, json_line({**fields, 'state': state, 'updated': updated}, indent=2))
+      content = json_line({**fields, 'state': state, 'updated': updated}, indent=2)
+      write_atomically(self.status, content)
     except OSError as error:
       logging.warning('%s cannot be written: %s.', self.status, error.strerror)
 
@@ -193,7 +204,8 @@ class RunDirectory:
         return None
     except (OSError, ValueError, KeyError, TypeError):
       return None
-    return {'step': 0, 'num_steps': 0, 'wall_seconds': 0.0, 'workers': {}, 'updated': 'unknown', **status}
+    return {'step': 0, 'num_steps': 0, 'wall_seconds': 0.0, 'workers': {}, 'updated': 'unknown',
+            **status}
 
   def has_ended(self, status: Mapping[str, Any]) -> bool:
     """Whether `status` is the last word of a coordinator that was started after `begin`."""
@@ -251,7 +263,10 @@ class RunDirectory:
 
 
 def _locked(path: str, seconds: float) -> BinaryIO:
-  """An exclusively locked file, until it is closed. Raises BlockingIOError where somebody else keeps it for so long, and OSError."""
+  """Opens a file and locks it until it is closed.
+
+  Raises BlockingIOError where another process keeps the lock for `seconds`, and OSError.
+  """
   end = time.monotonic() + seconds
   file = open(path, 'ab')
   while True:

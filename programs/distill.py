@@ -55,7 +55,10 @@ def local_resources(run: start.Run) -> dict[str, PythonProcess]:
 
 
 def launch(program: lp.Program, run: start.Run) -> worker_manager.WorkerManager:
-  """Launches a program on this machine. What stops it, Ctrl-C for one, reaches its processes through this one alone."""
+  """Launches a program on this machine.
+
+  What stops it, Ctrl-C for one, reaches its processes through this one alone.
+  """
   with supervisor.terminal_signals_blocked():
     manager = lp.launch(program, local_resources=local_resources(run), terminal='current_terminal')
   launchpads = signal.getsignal(signal.SIGTERM)  # it asks all nodes to stop, without a word
@@ -71,7 +74,8 @@ def _kill_all() -> None:
 
 def wait(manager: worker_manager.WorkerManager) -> None:
   """Returns when a launched program is over: without its coordinator the others have nothing left to do."""
-  with contextlib.suppress(psutil.NoSuchProcess):  # Launchpad, asked to stop, trips over processes that have just ended
+  # Launchpad, asked to stop, trips over processes that have just ended.
+  with contextlib.suppress(psutil.NoSuchProcess):
     manager.wait([COORDINATOR, f'{COORDINATOR}/0'], raise_error=False)  # local_mt's and local_mp's name for it
   signal.alarm(0)  # or its next look at them, every second while it stops, trips in what follows
   nodes = psutil.Process().children()

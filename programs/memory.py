@@ -82,7 +82,8 @@ def needs(config: dict[str, Any], prepared: store.Prepared) -> Needs:
   return Needs(coordinator, worker, evaluator)
 
 
-def table_bytes(architecture: architectures.Architecture, height: int, width: int, size: int) -> int:
+def table_bytes(architecture: architectures.Architecture, height: int, width: int,
+                size: int) -> int:
   """Bytes that a kernel keeps of an image on its own (`ntk.Kernel.prepare`), at most.
 
   They are the native kernel's: the variance of every convolution's ReLU input and two numbers for

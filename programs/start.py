@@ -97,7 +97,7 @@ def ready(find_gpus: Callable[[str], placement.Gpus] | None, here: Here = Here.A
 
 def on_stop_signals(stop: Callable[[], None], kill: Callable[[], None] = lambda: None,
                     said: str = 'Stopping with a checkpoint') -> None:
-  """Calls `stop` when this process is asked to stop: by SIGTERM, Ctrl-C, or the end of its terminal.
+  """Calls `stop` when this process is to stop: at SIGTERM, Ctrl-C, or its terminal's end.
 
   Asked twice, it calls `kill` and ends at once: what is on disk is whole at any moment. A process
   that ignores the end of its terminal (nohup) goes on doing so. `said` answers Ctrl-C.
@@ -139,8 +139,8 @@ def outcome(directory: run_directory.RunDirectory) -> int:
   if state == run_directory.FINISHED:
     print(_summary(directory, status))
   elif state == run_directory.STOPPED:
-    print(f'Stopped at step {status["step"]} of {status["num_steps"]}{message}. To go on from there:'
-          f'\n  {command}')
+    print(f'Stopped at step {status["step"]} of {status["num_steps"]}{message}. '
+          f'To go on from there:\n  {command}')
   else:
     print(f'The run failed{message}', file=sys.stderr)
   return run_directory.EXIT_STATUS.get(state, 1)

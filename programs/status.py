@@ -17,7 +17,10 @@ JSON = flags.DEFINE_bool('json', False, 'With --status: one line of JSON.')
 
 
 def show() -> int:
-  """Prints the status of the run in --workdir, all flags being parsed; returns the exit status. Raises BadInput: there is no run."""
+  """Prints the status of the run in --workdir; returns the exit status. The flags are parsed.
+
+  Raises BadInput where there is no run.
+  """
   workdir = flags.FLAGS.workdir
   if not STATUS.value:
     raise command_line.BadInput('--json is for --status: give both.')
@@ -32,11 +35,13 @@ def read(directory: run_directory.RunDirectory) -> dict[str, Any]:
   """What status.json holds, and more.
 
   Returns:
-    `state` (submitted, starting, running, evaluating, finished, stopped, failed; a run that ended without a word has failed), `step`,
-    `num_steps`, `workdir`, `command` (that started it or went on with it, last; None: not recorded), `workers` {name: {tasks, pairs,
-    seconds, pairs_per_second, alive}}, `checkpoint_step` and `checkpoint_age` (seconds; None: there is none), `rows` (of
-    metrics.jsonl); of one that is `evaluating` also `evaluated` and `to_evaluate`, snapshots; of a run that has made a step also
-    `train_loss`, `kernel_pairs_per_second`, `seconds_to_go`.
+    `state` (submitted, starting, running, evaluating, finished, stopped, failed; a run that ended
+    without a word has failed), `step`, `num_steps`, `workdir`, `command` (the last one that started
+    the run or went on with it; None: not recorded), `workers` {name: {tasks, pairs, seconds,
+    pairs_per_second, alive}}, `checkpoint_step` and `checkpoint_age` (seconds; None: there is
+    none), `rows` (of metrics.jsonl); while it is `evaluating` also `evaluated` and `to_evaluate`
+    (snapshots); once it has made a step also `train_loss`, `kernel_pairs_per_second`,
+    `seconds_to_go`.
 
   Raises:
     BadInput: there is no run.
@@ -46,7 +51,8 @@ def read(directory: run_directory.RunDirectory) -> dict[str, Any]:
     raise command_line.BadInput(f'--workdir={directory.path} holds no run that has started.')
   status.pop('last_row', None)
   if status['state'] in run_directory.LIVE and not directory.is_in_use():
-    status.update(state=run_directory.FAILED, message='the launcher has exited without recording why')
+    status.update(state=run_directory.FAILED,
+                  message='the launcher has exited without recording why')
   live = status['state'] in run_directory.LIVE
   for counts in status['workers'].values():
     counts['pairs_per_second'] = counts['pairs'] / counts['seconds'] if counts['seconds'] else 0.0
@@ -76,11 +82,13 @@ def in_words(status: dict[str, Any]) -> str:
   if state in (run_directory.STOPPED, run_directory.FAILED) and status['command']:
     lines.append(f'  to go on: {status["command"]}')
   if 'train_loss' in status:
-    to_go = f', {_duration(status["seconds_to_go"])} to go' if state == run_directory.RUNNING else ''
+    is_running = state == run_directory.RUNNING
+    to_go = f', {_duration(status["seconds_to_go"])} to go' if is_running else ''
     lines.append(f'  loss {status["train_loss"]:.5f}, {status["kernel_pairs_per_second"]:.3g} pairs/s{to_go}')
   for name, counts in status['workers'].items():
     here = ' (alive)' if counts['alive'] else ''
-    lines.append(f'  {name}{here}: {counts["tasks"]} task{"s" * (counts["tasks"] != 1)}, {counts["pairs_per_second"]:.3g} pairs/s')
+    tasks = f'{counts["tasks"]} task{"s" * (counts["tasks"] != 1)}'
+    lines.append(f'  {name}{here}: {tasks}, {counts["pairs_per_second"]:.3g} pairs/s')
   lines += [f'  evaluated {evaluation.in_words(row)}' for row in status['rows'][-3:]]
   if status['checkpoint_age'] is not None:
     lines.append(f'  last checkpoint: step {status["checkpoint_step"]}, {_duration(status["checkpoint_age"])} ago')

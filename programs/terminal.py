@@ -134,13 +134,17 @@ def _bar(directory: run_directory.RunDirectory) -> Group:
   """Two lines, of what the run has recorded."""
   status, rows = directory.read_status() or {}, directory.read_metrics()
   line = Table.grid(expand=True, padding=(0, 1))
-  if status.get('state') not in (run_directory.RUNNING, run_directory.EVALUATING) or 'train_loss' not in status:
+  at_work = status.get('state') in (run_directory.RUNNING, run_directory.EVALUATING)
+  if not at_work or 'train_loss' not in status:
     line.add_row(status.get('state', run_directory.STARTING))
     return Group(line)
   step, num_steps = status['step'], status['num_steps']
-  to_go = (f'{datetime.timedelta(seconds=round(status["seconds_to_go"]))} to go' if step < num_steps else
-           f'evaluated {status["evaluated"]} of {status["to_evaluate"]}' if 'evaluated' in status else
-           'last step')
+  if step < num_steps:
+    to_go = f'{datetime.timedelta(seconds=round(status["seconds_to_go"]))} to go'
+  elif 'evaluated' in status:
+    to_go = f'evaluated {status["evaluated"]} of {status["to_evaluate"]}'
+  else:
+    to_go = 'last step'
   tested = f'test {100 * rows[-1]["krr_test_accuracy"]:.2f} % at step {rows[-1]["step"]}  ' if rows else ''
   alive = sum(worker['alive'] for worker in status['workers'].values())
   line.add_column(no_wrap=True)
