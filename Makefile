@@ -50,5 +50,5 @@ lock: setup  ## resolves requirements*.in again; the result is committed
 	  --no-emit-index-url --no-header -c requirements.txt requirements-cuda.in -o requirements-cuda.txt
 UV = $(shell command -v uv || echo .uv/bin/uv)
 
-clean:  ## removes .venv and .uv
-	rm -rf .venv .uv
+clean:  ## removes .venv, .uv and .uv-home
+	rm -rf .venv .uv .uv-home

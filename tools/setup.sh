@@ -28,8 +28,19 @@ find_uv() {
     fail "uv $UV_VERSION could not be installed: is the package index reachable (network, proxy, PIP_INDEX_URL)?"; }
 }
 
+# uv keeps packages, and Pythons that it fetches, below the user's home, where that can be written.
+settle_home() {
+  home=${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}
+  cache=${UV_CACHE_DIR:-${XDG_CACHE_HOME:-$home/.cache}/uv}
+  python=${UV_PYTHON_INSTALL_DIR:-${XDG_DATA_HOME:-$home/.local/share}/uv/python}
+  mkdir -p "$cache" "$python" 2>/dev/null && [ -w "$cache" ] && [ -w "$python" ] && return
+  export UV_CACHE_DIR="$PWD/.uv-home/cache" UV_PYTHON_INSTALL_DIR="$PWD/.uv-home/python"
+  echo "setup: $cache or $python cannot be written: uv keeps its files in .uv-home"
+}
+
 if [ ! -f $STAMP ] || [ "$(head -n 1 $STAMP)" != "$WANTED" ]; then
   find_uv
+  settle_home
   echo "setup: installing into $VENV (once)"
   rm -rf $VENV
   $UV venv --quiet --python 3.10 $VENV ||
@@ -41,6 +52,7 @@ if [ ! -f $STAMP ] || [ "$(head -n 1 $STAMP)" != "$WANTED" ]; then
 fi
 if [ "${1:-}" = cuda ] && ! grep -qx "cuda $CUDA_WANTED" $STAMP; then
   find_uv
+  settle_home
   VIRTUAL_ENV=$VENV $UV pip install --quiet --no-deps --require-hashes -r requirements-cuda.txt ||
     fail "the packages of requirements-cuda.txt could not be installed: is the package index reachable, and are 5 GB of disk free?"
   echo "cuda $CUDA_WANTED" >> $STAMP
