@@ -2,9 +2,8 @@
 
     python launch.py --config=configs/digits.py --workdir=runs/digits --lp_launch_type=local_mp
 
-Measured on 2 cores of an Intel Xeon that other work shared: test accuracy KRR 58.89 -> 91.39 %,
-finite network (one, width 64, 500 updates) 41.67 -> 75.83 %, in 35 s of distilling. On a GPU: not
-measured.
+Measured on 2 cores of an AMD EPYC: test accuracy KRR 58.89 -> 91.39 %, finite network (one, width
+64, 500 updates) 41.67 -> 77.78 %, in 22 s of distilling. On a GPU: not measured.
 """
 
 from configs import base
