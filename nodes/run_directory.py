@@ -195,7 +195,8 @@ class RunDirectory:
   def read_status(self) -> dict[str, Any] | None:
     """What `write_status` wrote last; None where it cannot be read.
 
-    `step`, `num_steps`, `wall_seconds`, `workers` and `updated` are there whatever was written.
+    `step`, `num_steps`, `generation` (0: no coordinator yet), `wall_seconds`, `workers` and
+    `updated` are there whatever was written.
     """
     try:
       with open(self.status, encoding='utf-8') as file:
@@ -204,12 +205,12 @@ class RunDirectory:
         return None
     except (OSError, ValueError, KeyError, TypeError):
       return None
-    return {'step': 0, 'num_steps': 0, 'wall_seconds': 0.0, 'workers': {}, 'updated': 'unknown',
-            **status}
+    return {'step': 0, 'num_steps': 0, 'generation': 0, 'wall_seconds': 0.0, 'workers': {},
+            'updated': 'unknown', **status}
 
   def has_ended(self, status: Mapping[str, Any]) -> bool:
     """Whether `status` is the last word of a coordinator that was started after `begin`."""
-    return status['state'] not in LIVE and status.get('generation', 0) > self._earlier_generation
+    return status['state'] not in LIVE and status['generation'] > self._earlier_generation
 
   def write_command(self, argv: list[str]) -> None:
     """Keeps the command that started this run, or went on with it, last. Raises RunDirectoryError."""
