@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from nodes import run_directory
 from programs import slurm_cluster
+from programs import status
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -42,3 +44,20 @@ def test_what_sbatch_says_is_passed_on(tmp_path, npz, cache):
       r'Memory: about \d+\.\d GiB for the coordinator, \d+\.\d GiB for each worker, '
       r'\d+\.\d GiB for the evaluator',
       done.stderr)
+
+
+def test_a_submitted_run_says_so_until_it_starts(tmp_path, npz, cache):
+  """Also where an earlier one has finished there; one that is refused leaves what it finds."""
+  directory = run_directory.RunDirectory(str(tmp_path / 'run'))
+  (tmp_path / 'sbatch').write_text('#!/bin/sh\necho 7\n')
+  (tmp_path / 'sbatch').chmod(0o755)
+  path = f'{tmp_path}:{os.environ["PATH"]}'
+  done = _submit(tmp_path, npz, cache, path)
+  assert done.returncode == 0 and 'Submitted: coordinator 7, evaluator 7' in done.stdout
+  assert not directory.is_in_use()  # the coordinator's job may open it
+  assert status.read(directory)['state'] == 'submitted'
+  assert status.in_words(status.read(directory)).startswith('submitted\n  step 0 of 1000')
+  directory.write_status(run_directory.FINISHED, step=1000, num_steps=1000, generation=1)
+  (tmp_path / 'sbatch').write_text('#!/bin/sh\nexit 1\n')
+  assert _submit(tmp_path, npz, cache, path).returncode == 2
+  assert directory.read_status()['state'] == 'finished'
