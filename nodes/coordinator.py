@@ -542,7 +542,7 @@ class Coordinator:
       piece = self._board.take(task, _POLL)
       if piece is None:
         self._check_progress()
-        self._refresh_status(run_directory.RUNNING)
+      self._refresh_status(run_directory.RUNNING)
     self._pairs += task.pairs
     return piece
 
@@ -695,16 +695,20 @@ class Coordinator:
       elif silent >= self._next_stall:
         self._next_stall = 2 * silent
         logging.warning('Waiting for the last evaluation; the evaluator has not been heard of for %.0f s.', silent)
-      is_there = self._run['num_steps'] in {row['step'] for row in self._directory.read_metrics()}
-      lacking = 'the baselines or the report' if is_there else 'the last evaluation'
       if silent > self._system['worker_timeout']:
         logging.warning('The evaluator has not been heard of for %.0f s (system.worker_timeout): '
-                        'ending without %s.', silent, lacking)
+                        'ending without %s.', silent, self._lacking())
         return
       if time.monotonic() > end:
         logging.warning('Ending without %s after %.0f s (system.final_evaluation_timeout).',
-                        lacking, self._system['final_evaluation_timeout'])
+                        self._lacking(), self._system['final_evaluation_timeout'])
         return
+
+  def _lacking(self) -> str:
+    """What the evaluator has not done yet: its row is written before all that is made of it."""
+    rows = {row['step'] for row in self._directory.read_metrics()}
+    is_there = self._run['num_steps'] in rows
+    return 'the baselines or the report' if is_there else 'the last evaluation'
 
   def _release(self) -> None:
     """Tells everyone who is still there that the run is over; one that is only stopped may come back to them."""
