@@ -37,10 +37,15 @@ def ordered(names: Iterable[str]) -> list[str]:
   return different
 
 
+def are_numbers(names: Sequence[str]) -> bool:
+  """Whether the names tell nothing that the classes' numbers do not."""
+  return list(names) == [str(c) for c in range(len(names))]
+
+
 def in_words(names: Sequence[str]) -> str:
   """Which class has which number: '4 classes: 0 one, 1 three, 2 two, 3 zero.'"""
   count = len(names)
-  if tuple(names) == tuple(map(str, range(count))):
+  if are_numbers(names):
     return f'{count} classes: 0 to {count - 1}.'
   return f'{count} classes: {some([f"{number} {name}" for number, name in enumerate(names)])}.'
 

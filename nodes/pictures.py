@@ -14,6 +14,7 @@ import matplotlib.ticker
 import numpy as np
 
 from data import preprocess
+from data.classes import are_numbers
 from nodes import evaluation
 
 _MOST_COLUMNS, _MOST_ROWS = 10, 20  # of a grid of images
@@ -144,11 +145,6 @@ def label_bars(before: np.ndarray, after: np.ndarray, class_names: Sequence[str]
       axis.set_xticks(classes, names, rotation=90 if upright else 0)
   figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper right', ncols=2, fontsize=8, frameon=False)
   return _png(figure)
-
-
-def are_numbers(class_names: Sequence[str]) -> bool:
-  """Whether the names tell nothing that the classes' numbers do not."""
-  return list(class_names) == [str(c) for c in range(len(class_names))]
 
 
 def _shortened(class_names: Sequence[str], length: int) -> list[str]:

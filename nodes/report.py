@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 
 from configs import base
+from data import classes
 from data import DataError
 from data import store
 from nodes import command_line
@@ -59,7 +60,7 @@ def write(directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]],
     OSError: the files cannot be written.
     ImportError: Matplotlib is not there.
   """
-  from nodes import pictures  # here and below: so that its lack is told in one line
+  from nodes import pictures  # here: so that its lack is told in one line
   config = directory.read_config()
   distilled = export.load(directory.distilled)
   names = distilled.class_names
@@ -174,8 +175,7 @@ def _metrics(rows) -> str:
 def _classes(class_names: Sequence[str]) -> list[tuple[str, str]]:
   """A section with the classes' names, where they are not their numbers: title and content."""
   names = ', '.join(f'{c} {html.escape(name)}' for c, name in enumerate(class_names))
-  from nodes import pictures
-  return [] if pictures.are_numbers(class_names) else [('Classes', f'<p>{names}</p>')]
+  return [] if classes.are_numbers(class_names) else [('Classes', f'<p>{names}</p>')]
 
 
 def _network(row: dict[str, Any]) -> str:

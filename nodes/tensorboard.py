@@ -15,6 +15,7 @@ import tensorboardX
 
 from data import DataError
 from data import store
+from data.classes import are_numbers
 from nodes import evaluation
 from nodes import export
 from nodes import pictures
@@ -48,7 +49,7 @@ def write(directory: run_directory.RunDirectory, row: dict[str, Any], images: np
           writer.add_scalar(f'{group}/{name}', row[name], step, summary_description=network)
       if evaluation.has(row, 'nn_test_accuracy'):
         writer.add_text('finite network', evaluation.network_in_words(row), step)
-      if not pictures.are_numbers(prepared.class_names):
+      if not are_numbers(prepared.class_names):
         names = ', '.join(f'{c} {name}' for c, name in enumerate(prepared.class_names))
         writer.add_text('classes', names, step)
       if images is not None:

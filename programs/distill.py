@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import socket
-from typing import Sequence
+from typing import Callable, Sequence
 
 import launchpad as lp
 from launchpad.launch import worker_manager
@@ -62,14 +62,16 @@ def launch(program: lp.Program, run: start.Run) -> worker_manager.WorkerManager:
   with supervisor.terminal_signals_blocked():
     manager = lp.launch(program, local_resources=local_resources(run), terminal='current_terminal')
   launchpads = signal.getsignal(signal.SIGTERM)  # it asks all nodes to stop, without a word
-  start.on_stop_signals(lambda: launchpads(signal.SIGTERM, None), _kill_all)
+  start.on_stop_signals(lambda: launchpads(signal.SIGTERM, None),
+                        lambda: _end_children(psutil.Process.kill))
   return manager
 
 
-def _kill_all() -> None:
+def _end_children(end: Callable[[psutil.Process], None]) -> None:
+  """Calls `end` with every process that this one has started, and with theirs."""
   for process in psutil.Process().children(recursive=True):
     with contextlib.suppress(psutil.NoSuchProcess):
-      process.kill()
+      end(process)
 
 
 def wait(manager: worker_manager.WorkerManager) -> None:
@@ -81,9 +83,7 @@ def wait(manager: worker_manager.WorkerManager) -> None:
   nodes = psutil.Process().children()
   psutil.wait_procs(nodes, timeout=_GRACE)
   for end in (psutil.Process.terminate, psutil.Process.kill):
-    for process in psutil.Process().children(recursive=True):
-      with contextlib.suppress(psutil.NoSuchProcess):
-        end(process)
+    _end_children(end)
     psutil.wait_procs(nodes, timeout=supervisor.NOTICE + 2)
   manager.wait(raise_error=False)
 

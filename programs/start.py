@@ -13,7 +13,6 @@ from configs import base
 from data import classes
 from data import DataError
 from data import store
-from kernels import ntk
 from nodes import command_line
 from nodes import evaluation
 from nodes import initial_support
