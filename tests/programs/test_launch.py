@@ -175,7 +175,7 @@ def test_ctrl_c_and_a_closed_terminal_stop_it_with_a_checkpoint(tmp_path, npz, c
   if number == signal.SIGINT:
     output = re.sub(r'\x1b\[[\d;?]*[A-Za-z]|\^C', '', reader.output[said:].decode())
     lines = [line.strip() for line in re.split(r'[\r\n]+', output)]
-    bar = re.compile(r'|loss .* workers: \d|step \d+/.* to go|stopped|starting')
+    bar = re.compile(r'|loss .* workers: \d|step \d+/.* to go|stopped|starting|running')
     words = [line for line in lines if not bar.fullmatch(line)]
     assert words[0] == 'Stopping with a checkpoint; Ctrl-C again ends at once.'
     assert words[-2] == f'Stopped at step {stopped["step"]} of 100000. To go on from there:'
