@@ -1,4 +1,5 @@
-"""Launches a distillation run: coordinator, kernel workers and evaluator, as processes of this machine, the workers one a GPU; or, by
+"""Launches a distillation run: coordinator, kernel workers and evaluator, as processes of this
+machine, the workers one a GPU; or, by
 --lp_launch_type=local_mt, as threads of one process on CPU.
 
     python launch.py --config=configs/digits.py --workdir=runs/digits
@@ -12,7 +13,8 @@ On several hosts, one node of the same program a process (BUILD.md, 'Clusters'):
 
 or all of them as Slurm's jobs, by --cluster=slurm.
 
-Exit status: 0 finished, 1 failed, 2 bad input, 75 stopped with a checkpoint (the same command resumes).
+Exit status: 0 finished, 1 failed, 2 bad input, 75 stopped with a checkpoint (the same command
+resumes).
 """
 
 import os
@@ -67,8 +69,11 @@ def main(argv: list[str]) -> int:
     run.directory.begin()
     manager = distill.launch(program, run)
     if not isolation.is_isolated() and not run.config['system']['accept_open_port']:
-      logging.warning('%s is open to every host that can reach this one, and whoever connects can run code as you: no private network '
-                      'could be made (see BUILD.md; system.accept_open_port=True ends this warning).', distill.coordinator_address(program))
+      logging.warning(
+        '%s is open to every host that can reach this one, and whoever connects can run code as you: no private network '
+        'could be made (see BUILD.md; system.accept_open_port=True ends this warning).',
+        distill.coordinator_address(program),
+      )
     distill.wait(manager)
   return start.outcome(run.directory)
 

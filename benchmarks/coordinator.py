@@ -1,12 +1,14 @@
 """What a step costs beside the kernel: `python -m benchmarks.coordinator`, on shapes of CIFAR-10.
 
-The real coordinator, and one real worker in a process of its own that talks to it through Courier; only its kernel is a stand-in that
-returns blocks and gradients of the right shape at once. So a step lasts as long as everything else takes. Its parts, medians over the
-steps: what the coordinator's main thread does, and what the worker does while that one waits, one after the other, or (images) ahead;
-`complete` waits for the next task, too.
+The real coordinator, and one real worker in a process of its own that talks to it through Courier;
+only its kernel is a stand-in that returns blocks and gradients of the right shape at once. So a
+step lasts as long as everything else takes. Its parts, medians over the steps: what the
+coordinator's main thread does, and what the worker does while that one waits, one after the other,
+or (images) ahead; `complete` waits for the next task, too.
 
-Then the same with a stand-in that sleeps for as long as a kernel would take (where steps are short enough): what is left of a step
-without that sleep, and its share of it. Some work goes on meanwhile, as it does beside a GPU.
+Then the same with a stand-in that sleeps for as long as a kernel would take (where steps are short
+enough): what is left of a step without that sleep, and its share of it. Some work goes on
+meanwhile, as it does beside a GPU.
 """
 
 import argparse
@@ -43,16 +45,29 @@ from nodes import run_directory
 from nodes import tasks
 
 TARGETS = 5000
-CASES = ((1, 250, 1), (1, 250, 5), (10, 250, 1), (10, 250, 5), (50, 250, 1), (50, 250, 5))  # images a class, target tile, tiles a task
+# Images a class, target tile, tiles a task.
+CASES = ((1, 250, 1), (1, 250, 5), (10, 250, 1), (10, 250, 5), (50, 250, 1), (50, 250, 5))
 MICROSECONDS = 5.0  # a pair, of a kernel that takes its time
 WARM_UP = 3  # steps
 SECONDS = 15.0  # of steps with a kernel that takes its time
-PARTS = ('solve', 'move', 'write', 'wait', 'fetch', 'sample', 'images', 'residual', 'encode', 'complete')
+PARTS = (
+  'solve',
+  'move',
+  'write',
+  'wait',
+  'fetch',
+  'sample',
+  'images',
+  'residual',
+  'encode',
+  'complete',
+)
 _TIMEOUT = 60.0
 
 
 class NoKernel:
   """In place of an implementation: K_ss the identity, K_ts and all gradients constant."""
+
   implementation, architecture, dtype = 'none', architectures.get('convnet'), np.dtype('float32')
 
   def __init__(self, microseconds: float):
@@ -66,7 +81,9 @@ class NoKernel:
 
   def block(self, x1, x2):
     self.work(x1, x2)
-    return np.eye(len(x1), dtype=self.dtype) if x1 is x2 else self._constant((len(x1), len(x2)), 0.0)
+    return (
+      np.eye(len(x1), dtype=self.dtype) if x1 is x2 else self._constant((len(x1), len(x2)), 0.0)
+    )
 
   def block_vjp(self, x1, x2, cotangent):
     self.work(x1, x2)
@@ -95,13 +112,21 @@ def coordinate(port: int, workdir: str, cache: str, answer) -> None:
   """The coordinator's process: a run to its end; sends its seconds a step."""
   clock, solution = steps.Clock(), coordinator_node.Coordinator._solution
   coordinator = coordinator_node.Coordinator(workdir, cache, threading.Event())
-  for watched in (('solve', krr, 'solve'), ('solve', krr, 'pull_back'), ('move', coordinator, '_move'), ('write', coordinator, '_log'),
-                  ('write', coordinator, '_save'), ('write', coordinator, '_write_snapshot'), ('wait', coordinator._board, 'take')):
+  for watched in (
+    ('solve', krr, 'solve'),
+    ('solve', krr, 'pull_back'),
+    ('move', coordinator, '_move'),
+    ('write', coordinator, '_log'),
+    ('write', coordinator, '_save'),
+    ('write', coordinator, '_write_snapshot'),
+    ('wait', coordinator._board, 'take'),
+  ):
     clock.watch(*watched)
 
   def solved(state):
     clock.lap(state.step)
     return solution(coordinator, state)
+
   coordinator._solution = solved
   server = courier_utils.make_courier_server(coordinator, port=port)
   server.Start()
@@ -118,27 +143,43 @@ def work(port: int, cache: str, microseconds: float, answer) -> None:
   clock, compute = steps.Clock(), kernel_worker.KernelWorker._compute
   kernel = NoKernel(microseconds)
   ntk.for_run = lambda run, threads: ntk.Checked(kernel, lambda: kernel, is_delicate=True)
-  for watched in (('sample', sampling, 'targets'), ('images', ntk.Library, '__getitem__'), ('residual', krr, 'residual'),
-                  ('residual', krr, 'cotangent'), ('encode', tasks, 'encode'), ('kernel', NoKernel, 'work')):
+  for watched in (
+    ('sample', sampling, 'targets'),
+    ('images', ntk.Library, '__getitem__'),
+    ('residual', krr, 'residual'),
+    ('residual', krr, 'cotangent'),
+    ('encode', tasks, 'encode'),
+    ('kernel', NoKernel, 'work'),
+  ):
     clock.watch(*watched)
 
   def computed(self, task, inputs):
     clock.lap(task.step)
     return compute(self, task, inputs)
+
   kernel_worker.KernelWorker._compute = computed
   kernel_worker.KernelWorker._calibrate = lambda self: 1e6 / MICROSECONDS
-  client = _TimedClient(courier.Client(f'localhost:{port}', call_timeout=_TIMEOUT, wait_for_ready=False), clock)
+  client = _TimedClient(
+    courier.Client(f'localhost:{port}', call_timeout=_TIMEOUT, wait_for_ready=False), clock
+  )
   stop = threading.Event()
-  client = remote.Retrying(client, _TIMEOUT, stop, lambda error: type(error).__name__ == 'StatusNotOk')
+  client = remote.Retrying(
+    client, _TIMEOUT, stop, lambda error: type(error).__name__ == 'StatusNotOk'
+  )
   kernel_worker.KernelWorker(client, 'worker', 1, cache, stop).run()
   answer.send(clock.medians(WARM_UP))
 
 
-def measure(directory: run_directory.RunDirectory, cache: str, microseconds: float = 0.0) -> dict[str, float]:
+def measure(
+  directory: run_directory.RunDirectory, cache: str, microseconds: float = 0.0
+) -> dict[str, float]:
   """Milliseconds a step: 'step', PARTS, and 'kernel', which takes `microseconds` a pair."""
   processes, port, seconds = multiprocessing.get_context('spawn'), portpicker.pick_unused_port(), {}
   started = []
-  for node, *arguments in ((coordinate, port, directory.path, cache), (work, port, cache, microseconds)):
+  for node, *arguments in (
+    (coordinate, port, directory.path, cache),
+    (work, port, cache, microseconds),
+  ):
     receiver, sender = processes.Pipe(duplex=False)
     process = processes.Process(target=node, args=(*arguments, sender), daemon=True)
     process.start()
@@ -152,21 +193,38 @@ def measure(directory: run_directory.RunDirectory, cache: str, microseconds: flo
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--steps', type=int, default=30)
   parser.add_argument('--images', type=int, default=50_000, help='training images to draw from')
-  parser.add_argument('--cases', default=' '.join('{}x{}x{}'.format(*case) for case in CASES),
-                      help='images a class x target tile x target tiles a task')
-  parser.add_argument('--json', default='benchmarks/coordinator.json', help='where to write the table as JSON')
+  parser.add_argument(
+    '--cases',
+    default=' '.join('{}x{}x{}'.format(*case) for case in CASES),
+    help='images a class x target tile x target tiles a task',
+  )
+  parser.add_argument(
+    '--json', default='benchmarks/coordinator.json', help='where to write the table as JSON'
+  )
   args = parser.parse_args()
   rows = []
   print(f'kernel: at once, then {MICROSECONDS:g} µs a pair; ms a step')
-  print(f'{"S":>4}{"tile":>6}{"tiles":>6}{"tasks":>6}{"at once":>9}' + ''.join(f'{part:>9}' for part in PARTS) + f'{"beside":>9}{"share":>7}')
+  print(
+    f'{"S":>4}{"tile":>6}{"tiles":>6}{"tasks":>6}{"at once":>9}'
+    + ''.join(f'{part:>9}' for part in PARTS)
+    + f'{"beside":>9}{"share":>7}'
+  )
   with tempfile.TemporaryDirectory() as folder:
     for case in args.cases.split():
       images_per_class, tile, tiles = map(int, case.split('x'))
-      make_run = functools.partial(steps.make_run, folder, args.images, plan={'target_tile': tile, 'target_tiles_per_task': tiles},
-                                   images_per_class=images_per_class, targets_per_step=TARGETS)
+      make_run = functools.partial(
+        steps.make_run,
+        folder,
+        args.images,
+        plan={'target_tile': tile, 'target_tiles_per_task': tiles},
+        images_per_class=images_per_class,
+        targets_per_step=TARGETS,
+      )
       directory, support = make_run(num_steps=args.steps), images_per_class * steps.CLASSES
       at_once = measure(directory, folder)
       row = {'support': support, 'target_tile': tile, 'target_tiles_per_task': tiles, **at_once}
@@ -175,12 +233,18 @@ def main():
       num_steps = WARM_UP + int(SECONDS / (1e-6 * MICROSECONDS * steps.pairs(directory)))
       if num_steps > WARM_UP + 2:
         slowly = measure(make_run(num_steps=min(num_steps, args.steps)), folder, MICROSECONDS)
-        row.update(beside=slowly['step'] - slowly['kernel'], share=1 - slowly['kernel'] / slowly['step'])
+        row.update(
+          beside=slowly['step'] - slowly['kernel'], share=1 - slowly['kernel'] / slowly['step']
+        )
         line += f'{row["beside"]:9.1f}{row["share"]:7.1%}'
       rows.append(row)
       print(line, flush=True)
   with open(args.json, 'w', encoding='utf-8') as file:
-    json.dump({'kernel_microseconds_a_pair': MICROSECONDS, 'load': os.getloadavg()[0], 'rows': rows}, file, indent=1)
+    json.dump(
+      {'kernel_microseconds_a_pair': MICROSECONDS, 'load': os.getloadavg()[0], 'rows': rows},
+      file,
+      indent=1,
+    )
 
 
 if __name__ == '__main__':

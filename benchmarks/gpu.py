@@ -1,7 +1,9 @@
-"""The kernels on the GPU that is there: `python -m benchmarks.gpu`, with Launchpad and Neural Tangents or without.
+"""The kernels on the GPU that is there: `python -m benchmarks.gpu`, with Launchpad and Neural
+Tangents or without.
 
-First a pair's time, as benchmarks/kernels.py tells it: Neural Tangents (where it is), the JAX kernel and the CUDA kernel, each as far as
-this environment can run it on the GPU. Then whole steps on shapes of CIFAR-10: the real coordinator and one worker in this process.
+First a pair's time, as benchmarks/kernels.py tells it: Neural Tangents (where it is), the JAX
+kernel and the CUDA kernel, each as far as this environment can run it on the GPU. Then whole steps
+on shapes of CIFAR-10: the real coordinator and one worker in this process.
 
 Exit status: 0 done, 1 there is no GPU to compute on.
 """
@@ -42,6 +44,7 @@ PEAK_SIZE = 8192
 @dataclasses.dataclass
 class Step:
   """Whole steps of one case."""
+
   implementation: str
   support: int
   targets: int
@@ -64,17 +67,36 @@ def peak_flops() -> tuple[float, str]:
     return kernels.peak_flops(PEAK_SIZE), 'by XLA'
   import cupy
   from cupyx import profiler
+
   a = cupy.ones((PEAK_SIZE, PEAK_SIZE), cupy.float32)
   seconds = profiler.benchmark(cupy.matmul, (a, a), n_repeat=10).gpu_times.min()
-  return 2 * PEAK_SIZE ** 3 / seconds, 'by CuPy'
+  return 2 * PEAK_SIZE**3 / seconds, 'by CuPy'
 
 
-def measure_step(folder: str, implementation: str, images_per_class: int, tile: int, tiles: int, *, architecture: str = 'convnet',
-                 targets: int = TARGETS, num_images: int = NUM_IMAGES, num_steps: int = STEPS, warm_up: int = WARM_UP) -> Step:
+def measure_step(
+  folder: str,
+  implementation: str,
+  images_per_class: int,
+  tile: int,
+  tiles: int,
+  *,
+  architecture: str = 'convnet',
+  targets: int = TARGETS,
+  num_images: int = NUM_IMAGES,
+  num_steps: int = STEPS,
+  warm_up: int = WARM_UP,
+) -> Step:
   """Seconds of a step, the median of those after the first `warm_up`."""
-  directory = steps.make_run(folder, num_images, num_steps, {'target_tile': tile, 'target_tiles_per_task': tiles},
-                             architecture=architecture, images_per_class=images_per_class, targets_per_step=targets,
-                             implementation=implementation)
+  directory = steps.make_run(
+    folder,
+    num_images,
+    num_steps,
+    {'target_tile': tile, 'target_tiles_per_task': tiles},
+    architecture=architecture,
+    images_per_class=images_per_class,
+    targets_per_step=targets,
+    implementation=implementation,
+  )
   clock, stop = steps.Clock(), threading.Event()
   node = coordinator.Coordinator(directory.path, folder, stop)
   solution = node._solution
@@ -82,8 +104,11 @@ def measure_step(folder: str, implementation: str, images_per_class: int, tile: 
   def solved(state):
     clock.lap(state.step)
     return solution(state)
+
   node._solution = solved
-  worker = kernel_worker.KernelWorker(remote.Retrying(node, 60.0, stop), 'worker', placement.worker_threads(0, 1), folder, stop)
+  worker = kernel_worker.KernelWorker(
+    remote.Retrying(node, 60.0, stop), 'worker', placement.worker_threads(0, 1), folder, stop
+  )
   thread = threading.Thread(target=worker.run, daemon=True)
   thread.start()
   node.run()
@@ -92,28 +117,51 @@ def measure_step(folder: str, implementation: str, images_per_class: int, tile: 
   if status['state'] != run_directory.FINISHED:
     raise RuntimeError(status.get('message', status['state']))
   pairs, seconds = steps.pairs(directory), clock.medians(warm_up)['step']
-  return Step(implementation, images_per_class * steps.CLASSES, targets, tile, tiles, pairs, seconds, 1e6 * seconds / pairs)
+  return Step(
+    implementation,
+    images_per_class * steps.CLASSES,
+    targets,
+    tile,
+    tiles,
+    pairs,
+    seconds,
+    1e6 * seconds / pairs,
+  )
 
 
 def step_heading() -> str:
   """Of `step_line`s."""
-  return f'{"":18}{"S":>5}{"T":>6}{"tile":>6}{"tiles":>6}{"pairs":>9}{"s a step":>10}{"µs a pair":>11}'
+  return (
+    f'{"":18}{"S":>5}{"T":>6}{"tile":>6}{"tiles":>6}{"pairs":>9}{"s a step":>10}{"µs a pair":>11}'
+  )
 
 
 def step_line(row: Step) -> str:
   """A row in print."""
-  return (f'{row.implementation:18}{row.support:5}{row.targets:6}{row.target_tile:6}{row.target_tiles_per_task:6}{row.pairs:9}'
-          f'{row.seconds:10.3f}{row.microseconds_a_pair:11.2f}')
+  return (
+    f'{row.implementation:18}{row.support:5}{row.targets:6}{row.target_tile:6}{row.target_tiles_per_task:6}{row.pairs:9}'
+    f'{row.seconds:10.3f}{row.microseconds_a_pair:11.2f}'
+  )
 
 
 def main(found: placement.Gpus) -> int:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--architectures', default='convnet,myrtle10')
   parser.add_argument('--image', default='32x32x3')
-  parser.add_argument('--implementations', help='by default all that this environment can run on the GPU')
+  parser.add_argument(
+    '--implementations', help='by default all that this environment can run on the GPU'
+  )
   parser.add_argument('--runs', type=int, default=5)
-  parser.add_argument('--cases', default=' '.join(CASES), help='images a class x target tile x target tiles a task, of the steps')
-  parser.add_argument('--json', default='benchmarks/gpu.json', help='where to write the tables as JSON')
+  parser.add_argument(
+    '--cases',
+    default=' '.join(CASES),
+    help='images a class x target tile x target tiles a task, of the steps',
+  )
+  parser.add_argument(
+    '--json', default='benchmarks/gpu.json', help='where to write the tables as JSON'
+  )
   args = parser.parse_args()
   names = args.implementations.split(',') if args.implementations else implementations()
   if not found.names or not names:
@@ -121,26 +169,44 @@ def main(found: placement.Gpus) -> int:
     return 1
   peak, how = peak_flops()
   with_peer = kernels.HAS_NEURAL_TANGENTS and jax.default_backend() != 'cpu'
-  table = {'gpus': found.names, 'jax': jax.__version__, 'peak_tflops': peak / 1e12, 'peak': f'float32 matrix product {how}',
-           'neural_tangents': with_peer, 'kernels': [], 'steps': []}
+  table = {
+    'gpus': found.names,
+    'jax': jax.__version__,
+    'peak_tflops': peak / 1e12,
+    'peak': f'float32 matrix product {how}',
+    'neural_tangents': with_peer,
+    'kernels': [],
+    'steps': [],
+  }
 
   def write():
     with open(args.json, 'w', encoding='utf-8') as file:
       json.dump(table, file, indent=1)
+
   device = jax.devices()[0].device_kind
-  print(f'{found.remark}\nJAX {jax.__version__} on {device}; a float32 matrix product {how}: {peak / 1e12:.1f} TFLOP/s.')
+  print(
+    f'{found.remark}\nJAX {jax.__version__} on {device}; a float32 matrix product {how}: {peak / 1e12:.1f} TFLOP/s.'
+  )
   if not kernels.HAS_NEURAL_TANGENTS:
-    print('Neural Tangents is not installed: no ratios, and errors are against the JAX kernel in float64.')
+    print(
+      'Neural Tangents is not installed: no ratios, and errors are against the JAX kernel in float64.'
+    )
   elif not with_peer:
     print('JAX has no GPU, so Neural Tangents is not timed: no ratios.')
   print(kernels.heading('µs'))
   for architecture in args.architectures.split(','):
-    for row in kernels.measure(architecture, tuple(map(int, args.image.split('x'))), names, 1, args.runs, peak, with_peer):
+    for row in kernels.measure(
+      architecture, tuple(map(int, args.image.split('x'))), names, 1, args.runs, peak, with_peer
+    ):
       table['kernels'].append(dataclasses.asdict(row))
       print(kernels.line(row, 1e3), flush=True)
     write()
   print(step_heading())
-  convnet = {row['implementation']: row['step_ms'] for row in table['kernels'] if row['architecture'] == 'convnet'}
+  convnet = {
+    row['implementation']: row['step_ms']
+    for row in table['kernels']
+    if row['architecture'] == 'convnet'
+  }
   for case in args.cases.split():
     images_per_class, tile, tiles = map(int, case.split('x'))
     for name in names:
@@ -150,7 +216,15 @@ def main(found: placement.Gpus) -> int:
         print(f'{name:18}{images_per_class * steps.CLASSES:5}: a step would take {seconds:.0f} s')
         continue
       with tempfile.TemporaryDirectory() as folder:
-        row = measure_step(folder, name, images_per_class, tile, tiles, num_steps=num_steps, warm_up=min(WARM_UP, num_steps // 2))
+        row = measure_step(
+          folder,
+          name,
+          images_per_class,
+          tile,
+          tiles,
+          num_steps=num_steps,
+          warm_up=min(WARM_UP, num_steps // 2),
+        )
       table['steps'].append(dataclasses.asdict(row))
       print(step_line(row), flush=True)
       write()

@@ -1,8 +1,11 @@
-"""A step of distillation, and how much of it is the kernel: `python -m benchmarks.kernel_share --data=FOLDER`.
+"""A step of distillation, and how much of it is the kernel: `python -m benchmarks.kernel_share
+--data=FOLDER`.
 
-ConvNet, CIFAR-10 (standardised; the folder holds its parquet files), 10 support images, 5000 targets a step: a coordinator and its workers
-as processes that talk over Courier, nothing evaluated. Each worker notes the seconds that it spends in its kernel and in its residuals; the
-rest is what it waits, sends and fetches. The first steps, which start up, are left out; a checkpoint is not.
+ConvNet, CIFAR-10 (standardised; the folder holds its parquet files), 10 support images, 5000
+targets a step: a coordinator and its workers as processes that talk over Courier, nothing
+evaluated. Each worker notes the seconds that it spends in its kernel and in its residuals; the rest
+is what it waits, sends and fetches. The first steps, which start up, are left out; a checkpoint is
+not.
 """
 
 import argparse
@@ -24,15 +27,19 @@ _FIRST = 2  # the step from whose end on is measured
 
 
 class _Timed:
-  """A kernel that notes the end of every call, the seconds it took, and those of them that the cotangent took. Not of `prepare`: that goes
-  on beside the call before."""
+  """A kernel that notes the end of every call, the seconds it took, and those of them that the
+  cotangent took. Not of `prepare`: that goes on beside the call before."""
 
   def __init__(self, kernel, path: str):
     self._kernel, self._file = kernel, open(path, 'a', encoding='utf-8', buffering=1)
 
   def __getattr__(self, name):
     value = getattr(self._kernel, name)
-    return value if name not in ('block', 'block_vjp') else lambda *arguments: self._call(value, *arguments)
+    return (
+      value
+      if name not in ('block', 'block_vjp')
+      else lambda *arguments: self._call(value, *arguments)
+    )
 
   def _call(self, method, *arguments):
     elsewhere = 0.0
@@ -44,10 +51,13 @@ class _Timed:
         value = cotangent(block)
         elsewhere += time.perf_counter() - start
         return value
+
       return call
 
     start = time.perf_counter()
-    result = method(*(timed(argument) if callable(argument) else argument for argument in arguments))
+    result = method(
+      *(timed(argument) if callable(argument) else argument for argument in arguments)
+    )
     self._file.write(f'{time.time()} {time.perf_counter() - start} {elsewhere}\n')
     return result
 
@@ -56,27 +66,62 @@ def _work() -> int:
   """A worker's process: as launch.py's, but for the notes."""
   from programs import placement
   from programs import supervisor
+
   if not supervisor.is_child():
     os.environ.update(placement.launcher_environment())
   from kernels import ntk
   from programs import hosts
   from programs import start
+
   make = ntk.for_run
-  ntk.for_run = lambda *arguments: _Timed(make(*arguments), os.path.join(os.environ[_NOTES], f'notes.{os.getpid()}'))
+  ntk.for_run = lambda *arguments: _Timed(
+    make(*arguments), os.path.join(os.environ[_NOTES], f'notes.{os.getpid()}')
+  )
   start.parse(sys.argv)
   return hosts.play()
 
 
 def measure(data: str, workers: int, steps: int, folder: str) -> dict[str, float]:
-  """Runs `steps` steps beyond the first ones in `folder`; seconds a step, and shares of the workers' time."""
+  """Runs `steps` steps beyond the first ones in `folder`; seconds a step, and shares of the
+  workers' time."""
   last = _FIRST + steps
   workdir = f'--workdir={folder}/run'
-  settings = {'run.data.name': 'cifar10', 'run.data.dir': data, 'run.num_steps': last, 'system.num_workers': workers,
-              'system.snapshot_steps': (_FIRST,), 'system.final_evaluation_timeout': 1.0, 'system.evaluation.nn_steps': 0}
-  coordinator = subprocess.Popen([sys.executable, 'launch.py', '--role=coordinator', '--host=localhost', workdir,
-                                  '--config=configs/base.py', *(f'--config.{name}={value}' for name, value in settings.items())], cwd=_ROOT)
-  nodes = [subprocess.Popen([sys.executable, os.path.abspath(__file__), '--role=worker', workdir, f'--name=worker{i}', '--threads=1'],
-                            cwd=_ROOT, env={**os.environ, _NOTES: folder}) for i in range(workers)]
+  settings = {
+    'run.data.name': 'cifar10',
+    'run.data.dir': data,
+    'run.num_steps': last,
+    'system.num_workers': workers,
+    'system.snapshot_steps': (_FIRST,),
+    'system.final_evaluation_timeout': 1.0,
+    'system.evaluation.nn_steps': 0,
+  }
+  coordinator = subprocess.Popen(
+    [
+      sys.executable,
+      'launch.py',
+      '--role=coordinator',
+      '--host=localhost',
+      workdir,
+      '--config=configs/base.py',
+      *(f'--config.{name}={value}' for name, value in settings.items()),
+    ],
+    cwd=_ROOT,
+  )
+  nodes = [
+    subprocess.Popen(
+      [
+        sys.executable,
+        os.path.abspath(__file__),
+        '--role=worker',
+        workdir,
+        f'--name=worker{i}',
+        '--threads=1',
+      ],
+      cwd=_ROOT,
+      env={**os.environ, _NOTES: folder},
+    )
+    for i in range(workers)
+  ]
   try:
     if coordinator.wait():
       sys.exit('the run failed: see above.')
@@ -84,17 +129,31 @@ def measure(data: str, workers: int, steps: int, folder: str) -> dict[str, float
     for process in (coordinator, *nodes):
       process.terminate()
       process.wait()
-  begin, end = (os.path.getmtime(run_directory.RunDirectory(f'{folder}/run').snapshot(step)) for step in (_FIRST, last))
-  notes = [tuple(map(float, line.split())) for path in glob.glob(f'{folder}/notes.*') for line in open(path, encoding='utf-8')]
+  begin, end = (
+    os.path.getmtime(run_directory.RunDirectory(f'{folder}/run').snapshot(step))
+    for step in (_FIRST, last)
+  )
+  notes = [
+    tuple(map(float, line.split()))
+    for path in glob.glob(f'{folder}/notes.*')
+    for line in open(path, encoding='utf-8')
+  ]
   kernel, residual = (sum(note[i] for note in notes if begin < note[0] <= end) for i in (1, 2))
   seconds = end - begin
-  return {'seconds_a_step': seconds / steps, 'kernel_share': (kernel - residual) / workers / seconds,
-          'residual_share': residual / workers / seconds}
+  return {
+    'seconds_a_step': seconds / steps,
+    'kernel_share': (kernel - residual) / workers / seconds,
+    'residual_share': residual / workers / seconds,
+  }
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--data', required=True, help="folder with CIFAR-10's train.parquet and test.parquet")
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    '--data', required=True, help="folder with CIFAR-10's train.parquet and test.parquet"
+  )
   parser.add_argument('--workers', type=int, default=2, help='processes, of one thread each')
   parser.add_argument('--steps', type=int, default=10)
   parser.add_argument('--json', default='benchmarks/kernel_share.json')
@@ -102,8 +161,10 @@ def main():
   with tempfile.TemporaryDirectory() as folder:
     result = measure(os.path.abspath(args.data), args.workers, args.steps, folder)
   result.update(workers=args.workers, steps=args.steps, load=os.getloadavg()[0])
-  print(f'{result["seconds_a_step"]:.3f} s a step; of the workers\' time {result["kernel_share"]:.1%} kernel, '
-        f'{result["residual_share"]:.1%} residuals')
+  print(
+    f"{result['seconds_a_step']:.3f} s a step; of the workers' time {result['kernel_share']:.1%} kernel, "
+    f'{result["residual_share"]:.1%} residuals'
+  )
   with open(args.json, 'w', encoding='utf-8') as file:
     json.dump(result, file, indent=1)
 

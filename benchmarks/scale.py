@@ -1,13 +1,17 @@
 """How a run scales with its workers: `python -m benchmarks.scale`.
 
-The real coordinator serves over real Courier, on all cores; simulated workers, coroutines in a process for each core but the first, ask for
-tasks, fetch what a real one fetches, sleep for as long as the kernel would take, and send pieces of the real size. The sleep is a task's
-pairs times --microseconds, times a factor from the spread of the native kernel's own times, measured first. Efficiency is the kernel's time
-of a step in one worker and one pass, over workers times the step's time by the coordinator's clock.
+The real coordinator serves over real Courier, on all cores; simulated workers, coroutines in a
+process for each core but the first, ask for tasks, fetch what a real one fetches, sleep for as long
+as the kernel would take, and send pieces of the real size. The sleep is a task's pairs times
+--microseconds, times a factor from the spread of the native kernel's own times, measured first.
+Efficiency is the kernel's time of a step in one worker and one pass, over workers times the step's
+time by the coordinator's clock.
 
-A row says when the simulated workers' cores were busy: then it shows what this machine can simulate, not what the coordinator can do.
+A row says when the simulated workers' cores were busy: then it shows what this machine can
+simulate, not what the coordinator can do.
 
-With --real, one and then two real workers, of one thread each, on the real CIFAR-10 in place of simulated ones.
+With --real, one and then two real workers, of one thread each, on the real CIFAR-10 in place of
+simulated ones.
 """
 
 import argparse
@@ -43,14 +47,17 @@ from nodes.remote import Retrying
 
 IMAGE, CLASSES, IMAGES = (32, 32, 3), 10, 50_000  # CIFAR-10
 WARM_UP, STEPS = 2, 3  # steps that are not counted, and that are at least
-REPEATS = 30 # of a kernel's task, for its spread
+REPEATS = 30  # of a kernel's task, for its spread
 PAIRS = (10, 64)  # of such a task
 BUSY = 0.8  # of the simulated workers' cores, from which on they are the limit
-KEPT = 80 * 2 ** 30 // 4 // 22_000  # pairs of which a worker can keep the derivatives: a quarter of an 80 GiB GPU, 22 kB each
+# Pairs of which a worker can keep the derivatives: a quarter of an 80 GiB GPU, 22 kB each.
+KEPT = 80 * 2**30 // 4 // 22_000
 
 
 class Costs(NamedTuple):
-  """Of a task: kernel seconds a pair, by what it does; and measured times over their mean, of which each task draws one."""
+  """Of a task: kernel seconds a pair, by what it does; and measured times over their mean, of which
+  each task draws one."""
+
   forward: float
   derivatives: float  # with the forward pass
   pull_back: float
@@ -59,6 +66,7 @@ class Costs(NamedTuple):
 
 class Case(NamedTuple):
   """S support images, T targets, workers; and how a step is cut (run.plan)."""
+
   support: int
   targets: int
   workers: int
@@ -69,8 +77,9 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-  """What a case gave, a step: efficiency, seconds, the coordinator's CPU seconds, calls, bytes to and from it; and how busy the cores of the
-  simulated workers were."""
+  """What a case gave, a step: efficiency, seconds, the coordinator's CPU seconds, calls, bytes to
+  and from it; and how busy the cores of the simulated workers were."""
+
   efficiency: float
   seconds: float
   cpu: float
@@ -80,17 +89,30 @@ class Row(NamedTuple):
   busy: float
 
 
-# S = 10: a piece's gradient is small, so targets alone are cut. S = 500: by parts of the support too, into slightly fewer tasks than a whole
-# number for each worker, those of K_ss up to twice as large as the others; in one pass for comparison.
-CASES = [Case(10, 5000, 1, 10, 250, 1, 0), Case(10, 5000, 8, 10, 125, 1, 0), Case(10, 5000, 32, 10, 50, 1, 0),
-         Case(10, 50_000, 32, 10, 250, 1, 0), Case(10, 50_000, 128, 10, 125, 1, 0),
-         Case(500, 5000, 1, 500, 250, 4, 0), Case(500, 5000, 8, 125, 125, 1, 0), Case(500, 5000, 8, 63, 125, 10, 25),
-         Case(500, 5000, 32, 100, 50, 1, 0), Case(500, 5000, 32, 72, 250, 10, 9), Case(500, 5000, 128, 50, 250, 10, 9),
-         Case(500, 50_000, 32, 100, 250, 20, 18), Case(500, 50_000, 128, 84, 250, 20, 14), Case(500, 50_000, 256, 72, 250, 20, 10)]
+# S = 10: a piece's gradient is small, so targets alone are cut. S = 500: by parts of the support
+# too, into slightly fewer tasks than a whole number for each worker, those of K_ss up to twice as
+# large as the others; in one pass for comparison.
+CASES = [
+  Case(10, 5000, 1, 10, 250, 1, 0),
+  Case(10, 5000, 8, 10, 125, 1, 0),
+  Case(10, 5000, 32, 10, 50, 1, 0),
+  Case(10, 50_000, 32, 10, 250, 1, 0),
+  Case(10, 50_000, 128, 10, 125, 1, 0),
+  Case(500, 5000, 1, 500, 250, 4, 0),
+  Case(500, 5000, 8, 125, 125, 1, 0),
+  Case(500, 5000, 8, 63, 125, 10, 25),
+  Case(500, 5000, 32, 100, 50, 1, 0),
+  Case(500, 5000, 32, 72, 250, 10, 9),
+  Case(500, 5000, 128, 50, 250, 10, 9),
+  Case(500, 50_000, 32, 100, 250, 20, 18),
+  Case(500, 50_000, 128, 84, 250, 20, 14),
+  Case(500, 50_000, 256, 72, 250, 20, 10),
+]
 
 
 def measured_costs(microseconds: float) -> Costs:
-  """Shares and spread of the native kernel's own work on a ConvNet, on one thread, scaled to `microseconds` a pair, forward and vjp."""
+  """Shares and spread of the native kernel's own work on a ConvNet, on one thread, scaled to
+  `microseconds` a pair, forward and vjp."""
   kernel = ntk.make_kernel('convnet', implementation='native', threads=1)
   rng = np.random.default_rng(0)
   x1, x2 = (kernel.prepare(rng.normal(size=(n, *IMAGE)).astype(np.float32)) for n in PAIRS)
@@ -105,19 +127,32 @@ def measured_costs(microseconds: float) -> Costs:
     linearised.pull_back(cotangent)
     for name, seconds in zip(times, (middle - start, then - middle, time.perf_counter() - then)):
       times[name].append(seconds)
-  forward, derivatives, pull_back = (np.array(values[1:]) for values in times.values())  # the first compiles
+  # The first compiles.
+  forward, derivatives, pull_back = (np.array(values[1:]) for values in times.values())
   scale = microseconds * 1e-6 / (derivatives + pull_back).mean()
-  return Costs(forward.mean() * scale, derivatives.mean() * scale, pull_back.mean() * scale, list(derivatives / derivatives.mean()))
+  return Costs(
+    forward.mean() * scale,
+    derivatives.mean() * scale,
+    pull_back.mean() * scale,
+    list(derivatives / derivatives.mean()),
+  )
 
 
 class _Simulated:
-  """A worker whose kernel sleeps: what `KernelWorker` does, as a coroutine, so that one core has room for hundreds."""
+  """A worker whose kernel sleeps: what `KernelWorker` does, as a coroutine, so that one core has
+  room for hundreds."""
 
   def __init__(self, client: Any, name: str, costs: Costs, seed: int):
-    self._client, self._name, self._costs, self._random = client, name, costs, np.random.default_rng(seed)
+    self._client, self._name, self._costs, self._random = (
+      client,
+      name,
+      costs,
+      np.random.default_rng(seed),
+    )
     self._ahead = asyncio.Lock()  # one after the other
     self._fetched: dict[Any, bytes] = {}  # (step, name, rows) -> answer
-    self._kept: dict[Any, int] = {}  # (step, of the support, ranges) -> pairs whose derivatives are kept
+    # (step, of the support, ranges) -> pairs whose derivatives are kept.
+    self._kept: dict[Any, int] = {}
     self.calls = self.bytes_up = self.bytes_down = 0
 
   async def run(self) -> None:
@@ -143,10 +178,18 @@ class _Simulated:
       coming = asyncio.ensure_future(self._hand_in(task, lease, [lease for _, lease, _ in in_hand]))
 
   async def _hand_in(self, task: tasks.Task, lease: int, holding: list[int]) -> list[Any]:
-    parts, checksum = _piece(task.phase, task.support_range, task.target_range if task.phase in tasks.SUPPORT_PHASES else
-                             (0, task.target_range[1] - task.target_range[0]), self._num_support)
+    parts, checksum = _piece(
+      task.phase,
+      task.support_range,
+      task.target_range
+      if task.phase in tasks.SUPPORT_PHASES
+      else (0, task.target_range[1] - task.target_range[0]),
+      self._num_support,
+    )
     for i, part in enumerate(parts):
-      answer = await self._call('complete', self._name, list(task), lease, i, len(parts), part, checksum, holding)
+      answer = await self._call(
+        'complete', self._name, list(task), lease, i, len(parts), part, checksum, holding
+      )
     return self._given(answer)
 
   def _given(self, answer: dict[str, Any] | None) -> list[Any]:
@@ -160,19 +203,31 @@ class _Simulated:
         del values[key]
     wanted = []
     if not self._two_halves:
-      wanted = [('images', 0, self._num_support)] + ([('alpha', *task.support_range)] if task.phase == tasks.TARGETS else [])
+      wanted = [('images', 0, self._num_support)] + (
+        [('alpha', *task.support_range)] if task.phase == tasks.TARGETS else []
+      )
     elif task.phase in tasks.SUPPORT_PHASES:
-      wanted = [('images', *columns) for columns in tasks.ranges(self._num_support, self._target_tile)]
+      wanted = [
+        ('images', *columns) for columns in tasks.ranges(self._num_support, self._target_tile)
+      ]
     async with self._ahead:
       for name, start, stop in wanted:
         if (task.step, name, start, stop) not in self._fetched:
-          self._fetched[task.step, name, start, stop] = await self._call('fetch', task.generation, task.step, name, start, stop)
+          self._fetched[task.step, name, start, stop] = await self._call(
+            'fetch', task.generation, task.step, name, start, stop
+          )
 
   async def _call(self, method: str, *args: Any) -> Any:
     value = await asyncio.wrap_future(getattr(self._client.futures, method)(*args))
     self.calls += 1
     self.bytes_up += sum(len(argument) for argument in args if isinstance(argument, bytes))
-    self.bytes_down += len(value) if isinstance(value, bytes) else sum(map(len, value.get('inputs', ()))) if isinstance(value, dict) else 0
+    self.bytes_down += (
+      len(value)
+      if isinstance(value, bytes)
+      else sum(map(len, value.get('inputs', ())))
+      if isinstance(value, dict)
+      else 0
+    )
     return value
 
   def _seconds(self, task: tasks.Task) -> float:
@@ -190,17 +245,23 @@ class _Simulated:
 
 
 @functools.lru_cache(maxsize=None)
-def _piece(phase: str, support: tasks.Range, targets: tasks.Range, num_support: int) -> tuple[list[bytes], bytes]:
+def _piece(
+  phase: str, support: tasks.Range, targets: tasks.Range, num_support: int
+) -> tuple[list[bytes], bytes]:
   """A piece of the right size, encoded."""
   rows, columns = support[1] - support[0], targets[1] - targets[0]
   gradient = np.zeros((rows, *IMAGE), np.float32)
   if phase == tasks.SUPPORT_BLOCKS:
-    return tasks.encode({'block': np.eye(num_support, dtype=np.float32)[slice(*support), slice(*targets)]})
+    return tasks.encode(
+      {'block': np.eye(num_support, dtype=np.float32)[slice(*support), slice(*targets)]}
+    )
   if phase == tasks.TARGET_BLOCKS:
     return tasks.encode({'block': np.zeros((rows, columns), np.float32)})
   if phase == tasks.TARGETS:
     alpha_bar = np.zeros((num_support, CLASSES))
-    return tasks.encode({'loss': np.float64(0), 'correct': np.int64(0), 'alpha_bar': alpha_bar, 'gradient': gradient})
+    return tasks.encode(
+      {'loss': np.float64(0), 'correct': np.int64(0), 'alpha_bar': alpha_bar, 'gradient': gradient}
+    )
   return tasks.encode({'gradient': gradient})
 
 
@@ -208,6 +269,7 @@ def _serve(workdir: str, cache: str, port: int, seconds: float, out: Any) -> Non
   """The coordinator's process: tells (seconds, CPU seconds) a step."""
   import courier
   from nodes import coordinator
+
   stop, seen = threading.Event(), []
 
   class Timed(coordinator.Coordinator):
@@ -217,6 +279,7 @@ def _serve(workdir: str, cache: str, port: int, seconds: float, out: Any) -> Non
       seen.append((time.monotonic(), time.process_time()))
       if len(seen) > WARM_UP + STEPS and seen[-1][0] - seen[WARM_UP][0] > seconds:
         stop.set()
+
   node = Timed(workdir, cache, stop)
   server = courier.Server('coordinator', port=port)
   for method in ('describe', 'lease', 'fetch', 'complete', 'fail', 'broken'):
@@ -227,12 +290,18 @@ def _serve(workdir: str, cache: str, port: int, seconds: float, out: Any) -> Non
   out.put(((end - begin) / steps, (last - cpu) / steps, len(seen)))
 
 
-def _simulate(port: int, names: list[str], cores: set[int], costs: Costs, over: Any, out: Any) -> None:
-  """A process of simulated workers: tells its CPU seconds, calls, bytes up and down when `over` is set."""
+def _simulate(
+  port: int, names: list[str], cores: set[int], costs: Costs, over: Any, out: Any
+) -> None:
+  """A process of simulated workers: tells its CPU seconds, calls, bytes up and down when `over` is
+  set."""
   os.sched_setaffinity(0, cores)
   import courier
-  workers = [_Simulated(courier.Client(f'localhost:{port}', call_timeout=60), name, costs, seed)
-             for seed, name in zip(itertools.count(int(names[0][1:])), names)]
+
+  workers = [
+    _Simulated(courier.Client(f'localhost:{port}', call_timeout=60), name, costs, seed)
+    for seed, name in zip(itertools.count(int(names[0][1:])), names)
+  ]
 
   async def work():
     working = [asyncio.ensure_future(worker.run()) for worker in workers]
@@ -244,18 +313,33 @@ def _simulate(port: int, names: list[str], cores: set[int], costs: Costs, over: 
       except Exception:  # whatever it is: it ends this process, which waits for nothing else
         traceback.print_exc()
         os._exit(1)
-    out.put((time.process_time(), *(sum(getattr(worker, name) for worker in workers) for name in ('calls', 'bytes_up', 'bytes_down'))))
+    out.put(
+      (
+        time.process_time(),
+        *(
+          sum(getattr(worker, name) for worker in workers)
+          for name in ('calls', 'bytes_up', 'bytes_down')
+        ),
+      )
+    )
     out.close()
     out.join_thread()
     os._exit(0)  # calls are still waiting
-  asyncio.SelectorEventLoop(selectors.SelectSelector()).run_until_complete(work())  # others sleep whole milliseconds
+
+  # Others sleep whole milliseconds.
+  asyncio.SelectorEventLoop(selectors.SelectSelector()).run_until_complete(work())
 
 
 def _work(port: int, name: str, folder: str) -> None:
   """The process of a real worker."""
   import courier
-  client = Retrying(courier.Client(f'localhost:{port}', call_timeout=60, wait_for_ready=False), 60, threading.Event(),
-                    lambda error: type(error).__name__ == 'StatusNotOk')
+
+  client = Retrying(
+    courier.Client(f'localhost:{port}', call_timeout=60, wait_for_ready=False),
+    60,
+    threading.Event(),
+    lambda error: type(error).__name__ == 'StatusNotOk',
+  )
   kernel_worker.KernelWorker(client, name, 1, folder, threading.Event()).run()
 
 
@@ -266,7 +350,9 @@ def measure_real(workers: int, folder: str, data: str) -> float:
   config.run.implementation = 'native'
   port, server, served = _start(config, workers, folder, 0.0)
   spawn = multiprocessing.get_context('spawn')
-  real = [spawn.Process(target=_work, args=(port, f'w{i}', folder), daemon=True) for i in range(workers)]
+  real = [
+    spawn.Process(target=_work, args=(port, f'w{i}', folder), daemon=True) for i in range(workers)
+  ]
   for process in real:
     process.start()
   a_step = _told(served, server, *real)[0]
@@ -277,7 +363,7 @@ def measure_real(workers: int, folder: str, data: str) -> float:
 
 def _start(config: Any, workers: int, folder: str, seconds: float) -> tuple[int, Any, Any]:
   """A coordinator's process: its port, itself, and where it tells what it has measured."""
-  config.run.num_steps = 10 ** 6
+  config.run.num_steps = 10**6
   config.system.num_workers = workers
   config.system.snapshot_steps = (0,)
   config.system.checkpoint_seconds = 1e6
@@ -292,13 +378,16 @@ def _start(config: Any, workers: int, folder: str, seconds: float) -> tuple[int,
     port = probe.getsockname()[1]
   spawn = multiprocessing.get_context('spawn')
   served = spawn.Queue()
-  server = spawn.Process(target=_serve, args=(directory.path, folder, port, seconds, served), daemon=True)
+  server = spawn.Process(
+    target=_serve, args=(directory.path, folder, port, seconds, served), daemon=True
+  )
   server.start()
   return port, server, served
 
 
 def _told(queue: Any, *processes: Any) -> Any:
-  """What one of these processes puts into a queue. Raises RuntimeError where any of them ends before."""
+  """What one of these processes puts into a queue. Raises RuntimeError where any of them ends
+  before."""
   while True:
     are_alive = all(process.is_alive() for process in processes)
     try:
@@ -323,8 +412,12 @@ def measure(case: Case, costs: Costs, folder: str, seconds: float) -> Row:
   told, over = spawn.Queue(), spawn.Event()
   names = [f'w{i}' for i in range(case.workers)]
   size = -(-len(names) // len(of_workers))
-  simulated = [spawn.Process(target=_simulate, args=(port, names[i:i + size], of_workers, costs, over, told), daemon=True)
-               for i in range(0, len(names), size)]
+  simulated = [
+    spawn.Process(
+      target=_simulate, args=(port, names[i : i + size], of_workers, costs, over, told), daemon=True
+    )
+    for i in range(0, len(names), size)
+  ]
   begin = time.monotonic()
   for process in simulated:
     process.start()
@@ -336,13 +429,23 @@ def measure(case: Case, costs: Costs, folder: str, seconds: float) -> Row:
     process.join(20)
     process.kill()
   calls, up, down = totals[1:] / all_steps
-  return Row(kernel / case.workers / a_step, a_step, cpu, calls, up, down, totals[0] / elapsed / len(of_workers))
+  return Row(
+    kernel / case.workers / a_step,
+    a_step,
+    cpu,
+    calls,
+    up,
+    down,
+    totals[0] / elapsed / len(of_workers),
+  )
 
 
 def _kernel_seconds(case: Case, costs: Costs) -> float:
   """Of a step in one worker, in one pass."""
-  square = case.support ** 2
-  return costs.forward * square / 2 + (costs.derivatives + costs.pull_back) * (case.support * case.targets + square)
+  square = case.support**2
+  return costs.forward * square / 2 + (costs.derivatives + costs.pull_back) * (
+    case.support * case.targets + square
+  )
 
 
 def _data(folder: str) -> str:
@@ -356,12 +459,23 @@ def _data(folder: str) -> str:
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--microseconds', type=float, default=5.0, help='of the simulated kernel, a pair, forward and vjp')
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    '--microseconds',
+    type=float,
+    default=5.0,
+    help='of the simulated kernel, a pair, forward and vjp',
+  )
   parser.add_argument('--seconds', type=float, default=10.0, help='of every case')
-  parser.add_argument('--cases', default='', help='indices of those to run, such as 0,6,9; all by default')
+  parser.add_argument(
+    '--cases', default='', help='indices of those to run, such as 0,6,9; all by default'
+  )
   parser.add_argument('--folder', default='runs/scale', help='for data and run directories')
-  parser.add_argument('--real', default='', help="folder with CIFAR-10's parquet files: measure real workers on it")
+  parser.add_argument(
+    '--real', default='', help="folder with CIFAR-10's parquet files: measure real workers on it"
+  )
   parser.add_argument('--output', default='', help='JSON file for the rows')
   args = parser.parse_args()
   folder = os.path.abspath(args.folder)
@@ -371,19 +485,28 @@ def main():
     print(f'real workers: one {one:.3f} s a step, two {two:.3f} s: efficiency {one / two / 2:.1%}')
     return
   costs = measured_costs(args.microseconds)
-  print(f'kernel: {args.microseconds:g} µs a pair; shares measured of the native kernel: forward {costs.forward * 1e6:.2f}, with derivatives '
-        f'{costs.derivatives * 1e6:.2f}, pull back {costs.pull_back * 1e6:.2f} µs; a task\'s time over its mean: deviation '
-        f'{np.std(costs.spread):.3f}, most {max(costs.spread):.3f}')
-  print(f'{"":>3} {"S":>4} {"T":>6} {"workers":>7} {"plan":>16} {"efficiency":>10} {"s/step":>8} {"kernel":>8} {"CPU/step":>8} '
-        f'{"calls":>6} {"MB up":>7} {"MB down":>7} {"cores":>6}')
+  print(
+    f'kernel: {args.microseconds:g} µs a pair; shares measured of the native kernel: forward {costs.forward * 1e6:.2f}, with derivatives '
+    f"{costs.derivatives * 1e6:.2f}, pull back {costs.pull_back * 1e6:.2f} µs; a task's time over its mean: deviation "
+    f'{np.std(costs.spread):.3f}, most {max(costs.spread):.3f}'
+  )
+  print(
+    f'{"":>3} {"S":>4} {"T":>6} {"workers":>7} {"plan":>16} {"efficiency":>10} {"s/step":>8} {"kernel":>8} {"CPU/step":>8} '
+    f'{"calls":>6} {"MB up":>7} {"MB down":>7} {"cores":>6}'
+  )
   rows = []
   for index in map(int, args.cases.split(',')) if args.cases else range(len(CASES)):
     case = CASES[index]
     row = measure(case, costs, folder, args.seconds)
-    plan = f'{case.support_tile}/{case.target_tile}x{case.target_tiles_per_task}/{case.support_per_task}'
-    print(f'{index:>3} {case.support:>4} {case.targets:>6} {case.workers:>7} {plan:>16} {row.efficiency:>10.1%} {row.seconds:>8.4f} '
-          f'{_kernel_seconds(case, costs) / case.workers:>8.4f} {row.cpu:>8.4f} {row.calls:>6.0f} {row.bytes_up / 1e6:>7.1f} '
-          f'{row.bytes_down / 1e6:>7.1f} {row.busy:>6.0%} {"limit" if row.busy > BUSY else "":>7}', flush=True)
+    plan = (
+      f'{case.support_tile}/{case.target_tile}x{case.target_tiles_per_task}/{case.support_per_task}'
+    )
+    print(
+      f'{index:>3} {case.support:>4} {case.targets:>6} {case.workers:>7} {plan:>16} {row.efficiency:>10.1%} {row.seconds:>8.4f} '
+      f'{_kernel_seconds(case, costs) / case.workers:>8.4f} {row.cpu:>8.4f} {row.calls:>6.0f} {row.bytes_up / 1e6:>7.1f} '
+      f'{row.bytes_down / 1e6:>7.1f} {row.busy:>6.0%} {"limit" if row.busy > BUSY else "":>7}',
+      flush=True,
+    )
     rows.append({**case._asdict(), **row._asdict()})
   if args.output:
     with open(args.output, 'w', encoding='utf-8') as file:

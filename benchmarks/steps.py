@@ -17,7 +17,9 @@ from nodes import run_directory
 IMAGE, CLASSES = (32, 32, 3), 10
 
 
-def make_run(folder: str, num_images: int, num_steps: int, plan: dict[str, int], **run) -> run_directory.RunDirectory:
+def make_run(
+  folder: str, num_images: int, num_steps: int, plan: dict[str, int], **run
+) -> run_directory.RunDirectory:
   """A run on noise, in a folder of its own in `folder`, which is its cache too.
 
   Args:
@@ -59,7 +61,8 @@ def _write_data(path: str, num_images: int) -> None:
 
 
 class Clock:
-  """Seconds spent in functions, by name, and how far they had come at the beginning of each step."""
+  """Seconds spent in functions, by name, and how far they had come at the beginning of each
+  step."""
 
   def __init__(self):
     self._seconds = collections.Counter()
@@ -72,6 +75,7 @@ class Clock:
         return function(*args, **kwargs)
       finally:
         self._seconds[name] += time.perf_counter() - start
+
     return run
 
   def watch(self, name, owner, attribute):
@@ -84,4 +88,7 @@ class Clock:
   def medians(self, warm_up):
     """Seconds a step, by name, after the first `warm_up` steps; 'step' is all of it."""
     laps = [self._laps[step] for step in sorted(self._laps) if step >= warm_up]
-    return {name: statistics.median(b[name] - a[name] for a, b in zip(laps, laps[1:])) for name in laps[-1]}
+    return {
+      name: statistics.median(b[name] - a[name] for a, b in zip(laps, laps[1:]))
+      for name in laps[-1]
+    }

@@ -1,4 +1,5 @@
-"""KIP on scikit-learn's bundled 8x8 digits: 10 learned images with learned labels, ConvNet kernel. What `make demo` runs.
+"""KIP on scikit-learn's bundled 8x8 digits: 10 learned images with learned labels, ConvNet kernel.
+What `make demo` runs.
 
     python launch.py --config=configs/digits.py --workdir=runs/digits --lp_launch_type=local_mp
 

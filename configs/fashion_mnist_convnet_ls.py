@@ -1,4 +1,5 @@
-"""Label Solve, ConvNet kernel, Fashion-MNIST, 1 image a class, and with --config.run.images_per_class=10 or 50 the others that K2 reports.
+"""Label Solve, ConvNet kernel, Fashion-MNIST, 1 image a class, and with
+--config.run.images_per_class=10 or 50 the others that K2 reports.
 
     python launch.py --config=configs/fashion_mnist_convnet_ls.py --workdir=runs/fashion_mnist_convnet_ls --lp_launch_type=local_mp
 

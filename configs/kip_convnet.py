@@ -1,10 +1,13 @@
-"""KIP with the ConvNet kernel by K2's protocol, labels learned: what the cells of its Table 1 share. Each has its own file; this is
+"""KIP with the ConvNet kernel by K2's protocol, labels learned: what the cells of its Table 1
+share. Each has its own file; this is
 
     python launch.py --config=configs/kip_convnet.py --workdir=runs/mnist_ipc1 --lp_launch_type=local_mp
 
-The papers' figures are those at convergence, after 50,000 updates at most: --config.run.num_steps says how far to go, and a run that is
-there goes on by the same command with more. They keep the learning rate constant; a schedule is set in a configuration file of one's own,
-in `with config.ignore_type():` as in configs/own_architecture.py. Which augmentations they use is published, their strengths are not: these are ours.
+The papers' figures are those at convergence, after 50,000 updates at most: --config.run.num_steps
+says how far to go, and a run that is there goes on by the same command with more. They keep the
+learning rate constant; a schedule is set in a configuration file of one's own, in `with
+config.ignore_type():` as in configs/own_architecture.py. Which augmentations they use is published,
+their strengths are not: these are ours.
 """
 
 from configs import base

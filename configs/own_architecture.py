@@ -1,4 +1,5 @@
-"""A network of one's own, on scikit-learn's digits: how stages are written down (kernels/architectures.py tells what they mean).
+"""A network of one's own, on scikit-learn's digits: how stages are written down
+(kernels/architectures.py tells what they mean).
 
     python launch.py --config=configs/own_architecture.py --workdir=runs/own
 
@@ -12,13 +13,14 @@ def get_config():
   config = digits.get_config()
   with config.ignore_type():  # the default is a name
     config.run.architecture = {
-        'stages': [
-            {'convs': 2, 'pool': True},  # 8x8: two 3x3 convolutions, each with ReLU, then 2x2 average pooling
-            {'convs': 1, 'pool': False},  # 4x4
-        ],
-        'readout': 'global_average_pool',  # or 'flatten'
-        'hidden': 1,  # fully-connected ReLU layers between the readout and the output
-        'w_std': 2 ** 0.5,
-        'b_std': 0.1,
+      'stages': [
+        # 8x8: two 3x3 convolutions, each with ReLU, then 2x2 average pooling.
+        {'convs': 2, 'pool': True},
+        {'convs': 1, 'pool': False},  # 4x4
+      ],
+      'readout': 'global_average_pool',  # or 'flatten'
+      'hidden': 1,  # fully-connected ReLU layers between the readout and the output
+      'w_std': 2**0.5,
+      'b_std': 0.1,
     }
   return config

@@ -1,4 +1,5 @@
-"""KIP, ConvNet kernel, SVHN, ZCA, 1 image a class (K2, Table 1). Published test accuracy: KRR 64.3 %.
+"""KIP, ConvNet kernel, SVHN, ZCA, 1 image a class (K2, Table 1). Published test accuracy: KRR 64.3
+%.
 
     python launch.py --config=configs/svhn_ipc1.py --workdir=runs/svhn_ipc1 --lp_launch_type=local_mp
 

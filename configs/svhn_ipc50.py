@@ -1,4 +1,5 @@
-"""KIP, ConvNet kernel, SVHN, ZCA, 50 images a class (K2, Table 1). Published test accuracy: KRR 84.0 %.
+"""KIP, ConvNet kernel, SVHN, ZCA, 50 images a class (K2, Table 1). Published test accuracy: KRR
+84.0 %.
 
     python launch.py --config=configs/svhn_ipc50.py --workdir=runs/svhn_ipc50 --lp_launch_type=local_mp
 

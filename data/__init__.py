@@ -11,5 +11,17 @@ class DataError(ValueError):
 
 
 # What numpy.load and the reading of its arrays raise on files that are damaged, or were never .npz.
-NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, OverflowError, SyntaxError, tokenize.TokenError,
-              struct.error, zlib.error, zipfile.BadZipFile)
+NPZ_ERRORS = (
+  OSError,
+  ValueError,
+  KeyError,
+  EOFError,
+  RuntimeError,
+  MemoryError,
+  OverflowError,
+  SyntaxError,
+  tokenize.TokenError,
+  struct.error,
+  zlib.error,
+  zipfile.BadZipFile,
+)

@@ -1,8 +1,11 @@
-"""Random changes of target images, with the meaning that Keras' ImageDataGenerator gives them: the tool of the papers' authors.
+"""Random changes of target images, with the meaning that Keras' ImageDataGenerator gives them: the
+tool of the papers' authors.
 
-Rotation, shift, channel shift and flip, in this order, on raw pixels; bilinear, the nearest pixel beyond the border. What is done to an
-image is a function of (seed, step, image index), so nobody needs to know who else augments what. The authors' version of Keras (its
-package keras_preprocessing, up to 1.1.2) turns images about the point (H/2 + 1/2, W/2 + 1/2), one pixel beyond the middle; so does this.
+Rotation, shift, channel shift and flip, in this order, on raw pixels; bilinear, the nearest pixel
+beyond the border. What is done to an image is a function of (seed, step, image index), so nobody
+needs to know who else augments what. The authors' version of Keras (its package
+keras_preprocessing, up to 1.1.2) turns images about the point (H/2 + 1/2, W/2 + 1/2), one pixel
+beyond the middle; so does this.
 """
 
 from typing import Any, Mapping, NamedTuple
@@ -23,6 +26,7 @@ class Changes(NamedTuple):
     channel_shift: added to every channel, clipped to the image's own least and greatest value.
     flip: bool, left and right are exchanged.
   """
+
   rotation: np.ndarray
   down: np.ndarray
   right: np.ndarray
@@ -30,8 +34,15 @@ class Changes(NamedTuple):
   flip: np.ndarray
 
 
-def target_images(run: Mapping[str, Any], prepared: store.Prepared, step: int, batch: np.ndarray, start: int, stop: int,
-                  threads: int = 1) -> np.ndarray:
+def target_images(
+  run: Mapping[str, Any],
+  prepared: store.Prepared,
+  step: int,
+  batch: np.ndarray,
+  start: int,
+  stop: int,
+  threads: int = 1,
+) -> np.ndarray:
   """Preprocessed target images, the chosen ones augmented before.
 
   Args:
@@ -52,30 +63,46 @@ def target_images(run: Mapping[str, Any], prepared: store.Prepared, step: int, b
 
   def change(block):
     some = places[block]
-    changed = apply(prepared.raw_images[wanted[some]], Changes(*(values[block] for values in changes)))
+    changed = apply(
+      prepared.raw_images[wanted[some]], Changes(*(values[block] for values in changes))
+    )
     images[some] = preprocess.apply_to_block(prepared.transform, changed)
+
   preprocess.in_blocks(change, len(places), threads)
   return images
 
 
 def chosen(fraction: float, seed: int, step: int, batch: np.ndarray, num_images: int) -> np.ndarray:
-  """Which images of a batch [T] are augmented: bool [T], as many as int(fraction T) (K1's notebook)."""
+  """Which images of a batch [T] are augmented: bool [T], as many as int(fraction T) (K1's
+  notebook)."""
   values = sampling.uniform(seed, sampling.AUGMENTED, step, num_images)[batch]
   mask = np.zeros(len(batch), bool)
-  mask[np.argsort(values, kind='stable')[:int(fraction * len(batch))]] = True
+  mask[np.argsort(values, kind='stable')[: int(fraction * len(batch))]] = True
   return mask
 
 
-def draw(settings: Mapping[str, Any], seed: int, step: int, indices: np.ndarray, num_images: int, size: tuple[int, int]) -> Changes:
-  """The changes of images `indices` of the training set's `num_images`, which are `size` = (H, W) pixels large."""
+def draw(
+  settings: Mapping[str, Any],
+  seed: int,
+  step: int,
+  indices: np.ndarray,
+  num_images: int,
+  size: tuple[int, int],
+) -> Changes:
+  """The changes of images `indices` of the training set's `num_images`, which are `size` = (H, W)
+  pixels large."""
 
   def symmetric(stream, most):
     return most * (2 * sampling.uniform(seed, stream, step, num_images)[indices] - 1)
-  return Changes(symmetric(sampling.ROTATION, settings['rotation']),
-                 symmetric(sampling.HEIGHT_SHIFT, settings['height_shift'] * size[0]),
-                 symmetric(sampling.WIDTH_SHIFT, settings['width_shift'] * size[1]),
-                 symmetric(sampling.CHANNEL_SHIFT, settings['channel_shift']),
-                 settings['horizontal_flip'] & (sampling.uniform(seed, sampling.FLIP, step, num_images)[indices] < 0.5))
+
+  return Changes(
+    symmetric(sampling.ROTATION, settings['rotation']),
+    symmetric(sampling.HEIGHT_SHIFT, settings['height_shift'] * size[0]),
+    symmetric(sampling.WIDTH_SHIFT, settings['width_shift'] * size[1]),
+    symmetric(sampling.CHANNEL_SHIFT, settings['channel_shift']),
+    settings['horizontal_flip']
+    & (sampling.uniform(seed, sampling.FLIP, step, num_images)[indices] < 0.5),
+  )
 
 
 def apply(images: np.ndarray, changes: Changes) -> np.ndarray:
@@ -88,11 +115,15 @@ def apply(images: np.ndarray, changes: Changes) -> np.ndarray:
   x = np.arange(width) - middle_x + changes.right[:, None, None]
   row, row_weight = _between(cos * y - sin * x + middle_y, height)
   column, column_weight = _between(sin * y + cos * x + middle_x, width)
-  planes = np.moveaxis(images, -1, 0).reshape(channels, -1)  # NumPy is slow at loops as short as the channels
+  # NumPy is slow at loops as short as the channels.
+  planes = np.moveaxis(images, -1, 0).reshape(channels, -1)
   corner = np.arange(n)[:, None, None] * height * width + row * width + column
-  below, beside = width * (row < height - 1), 1 * (column < width - 1)  # steps to the neighbours; none beyond the border
+  # Steps to the neighbours; none beyond the border.
+  below, beside = width * (row < height - 1), 1 * (column < width - 1)
   upper = _mix(planes.take(corner, axis=1), planes.take(corner + beside, axis=1), column_weight)
-  lower = _mix(planes.take(corner + below, axis=1), planes.take(corner + below + beside, axis=1), column_weight)
+  lower = _mix(
+    planes.take(corner + below, axis=1), planes.take(corner + below + beside, axis=1), column_weight
+  )
   changed = _mix(upper, lower, row_weight)
   low, high = (limit(changed, axis=(0, 2, 3), keepdims=True) for limit in (np.min, np.max))
   changed = np.clip(changed + changes.channel_shift[:, None, None], low, high)
@@ -101,7 +132,8 @@ def apply(images: np.ndarray, changes: Changes) -> np.ndarray:
 
 
 def _between(position: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-  """The pixel before each position, clamped to [0, size - 1], and how far the position is beyond it."""
+  """The pixel before each position, clamped to [0, size - 1], and how far the position is beyond
+  it."""
   position = np.clip(position, 0, size - 1)
   before = position.astype(np.int64)
   return before, position - before

@@ -10,12 +10,35 @@ from data import DataError
 _NUMBERS = tuple('0123456789')
 # Of the known sets, for files of theirs that name no classes.
 KNOWN = {
-    'digits': _NUMBERS, 'mnist': _NUMBERS, 'svhn_cropped': _NUMBERS,
-    'fashion_mnist': ('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat',
-                      'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'),
-    'cifar10': ('airplane', 'automobile', 'bird', 'cat', 'deer',
-                'dog', 'frog', 'horse', 'ship', 'truck'),
-    'cifar100': tuple('''
+  'digits': _NUMBERS,
+  'mnist': _NUMBERS,
+  'svhn_cropped': _NUMBERS,
+  'fashion_mnist': (
+    'T-shirt/top',
+    'Trouser',
+    'Pullover',
+    'Dress',
+    'Coat',
+    'Sandal',
+    'Shirt',
+    'Sneaker',
+    'Bag',
+    'Ankle boot',
+  ),
+  'cifar10': (
+    'airplane',
+    'automobile',
+    'bird',
+    'cat',
+    'deer',
+    'dog',
+    'frog',
+    'horse',
+    'ship',
+    'truck',
+  ),
+  'cifar100': tuple(
+    """
         apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle
         bowl boy bridge bus butterfly camel can castle caterpillar cattle
         chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur
@@ -25,7 +48,8 @@ KNOWN = {
         plain plate poppy porcupine possum rabbit raccoon ray road rocket
         rose sea seal shark shrew skunk skyscraper snail snake spider
         squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
-        train trout tulip turtle wardrobe whale willow_tree wolf woman worm'''.split()),
+        train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split()
+  ),
 }
 
 
@@ -59,12 +83,13 @@ def absent(labels: np.ndarray, names: Sequence[str]) -> list[str]:
 def some(words: Sequence[str], most: int = 20) -> str:
   """Words on a line; of more than `most` half as many, and the last."""
   if len(words) > most:
-    words = [*words[:most // 2], '…', words[-1]]
+    words = [*words[: most // 2], '…', words[-1]]
   return ', '.join(' '.join(word.split()) for word in words)
 
 
-def checked(name: str, labels: Sequence[np.ndarray], counts: Sequence[int],
-            names: Sequence[str] | None) -> tuple[list[np.ndarray], tuple[str, ...]]:
+def checked(
+  name: str, labels: Sequence[np.ndarray], counts: Sequence[int], names: Sequence[str] | None
+) -> tuple[list[np.ndarray], tuple[str, ...]]:
   """Train and test labels as numbers, and the names of the classes.
 
   Args:
@@ -82,37 +107,46 @@ def checked(name: str, labels: Sequence[np.ndarray], counts: Sequence[int],
   labels = [array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array for array in labels]
   for split, array, count in zip(('train', 'test'), labels, counts):
     if array.shape != (count,) or array.dtype.kind not in 'iuUS':
-      raise DataError(f'{name}: {split} labels must be {count} whole numbers, '
-                      f'got {array.dtype} of shape {array.shape}.')
+      raise DataError(
+        f'{name}: {split} labels must be {count} whole numbers, '
+        f'got {array.dtype} of shape {array.shape}.'
+      )
   if any(array.dtype.kind in 'US' for array in labels):
     labels, names = _numbered(name, *labels)
   present = np.unique(labels[0])
   count = int(present[-1]) + 1  # before int64, which would wrap what is larger
   for split, array in zip(('train', 'test'), labels):
     if array.min() < 0 or int(array.max()) >= count:
-      raise DataError(f'{name}: {split} labels must lie between 0 and '
-                      f'{count - 1 if count > 0 else "C - 1"}, got {array.min()} to {array.max()}.')
+      raise DataError(
+        f'{name}: {split} labels must lie between 0 and '
+        f'{count - 1 if count > 0 else "C - 1"}, got {array.min()} to {array.max()}.'
+      )
   if count < 2:
     raise DataError(f'{name}: at least two classes are needed, got {count}.')
   if len(present) < count:
     missing = np.flatnonzero(present != np.arange(len(present), dtype=present.dtype))[0]
-    raise DataError(f'{name}: labels must be 0 to C - 1 with every class present; '
-                    f'class {missing} has no training image.')
+    raise DataError(
+      f'{name}: labels must be 0 to C - 1 with every class present; '
+      f'class {missing} has no training image.'
+    )
   names = names or KNOWN.get(name, ())
   if len(names) < count:
     names = list(map(str, range(count)))
   return [array.astype(np.int64) for array in labels], tuple(names[:count])
 
 
-def _numbered(name: str, train: np.ndarray,
-              test: np.ndarray) -> tuple[list[np.ndarray], list[str]]:
+def _numbered(name: str, train: np.ndarray, test: np.ndarray) -> tuple[list[np.ndarray], list[str]]:
   """Labels that are text as int64 [N], and the names of their classes. Raises DataError."""
   if train.dtype.kind not in 'US' or test.dtype.kind not in 'US':
-    raise DataError(f'{name}: train labels are {train.dtype}, test labels {test.dtype}; '
-                    'both must be text, or whole numbers.')
+    raise DataError(
+      f'{name}: train labels are {train.dtype}, test labels {test.dtype}; '
+      'both must be text, or whole numbers.'
+    )
   try:
-    train, test = (np.char.decode(array, 'utf-8') if array.dtype.kind == 'S' else array
-                   for array in (train, test))
+    train, test = (
+      np.char.decode(array, 'utf-8') if array.dtype.kind == 'S' else array
+      for array in (train, test)
+    )
   except UnicodeDecodeError as error:
     raise DataError(f'{name}: labels are bytes, but not UTF-8 text ({error.reason}).') from error
   names = ordered(train.tolist())
@@ -122,5 +156,6 @@ def _numbered(name: str, train: np.ndarray,
       raise DataError(f'{name}: {split} label {i} is empty.')
   for label in sorted(set(test.tolist()) - set(names)):
     raise DataError(f'{name}: class {label!r} has no training image.')
-  return [np.array([numbers[label] for label in array.tolist()], np.int64)
-          for array in (train, test)], names
+  return [
+    np.array([numbers[label] for label in array.tolist()], np.int64) for array in (train, test)
+  ], names

@@ -10,8 +10,10 @@ from data import DataError
 from data import images
 
 TEST_NAMES = ('test', 'val', 'valid', 'validation')  # the first that is there is the test set
-EXPECTED = ('train.parquet and test.parquet in the Hugging Face schema, '
-            'or images as train/CLASS/FILE and test/CLASS/FILE')
+EXPECTED = (
+  'train.parquet and test.parquet in the Hugging Face schema, '
+  'or images as train/CLASS/FILE and test/CLASS/FILE'
+)
 
 
 class Found(NamedTuple):
@@ -23,6 +25,7 @@ class Found(NamedTuple):
     names: of all files, relative: with their content all there is to know.
     remarks: lines for the user.
   """
+
   parquet: tuple[list[str], list[str]] | None
   pictures: tuple[list[tuple[str, str]], list[tuple[str, str]]] | None
   names: str
@@ -36,6 +39,7 @@ class Found(NamedTuple):
 
 class _Pictures(NamedTuple):
   """(path, class) of a split, and what was skipped, relative to the folder of the set."""
+
   files: list[tuple[str, str]]
   skipped: list[str]
 
@@ -70,23 +74,28 @@ def find(folder: str, configuration: str | None) -> Found:
       found = classes.some(split.skipped, 6) or 'nothing'
       raise DataError(f'{top!r} holds no images as CLASS/FILE; found {found}.')
   if skipped := train.skipped + test.skipped:
-    remarks.append('Skipped, being no images of a class: '
-                   f'{len(skipped)} ({classes.some(skipped, 6)}).')
+    remarks.append(
+      f'Skipped, being no images of a class: {len(skipped)} ({classes.some(skipped, 6)}).'
+    )
   names = [os.path.relpath(path, place) for path, _ in train.files + test.files]
   return Found(None, (train.files, test.files), '\n'.join(names), tuple(remarks))
 
 
 def _place(folder: str, configuration: str | None) -> str:
   """The folder or the sub-folder that holds `train`; a clone from the hub has 'data' or others."""
+
   def has_train(path):
     return os.path.isdir(os.path.join(path, 'train')) or _parquet_files(path, 'train')
+
   if has_train(folder):
     return folder
   inside = [entry.path for entry in _entries(folder) if entry.is_dir() and has_train(entry.path)]
   chosen = [path for path in inside if os.path.basename(path) == configuration] or inside
   if len(chosen) > 1:
-    raise DataError(f'run.data.dir: {folder!r} holds several data sets; '
-                    f'choose one of {classes.some(list(map(repr, inside)))}.')
+    raise DataError(
+      f'run.data.dir: {folder!r} holds several data sets; '
+      f'choose one of {classes.some(list(map(repr, inside)))}.'
+    )
   return chosen[0] if chosen else folder
 
 
@@ -109,8 +118,10 @@ def _parquet_files(place: str, split: str) -> list[str]:
   for paths in found.values():
     shards = re.search(r'-of-([0-9]+)\.parquet$', paths[0])
     if shards and len(paths) != int(shards[1]):
-      raise DataError(f'{place!r} holds {len(paths)} of the {int(shards[1])} files '
-                      f'{split}-*-of-{shards[1]}.parquet.')
+      raise DataError(
+        f'{place!r} holds {len(paths)} of the {int(shards[1])} files '
+        f'{split}-*-of-{shards[1]}.parquet.'
+      )
     return paths
   return []
 
@@ -132,6 +143,7 @@ def _find_pictures(place: str, split: str) -> _Pictures:
         skipped.append(_text(os.path.relpath(entry.path, place)))
     if not entries and label:
       skipped.append(_text(os.path.relpath(path, place)))
+
   walk(os.path.join(place, split), '', set())
   return _Pictures(sorted(files), sorted(skipped))
 
@@ -151,10 +163,13 @@ def _entries(folder: str) -> list[os.DirEntry]:
 
 
 def _missing(folder: str, file: str) -> DataError:
-  return DataError(f"run.data.dir: '{folder}/{file}' is missing; found {_content(folder)}; "
-                   f'expected {EXPECTED}.')
+  return DataError(
+    f"run.data.dir: '{folder}/{file}' is missing; found {_content(folder)}; expected {EXPECTED}."
+  )
 
 
 def _content(folder: str) -> str:
-  return classes.some([_text(entry.name) + '/' * entry.is_dir()
-                       for entry in _entries(folder)]) or 'nothing'
+  return (
+    classes.some([_text(entry.name) + '/' * entry.is_dir() for entry in _entries(folder)])
+    or 'nothing'
+  )

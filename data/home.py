@@ -24,12 +24,17 @@ def settle(instead: str = '') -> None:
   found = cache()
   if not _can_be_written(found):
     folder = os.path.abspath(instead) if instead and _can_be_written(instead) else _temporary()
-    logging.warning('%s: data and caches are kept in %s.',
-                    f'{found} cannot be written' if found else 'This user has no home', folder)
+    logging.warning(
+      '%s: data and caches are kept in %s.',
+      f'{found} cannot be written' if found else 'This user has no home',
+      folder,
+    )
     os.environ['XDG_CACHE_HOME'] = found = folder
   settings = os.environ.get('XDG_CONFIG_HOME') or _below_home('.config')
-  for variable, usual, name in (('MPLCONFIGDIR', settings, 'matplotlib'),
-                                ('CUPY_CACHE_DIR', _below_home('.cupy'), 'cupy')):
+  for variable, usual, name in (
+    ('MPLCONFIGDIR', settings, 'matplotlib'),
+    ('CUPY_CACHE_DIR', _below_home('.cupy'), 'cupy'),
+  ):
     if variable not in os.environ and not _can_be_written(usual):
       os.environ[variable] = os.path.join(found, name)
 

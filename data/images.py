@@ -11,8 +11,17 @@ from PIL import ImageOps
 from data import DataError
 
 # What Pillow raises on files that are damaged, or were never pictures.
-ERRORS = (OSError, ValueError, SyntaxError, KeyError, TypeError, EOFError, OverflowError,
-          struct.error, Image.DecompressionBombError)
+ERRORS = (
+  OSError,
+  ValueError,
+  SyntaxError,
+  KeyError,
+  TypeError,
+  EOFError,
+  OverflowError,
+  struct.error,
+  Image.DecompressionBombError,
+)
 _ORIENTATION = 0x0112  # of EXIF
 _LOOKED_AT = 5000  # images of a split whose range is looked at
 _SUGGESTED = 32  # pixels a side, at most
@@ -36,8 +45,10 @@ class Reader:
       Any of ERRORS: the file is damaged.
     """
     if picture.mode.startswith(('I', 'F')):
-      raise DataError(f'{where}: an image has more than 8 bits a channel (mode {picture.mode}); '
-                      'give such a set as an .npz file.')
+      raise DataError(
+        f'{where}: an image has more than 8 bits a channel (mode {picture.mode}); '
+        'give such a set as an .npz file.'
+      )
     if picture.getexif().get(_ORIENTATION, 1) in range(2, 9):
       picture = ImageOps.exif_transpose(picture)
       self._counts['turned'] += 1
@@ -58,8 +69,10 @@ class Reader:
       self._first = (where, pixels.shape[:2])
     first, shape = self._first
     if pixels.shape[:2] != shape:
-      raise DataError(f'images differ in size: {first} is {shape}, {where} is {pixels.shape[:2]}; '
-                      f'run.data.size={min(*shape, _SUGGESTED)} would resize and crop all.')
+      raise DataError(
+        f'images differ in size: {first} is {shape}, {where} is {pixels.shape[:2]}; '
+        f'run.data.size={min(*shape, _SUGGESTED)} would resize and crop all.'
+      )
     return pixels
 
   def alike(self, pixels: list[np.ndarray]) -> list[np.ndarray]:
@@ -76,8 +89,10 @@ class Reader:
     if found['transparent']:
       lines.append(f'Images with transparency, laid on white: {found["transparent"]}.')
     if found['grey'] and found['colour']:
-      lines.append('Grey images among colour, read as RGB: '
-                   f'{found["grey"]} of {found["grey"] + found["colour"]}.')
+      lines.append(
+        'Grey images among colour, read as RGB: '
+        f'{found["grey"]} of {found["grey"] + found["colour"]}.'
+      )
     return lines
 
   def _opaque(self, picture: Image.Image, grey: bool) -> Image.Image:
@@ -116,8 +131,9 @@ def fit(pixels: np.ndarray, size: int) -> np.ndarray:
 def suffixes() -> frozenset[str]:
   """Of files that can be read as pictures, such as '.png'."""
   Image.init()
-  return frozenset(suffix for suffix, kind in Image.registered_extensions().items()
-                   if kind in Image.OPEN)
+  return frozenset(
+    suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
+  )
 
 
 def checked(what: str, images: np.ndarray, num_labels: int, size: int) -> np.ndarray:
@@ -138,11 +154,14 @@ def checked(what: str, images: np.ndarray, num_labels: int, size: int) -> np.nda
   if images.ndim == 3:
     images = images[..., None]
   if images.ndim != 4 or 0 in images.shape:
-    raise DataError(f'{what} images must be [N, H, W] or [N, H, W, D] with nothing empty, '
-                    f'got shape {images.shape}.')
+    raise DataError(
+      f'{what} images must be [N, H, W] or [N, H, W, D] with nothing empty, '
+      f'got shape {images.shape}.'
+    )
   if len(images) != num_labels == images.shape[3]:
-    raise DataError(f'{what} images of shape {images.shape}: '
-                    'looks like [H, W, D, N]: transpose(3, 0, 1, 2).')
+    raise DataError(
+      f'{what} images of shape {images.shape}: looks like [H, W, D, N]: transpose(3, 0, 1, 2).'
+    )
   check_axes(what, images.shape)
   if images.dtype != np.uint8:
     if images.dtype.kind not in 'fiu':
@@ -160,8 +179,9 @@ def checked(what: str, images: np.ndarray, num_labels: int, size: int) -> np.nda
 def check_axes(what: str, shape: Sequence[int]) -> None:
   """Raises DataError where [N, H, W, D] would have up to 4 rows, and more columns and channels."""
   if len(shape) == 4 and shape[1] <= 4 < min(shape[2:]):
-    raise DataError(f'{what} images of shape {tuple(shape)}: '
-                    'looks like [N, C, H, W]: transpose(0, 2, 3, 1).')
+    raise DataError(
+      f'{what} images of shape {tuple(shape)}: looks like [N, C, H, W]: transpose(0, 2, 3, 1).'
+    )
 
 
 def check_ranges(name: str, train: np.ndarray, test: np.ndarray) -> None:
@@ -179,13 +199,16 @@ def check_ranges(name: str, train: np.ndarray, test: np.ndarray) -> None:
   """
   peaks, means, negative = [], [], []
   for images in (train, test):
-    values = images[::-(-len(images) // _LOOKED_AT)].astype(np.float32)
+    values = images[:: -(-len(images) // _LOOKED_AT)].astype(np.float32)
     negative.append(np.mean(values < 0))
     peaks.append(np.abs(values).max())
     means.append(np.abs(values).mean(dtype=np.float64))
   scaled = all(max(pair) > 10 * min(pair) for pair in (peaks, means))
   if scaled or min(negative) == 0 and max(negative) >= 0.1:
-    words = [f'{split} images {images.min():g} to {images.max():g} ({images.dtype})'
-             for split, images in (('train', train), ('test', test))]
-    raise DataError(f'{name}: the ranges of pixel values differ: {", ".join(words)}; '
-                    'bring both to one range.')
+    words = [
+      f'{split} images {images.min():g} to {images.max():g} ({images.dtype})'
+      for split, images in (('train', train), ('test', test))
+    ]
+    raise DataError(
+      f'{name}: the ranges of pixel values differ: {", ".join(words)}; bring both to one range.'
+    )

@@ -1,4 +1,5 @@
-"""Raw pixels -> what kernels see: per-channel standardisation, and ZCA whitening where asked, fitted on the training images (K1, K2)."""
+"""Raw pixels -> what kernels see: per-channel standardisation, and ZCA whitening where asked,
+fitted on the training images (K1, K2)."""
 
 from concurrent import futures
 import hashlib
@@ -13,22 +14,26 @@ import threadpoolctl
 from data import DataError
 
 _CHUNK = 4096  # images standardised at a time
-_BLOCK = 32  # rows of every product, padded: BLAS rounds a row by the shape of its product, and an image must not depend on others
-_MOST_VALUES = 2 ** 14  # in an image that is whitened: its matrix has 2 GiB there
+# Rows of every product, padded: BLAS rounds a row by the shape of its product, and an image must
+# not depend on others.
+_BLOCK = 32
+_MOST_VALUES = 2**14  # in an image that is whitened: its matrix has 2 GiB there
 _LOG_SECONDS = 10.0
 
 
 class Transform(NamedTuple):
   """Raw pixel values -> the space in which kernels see images.
 
-  Standardised images are (x - mean) / std. With ZCA (K2's notebook), the d = H W D values of a standardised image then lose their own mean,
-  are divided by their own L2 norm, and are multiplied by a symmetric matrix.
+  Standardised images are (x - mean) / std. With ZCA (K2's notebook), the d = H W D values of a
+  standardised image then lose their own mean, are divided by their own L2 norm, and are multiplied
+  by a symmetric matrix.
 
   Attributes:
     mean, std: float64 [D], in the units of the raw pixels.
     zca: float64 [d, d], the whitening matrix; None: standardisation alone.
     norm: mean of the norms that the training images were divided by; 1 without ZCA.
   """
+
   mean: np.ndarray
   std: np.ndarray
   zca: np.ndarray | None = None
@@ -38,12 +43,14 @@ class Transform(NamedTuple):
 def fit(images: np.ndarray, zca_regularisation: float | None = None) -> Transform:
   """The transform of the training images.
 
-  The published notebook whitens by the first 45,000 of the training images, this by all of them. 50,000 x 3072 took 42 s to fit and 31 s to
-  apply on one core of an AMD EPYC with AVX-512.
+  The published notebook whitens by the first 45,000 of the training images, this by all of them.
+  50,000 x 3072 took 42 s to fit and 31 s to apply on one core of an AMD EPYC with AVX-512.
 
   Args:
-    images: [N, H, W, D], raw; may be memory-mapped. A constant channel is only centred, a constant image becomes 0.
-    zca_regularisation: added to the covariance's diagonal, relative to its mean; None: no whitening.
+    images: [N, H, W, D], raw; may be memory-mapped. A constant channel is only centred, a constant
+      image becomes 0.
+    zca_regularisation: added to the covariance's diagonal, relative to its mean; None: no
+      whitening.
 
   Raises:
     DataError: images too large to whiten, or all constant.
@@ -56,11 +63,13 @@ def fit(images: np.ndarray, zca_regularisation: float | None = None) -> Transfor
 
 
 def apply(transform: Transform, images: np.ndarray, threads: int = 1) -> np.ndarray:
-  """Raw images [N, H, W, D] -> float32 [N, H, W, D], computed in float64; an image's bits depend neither on the others nor on `threads`."""
+  """Raw images [N, H, W, D] -> float32 [N, H, W, D], computed in float64; an image's bits depend
+  neither on the others nor on `threads`."""
   prepared = np.empty(images.shape, np.float32)
 
   def block(rows):
     prepared[rows] = apply_to_block(transform, images[rows])
+
   in_blocks(block, len(images), threads)
   return prepared
 
@@ -68,11 +77,16 @@ def apply(transform: Transform, images: np.ndarray, threads: int = 1) -> np.ndar
 def apply_to_block(transform: Transform, images: np.ndarray) -> np.ndarray:
   """As `apply`, of the images of one of `in_blocks`' slices; float64."""
   standard = (images.astype(np.float64) - transform.mean) / transform.std
-  return standard if transform.zca is None else _whiten(transform.zca, _unit_rows(standard)[0]).reshape(images.shape)
+  return (
+    standard
+    if transform.zca is None
+    else _whiten(transform.zca, _unit_rows(standard)[0]).reshape(images.shape)
+  )
 
 
 def in_blocks(function: Callable[[slice], None], n: int, threads: int) -> None:
-  """Calls `function` with the slices that cut n rows into blocks, on `threads` threads; BLAS has one thread in each."""
+  """Calls `function` with the slices that cut n rows into blocks, on `threads` threads; BLAS has
+  one thread in each."""
   with threadpoolctl.threadpool_limits(1), futures.ThreadPoolExecutor(threads) as pool:
     list(pool.map(function, (slice(start, start + _BLOCK) for start in range(0, n, _BLOCK))))
 
@@ -80,26 +94,36 @@ def in_blocks(function: Callable[[slice], None], n: int, threads: int) -> None:
 def invert(transform: Transform, images: np.ndarray) -> np.ndarray:
   """Preprocessed images [N, H, W, D] -> raw pixel values, float64, neither clipped nor rounded.
 
-  Whitening forgets each image's own mean and norm, brightness and contrast. They cannot be restored: every image gets the mean of the
-  training set and its average norm, which is right but for a shift and a factor an image, and keeps all that pictures are looked at for.
+  Whitening forgets each image's own mean and norm, brightness and contrast. They cannot be
+  restored: every image gets the mean of the training set and its average norm, which is right but
+  for a shift and a factor an image, and keeps all that pictures are looked at for.
   """
   if transform.zca is not None:
     with threadpoolctl.threadpool_limits(1):
       rows = images.reshape(len(images), -1).astype(np.float64)
-      images = (transform.norm * scipy.linalg.solve(transform.zca, rows.T, assume_a='pos').T).reshape(images.shape)
+      images = (
+        transform.norm * scipy.linalg.solve(transform.zca, rows.T, assume_a='pos').T
+      ).reshape(images.shape)
   return images * transform.std + transform.mean
 
 
 def digest(transform: Transform) -> str:
   """SHA-256 of the whitening matrix (C order, little-endian float64); '' without one."""
-  return '' if transform.zca is None else hashlib.sha256(np.ascontiguousarray(transform.zca, '<f8')).hexdigest()
+  return (
+    ''
+    if transform.zca is None
+    else hashlib.sha256(np.ascontiguousarray(transform.zca, '<f8')).hexdigest()
+  )
 
 
 def _fit_zca(standard: Transform, images: np.ndarray, regularisation: float) -> Transform:
-  """U s^(-1/2) U^T of the regularised covariance U s U^T; the directions that n < d images cannot span keep their size ('rank control')."""
+  """U s^(-1/2) U^T of the regularised covariance U s U^T; the directions that n < d images cannot
+  span keep their size ('rank control')."""
   n, d = len(images), images[0].size
   if d > _MOST_VALUES:
-    raise DataError(f'run.data.zca: images of {d} values are too large to whiten (a matrix of {d} x {d}); at most {_MOST_VALUES}.')
+    raise DataError(
+      f'run.data.zca: images of {d} values are too large to whiten (a matrix of {d} x {d}); at most {_MOST_VALUES}.'
+    )
   covariance, norms, done, last = np.zeros((d, d)), 0.0, 0, time.monotonic()
   with threadpoolctl.threadpool_limits(1):
     for chunk in _chunks(images):
@@ -116,8 +140,8 @@ def _fit_zca(standard: Transform, images: np.ndarray, regularisation: float) -> 
       raise DataError('run.data.zca: every training image is constant; there is nothing to whiten.')
     logging.info('ZCA: decomposing the covariance, %d x %d.', d, d)
     values, vectors = scipy.linalg.eigh(covariance, driver='evd', overwrite_a=True)  # ascending
-    values[:max(d - n, 0)] = 1.0
-    root = vectors * values ** -0.25
+    values[: max(d - n, 0)] = 1.0
+    root = vectors * values**-0.25
     return standard._replace(zca=root @ root.T, norm=norms / n)
 
 
@@ -125,20 +149,21 @@ def _unit_rows(standard: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Standardised images [N, H, W, D] -> rows [N, d] of mean 0 and norm 1, and the norms [N]."""
   values = standard.reshape(len(standard), -1)
   rows = values - values.mean(axis=1, keepdims=True)
-  norm = np.sqrt((rows ** 2).sum(axis=1))
-  norm[norm <= 1e-9 * np.sqrt((values ** 2).sum(axis=1))] = 0.0  # a constant image: what is left of it is rounding
+  norm = np.sqrt((rows**2).sum(axis=1))
+  # A constant image: what is left of it is rounding.
+  norm[norm <= 1e-9 * np.sqrt((values**2).sum(axis=1))] = 0.0
   return rows * np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0)[:, None], norm
 
 
 def _whiten(zca: np.ndarray, rows: np.ndarray) -> np.ndarray:
   """Rows [N, d], at most a block of them, times the matrix."""
   padded = np.zeros((_BLOCK, rows.shape[1]))
-  padded[:len(rows)] = rows
-  return (padded @ zca)[:len(rows)]
+  padded[: len(rows)] = rows
+  return (padded @ zca)[: len(rows)]
 
 
 def _chunks(images: np.ndarray) -> Iterator[np.ndarray]:
-  return (images[i:i + _CHUNK].astype(np.float64) for i in range(0, len(images), _CHUNK))
+  return (images[i : i + _CHUNK].astype(np.float64) for i in range(0, len(images), _CHUNK))
 
 
 def _chunk_sum(chunk: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""The distilled sets that the authors of K2 released, by their names in a public bucket (listed in their notebook `dataset.ipynb`)."""
+"""The distilled sets that the authors of K2 released, by their names in a public bucket (listed in
+their notebook `dataset.ipynb`)."""
 
 import base64
 import hashlib
@@ -17,9 +18,13 @@ from data import DataError
 from data import NPZ_ERRORS
 
 BUCKET = 'https://storage.googleapis.com/kip-datasets'
-_NAME = re.compile(r'(?P<method>kip|ls)/(?P<data>mnist|fashion_mnist|svhn_cropped|cifar10|cifar100)/(?P<architecture>ConvNet3?)'
-                   r'_ssize(?P<size>\d+)_(?P<zca>zca|nozca)(_(?P<labels>l|nol)_(?P<augmentation>aug|noaug)_ckpt(?P<step>\d+))?\.npz')
-_EXAMPLES = 'kip/cifar10/ConvNet_ssize100_zca_nol_noaug_ckpt1000.npz or ls/mnist/ConvNet_ssize10_nozca.npz'
+_NAME = re.compile(
+  r'(?P<method>kip|ls)/(?P<data>mnist|fashion_mnist|svhn_cropped|cifar10|cifar100)/(?P<architecture>ConvNet3?)'
+  r'_ssize(?P<size>\d+)_(?P<zca>zca|nozca)(_(?P<labels>l|nol)_(?P<augmentation>aug|noaug)_ckpt(?P<step>\d+))?\.npz'
+)
+_EXAMPLES = (
+  'kip/cifar10/ConvNet_ssize100_zca_nol_noaug_ckpt1000.npz or ls/mnist/ConvNet_ssize10_nozca.npz'
+)
 _TIMEOUT = 60.0  # seconds without an answer
 
 
@@ -35,6 +40,7 @@ class Released(NamedTuple):
     learned_labels, augmented: how it was made; `augmented` is None for Label Solve.
     step: Adam updates.
   """
+
   images: np.ndarray
   labels: np.ndarray
   data: str
@@ -46,7 +52,8 @@ class Released(NamedTuple):
 
 
 def is_name(text: str) -> bool:
-  """Whether `text` is to be fetched: it begins like a released set's name, and no file here is called so."""
+  """Whether `text` is to be fetched: it begins like a released set's name, and no file here is
+  called so."""
   return text.startswith(('kip/', 'ls/')) and not os.path.exists(text)
 
 
@@ -54,7 +61,8 @@ def load(name: str, cache: str) -> Released:
   """Fetches a released file once, checks it against its name, and loads it.
 
   Args:
-    name: path in the bucket, such as `kip/cifar10/ConvNet_ssize100_zca_nol_noaug_ckpt1000.npz` (`l`, `nol`: labels learned or not).
+    name: path in the bucket, such as `kip/cifar10/ConvNet_ssize100_zca_nol_noaug_ckpt1000.npz`
+      (`l`, `nol`: labels learned or not).
     cache: folder to keep it in.
 
   Raises:
@@ -68,33 +76,52 @@ def load(name: str, cache: str) -> Released:
     _download(name, path)
   try:
     with np.load(path, allow_pickle=False) as file:
-      images, labels = np.asarray(file['images'], np.float32), np.asarray(file['labels'], np.float32)
+      images, labels = (
+        np.asarray(file['images'], np.float32),
+        np.asarray(file['labels'], np.float32),
+      )
   except NPZ_ERRORS as error:
-    raise DataError(f'{path!r} is not a readable distilled set ({error}); remove it to fetch it again.') from error
+    raise DataError(
+      f'{path!r} is not a readable distilled set ({error}); remove it to fetch it again.'
+    ) from error
   size, num_classes = int(found['size']), 100 if found['data'] == 'cifar100' else 10
   shape = (28, 28, 1) if found['data'].endswith('mnist') else (32, 32, 3)
   if images.shape != (size, *shape) or labels.shape != (size, num_classes):
-    raise DataError(f'{path!r}: expected images {(size, *shape)} and labels {(size, num_classes)} by its name, '
-                    f'got {images.shape} and {labels.shape}.')
+    raise DataError(
+      f'{path!r}: expected images {(size, *shape)} and labels {(size, num_classes)} by its name, '
+      f'got {images.shape} and {labels.shape}.'
+    )
   if not (np.isfinite(images).all() and np.isfinite(labels).all()):
     raise DataError(f'{path!r} contains NaN or infinity.')
   kip = found['method'] == 'kip'
-  return Released(images, labels, found['data'], found['architecture'].lower(), found['zca'] == 'zca', found['labels'] != 'nol',
-                  found['augmentation'] == 'aug' if kip else None, int(found['step'] or 0))
+  return Released(
+    images,
+    labels,
+    found['data'],
+    found['architecture'].lower(),
+    found['zca'] == 'zca',
+    found['labels'] != 'nol',
+    found['augmentation'] == 'aug' if kip else None,
+    int(found['step'] or 0),
+  )
 
 
 def _download(name: str, path: str) -> None:
-  """Writes the file aside and renames it into place, once its length and MD5 are what the server says."""
+  """Writes the file aside and renames it into place, once its length and MD5 are what the server
+  says."""
   url = f'{BUCKET}/{name}'
   logging.info('Fetching %s.', url)
   try:
     with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
       content, hashes = answer.read(), ','.join(answer.headers.get_all('x-goog-hash') or [])
   except urllib.error.HTTPError as error:
-    raise DataError(f'{url}: {error.code} {error.reason}; the released sets are listed in {BUCKET}/kip/kip.csv and {BUCKET}/ls/ls.csv.'
-                    ) from error
+    raise DataError(
+      f'{url}: {error.code} {error.reason}; the released sets are listed in {BUCKET}/kip/kip.csv and {BUCKET}/ls/ls.csv.'
+    ) from error
   except (OSError, ValueError, http.client.HTTPException) as error:
-    raise DataError(f'{url} cannot be fetched: {error}. With the file at hand, put it at {path}.') from error
+    raise DataError(
+      f'{url} cannot be fetched: {error}. With the file at hand, put it at {path}.'
+    ) from error
   md5 = re.search(r'md5=([\w+/=]+)', hashes)
   if md5 and base64.b64encode(hashlib.md5(content).digest()).decode() != md5[1]:
     raise DataError(f'{url} arrived damaged: its MD5 is not the one the server gives; try again.')
@@ -105,4 +132,6 @@ def _download(name: str, path: str) -> None:
       file.write(content)
     os.replace(scratch, path)
   except OSError as error:
-    raise DataError(f'{path!r} cannot be written: {error.strerror}; choose another folder by --config.system.cache_dir.') from error
+    raise DataError(
+      f'{path!r} cannot be written: {error.strerror}; choose another folder by --config.system.cache_dir.'
+    ) from error

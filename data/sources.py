@@ -1,4 +1,5 @@
-"""Loads a labelled image data set: the papers' sets from the Hugging Face hub, parquet, image folders, `.npz`, scikit-learn's digits."""
+"""Loads a labelled image data set: the papers' sets from the Hugging Face hub, parquet, image
+folders, `.npz`, scikit-learn's digits."""
 
 import functools
 import hashlib
@@ -16,11 +17,19 @@ from data import NPZ_ERRORS
 
 # Hub repository, its configuration, and its revision.
 HUB = {
-    'mnist': ('ylecun/mnist', 'mnist', '77f3279092a1c1579b2250db8eafed0ad422088c'),
-    'fashion_mnist': ('zalando-datasets/fashion_mnist', 'fashion_mnist', '531be5e2ccc9dba0c201ad3ae567a4f3d16ecdd2'),
-    'cifar10': ('uoft-cs/cifar10', 'plain_text', '0b2714987fa478483af9968de7c934580d0bb9a2'),
-    'cifar100': ('uoft-cs/cifar100', 'cifar100', 'aadb3af77e9048adbea6b47c21a81e47dd092ae5'),
-    'svhn_cropped': ('ufldl-stanford/svhn', 'cropped_digits', 'f9e1717d73324ebbc1ece84267ccd80d0aca0690'),
+  'mnist': ('ylecun/mnist', 'mnist', '77f3279092a1c1579b2250db8eafed0ad422088c'),
+  'fashion_mnist': (
+    'zalando-datasets/fashion_mnist',
+    'fashion_mnist',
+    '531be5e2ccc9dba0c201ad3ae567a4f3d16ecdd2',
+  ),
+  'cifar10': ('uoft-cs/cifar10', 'plain_text', '0b2714987fa478483af9968de7c934580d0bb9a2'),
+  'cifar100': ('uoft-cs/cifar100', 'cifar100', 'aadb3af77e9048adbea6b47c21a81e47dd092ae5'),
+  'svhn_cropped': (
+    'ufldl-stanford/svhn',
+    'cropped_digits',
+    'f9e1717d73324ebbc1ece84267ccd80d0aca0690',
+  ),
 }
 NAMES = ('digits', *HUB)
 IMAGE_COLUMNS = ('image', 'img')
@@ -40,6 +49,7 @@ class Dataset(NamedTuple):
     class_names: `C` different names: class i is class_names[i].
     remarks: lines for the user about the content.
   """
+
   name: str
   train_images: np.ndarray
   train_labels: np.ndarray
@@ -59,6 +69,7 @@ class Source(NamedTuple):
     load: `load()` reads it all into a Dataset.
     remarks: lines for the user about the place, not the content.
   """
+
   name: str
   key: str
   load: Any
@@ -100,8 +111,10 @@ def find(name: str, folder: str = '', size: int = 0) -> Source:
   elif name in HUB:
     source = Source(name, ' '.join(HUB[name]), functools.partial(_load_hub, name, size))
   else:
-    raise DataError(f'run.data.name: no data set {name!r}; '
-                    f'known: {", ".join(NAMES)}, or the path of an .npz file.')
+    raise DataError(
+      f'run.data.name: no data set {name!r}; '
+      f'known: {", ".join(NAMES)}, or the path of an .npz file.'
+    )
   return source._replace(key=f'{source.key} at {size}') if size else source
 
 
@@ -111,7 +124,7 @@ def digest(*paths: str) -> str:
   for path in paths:
     try:
       with open(path, 'rb') as file:
-        while chunk := file.read(2 ** 22):
+        while chunk := file.read(2**22):
           found.update(chunk)
     except OSError as error:
       raise DataError(f'{path!r} cannot be read: {error.strerror}.') from error
@@ -120,6 +133,7 @@ def digest(*paths: str) -> str:
 
 def _load_digits(size: int) -> Dataset:
   from sklearn import datasets  # here: it takes seconds to import, and only this set needs it
+
   digits = datasets.load_digits()
   pixels = digits.images.astype(np.uint8)[..., None]
   labels = digits.target.astype(np.int64)
@@ -133,21 +147,25 @@ def _load_npz(path: str, size: int) -> Dataset:
       missing = [key for key in NPZ_KEYS if key not in file]
       if missing:
         found = ', '.join(' '.join(key.split()) for key in file) or 'nothing'
-        raise DataError(f'{path!r}: array {missing[0]!r} is missing; '
-                        f'expected {", ".join(NPZ_KEYS)}, got {found}.')
+        raise DataError(
+          f'{path!r}: array {missing[0]!r} is missing; expected {", ".join(NPZ_KEYS)}, got {found}.'
+        )
       arrays = [file[key] for key in NPZ_KEYS]
   except DataError:
     raise
   except NPZ_ERRORS as error:
     remedy = ' (save text by .astype(str))' if 'Object arrays' in str(error) else ''
-    raise DataError(f'{path!r} is not a readable .npz file without pickled objects{remedy}: '
-                    f'{_line(error)}') from error
+    raise DataError(
+      f'{path!r} is not a readable .npz file without pickled objects{remedy}: {_line(error)}'
+    ) from error
   return _checked(os.path.basename(path)[:-4], size, *arrays)
 
 
-def _load_image_folder(name: str, size: int, train: list[tuple[str, str]],
-                       test: list[tuple[str, str]]) -> Dataset:
+def _load_image_folder(
+  name: str, size: int, train: list[tuple[str, str]], test: list[tuple[str, str]]
+) -> Dataset:
   from PIL import Image
+
   names = classes.ordered(label for _, label in train)
   numbers = {label: number for number, label in enumerate(names)}
   reader, splits = images.Reader(size), []
@@ -170,6 +188,7 @@ def _load_image_folder(name: str, size: int, train: list[tuple[str, str]],
 def _load_parquet(name: str, size: int, train: list[str], test: list[str]) -> Dataset:
   import datasets
   import pyarrow
+
   errors = (*images.ERRORS, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
   reader, splits, names = images.Reader(size), [], []
   for paths in (train, test):
@@ -190,6 +209,7 @@ def _load_parquet(name: str, size: int, train: list[str], test: list[str]) -> Da
 
 def _load_hub(name: str, size: int) -> Dataset:
   import datasets
+
   repository, configuration, revision = HUB[name]
   reader, splits, names = images.Reader(size), [], []
   try:
@@ -199,26 +219,32 @@ def _load_hub(name: str, size: int) -> Dataset:
   except DataError:
     raise
   except (*images.ERRORS, RuntimeError, datasets.exceptions.DatasetsError) as error:
-    raise DataError(f'{name} could not be loaded from the hub ({repository}): {_line(error)} '
-                    'Without network, give --config.run.data.dir=FOLDER with train.parquet and '
-                    'test.parquet.') from error
+    raise DataError(
+      f'{name} could not be loaded from the hub ({repository}): {_line(error)} '
+      'Without network, give --config.run.data.dir=FOLDER with train.parquet and '
+      'test.parquet.'
+    ) from error
   return _checked(name, size, *_stacked(reader, splits), _agreed(name, names), reader.remarks())
 
 
-def _decode(rows, reader: images.Reader, where: str,
-            names: list[Any]) -> tuple[list[np.ndarray], list[Any]]:
+def _decode(
+  rows, reader: images.Reader, where: str, names: list[Any]
+) -> tuple[list[np.ndarray], list[Any]]:
   """Images [H, W] or [H, W, D] and labels of an iterable of rows in the Hugging Face schema.
 
   Appends the class names that the schema gives, or None, to `names`.
   """
   import datasets
   from PIL import Image
+
   columns = list(rows.features or next(iter(rows), {}))
   image_column = next((c for c in IMAGE_COLUMNS if c in columns), None)
   label_column = next((c for c in reversed(LABEL_COLUMNS) if c in columns), None)
   if not image_column or not label_column:
-    raise DataError(f'{where}: expected a column {" or ".join(IMAGE_COLUMNS)} and a column '
-                    f'{" or ".join(LABEL_COLUMNS)}, got {", ".join(columns) or "nothing"}.')
+    raise DataError(
+      f'{where}: expected a column {" or ".join(IMAGE_COLUMNS)} and a column '
+      f'{" or ".join(LABEL_COLUMNS)}, got {", ".join(columns) or "nothing"}.'
+    )
   feature = rows.features and rows.features[image_column]
   as_pixels = isinstance(feature, (datasets.Array2D, datasets.Array3D))
   if not as_pixels:
@@ -248,13 +274,16 @@ def _agreed(name: str, names: list[Any]) -> list[str] | None:
   given = [each for each in names if each is not None]
   for other in given[1:]:
     if other != given[0]:
-      raise DataError(f'{name}: its files name their classes differently: '
-                      f'{classes.in_words(given[0])} and {classes.in_words(other)}')
+      raise DataError(
+        f'{name}: its files name their classes differently: '
+        f'{classes.in_words(given[0])} and {classes.in_words(other)}'
+      )
   return given[0] if given else None
 
 
-def _stacked(reader: images.Reader,
-             splits: list[tuple[list[np.ndarray], list[Any], str]]) -> list[np.ndarray]:
+def _stacked(
+  reader: images.Reader, splits: list[tuple[list[np.ndarray], list[Any], str]]
+) -> list[np.ndarray]:
   """Train images, train labels, test images and test labels of (images, labels, where) each."""
   arrays = []
   for pixels, labels, where in splits:
@@ -279,18 +308,28 @@ def _line(error: Exception) -> str:
   return (text[:200] + '…' if len(text) > 200 else text or type(error).__name__).rstrip('.') + '.'
 
 
-def _checked(name: str, size: int, train_images: np.ndarray, train_labels: np.ndarray,
-             test_images: np.ndarray, test_labels: np.ndarray,
-             class_names: Sequence[str] | None = None, remarks: Sequence[str] = ()) -> Dataset:
+def _checked(
+  name: str,
+  size: int,
+  train_images: np.ndarray,
+  train_labels: np.ndarray,
+  test_images: np.ndarray,
+  test_labels: np.ndarray,
+  class_names: Sequence[str] | None = None,
+  remarks: Sequence[str] = (),
+) -> Dataset:
   train = images.checked(f'{name}: train', train_images, np.size(train_labels), size)
   test = images.checked(f'{name}: test', test_images, np.size(test_labels), size)
   if train.shape[1:] != test.shape[1:]:
     remedy = ' (run.data.size resizes and crops them)' if train.shape[3] == test.shape[3] else ''
-    raise DataError(f'{name}: train images are {train.shape[1:]}, test images {test.shape[1:]}; '
-                    f'they must agree{remedy}.')
+    raise DataError(
+      f'{name}: train images are {train.shape[1:]}, test images {test.shape[1:]}; '
+      f'they must agree{remedy}.'
+    )
   images.check_ranges(name, train, test)
-  labels, names = classes.checked(name, (train_labels, test_labels), (len(train), len(test)),
-                                  class_names)
+  labels, names = classes.checked(
+    name, (train_labels, test_labels), (len(train), len(test)), class_names
+  )
   if absent := classes.absent(labels[1], names):
     remarks = [*remarks, f'Classes without a test image: {classes.some(absent)}.']
   return Dataset(name, train, labels[0], test, labels[1], len(names), names, tuple(remarks))

@@ -1,7 +1,9 @@
-"""The preprocessed data set, on disk once for all processes of a machine: written by one, memory-mapped by all.
+"""The preprocessed data set, on disk once for all processes of a machine: written by one,
+memory-mapped by all.
 
-A folder of `.npy` files named by a hash of the source's content and by the preprocessing; the raw training images, which augmentation
-needs, have a folder of their own. Workers without a shared disk fetch them from the coordinator, once.
+A folder of `.npy` files named by a hash of the source's content and by the preprocessing; the raw
+training images, which augmentation needs, have a folder of their own. Workers without a shared disk
+fetch them from the coordinator, once.
 """
 
 import contextlib
@@ -28,7 +30,7 @@ _ARRAYS = ('train_images', 'train_labels', 'test_images', 'test_labels')
 _ZCA = 'zca'
 _RAW = ('train_images',)
 _SCRATCH = 'making-'
-CHUNK_BYTES = 2 ** 22
+CHUNK_BYTES = 2**22
 _PIECE = 2048  # images preprocessed at a time
 _LOG_SECONDS = 10.0
 _Folder = tuple[dict[str, Any], dict[str, np.ndarray]]  # description, arrays
@@ -45,10 +47,12 @@ class Prepared(NamedTuple):
     train_labels, test_labels: int64 [N].
     num_classes: `C`.
     transform: raw pixels -> preprocessed.
-    raw_images: uint8 or float32 [N, H, W, D], the training images before preprocessing; None unless they were asked for.
+    raw_images: uint8 or float32 [N, H, W, D], the training images before preprocessing; None unless
+      they were asked for.
     class_names: `C` different names: class i is class_names[i].
     remarks: lines for the user about its content; of `prepare` also about the place it came from.
   """
+
   key: str
   content: str
   name: str
@@ -87,38 +91,62 @@ def prepare(data: Mapping[str, Any], cache: str, raw: bool = False) -> Prepared:
   source = sources.find(data['name'], data['dir'], data.get('size', 0))
   regularisation = float(data['zca_regularisation']) if data['zca'] else None
   recipe = 'standard' if regularisation is None else f'zca{regularisation!r}'
-  key = f'{hashlib.sha256(f"{_VERSION} {source.name} {source.key}".encode()).hexdigest()[:32]}-{recipe}'
+  key = (
+    f'{hashlib.sha256(f"{_VERSION} {source.name} {source.key}".encode()).hexdigest()[:32]}-{recipe}'
+  )
   if (prepared := open_prepared(key, cache, raw)) is not None:
     return prepared._replace(remarks=source.remarks + prepared.remarks)
   logging.info('Reading and preprocessing %s (once; kept in %s).', source.name, cache)
   start = time.monotonic()
   dataset = source.load()
   if raw and _open(_raw_key(key), cache) is None:
-    _install(_raw_key(key), cache, {}, _RAW, lambda path: np.save(os.path.join(path, 'train_images.npy'), dataset.train_images))
+    _install(
+      _raw_key(key),
+      cache,
+      {},
+      _RAW,
+      lambda path: np.save(os.path.join(path, 'train_images.npy'), dataset.train_images),
+    )
   if _open(key, cache) is None:
     transform = preprocess.fit(dataset.train_images, regularisation)
-    meta = {'name': dataset.name, 'num_classes': dataset.num_classes, 'mean': transform.mean.tolist(), 'std': transform.std.tolist(),
-            'norm': transform.norm, 'class_names': dataset.class_names, 'remarks': dataset.remarks}
+    meta = {
+      'name': dataset.name,
+      'num_classes': dataset.num_classes,
+      'mean': transform.mean.tolist(),
+      'std': transform.std.tolist(),
+      'norm': transform.norm,
+      'class_names': dataset.class_names,
+      'remarks': dataset.remarks,
+    }
 
     def write(path):
       for split in ('train', 'test'):
-        _write_preprocessed(os.path.join(path, f'{split}_images.npy'), transform, getattr(dataset, f'{split}_images'), split)
+        _write_preprocessed(
+          os.path.join(path, f'{split}_images.npy'),
+          transform,
+          getattr(dataset, f'{split}_images'),
+          split,
+        )
         np.save(os.path.join(path, f'{split}_labels.npy'), getattr(dataset, f'{split}_labels'))
       if transform.zca is not None:
         np.save(os.path.join(path, f'{_ZCA}.npy'), transform.zca)
+
     _install(key, cache, meta, _ARRAYS if transform.zca is None else (*_ARRAYS, _ZCA), write)
   logging.info('%s is ready after %.1f s.', source.name, time.monotonic() - start)
   prepared = open_prepared(key, cache, raw)
   return prepared._replace(remarks=source.remarks + prepared.remarks)
 
 
-def fetch(key: str, cache: str, read: Callable[[str, str, int], bytes], raw: bool = False) -> Prepared:
+def fetch(
+  key: str, cache: str, read: Callable[[str, str, int], bytes], raw: bool = False
+) -> Prepared:
   """The prepared set `key`, copied from elsewhere unless the cache holds it.
 
   Args:
     key: of `Prepared`.
     cache: this machine's cache folder.
-    read: `read(folder, file, offset)` gives up to CHUNK_BYTES of that file, b'' at its end: the coordinator's `read_data`.
+    read: `read(folder, file, offset)` gives up to CHUNK_BYTES of that file, b'' at its end: the
+      coordinator's `read_data`.
     raw: with the raw training images.
 
   Raises:
@@ -130,8 +158,9 @@ def fetch(key: str, cache: str, read: Callable[[str, str, int], bytes], raw: boo
       _copy(folder, cache, read)
       found = _open(folder, cache)
     if found is None:
-      raise DataError(f'the data fetched into {cache!r} cannot be read back; '
-                      'start the worker again.')
+      raise DataError(
+        f'the data fetched into {cache!r} cannot be read back; start the worker again.'
+      )
     opened.append(found)
   return _prepared(key, *opened)
 
@@ -143,16 +172,20 @@ def read_chunk(key: str, cache: str, folder: str, file: str, offset: int) -> byt
     ValueError: this is no file of the set.
     DataError: it is not there any more.
   """
-  if folder not in (key, _raw_key(key)) or file not in (_META, *(f'{name}.npy' for name in (*_ARRAYS, _ZCA))):
+  if folder not in (key, _raw_key(key)) or file not in (
+    _META,
+    *(f'{name}.npy' for name in (*_ARRAYS, _ZCA)),
+  ):
     raise ValueError(f'no file {folder}/{file} in the prepared data set {key}.')
   try:
     with open(os.path.join(cache, folder, file), 'rb') as stream:
       stream.seek(offset)
       return stream.read(CHUNK_BYTES)
   except OSError as error:
-    raise DataError(f'the prepared data in {os.path.join(cache, folder)} are gone, or were found '
-                    'damaged and removed: stop the run; its command makes them again and goes on.'
-                    ) from error
+    raise DataError(
+      f'the prepared data in {os.path.join(cache, folder)} are gone, or were found '
+      'damaged and removed: stop the run; its command makes them again and goes on.'
+    ) from error
 
 
 def open_prepared(key: str, cache: str, raw: bool = False) -> Prepared | None:
@@ -163,11 +196,20 @@ def open_prepared(key: str, cache: str, raw: bool = False) -> Prepared | None:
 
 def _prepared(key: str, opened: _Folder, raw: _Folder | None = None) -> Prepared:
   meta, arrays = opened
-  transform = preprocess.Transform(np.asarray(meta['mean']), np.asarray(meta['std']),
-                                   arrays.get(_ZCA), meta['norm'])
-  return Prepared(key, _content(meta), meta['name'], *(arrays[name] for name in _ARRAYS),
-                  meta['num_classes'], transform, raw and raw[1]['train_images'],
-                  tuple(meta['class_names']), tuple(meta['remarks']))
+  transform = preprocess.Transform(
+    np.asarray(meta['mean']), np.asarray(meta['std']), arrays.get(_ZCA), meta['norm']
+  )
+  return Prepared(
+    key,
+    _content(meta),
+    meta['name'],
+    *(arrays[name] for name in _ARRAYS),
+    meta['num_classes'],
+    transform,
+    raw and raw[1]['train_images'],
+    tuple(meta['class_names']),
+    tuple(meta['remarks']),
+  )
 
 
 def _copy(folder: str, cache: str, read: Callable[[str, str, int], bytes]) -> None:
@@ -182,6 +224,7 @@ def _copy(folder: str, cache: str, read: Callable[[str, str, int], bytes]) -> No
         while chunk := read(folder, f'{name}.npy', offset):
           file.write(chunk)
           offset += len(chunk)
+
   description = {k: v for k, v in meta.items() if k not in ('sha256', _CONTENT)}
   _install(folder, cache, description, names, write, expected=meta['sha256'])
 
@@ -209,12 +252,16 @@ def _open(key: str, cache: str) -> _Folder | None:
     for name, expected in meta['sha256'].items():
       if sources.digest(os.path.join(path, f'{name}.npy')) != expected:
         raise ValueError(f'{name}.npy does not have the digest it was written with')
-    return meta, {name: np.load(os.path.join(path, f'{name}.npy'), mmap_mode='r', allow_pickle=False) for name in meta['sha256']}
+    return meta, {
+      name: np.load(os.path.join(path, f'{name}.npy'), mmap_mode='r', allow_pickle=False)
+      for name in meta['sha256']
+    }
   except FileNotFoundError:
     if os.path.isdir(path):
       _discard(path, 'files are missing')
     return None
-  except (*NPZ_ERRORS, AttributeError, TypeError) as error:  # the last two where the description is no dictionary
+  except (*NPZ_ERRORS, AttributeError, TypeError) as error:
+    # The last two where the description is no dictionary.
     _discard(path, str(error))
     return None
 
@@ -228,20 +275,32 @@ def _discard(path: str, why: str) -> None:
   shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_preprocessed(path: str, transform: preprocess.Transform, images: np.ndarray, split: str) -> None:
+def _write_preprocessed(
+  path: str, transform: preprocess.Transform, images: np.ndarray, split: str
+) -> None:
   """Preprocesses piece by piece into an `.npy` file."""
   rows = np.lib.format.open_memmap(path, mode='w+', dtype=np.float32, shape=images.shape)
   last, threads = time.monotonic(), len(os.sched_getaffinity(0))
   for start in range(0, len(images), _PIECE):
-    rows[start:start + _PIECE] = preprocess.apply(transform, images[start:start + _PIECE], threads)
+    rows[start : start + _PIECE] = preprocess.apply(
+      transform, images[start : start + _PIECE], threads
+    )
     if time.monotonic() > last + _LOG_SECONDS:
-      logging.info('Preprocessed %d of %d %s images.', min(start + _PIECE, len(images)), len(images), split)
+      logging.info(
+        'Preprocessed %d of %d %s images.', min(start + _PIECE, len(images)), len(images), split
+      )
       last = time.monotonic()
   rows.flush()
 
 
-def _install(key: str, cache: str, meta: dict[str, Any], names: Sequence[str], write: Callable[[str], None],
-             expected: dict[str, str] | None = None) -> None:
+def _install(
+  key: str,
+  cache: str,
+  meta: dict[str, Any],
+  names: Sequence[str],
+  write: Callable[[str], None],
+  expected: dict[str, str] | None = None,
+) -> None:
   """Writes a folder aside and renames it into place; who comes second throws its own away."""
   scratch = None
   try:
@@ -250,15 +309,19 @@ def _install(key: str, cache: str, meta: dict[str, Any], names: Sequence[str], w
     write(scratch)
     digests = {name: sources.digest(os.path.join(scratch, f'{name}.npy')) for name in names}
     if expected not in (None, digests):
-      raise DataError('the data fetched from the coordinator do not match their digests; start the worker again.')
+      raise DataError(
+        'the data fetched from the coordinator do not match their digests; start the worker again.'
+      )
     meta = {**meta, 'sha256': digests}
     with open(os.path.join(scratch, _META), 'w', encoding='utf-8') as file:
       json.dump({**meta, _CONTENT: _content(meta)}, file)
     os.rename(scratch, os.path.join(cache, key))
   except OSError as error:
     if not os.path.exists(os.path.join(cache, key, _META)):
-      raise DataError(f'the cache folder {cache!r} cannot be used: {error.strerror}; choose another by '
-                      '--config.system.cache_dir.') from error
+      raise DataError(
+        f'the cache folder {cache!r} cannot be used: {error.strerror}; choose another by '
+        '--config.system.cache_dir.'
+      ) from error
   finally:
     if scratch:
       shutil.rmtree(scratch, ignore_errors=True)

@@ -1,9 +1,11 @@
 """The one description of a network, from which every kernel implementation derives.
 
-An architecture is a list of resolution stages, each a number of 3x3 SAME convolutions followed by ReLU and, optionally, a 2x2 average
-pooling (VALID: an odd last row or column is dropped); then a readout (flatten, or global average pooling); then hidden Dense+ReLU layers;
-then a Dense output. All of the papers' networks are of this form (sources: K1, Dataset Meta-Learning from Kernel Ridge-Regression, ICLR
-2021; K2, Dataset Distillation with Infinitely Wide Convolutional Networks, NeurIPS 2021).
+An architecture is a list of resolution stages, each a number of 3x3 SAME convolutions followed by
+ReLU and, optionally, a 2x2 average pooling (VALID: an odd last row or column is dropped); then a
+readout (flatten, or global average pooling); then hidden Dense+ReLU layers; then a Dense output.
+All of the papers' networks are of this form (sources: K1, Dataset Meta-Learning from Kernel
+Ridge-Regression, ICLR 2021; K2, Dataset Distillation with Infinitely Wide Convolutional Networks,
+NeurIPS 2021).
 """
 
 import dataclasses
@@ -11,12 +13,27 @@ import re
 from typing import Any, Mapping, NamedTuple
 
 READOUTS = ('flatten', 'global_average_pool')
-KNOWN_NAMES = ('fc1', 'fc2', '…', 'conv1', 'conv2', '…', 'convnet', 'convnet2', 'convnet3', '…', 'myrtle5', 'myrtle7', 'myrtle10')
+KNOWN_NAMES = (
+  'fc1',
+  'fc2',
+  '…',
+  'conv1',
+  'conv2',
+  '…',
+  'convnet',
+  'convnet2',
+  'convnet3',
+  '…',
+  'myrtle5',
+  'myrtle7',
+  'myrtle10',
+)
 MAX_DEPTH = 32
 
 
 class Stage(NamedTuple):
   """`convs` times (3x3 SAME convolution, ReLU), then a 2x2 average pooling if `pool`."""
+
   convs: int
   pool: bool
 
@@ -29,26 +46,44 @@ class Architecture:
     stages: the resolution stages, input side first; empty for a fully-connected network.
     readout: 'flatten' or 'global_average_pool'.
     hidden: number of hidden fully-connected ReLU layers after the readout.
-    w_std, b_std: standard deviations of weights and biases in every layer, the last one too (NTK parameterisation).
+    w_std, b_std: standard deviations of weights and biases in every layer, the last one too (NTK
+      parameterisation).
   """
+
   stages: tuple[Stage, ...] = ()
   readout: str = 'flatten'
   hidden: int = 0
-  w_std: float = 2 ** 0.5
+  w_std: float = 2**0.5
   b_std: float = 0.1
 
   def __post_init__(self):
     for stage in self.stages:
-      if not isinstance(stage.convs, int) or isinstance(stage.convs, bool) or not 0 <= stage.convs <= MAX_DEPTH:
-        raise ValueError(f'architecture: convs must be a whole number from 0 to {MAX_DEPTH}, got {stage.convs!r}.')
+      if (
+        not isinstance(stage.convs, int)
+        or isinstance(stage.convs, bool)
+        or not 0 <= stage.convs <= MAX_DEPTH
+      ):
+        raise ValueError(
+          f'architecture: convs must be a whole number from 0 to {MAX_DEPTH}, got {stage.convs!r}.'
+        )
       if not isinstance(stage.pool, bool):
         raise ValueError(f'architecture: pool must be true or false, got {stage.pool!r}.')
     if self.readout not in READOUTS:
-      raise ValueError(f'architecture: readout must be one of {", ".join(READOUTS)}, got {self.readout!r}.')
-    if not isinstance(self.hidden, int) or isinstance(self.hidden, bool) or not 0 <= self.hidden <= MAX_DEPTH:
-      raise ValueError(f'architecture: hidden must be a whole number from 0 to {MAX_DEPTH}, got {self.hidden!r}.')
+      raise ValueError(
+        f'architecture: readout must be one of {", ".join(READOUTS)}, got {self.readout!r}.'
+      )
+    if (
+      not isinstance(self.hidden, int)
+      or isinstance(self.hidden, bool)
+      or not 0 <= self.hidden <= MAX_DEPTH
+    ):
+      raise ValueError(
+        f'architecture: hidden must be a whole number from 0 to {MAX_DEPTH}, got {self.hidden!r}.'
+      )
     if not 0 < _number('w_std', self.w_std) < 100 or not 0 <= _number('b_std', self.b_std) < 100:
-      raise ValueError(f'architecture: w_std must be above 0 and b_std at least 0 (both below 100), got {self.w_std} and {self.b_std}.')
+      raise ValueError(
+        f'architecture: w_std must be above 0 and b_std at least 0 (both below 100), got {self.w_std} and {self.b_std}.'
+      )
 
   @property
   def num_pools(self) -> int:
@@ -62,17 +97,25 @@ class Architecture:
   def check_image_size(self, height: int, width: int) -> None:
     """Raises ValueError if poolings leave nothing of an image of `height` x `width` pixels."""
     if min(height, width) >> self.num_pools < 1:
-      raise ValueError(f'architecture: {self.num_pools} 2x2 poolings leave nothing of a {height}x{width} image; '
-                       f'at least {2 ** self.num_pools}x{2 ** self.num_pools} is needed.')
+      raise ValueError(
+        f'architecture: {self.num_pools} 2x2 poolings leave nothing of a {height}x{width} image; '
+        f'at least {2**self.num_pools}x{2**self.num_pools} is needed.'
+      )
 
   def to_dict(self) -> dict[str, Any]:
     """Plain values, accepted by `get`: what the config and the exported files hold."""
-    return {'stages': [{'convs': s.convs, 'pool': s.pool} for s in self.stages], 'readout': self.readout,
-            'hidden': self.hidden, 'w_std': self.w_std, 'b_std': self.b_std}
+    return {
+      'stages': [{'convs': s.convs, 'pool': s.pool} for s in self.stages],
+      'readout': self.readout,
+      'hidden': self.hidden,
+      'w_std': self.w_std,
+      'b_std': self.b_std,
+    }
 
 
 class BandStage(NamedTuple):
   """One resolution stage and the offsets it needs: `|dy| <= radius_h` and `|dx| <= radius_w`."""
+
   height: int
   width: int
   convs: int
@@ -82,10 +125,11 @@ class BandStage(NamedTuple):
 
 
 def band_plan(architecture: Architecture, height: int, width: int) -> list[BandStage]:
-  """The offsets between the pixels of two images that the output depends on, stage by stage, input side first.
+  """The offsets between the pixels of two images that the output depends on, stage by stage, input
+  side first.
 
-  Flatten+Dense reads offset 0, global average pooling all of them; convolutions and ReLU keep the set; a 2x2 pooling whose output needs
-  `|D| <= r` reads `|d| <= 2r + 1`.
+  Flatten+Dense reads offset 0, global average pooling all of them; convolutions and ReLU keep the
+  set; a 2x2 pooling whose output needs `|D| <= r` reads `|d| <= 2r + 1`.
 
   Raises:
     ValueError: the image is too small for the poolings.
@@ -108,9 +152,10 @@ def get(spec: 'str | Mapping[str, Any] | Architecture') -> Architecture:
   """The architecture called `spec`, or described by it.
 
   Args:
-    spec: a name (`fc<n>`, `conv<n>`: K1; `convnet`: K2, three conv-ReLU-pool blocks after one more conv-ReLU; `convnet<n>`: n blocks
-      without it; `myrtle5`, `myrtle7`, `myrtle10`: K1), or a mapping such as `{'stages': [{'convs': 2, 'pool': True}], 'readout':
-      'flatten', 'hidden': 0, 'w_std': 1.414, 'b_std': 0.1}`, all but `stages` optional.
+    spec: a name (`fc<n>`, `conv<n>`: K1; `convnet`: K2, three conv-ReLU-pool blocks after one more
+      conv-ReLU; `convnet<n>`: n blocks without it; `myrtle5`, `myrtle7`, `myrtle10`: K1), or a
+      mapping such as `{'stages': [{'convs': 2, 'pool': True}], 'readout': 'flatten', 'hidden': 0,
+      'w_std': 1.414, 'b_std': 0.1}`, all but `stages` optional.
 
   Raises:
     ValueError: unknown name, key or value; the message names what is allowed.
@@ -120,7 +165,9 @@ def get(spec: 'str | Mapping[str, Any] | Architecture') -> Architecture:
   if isinstance(spec, Mapping):
     return _from_dict(spec)
   if not isinstance(spec, str):
-    raise ValueError(f'architecture: expected a name or a dict of stages, got {type(spec).__name__}.')
+    raise ValueError(
+      f'architecture: expected a name or a dict of stages, got {type(spec).__name__}.'
+    )
   match = re.fullmatch(r'(fc|convnet|conv|myrtle)(\d*)', spec)
   kind, depth = (match[1], int(match[2]) if match[2] else None) if match else (None, None)
   if depth is None or 1 <= depth <= MAX_DEPTH:
@@ -129,12 +176,18 @@ def get(spec: 'str | Mapping[str, Any] | Architecture') -> Architecture:
     if kind == 'conv' and depth:
       return Architecture(stages=(Stage(depth, False),))
     if kind == 'convnet':
-      return Architecture(stages=(Stage(1 if depth else 2, True),) + (Stage(1, True),) * ((depth or 3) - 1))
+      return Architecture(
+        stages=(Stage(1 if depth else 2, True),) + (Stage(1, True),) * ((depth or 3) - 1)
+      )
     if kind == 'myrtle' and depth in (5, 7, 10):
       blocks = {5: (1, 1, 1), 7: (1, 2, 2), 10: (2, 3, 3)}[depth]
-      return Architecture(stages=(Stage(1 + blocks[0], True), Stage(blocks[1], True), Stage(blocks[2], False)),
-                          readout='global_average_pool')
-  raise ValueError(f'architecture: unknown name {spec!r}; known: {", ".join(KNOWN_NAMES)}, or a dict of stages.')
+      return Architecture(
+        stages=(Stage(1 + blocks[0], True), Stage(blocks[1], True), Stage(blocks[2], False)),
+        readout='global_average_pool',
+      )
+  raise ValueError(
+    f'architecture: unknown name {spec!r}; known: {", ".join(KNOWN_NAMES)}, or a dict of stages.'
+  )
 
 
 def _from_dict(spec: Mapping[str, Any]) -> Architecture:
@@ -144,11 +197,15 @@ def _from_dict(spec: Mapping[str, Any]) -> Architecture:
     raise ValueError(f'architecture: unknown key {unknown[0]!r}; known: {", ".join(known)}.')
   stages = spec.get('stages', ())
   if not isinstance(stages, (list, tuple)):
-    raise ValueError(f'architecture: stages must be a list of {{"convs": n, "pool": true or false}}, got {stages!r}.')
+    raise ValueError(
+      f'architecture: stages must be a list of {{"convs": n, "pool": true or false}}, got {stages!r}.'
+    )
   parsed = []
   for stage in stages:
     if not isinstance(stage, Mapping) or set(stage) != {'convs', 'pool'}:
-      raise ValueError(f'architecture: a stage must be {{"convs": n, "pool": true or false}}, got {stage!r}.')
+      raise ValueError(
+        f'architecture: a stage must be {{"convs": n, "pool": true or false}}, got {stage!r}.'
+      )
     parsed.append(Stage(stage['convs'], stage['pool']))
   values = {key: spec[key] for key in known[1:] if key in spec}
   for key in ('w_std', 'b_std'):

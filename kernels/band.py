@@ -1,18 +1,22 @@
 """The NTK in pure JAX, exact, by offsets.
 
-The covariance of a pair of images is held by offset, `n[d, y] = cov(x1[y], x2[y + d])`: a 3x3 convolution is then a 3x3 box sum over `y` at
-fixed `d`, ReLU is pointwise, and only pooling mixes offsets. So each offset streams through a whole resolution on its own, and only the
-offsets that the output depends on (`architectures.band_plan`) are computed at all. The vjp recomputes each offset and pulls
-back through it.
+The covariance of a pair of images is held by offset, `n[d, y] = cov(x1[y], x2[y + d])`: a 3x3
+convolution is then a 3x3 box sum over `y` at fixed `d`, ReLU is pointwise, and only pooling mixes
+offsets. So each offset streams through a whole resolution on its own, and only the offsets that the
+output depends on (`architectures.band_plan`) are computed at all. The vjp recomputes each offset
+and pulls back through it.
 
 Up to the last ReLU n is held as the half squared distance `m = (q1 + q2) / 2 - n`, of the two
-pixels' variances q: where patches are nearly the same, 1 - cosine decides the gradient, and would be lost in the rounding of n. Input: m = |x1 - x2|² / 2D. A convolution sums m
-as it sums n, without the bias, a tap that only one image has (a ghost) counting q / 2 of that image. Pooling takes from the mean over the
-pairs of two windows half of the mean within each window (its spread). The derivatives are those by n and the deviations, at fixed q: a
-cotangent of m is that of n with the sign changed, and all else that m is made of counts as constant.
+pixels' variances q: where patches are nearly the same, 1 - cosine decides the gradient, and would
+be lost in the rounding of n. Input: m = |x1 - x2|² / 2D. A convolution sums m as it sums n, without
+the bias, a tap that only one image has (a ghost) counting q / 2 of that image. Pooling takes from
+the mean over the pairs of two windows half of the mean within each window (its spread). The
+derivatives are those by n and the deviations, at fixed q: a cotangent of m is that of n with the
+sign changed, and all else that m is made of counts as constant.
 
-Letters: rows and columns `y` [R, Q] of one resolution, pairs of images last (`[..., a, b]`: a of x1, b of x2; `[..., N]` for an image with
-itself); n the NNGP, t the NTK, s = √q the deviations, q being an image's own variances. Equations: NTK parameterisation of Neural Tangents.
+Letters: rows and columns `y` [R, Q] of one resolution, pairs of images last (`[..., a, b]`: a of
+x1, b of x2; `[..., N]` for an image with itself); n the NNGP, t the NTK, s = √q the deviations, q
+being an image's own variances. Equations: NTK parameterisation of Neural Tangents.
 """
 
 import concurrent.futures
@@ -32,23 +36,27 @@ from kernels import ntk
 
 
 class _Budget(NamedTuple):
-  """What a device takes on at once. Tiles belong to the bits of a result, so nothing here follows the memory that happens to be free.
+  """What a device takes on at once. Tiles belong to the bits of a result, so nothing here follows
+  the memory that happens to be free.
 
   Attributes:
-    tile_bytes: of the stage inputs that a tile keeps for its vjp; at its worst it holds four times as much (a compiled
-      ConvNet's and Myrtle10's memory).
+    tile_bytes: of the stage inputs that a tile keeps for its vjp; at its worst it holds four times
+      as much (a compiled ConvNet's and Myrtle10's memory).
     kept_bytes: of stage inputs kept between a block and its vjp, all tiles together.
     images: a tile, of images on their own.
   """
+
   tile_bytes: int
   kept_bytes: int
   images: int
 
 
 _CPU_PAIRS = 128  # a tile: an offset's arrays stay in a core's cache
-_GPU_ENTRIES = 2 ** 21  # of an offset's arrays: with 8 MB to read, a launch lasts longer than the launching of the next
+# Of an offset's arrays: with 8 MB to read, a launch lasts longer than the launching of the next.
+_GPU_ENTRIES = 2**21
 _GPU_TILES = 2  # at a time: one is sent there and launched while another is computed
-_CPU, _GPU = _Budget(2 ** 28, 2 ** 29, 16), _Budget(2 ** 29, 2 ** 31, 256)  # the GPU's: 6 GiB at most
+# The GPU's: 6 GiB at most.
+_CPU, _GPU = _Budget(2**28, 2**29, 16), _Budget(2**29, 2**31, 256)
 
 _GPU_OPTIONS = {'xla_gpu_deterministic_ops': True, 'xla_gpu_autotune_level': 0}
 
@@ -59,8 +67,24 @@ _CUSP = 1e-14
 _ROUNDING = {np.dtype('float32'): 2.5e-7, np.dtype('float64'): 2e-15}
 
 # From fit_polynomials.py.
-_ANGLE = (3.654233529e-04, -4.185382641e-04, 8.926287789e-04, 1.073579185e-03, 4.253426045e-03, 1.875435281e-02, 2.250791036e-01)
-_EXCESS = (3.846374467e-05, -3.146352209e-05, 1.219570371e-04, 2.619582706e-04, 1.208874616e-03, 7.502429084e-03, 1.500527216e-01)
+_ANGLE = (
+  3.654233529e-04,
+  -4.185382641e-04,
+  8.926287789e-04,
+  1.073579185e-03,
+  4.253426045e-03,
+  1.875435281e-02,
+  2.250791036e-01,
+)
+_EXCESS = (
+  3.846374467e-05,
+  -3.146352209e-05,
+  1.219570371e-04,
+  2.619582706e-04,
+  1.208874616e-03,
+  7.502429084e-03,
+  1.500527216e-01,
+)
 
 
 # The band: which offsets, and which rows of an offset, are held.
@@ -69,10 +93,13 @@ _EXCESS = (3.846374467e-05, -3.146352209e-05, 1.219570371e-04, 2.619582706e-04, 
 class Axis(NamedTuple):
   """One image axis at one resolution.
 
-  Row y of offset d pairs pixel y of x1 with pixel y + d of x2. A plain axis keeps offsets -radius..radius, and rows where y + d is no
-  pixel hold junk that nothing genuine reads. A periodic one, used where nearly all offsets are needed, keeps d modulo its rows, so that
-  no row is wasted; where `size` is odd at some pooling it has phantom rows beyond `size`, which likewise nothing reads.
+  Row y of offset d pairs pixel y of x1 with pixel y + d of x2. A plain axis keeps offsets
+  -radius..radius, and rows where y + d is no pixel hold junk that nothing genuine reads. A periodic
+  one, used where nearly all offsets are needed, keeps d modulo its rows, so that no row is wasted;
+  where `size` is odd at some pooling it has phantom rows beyond `size`, which likewise nothing
+  reads.
   """
+
   size: int
   rows: int
   first: int
@@ -86,27 +113,32 @@ class Axis(NamedTuple):
     return np.where((y < self.size) & (partner >= 0) & (partner < self.size), partner, -1)
 
   def pieces(self) -> list[np.ndarray]:
-    """[3, count, 1 + rows + 1] each: the rows of an offset in unbroken pieces, across whose ends no convolution may reach.
+    """[3, count, 1 + rows + 1] each: the rows of an offset in unbroken pieces, across whose ends no
+    convolution may reach.
 
-    Whether, on the piece's line, there is row y, from -1 to `rows`, in both images, in x1 only, in x2 only.
+    Whether, on the piece's line, there is row y, from -1 to `rows`, in both images, in x1 only, in
+    x2 only.
     """
     y, d = np.arange(-1, self.rows + 1), self.first + np.arange(self.count)[:, None]
     in1 = (y >= 0) & (y < self.size)
     pieces = []
-    for partner in (y + d, y + d - self.rows)[:1 + self.periodic]:
+    for partner in (y + d, y + d - self.rows)[: 1 + self.periodic]:
       in2 = (partner >= 0) & (partner < self.size)
       pieces.append(np.stack([in1 & in2, in1 & ~in2, ~in1 & in2]))
     return pieces
 
   def feeds(self, above: 'Axis') -> tuple[np.ndarray, np.ndarray]:
-    """[count], [count, 2, 2]: slot s of a 2x2 pooling's output, and the share that rows of parity p have in the slots s, s + 1.
+    """[count], [count, 2, 2]: slot s of a 2x2 pooling's output, and the share that rows of parity p
+    have in the slots s, s + 1.
 
-    Rows of parity p feed the offset (d + p) >> 1. Slots are the offsets of `above` with a spare one at the end, and, on a plain axis,
-    at the start; see `from_slots`.
+    Rows of parity p feed the offset (d + p) >> 1. Slots are the offsets of `above` with a spare one
+    at the end, and, on a plain axis, at the start; see `from_slots`.
     """
     d = self.first + np.arange(self.count)
     slot = (d >> 1) - above.first + (not above.periodic)
-    return slot, ((d[:, None] + np.arange(2) >> 1) - (d >> 1)[:, None] == np.arange(2)[:, None, None]).transpose(1, 0, 2) / 4
+    return slot, (
+      (d[:, None] + np.arange(2) >> 1) - (d >> 1)[:, None] == np.arange(2)[:, None, None]
+    ).transpose(1, 0, 2) / 4
 
   @property
   def slots(self) -> int:
@@ -121,27 +153,38 @@ class Axis(NamedTuple):
   def to_slots(self, v, axis: int):
     """The adjoint of `from_slots`."""
     v = jnp.moveaxis(v, axis, 0)
-    v = jnp.concatenate([v, v[:1]] if self.periodic else [jnp.zeros_like(v[:1]), v, jnp.zeros_like(v[:1])])
+    v = jnp.concatenate(
+      [v, v[:1]] if self.periodic else [jnp.zeros_like(v[:1]), v, jnp.zeros_like(v[:1])]
+    )
     return jnp.moveaxis(v, 0, axis)
 
   def gather(self, x, axis: int, fill, margin: int = 0):
-    """Pixels along `axis` of x, as `first .. first + rows + count - 2`, `fill` where there are none: a slice at k shows offset k."""
+    """Pixels along `axis` of x, as `first .. first + rows + count - 2`, `fill` where there are
+    none: a slice at k shows offset k."""
     pixel = self.first + np.arange(-margin, self.rows + self.count - 1 + margin)
     pixel = pixel % self.rows if self.periodic else pixel
     inside = ((pixel >= 0) & (pixel < self.size)).reshape((-1,) + (1,) * (x.ndim - 1 - axis))
-    return jnp.where(inside, jnp.take(x, np.clip(pixel, 0, self.size - 1), axis=axis), jnp.asarray(fill, x.dtype))
+    return jnp.where(
+      inside, jnp.take(x, np.clip(pixel, 0, self.size - 1), axis=axis), jnp.asarray(fill, x.dtype)
+    )
 
   def own(self, x, axis: int, fill, margin: int = 0):
-    """Pixels 0 .. rows - 1 along `axis` of x, `fill` beyond its size; and, as in `gather`, `margin` more at both ends."""
-    ends = [(margin, self.rows - self.size + margin, 0) if i == axis else (0, 0, 0) for i in range(x.ndim)]
-    return lax.pad(x, jnp.asarray(fill, x.dtype), ends)  # whose derivative, unlike that of an index, adds nothing up
+    """Pixels 0 .. rows - 1 along `axis` of x, `fill` beyond its size; and, as in `gather`, `margin`
+    more at both ends."""
+    ends = [
+      (margin, self.rows - self.size + margin, 0) if i == axis else (0, 0, 0) for i in range(x.ndim)
+    ]
+    # Whose derivative, unlike that of an index, adds nothing up.
+    return lax.pad(x, jnp.asarray(fill, x.dtype), ends)
 
 
 class Level(NamedTuple):
-  """All convolutions at one resolution, on the band `axes`; then pooling to the band `above`, or, where that is None, the readout.
+  """All convolutions at one resolution, on the band `axes`; then pooling to the band `above`, or,
+  where that is None, the readout.
 
   distances: whether m enters, and whether m leaves: where there are ReLUs to come. Else n.
   """
+
   convs: int
   axes: tuple[Axis, Axis]
   above: tuple[Axis, Axis] | None
@@ -164,19 +207,31 @@ def plan(architecture: architectures.Architecture, height: int, width: int) -> l
       convs = 0
   size = (height >> len(resolutions), width >> len(resolutions))
   resolutions.append((convs, size, tuple(n - 1 for n in size) if everything else (0, 0)))
-  axes = list(zip(*(_axes([(size[i], radius[i]) for _, size, radius in resolutions]) for i in (0, 1))))
-  remaining = [architecture.hidden + sum(convs for convs, _, _ in resolutions[i:])
-               for i in range(len(resolutions) + 1)]
-  return [Level(convs, axes[i], axes[i + 1] if i + 1 < len(axes) else None, (remaining[i] > 0, remaining[i + 1] > 0))
-          for i, (convs, _, _) in enumerate(resolutions)]
+  axes = list(
+    zip(*(_axes([(size[i], radius[i]) for _, size, radius in resolutions]) for i in (0, 1)))
+  )
+  remaining = [
+    architecture.hidden + sum(convs for convs, _, _ in resolutions[i:])
+    for i in range(len(resolutions) + 1)
+  ]
+  return [
+    Level(
+      convs,
+      axes[i],
+      axes[i + 1] if i + 1 < len(axes) else None,
+      (remaining[i] > 0, remaining[i + 1] > 0),
+    )
+    for i, (convs, _, _) in enumerate(resolutions)
+  ]
 
 
 def _axes(sizes: list[tuple[int, int]]) -> list[Axis]:
-  """One axis at each resolution, from (size, radius): periodic at all of them, or plain, whichever holds less."""
+  """One axis at each resolution, from (size, radius): periodic at all of them, or plain, whichever
+  holds less."""
   size, radius = sizes[0]
   pools = len(sizes) - 1
   period = -(-size >> pools) << pools
-  if period ** 2 <= (2 * radius + 1) * size and all(2 * r + 1 >= n for n, r in sizes):
+  if period**2 <= (2 * radius + 1) * size and all(2 * r + 1 >= n for n, r in sizes):
     return [Axis(n, period >> i, 0, period >> i, True) for i, (n, _) in enumerate(sizes)]
   return [Axis(n, n, -r, 2 * r + 1, False) for n, r in sizes]
 
@@ -217,15 +272,20 @@ def _from_distance(has_bias, m, s1, s2):
   return s12 - chord, _ratio(chord, s12)
 
 
-_from_distance.defvjp(lambda has_bias, m, s1, s2: (_from_distance(has_bias, m, s1, s2), (s1, s2)),
-                      lambda has_bias, s, cotangents: (-cotangents[0], *map(jnp.zeros_like, s)))
+_from_distance.defvjp(
+  lambda has_bias, m, s1, s2: (_from_distance(has_bias, m, s1, s2), (s1, s2)),
+  lambda has_bias, s, cotangents: (-cotangents[0], *map(jnp.zeros_like, s)),
+)
 
 
 @jax.custom_vjp
 def _relu(n, r, t, s1, s2):
-  """(n' - n / 2, t') of a ReLU; r = 1 - c; t may be None. With dot = 1/2 - acos(c) / 2π: n' = s1 s2 (h / 2π + c dot), t' = t dot."""
+  """(n' - n / 2, t') of a ReLU; r = 1 - c; t may be None. With dot = 1/2 - acos(c) / 2π: n' = s1 s2
+  (h / 2π + c dot), t' = t dot."""
   _, angle, excess = _angle_excess(r)
-  return s1 * s2 * excess - 0.5 * jnp.minimum(n, 0), None if t is None else t * (0.5 - _rest(r, angle))
+  return s1 * s2 * excess - 0.5 * jnp.minimum(n, 0), None if t is None else t * (
+    0.5 - _rest(r, angle)
+  )
 
 
 def _rest(r, angle):
@@ -245,7 +305,8 @@ def _relu_backward(saved, cotangents):
   near, angle, _ = _angle_excess(r)
   rest = _rest(r, angle)
   square = near * (2 - near)  # h²
-  inverse = jnp.where(square > 0, lax.rsqrt(jnp.where(square > 0, square, 1)), 0)  # 1/h, and 0 at the cusp
+  # 1/h, and 0 at the cusp.
+  inverse = jnp.where(square > 0, lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
   s1_bar = n_bar * (s2 * (square * inverse) / (2 * np.pi))
   n_bar = -n_bar * rest
   if t is not None:
@@ -260,17 +321,21 @@ _relu.defvjp(_relu_forward, _relu_backward)
 
 
 def _sum_to(x, shape):
-  """x summed along its last axis if `shape` has 1 there: on CPU as a product with ones, since XLA's own sum along the vector axis is scalar
-  there, while on a GPU a product would have x written to memory first."""
+  """x summed along its last axis if `shape` has 1 there: on CPU as a product with ones, since XLA's
+  own sum along the vector axis is scalar there, while on a GPU a product would have x written to
+  memory first."""
   if x.shape == shape:
     return x
-  product = lambda x: jnp.dot(x, jnp.ones((x.shape[-1], 1), x.dtype), precision=lax.Precision.HIGHEST)
+  product = lambda x: jnp.dot(
+    x, jnp.ones((x.shape[-1], 1), x.dtype), precision=lax.Precision.HIGHEST
+  )
   return lax.platform_dependent(x, cpu=product, default=lambda x: jnp.sum(x, -1, keepdims=True))
 
 
 def _sums(v, axis: int, padding: str = 'SAME'):
   """Sums of three along `axis`."""
-  # A reduce_window, rather than sums of shifted arrays, keeps XLA from computing what produces v once for every tap.
+  # A reduce_window, rather than sums of shifted arrays, keeps XLA from computing what produces v
+  # once for every tap.
   window = tuple(3 if i == axis else 1 for i in range(v.ndim))
   return lax.reduce_window(v, np.zeros((), v.dtype), lax.add, window, (1,) * v.ndim, padding)
 
@@ -279,14 +344,16 @@ def _sums(v, axis: int, padding: str = 'SAME'):
 def _box(v, pieces, ghosts=None):
   """3x3 sums of v [R, Q, ...] within the pieces of its rows and of its columns. Self-adjoint.
 
-  ghosts: for rows, and then for columns, what a tap that only x1, or only x2, has counts: [1 + R + 1, Q, ...] and [R, 1 + Q + 1, ...].
+  ghosts: for rows, and then for columns, what a tap that only x1, or only x2, has counts: [1 + R +
+  1, Q, ...] and [R, 1 + Q + 1, ...].
   """
   for axis, masks in enumerate(pieces):
     masks = [mask.reshape(mask.shape + (1,) * (v.ndim - 1 - axis)) for mask in masks]
     if ghosts is None:
       sums = [_sums(v * both[1:-1], axis) * both[1:-1] for both, _, _ in masks]
     else:
-      # Taps of x1 only are rows of v. Those of x2 only may lie outside: adding them to the sums is faster than widening v.
+      # Taps of x1 only are rows of v. Those of x2 only may lie outside: adding them to the sums is
+      # faster than widening v.
       ghost1, ghost2 = ghosts[axis]
       row = lambda x, step: lax.slice_in_dim(x, 1 + step, x.shape[axis] - 1 + step, axis=axis)
       sums = []
@@ -297,30 +364,37 @@ def _box(v, pieces, ghosts=None):
   return v
 
 
-_box.defvjp(lambda v, pieces, ghosts=None: (_box(v, pieces, ghosts), (pieces, ghosts)),
-            lambda constants, v: (_box(v, constants[0]), *jax.tree_util.tree_map(jnp.zeros_like, constants)))
+_box.defvjp(
+  lambda v, pieces, ghosts=None: (_box(v, pieces, ghosts), (pieces, ghosts)),
+  lambda constants, v: (_box(v, constants[0]), *jax.tree_util.tree_map(jnp.zeros_like, constants)),
+)
 
 
 class Network(NamedTuple):
   """What a level needs of the architecture."""
+
   weight: float
   bias: float
   with_ntk: bool
 
 
 class Side(NamedTuple):
-  """What a level needs to know of one side's images on their own, laid out on its band (or, of x2, at one offset).
+  """What a level needs to know of one side's images on their own, laid out on its band (or, of x2,
+  at one offset).
 
-  s: for each convolution, the deviations after it. ghosts: for each, q / 2 before it, in the two forms of `_box`.
-  spread: after a pooling to distances, half of the spread within each window, and half of what is rounding; else empty.
+  s: for each convolution, the deviations after it. ghosts: for each, q / 2 before it, in the two
+  forms of `_box`. spread: after a pooling to distances, half of the spread within each window, and
+  half of what is rounding; else empty.
   """
+
   s: list
   ghosts: list
   spread: tuple
 
 
 def _convolutions(level: Level, network: Network, v, t, side1: Side, side2: Side, pieces):
-  """One offset through a level's (convolution, ReLU)s. v, m or n, and t [R, Q, ...]; t is None where it is identically 0."""
+  """One offset through a level's (convolution, ReLU)s. v, m or n, and t [R, Q, ...]; t is None
+  where it is identically 0."""
   for i, (s1, s2) in enumerate(zip(side1.s, side2.s)):
     m = network.weight / 9 * _box(v, pieces, list(zip(side1.ghosts[i], side2.ghosts[i])))
     n, r = _from_distance(network.bias > 0, m, s1, s2)
@@ -331,7 +405,8 @@ def _convolutions(level: Level, network: Network, v, t, side1: Side, side2: Side
   return v, t
 
 
-# All offsets of one level. `source` is (x1 [R, Q, D, ...], x2 gathered) at the input, (n, t) [offsets, R, Q, ...] above it.
+# All offsets of one level. `source` is (x1 [R, Q, D, ...], x2 gathered) at the input, (n, t)
+# [offsets, R, Q, ...] above it.
 
 
 class _Scan:
@@ -346,7 +421,9 @@ class _Scan:
       self.shape = x1.shape[:2] + np.broadcast_shapes(x1.shape[3:], x2.shape[3:])
     else:
       self.shape = source[0].shape[1:]
-    self._pieces = [[jnp.asarray(piece, self.dtype) for piece in axis.pieces()] for axis in level.axes]
+    self._pieces = [
+      [jnp.asarray(piece, self.dtype) for piece in axis.pieces()] for axis in level.axes
+    ]
     if level.above:
       feeds = [axis.feeds(above) for axis, above in zip(level.axes, level.above)]
       self._slots = [jnp.asarray(slots) for slots, _ in feeds]
@@ -364,12 +441,16 @@ class _Scan:
     return k // self.level.axes[1].count, k % self.level.axes[1].count
 
   def pieces(self, k):
-    return tuple([piece[:, i] for piece in pieces] for pieces, i in zip(self._pieces, self.split(k)))
+    return tuple(
+      [piece[:, i] for piece in pieces] for pieces, i in zip(self._pieces, self.split(k))
+    )
 
   def shifted(self, gathered, k):
     """[R, Q, ...], with its margins, at offset k, of what `Axis.gather` laid out."""
     size = tuple(n - axis.count + 1 for n, axis in zip(gathered.shape, self.level.axes))
-    return lax.dynamic_slice(gathered, self.split(k) + (0,) * (gathered.ndim - 2), size + gathered.shape[2:])
+    return lax.dynamic_slice(
+      gathered, self.split(k) + (0,) * (gathered.ndim - 2), size + gathered.shape[2:]
+    )
 
   def side2(self, k):
     return jax.tree_util.tree_map(lambda gathered: self.shifted(gathered, k), self._side2)
@@ -384,7 +465,11 @@ class _Scan:
         v = jnp.where(v < rounding1 + rounding2, 0, v)
       return v, t
     x1, x2 = self.source[0], self.shifted(self.source[1], k)
-    term = (lambda c: 0.5 * (x1[:, :, c] - x2[:, :, c]) ** 2) if self.level.distances[0] else (lambda c: x1[:, :, c] * x2[:, :, c])
+    term = (
+      (lambda c: 0.5 * (x1[:, :, c] - x2[:, :, c]) ** 2)
+      if self.level.distances[0]
+      else (lambda c: x1[:, :, c] * x2[:, :, c])
+    )
     return functools.reduce(jnp.add, map(term, range(x1.shape[2]))) / x1.shape[2], None
 
   def block(self, slots, k):
@@ -395,7 +480,7 @@ class _Scan:
   def pool(self, slots, v, k):
     """Adds offset k, v [R, Q, ...], to the slots that it feeds."""
     (i, j), (rows, columns) = self.split(k), (axis.rows for axis in self.level.above)
-    parities = v[:2 * rows, :2 * columns].reshape((rows, 2, columns, 2) + v.shape[2:])
+    parities = v[: 2 * rows, : 2 * columns].reshape((rows, 2, columns, 2) + v.shape[2:])
     block = self.block(slots, k)
     for p in (0, 1):
       for q in (0, 1):
@@ -424,7 +509,8 @@ class _Scan:
 
 
 def _sweep(level: Level, network: Network, from_images: bool, source, side1: Side, side2: Side):
-  """(m or n, t) after the level: [offsets above, R, Q, ...] where it ends in a pooling (spreads included), [...] at the readout."""
+  """(m or n, t) after the level: [offsets above, R, Q, ...] where it ends in a pooling (spreads
+  included), [...] at the readout."""
   scan = _Scan(level, source, side1, side2, from_images)
   has_t = network.with_ntk and (level.convs > 0 or (not from_images and source[1] is not None))
 
@@ -432,10 +518,13 @@ def _sweep(level: Level, network: Network, from_images: bool, source, side1: Sid
     return _convolutions(level, network, *scan.entering(k), side1, scan.side2(k), scan.pieces(k))
 
   if level.above is None:
+
     def read(total, k):
       # In float64: hidden layers take the images' spreads from it.
-      parts = (None if v is None else jnp.sum(v.astype(jnp.float64) * scan.inside(k), (0, 1))
-               for v in through(k))
+      parts = (
+        None if v is None else jnp.sum(v.astype(jnp.float64) * scan.inside(k), (0, 1))
+        for v in through(k)
+      )
       return tuple(None if v is None else sum_ + v for sum_, v in zip(total, parts)), None
 
     zero = jnp.zeros(scan.shape[2:], jnp.float64)
@@ -444,19 +533,30 @@ def _sweep(level: Level, network: Network, from_images: bool, source, side1: Sid
   def pool(carry, k):
     slots, scratch = carry
     scratch, values = _settle(scratch, through(k), k)
-    return (tuple(None if v is None else scan.pool(s, v, k) for s, v in zip(slots, values)), scratch), None
+    return (
+      tuple(None if v is None else scan.pool(s, v, k) for s, v in zip(slots, values)),
+      scratch,
+    ), None
 
   above = level.above
-  zero = jnp.zeros((above[0].slots, above[1].slots, above[0].rows, above[1].rows) + scan.shape[2:], scan.dtype)
+  zero = jnp.zeros(
+    (above[0].slots, above[1].slots, above[0].rows, above[1].rows) + scan.shape[2:], scan.dtype
+  )
   start = ((zero, zero if has_t else None), scan.scratch(has_t))
   (slots, _), _ = lax.scan(pool, start, jnp.arange(level.offsets))
   return tuple(None if v is None else _band(above, v) for v in slots)
 
 
 def _settle(scratch, values, k):
-  """The values, written into buffers that a loop carries and read back: else XLA computes them anew for every use of theirs."""
-  scratch = tuple(None if v is None else lax.dynamic_update_index_in_dim(b, v, k % 2, 0) for b, v in zip(scratch, values))
-  return scratch, tuple(None if b is None else lax.dynamic_index_in_dim(b, k % 2, 0, keepdims=False) for b in scratch)
+  """The values, written into buffers that a loop carries and read back: else XLA computes them anew
+  for every use of theirs."""
+  scratch = tuple(
+    None if v is None else lax.dynamic_update_index_in_dim(b, v, k % 2, 0)
+    for b, v in zip(scratch, values)
+  )
+  return scratch, tuple(
+    None if b is None else lax.dynamic_index_in_dim(b, k % 2, 0, keepdims=False) for b in scratch
+  )
 
 
 def _band(axes, slots):
@@ -465,26 +565,37 @@ def _band(axes, slots):
 
 
 def _slots(axes, band):
-  return axes[1].to_slots(axes[0].to_slots(band.reshape((axes[0].count, axes[1].count) + band.shape[1:]), 0), 1)
+  return axes[1].to_slots(
+    axes[0].to_slots(band.reshape((axes[0].count, axes[1].count) + band.shape[1:]), 0), 1
+  )
 
 
-def _sweep_vjp(level: Level, network: Network, from_images: bool, source, side1: Side, side2: Side, cotangents):
-  """Pulls cotangents of `_sweep` back to (source, s1). Of images, x1's cotangent alone, in place of the source's."""
+def _sweep_vjp(
+  level: Level, network: Network, from_images: bool, source, side1: Side, side2: Side, cotangents
+):
+  """Pulls cotangents of `_sweep` back to (source, s1). Of images, x1's cotangent alone, in place of
+  the source's."""
   scan = _Scan(level, source, side1, side2, from_images)
   if level.above:
     cotangents = tuple(None if v is None else _slots(level.above, v) for v in cotangents)
 
   def leaving(k):
     if level.above is None:
-      return tuple(None if v is None else jnp.broadcast_to(v.astype(scan.dtype) * scan.inside(k), scan.shape) for v in cotangents)
+      return tuple(
+        None if v is None else jnp.broadcast_to(v.astype(scan.dtype) * scan.inside(k), scan.shape)
+        for v in cotangents
+      )
     return tuple(None if v is None else scan.unpool(v, k) for v in cotangents)
 
   def body(carry, k):
     x1_bar, s1_total, scratch = carry
     scratch, n_t_bar = _settle(scratch, leaving(k), k)
     side2_k, pieces = scan.side2(k), scan.pieces(k)
-    _, pull_back = jax.vjp(lambda v, t, s: _convolutions(level, network, v, t, side1._replace(s=s), side2_k, pieces),
-                           *scan.entering(k), side1.s)
+    _, pull_back = jax.vjp(
+      lambda v, t, s: _convolutions(level, network, v, t, side1._replace(s=s), side2_k, pieces),
+      *scan.entering(k),
+      side1.s,
+    )
     n_bar, t_bar, s1_bar = pull_back(n_t_bar)
     if from_images:
       x1, x2 = source[0], scan.shifted(source[1], k)
@@ -493,7 +604,10 @@ def _sweep_vjp(level: Level, network: Network, from_images: bool, source, side1:
     carry = x1_bar, [total + s for total, s in zip(s1_total, s1_bar)], scratch
     return carry, None if from_images else (n_bar, t_bar)
 
-  zeros = jnp.zeros_like(source[0]) if from_images else None, jax.tree_util.tree_map(jnp.zeros_like, side1.s)
+  zeros = (
+    jnp.zeros_like(source[0]) if from_images else None,
+    jax.tree_util.tree_map(jnp.zeros_like, side1.s),
+  )
   start = (*zeros, scan.scratch(cotangents[1] is not None))
   (x1_bar, s1_bar, _), source_bar = lax.scan(body, start, jnp.arange(level.offsets))
   return (x1_bar if from_images else source_bar), s1_bar
@@ -502,17 +616,27 @@ def _sweep_vjp(level: Level, network: Network, from_images: bool, source, side1:
 # Variances: the pair (x, x), n only, on the narrower band that its diagonals need.
 
 
-def _variance_levels(architecture: architectures.Architecture, height: int, width: int) -> list[Level]:
+def _variance_levels(
+  architecture: architectures.Architecture, height: int, width: int
+) -> list[Level]:
   """The levels of an image with itself, up to the last ReLU: none if there is no ReLU."""
   if architecture.hidden:
     return plan(architecture, height, width)
   depth = max((i + 1 for i, stage in enumerate(architecture.stages) if stage.convs), default=0)
-  stages = tuple(stage._replace(pool=stage.pool and i < depth - 1) for i, stage in enumerate(architecture.stages[:depth]))
-  return plan(dataclasses.replace(architecture, stages=stages, readout='flatten'), height, width) if depth else []
+  stages = tuple(
+    stage._replace(pool=stage.pool and i < depth - 1)
+    for i, stage in enumerate(architecture.stages[:depth])
+  )
+  return (
+    plan(dataclasses.replace(architecture, stages=stages, readout='flatten'), height, width)
+    if depth
+    else []
+  )
 
 
 def _deviations(network: Network, convs: int, q):
-  """√q before each ReLU of a level, [convs] times [H, W, N], from the variances q [H, W, N] that enter it."""
+  """√q before each ReLU of a level, [convs] times [H, W, N], from the variances q [H, W, N] that
+  enter it."""
   deviations = []
   for _ in range(convs):
     q = network.weight / 9 * _sums(_sums(q, 0), 1) + network.bias
@@ -527,46 +651,74 @@ def _sqrt(q):
 
 
 def _lay_out(x, axes, shift: bool, fill, margins=(0, 0)):
-  """x [H, W, ...] on the rows and columns of a band: x1's way, or, to be sliced at an offset, x2's."""
+  """x [H, W, ...] on the rows and columns of a band: x1's way, or, to be sliced at an offset,
+  x2's."""
   for i, (axis, margin) in enumerate(zip(axes, margins)):
     x = (axis.gather if shift else axis.own)(x, i, fill, margin)
   return x
 
 
 def _side(level: Level, shift: bool, s, q, spread) -> Side:
-  """From deviations s [convs] times [H, W, ...], q [H, W, ...] entering the level, and its spread (or None)."""
+  """From deviations s [convs] times [H, W, ...], q [H, W, ...] entering the level, and its spread
+  (or None)."""
   lay_out = functools.partial(_lay_out, axes=level.axes, shift=shift)
-  halves = [q / 2, *(deviation ** 2 / 4 for deviation in s)][:level.convs]
-  ghosts = [(lay_out(half, fill=0, margins=(1, 0)), lay_out(_sums(half, 0), fill=0, margins=(0, 1))) for half in halves]
-  spread = () if spread is None else (spread / 2, _ROUNDING[q.dtype] / 2 * jnp.sqrt(spread * (spread + q)))
-  return Side([lay_out(deviation, fill=1) for deviation in s], ghosts, tuple(lay_out(v, fill=0) for v in spread))
+  halves = [q / 2, *(deviation**2 / 4 for deviation in s)][: level.convs]
+  ghosts = [
+    (lay_out(half, fill=0, margins=(1, 0)), lay_out(_sums(half, 0), fill=0, margins=(0, 1)))
+    for half in halves
+  ]
+  spread = (
+    () if spread is None else (spread / 2, _ROUNDING[q.dtype] / 2 * jnp.sqrt(spread * (spread + q)))
+  )
+  return Side(
+    [lay_out(deviation, fill=1) for deviation in s],
+    ghosts,
+    tuple(lay_out(v, fill=0) for v in spread),
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _self_sweep(level: Level, network: Network, from_images: bool, source, s, constants):
   """m or n after the level of images with themselves.
 
-  source is x [H, W, D, N], or m or n [offsets, R, Q, N], s [convs] times [H, W, N], and the constants are q [H, W, N] and the spread.
+  source is x [H, W, D, N], or m or n [offsets, R, Q, N], s [convs] times [H, W, N], and the
+  constants are q [H, W, N] and the spread.
   """
-  return _sweep(level, network, from_images, *_self_arguments(level, from_images, source, s, constants))[0]
+  return _sweep(
+    level, network, from_images, *_self_arguments(level, from_images, source, s, constants)
+  )[0]
 
 
 def _self_arguments(level, from_images, source, s, constants):
-  source = tuple(_lay_out(source, level.axes, shift, 0) for shift in (False, True)) if from_images else (source, None)
+  source = (
+    tuple(_lay_out(source, level.axes, shift, 0) for shift in (False, True))
+    if from_images
+    else (source, None)
+  )
   return source, *(_side(level, shift, s, *constants) for shift in (False, True))
 
 
 def _self_sweep_backward(level, network, from_images, saved, n_bar):
   # The band of (x, x) and its cotangent are symmetric, so the part of x2 equals the part of x1.
   source, s, constants = saved
-  source_bar, s_bar = _sweep_vjp(level, network, from_images, *_self_arguments(level, from_images, *saved), (n_bar, None))
+  source_bar, s_bar = _sweep_vjp(
+    level, network, from_images, *_self_arguments(level, from_images, *saved), (n_bar, None)
+  )
   height, width = (axis.size for axis in level.axes)
-  return (2 * source_bar[:height, :width] if from_images else source_bar[0], [2 * s[:height, :width] for s in s_bar],
-          jax.tree_util.tree_map(jnp.zeros_like, constants))
+  return (
+    2 * source_bar[:height, :width] if from_images else source_bar[0],
+    [2 * s[:height, :width] for s in s_bar],
+    jax.tree_util.tree_map(jnp.zeros_like, constants),
+  )
 
 
-_self_sweep.defvjp(lambda level, network, from_images, *arguments: (_self_sweep(level, network, from_images, *arguments), arguments),
-                   _self_sweep_backward)
+_self_sweep.defvjp(
+  lambda level, network, from_images, *arguments: (
+    _self_sweep(level, network, from_images, *arguments),
+    arguments,
+  ),
+  _self_sweep_backward,
+)
 
 
 def _variances(architecture: architectures.Architecture, x) -> list:
@@ -580,15 +732,19 @@ def _variances(architecture: architectures.Architecture, x) -> list:
   if not architecture.is_convolutional:
     flat = x.reshape(len(x), -1).astype(jnp.float64)
     return [jnp.mean(flat * flat, 1)] if architecture.hidden else []
-  network = Network(architecture.w_std ** 2, architecture.b_std ** 2, with_ntk=False)
+  network = Network(architecture.w_std**2, architecture.b_std**2, with_ntk=False)
   source, variances, spreads = jnp.moveaxis(x, 0, -1), [], []
   q, spread = jnp.mean(source * source, 2), None
   for i, level in enumerate(_variance_levels(architecture, *x.shape[1:3])):
     if i and level.distances[0]:
-      # The variance of a mean is the mean variance less the spread, which is the m of offset (0, 0), in a plain axis or a periodic one.
-      (height, width), offset = (axis.size for axis in level.axes), -level.axes[0].first * level.axes[1].count - level.axes[1].first
+      # The variance of a mean is the mean variance less the spread, which is the m of offset (0,
+      # 0), in a plain axis or a periodic one.
+      (height, width), offset = (
+        (axis.size for axis in level.axes),
+        -level.axes[0].first * level.axes[1].count - level.axes[1].first,
+      )
       spread = source[offset, :height, :width]
-      q = q[:2 * height, :2 * width].reshape((height, 2, width, 2, -1)).mean((1, 3))
+      q = q[: 2 * height, : 2 * width].reshape((height, 2, width, 2, -1)).mean((1, 3))
       q = lax.stop_gradient(q) - spread
       spread = lax.stop_gradient(spread)
       spreads.append(spread)
@@ -596,7 +752,9 @@ def _variances(architecture: architectures.Architecture, x) -> list:
       variances.append(q)
     s = _deviations(network, level.convs, q)
     if level.above or architecture.hidden:
-      source = _self_sweep(level, network, i == 0, source, s, (q, spread if level.distances[0] else None))
+      source = _self_sweep(
+        level, network, i == 0, source, s, (q, spread if level.distances[0] else None)
+      )
     q = s[-1] ** 2 / 2 if s else q
   levels = [jnp.moveaxis(v, -1, 0) for v in variances + spreads]
   if not architecture.hidden:
@@ -619,8 +777,9 @@ def _variances_vjp(architecture: architectures.Architecture, x, q_bar):
 
 
 def _dense(architecture, kind, n, t, q1, q2):
-  """The layers after the readout: n, t [a, b] (t None if 0); q1 [a], q2 [b] after the readout, None without hidden layers. Kernel [a, b]."""
-  weight, bias = architecture.w_std ** 2, architecture.b_std ** 2
+  """The layers after the readout: n, t [a, b] (t None if 0); q1 [a], q2 [b] after the readout, None
+  without hidden layers. Kernel [a, b]."""
+  weight, bias = architecture.w_std**2, architecture.b_std**2
   for _ in range(architecture.hidden):
     n = weight * n + bias
     t = n if t is None else n + weight * t
@@ -639,12 +798,14 @@ class _Tile:
   """The arguments of one tile's sweeps, laid out; q1 and q2 as `_variances` gives them."""
 
   def __init__(self, architecture, x1, q1, x2, q2):
-    self.network = Network(architecture.w_std ** 2, architecture.b_std ** 2, with_ntk=True)
+    self.network = Network(architecture.w_std**2, architecture.b_std**2, with_ntk=True)
     self.levels = plan(architecture, *x1.shape[1:3])
-    self.images = (_lay_out(jnp.moveaxis(x1, 0, -1)[..., None], self.levels[0].axes, False, 0),
-                   _lay_out(jnp.moveaxis(x2, 0, -1)[..., None, :], self.levels[0].axes, True, 0))
+    self.images = (
+      _lay_out(jnp.moveaxis(x1, 0, -1)[..., None], self.levels[0].axes, False, 0),
+      _lay_out(jnp.moveaxis(x2, 0, -1)[..., None, :], self.levels[0].axes, True, 0),
+    )
     self._distances = sum(level.distances[0] for level in self.levels)
-    self._q1, self._q2 = (q[:max(0, 2 * self._distances - 1)] for q in (q1, q2))
+    self._q1, self._q2 = (q[: max(0, 2 * self._distances - 1)] for q in (q1, q2))
 
   def side1(self, i, q1):
     return self._side(i, False, [jnp.moveaxis(q, 0, -1)[..., None] for q in q1])
@@ -656,7 +817,13 @@ class _Tile:
     level = self.levels[i]
     if not level.distances[0]:
       return Side([], [], ())
-    return _side(level, shift, _deviations(self.network, level.convs, q[i]), q[i], q[self._distances + i - 1] if i else None)
+    return _side(
+      level,
+      shift,
+      _deviations(self.network, level.convs, q[i]),
+      q[i],
+      q[self._distances + i - 1] if i else None,
+    )
 
   def forward(self):
     """What enters each level above the first, and the readout's (n, t) [a, b]."""
@@ -671,7 +838,9 @@ class _Tile:
     q1_bar = [jnp.zeros_like(q) for q in self._q1]
     for i in reversed(range(len(self.levels))):
       level, source = self.levels[i], sources[i - 1] if i else self.images
-      cotangents, s1_bar = _sweep_vjp(level, self.network, i == 0, source, self.side1(i, self._q1), self.side2(i), cotangents)
+      cotangents, s1_bar = _sweep_vjp(
+        level, self.network, i == 0, source, self.side1(i, self._q1), self.side2(i), cotangents
+      )
       _, pull_back = jax.vjp(lambda q1: self.side1(i, q1).s, self._q1)
       q1_bar = jax.tree_util.tree_map(jnp.add, q1_bar, pull_back(s1_bar)[0])
     height, width = (axis.size for axis in self.levels[0].axes)
@@ -679,13 +848,15 @@ class _Tile:
 
 
 def _inner_products(x1, x2):
-  """Mean over pixels and channels of x1 [a, ...] x2 [b, ...], in float64: one rounding would be seen at the cusp of a hidden layer."""
+  """Mean over pixels and channels of x1 [a, ...] x2 [b, ...], in float64: one rounding would be
+  seen at the cusp of a hidden layer."""
   flat1, flat2 = (x.reshape(len(x), -1).astype(jnp.float64) for x in (x1, x2))
   return jnp.dot(flat1, flat2.T, precision=lax.Precision.HIGHEST) / flat1.shape[1]
 
 
 def _tile_forward(architecture, kind, x1, q1, x2, q2):
-  """NTK [a, b] of x1 [a, H, W, D] and x2 [b, H, W, D], whose variances are q1, q2; and what `_tile_backward` wants of the way."""
+  """NTK [a, b] of x1 [a, H, W, D] and x2 [b, H, W, D], whose variances are q1, q2; and what
+  `_tile_backward` wants of the way."""
   if not architecture.is_convolutional:
     sources = [(_inner_products(x1, x2), None)]
   else:
@@ -695,14 +866,16 @@ def _tile_forward(architecture, kind, x1, q1, x2, q2):
 
 def _tile_backward(architecture, kind, x1, q1, x2, q2, sources, cotangent):
   """Cotangents of x1 and q1."""
-  _, pull_back = jax.vjp(lambda readout, q: _head(architecture, kind, x1.dtype, readout, q, q2), sources[-1], q1)
+  _, pull_back = jax.vjp(
+    lambda readout, q: _head(architecture, kind, x1.dtype, readout, q, q2), sources[-1], q1
+  )
   readout_bar, q1_bar = pull_back(cotangent.astype(jnp.float64))
   if not architecture.is_convolutional:
     flat2 = x2.reshape(len(x2), -1).astype(jnp.float64)
     x1_bar = jnp.dot(readout_bar[0], flat2, precision=lax.Precision.HIGHEST) / flat2.shape[1]
     return x1_bar.reshape(x1.shape), q1_bar
   x1_bar, levels_bar = _Tile(architecture, x1, q1, x2, q2).backward(sources, readout_bar)
-  return x1_bar, levels_bar + q1_bar[len(levels_bar):]
+  return x1_bar, levels_bar + q1_bar[len(levels_bar) :]
 
 
 def _head(architecture, kind, dtype, readout, q1, q2):
@@ -722,12 +895,16 @@ def _head(architecture, kind, dtype, readout, q1, q2):
 
 
 class JaxKernel:
-  """NTK blocks by offsets: see the module. Tiles of a fixed number of pairs run on `threads` Python threads, and are put together, and
-  summed in float64, in a fixed order: no result depends on the number of threads (given NPROC=1, which keeps XLA to one thread a tile).
+  """NTK blocks by offsets: see the module. Tiles of a fixed number of pairs run on `threads` Python
+  threads, and are put together, and summed in float64, in a fixed order: no result depends on the
+  number of threads (given NPROC=1, which keeps XLA to one thread a tile).
   """
+
   implementation = 'jax'
 
-  def __init__(self, architecture: architectures.Architecture, dtype: str, threads: int, kind: str = 'ntk'):
+  def __init__(
+    self, architecture: architectures.Architecture, dtype: str, threads: int, kind: str = 'ntk'
+  ):
     self.architecture = architecture
     self.dtype = np.dtype(dtype)
     self._on_cpu = jax.default_backend() == 'cpu'
@@ -741,8 +918,10 @@ class JaxKernel:
 
   def prepare(self, x: np.ndarray) -> ntk.Prepared:
     """See `ntk.Kernel.prepare`: the variances of every image."""
-    tiles = self._pool.map(lambda tile: jax.device_get(self._variances(tile)), _tiles(x, self._budget.images))
-    return ntk.Prepared(x, [np.concatenate(q)[:len(x)] for q in zip(*tiles)], self)
+    tiles = self._pool.map(
+      lambda tile: jax.device_get(self._variances(tile)), _tiles(x, self._budget.images)
+    )
+    return ntk.Prepared(x, [np.concatenate(q)[: len(x)] for q in zip(*tiles)], self)
 
   def block(self, x1, x2) -> np.ndarray:
     """See `ntk.Kernel.block`."""
@@ -751,15 +930,24 @@ class JaxKernel:
     x2 = x1 if symmetric else self._prepared(x2)
     a, b = self._tile_shape(x1, x2)
     rows, columns = _prepared_tiles(x1, a), _prepared_tiles(x2, b)
-    wanted = [(i, j) for i in range(len(rows)) for j in range(len(columns)) if not symmetric or (j + 1) * b > i * a]
+    wanted = [
+      (i, j)
+      for i in range(len(rows))
+      for j in range(len(columns))
+      if not symmetric or (j + 1) * b > i * a
+    ]
     value = np.zeros((a * len(rows), b * len(columns)), self.dtype)
-    for (i, j), tile in zip(wanted, self._pool.map(lambda ij: np.asarray(self._block(*rows[ij[0]], *columns[ij[1]])), wanted)):
-      value[i * a:(i + 1) * a, j * b:(j + 1) * b] = tile
-    value = value[:len(x1), :len(x2)]
+    for (i, j), tile in zip(
+      wanted,
+      self._pool.map(lambda ij: np.asarray(self._block(*rows[ij[0]], *columns[ij[1]])), wanted),
+    ):
+      value[i * a : (i + 1) * a, j * b : (j + 1) * b] = tile
+    value = value[: len(x1), : len(x2)]
     return np.triu(value) + np.triu(value, 1).T if symmetric else value
 
   def block_vjp(self, x1, x2, cotangent) -> tuple[np.ndarray, np.ndarray]:
-    """See `ntk.Kernel.block_vjp`. Where the cotangent is a function, tiles keep their stage inputs, up to a budget."""
+    """See `ntk.Kernel.block_vjp`. Where the cotangent is a function, tiles keep their stage inputs,
+    up to a budget."""
     x1, x2 = self._prepared(x1), self._prepared(x2)
     a, b = self._tile_shape(x1, x2)
     rows, columns = _prepared_tiles(x1, a), _prepared_tiles(x2, b)
@@ -778,9 +966,9 @@ class JaxKernel:
 
       for place, tile in zip(places, self._pool.map(forward, places)):
         _at(value, place, a, b)[...] = tile
-      cotangent = cotangent(value[:len(x1), :len(x2)])
+      cotangent = cotangent(value[: len(x1), : len(x2)])
     padded = np.zeros_like(value)
-    padded[:len(x1), :len(x2)] = cotangent
+    padded[: len(x1), : len(x2)] = cotangent
 
     def both(place):
       i, j = place
@@ -794,9 +982,9 @@ class JaxKernel:
       if tile is not None:
         _at(value, (i, j), a, b)[...] = tile
       for total, piece in zip([x1_bar] + q1_bar, [x_piece] + q_pieces):
-        total[i * a:(i + 1) * a] += piece
-    gradient = x1_bar[:len(x1)] + self._through_variances(x1, [q[:len(x1)] for q in q1_bar])
-    return value[:len(x1), :len(x2)], gradient.astype(self.dtype)
+        total[i * a : (i + 1) * a] += piece
+    gradient = x1_bar[: len(x1)] + self._through_variances(x1, [q[: len(x1)] for q in q1_bar])
+    return value[: len(x1), : len(x2)], gradient.astype(self.dtype)
 
   def _through_variances(self, x, q_bar):
     """Pulls cotangents of x's variances back to x."""
@@ -805,8 +993,10 @@ class JaxKernel:
     q_bar = [piece.astype(q.dtype) for piece, q in zip(q_bar, x.variances)]
     size = self._budget.images
     tiles = zip(_tiles(x.images, size), zip(*(_tiles(piece, size) for piece in q_bar)))
-    pieces = self._pool.map(lambda tile: np.asarray(self._variances_vjp(tile[0], list(tile[1]))), tiles)
-    return np.concatenate(list(pieces))[:len(x.images)]
+    pieces = self._pool.map(
+      lambda tile: np.asarray(self._variances_vjp(tile[0], list(tile[1]))), tiles
+    )
+    return np.concatenate(list(pieces))[: len(x.images)]
 
   def _prepared(self, x) -> ntk.Prepared:
     return x if isinstance(x, ntk.Prepared) else self.prepare(x)
@@ -816,18 +1006,34 @@ class JaxKernel:
     if not self.architecture.is_convolutional:
       return 8
     levels = plan(self.architecture, *shape[1:3])[1:]
-    return sum(2 * level.offsets * level.axes[0].rows * level.axes[1].rows for level in levels) * self.dtype.itemsize
+    return (
+      sum(2 * level.offsets * level.axes[0].rows * level.axes[1].rows for level in levels)
+      * self.dtype.itemsize
+    )
 
   def _tile_shape(self, x1, x2) -> tuple[int, int]:
-    """The least work, padding included, then the most images of x2, that a tile's number of pairs allows. On CPU powers of two, so that few
-    shapes compile; on a GPU the images of x1 are shared out evenly, and a tile's launches count as an eighth of a full one's work.
+    """The least work, padding included, then the most images of x2, that a tile's number of pairs
+    allows. On CPU powers of two, so that few shapes compile; on a GPU the images of x1 are shared
+    out evenly, and a tile's launches count as an eighth of a full one's work.
     """
     if not self.architecture.is_convolutional:
-      pairs = 2 ** 18
+      pairs = 2**18
     else:
       _, height, width, _ = x1.images.shape
-      pairs = (_CPU_PAIRS if self._on_cpu else _power_of_two_to(_GPU_ENTRIES // (height * width))) * 4 // self.dtype.itemsize
-      pairs = max(16, min(pairs, _power_of_two_to(self._budget.tile_bytes // max(1, self._bytes_per_pair(x1.images.shape)))))
+      pairs = (
+        (_CPU_PAIRS if self._on_cpu else _power_of_two_to(_GPU_ENTRIES // (height * width)))
+        * 4
+        // self.dtype.itemsize
+      )
+      pairs = max(
+        16,
+        min(
+          pairs,
+          _power_of_two_to(
+            self._budget.tile_bytes // max(1, self._bytes_per_pair(x1.images.shape))
+          ),
+        ),
+      )
     launches = 0 if self._on_cpu else pairs // 8
 
     def shape(b):
@@ -838,21 +1044,25 @@ class JaxKernel:
     def work(a, b):
       return -(-len(x1) // a) * -(-len(x2) // b) * (a * b + launches)
 
-    widths = [2 ** k for k in range(4, pairs.bit_length() - 1) if 2 ** k <= max(16, _power_of_two_from(len(x2)))]
+    widths = [
+      2**k for k in range(4, pairs.bit_length() - 1) if 2**k <= max(16, _power_of_two_from(len(x2)))
+    ]
     return min((shape(b) for b in widths), key=lambda ab: (work(*ab), -ab[1]))
 
 
 def _compiled(function):
   """`function` compiled, to be run by the Python thread that calls it; see also `precision`."""
   function = jax.jit(function, compiler_options=_compiler_options())
-  # A computation whose arguments are still on their way is queued for XLA's own threads, of which there are NPROC.
+  # A computation whose arguments are still on their way is queued for XLA's own threads, of which
+  # there are NPROC.
   return lambda *arguments: function(*jax.block_until_ready(jax.device_put(arguments)))
 
 
 @functools.cache
 def _compiler_options() -> dict[str, bool | int]:
-  """On CPU, where XLA still has it, its first runtime: on JAX 0.5.3 twice as fast, and it runs loops in the calling thread, where the newer
-  one hands them to its NPROC threads. On GPU, no algorithm whose sums have no fixed order, and none chosen by timing it.
+  """On CPU, where XLA still has it, its first runtime: on JAX 0.5.3 twice as fast, and it runs
+  loops in the calling thread, where the newer one hands them to its NPROC threads. On GPU, no
+  algorithm whose sums have no fixed order, and none chosen by timing it.
   """
   if jax.default_backend() != 'cpu':
     return _GPU_OPTIONS
@@ -873,13 +1083,13 @@ def _power_of_two_to(n: int) -> int:
 
 
 def _at(value, place, a, b):
-  return value[place[0] * a:(place[0] + 1) * a, place[1] * b:(place[1] + 1) * b]
+  return value[place[0] * a : (place[0] + 1) * a, place[1] * b : (place[1] + 1) * b]
 
 
 def _tiles(x, size):
   """`x` cut into tiles of exactly `size` images, the last one filled up with its last image."""
   x = np.concatenate([x, np.repeat(x[-1:], -len(x) % size, axis=0)])
-  return [x[i:i + size] for i in range(0, len(x), size)]
+  return [x[i : i + size] for i in range(0, len(x), size)]
 
 
 def _prepared_tiles(x: ntk.Prepared, size):

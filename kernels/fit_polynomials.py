@@ -1,6 +1,8 @@
-"""Fits the polynomials that `band.py` uses in float32 in place of acos. Run it to print them: `python -m kernels.fit_polynomials`.
+"""Fits the polynomials that `band.py` uses in float32 in place of acos. Run it to print them:
+`python -m kernels.fit_polynomials`.
 
-With r = 1 - |c|, both functions below are smooth on [0, 1]; their square-root factors are multiplied back by the caller.
+With r = 1 - |c|, both functions below are smooth on [0, 1]; their square-root factors are
+multiplied back by the caller.
 """
 
 import numpy as np
@@ -20,19 +22,22 @@ def excess(r):
   # d/dr (√(1 - u²) - u acos u) = acos(1 - r), whose series is √(2r) Σ a_k r^k.
   a, series = 1.0, 0.0
   for k in range(30):
-    series += a * r ** k / (k + 1.5)
+    series += a * r**k / (k + 1.5)
     a *= (2 * k + 1) ** 2 / (4 * (k + 1) * (2 * k + 3))
   return np.where(r < 0.1, np.sqrt(2) / (2 * np.pi) * series, direct)
 
 
 def minimax(function, degree: int) -> tuple[np.ndarray, float]:
-  """Coefficients, highest power first, of the best polynomial on [0, 1] (Remez exchange on a dense grid), and its largest error."""
+  """Coefficients, highest power first, of the best polynomial on [0, 1] (Remez exchange on a dense
+  grid), and its largest error."""
   grid = (1 - np.cos(np.pi * np.linspace(1e-3, 1, 20001))) / 2
   values = function(grid)
   nodes = np.round(np.linspace(0, len(grid) - 1, degree + 2)).astype(int)
   signs = (-1.0) ** np.arange(degree + 2)
   for _ in range(30):
-    solution = np.linalg.solve(np.column_stack([np.vander(grid[nodes], degree + 1), signs]), values[nodes])
+    solution = np.linalg.solve(
+      np.column_stack([np.vander(grid[nodes], degree + 1), signs]), values[nodes]
+    )
     error = np.polyval(solution[:-1], grid) - values
     pieces = np.split(np.arange(len(grid)), np.nonzero(np.diff(np.sign(error)))[0] + 1)
     extrema = [piece[np.argmax(np.abs(error[piece]))] for piece in pieces]
@@ -45,4 +50,6 @@ def minimax(function, degree: int) -> tuple[np.ndarray, float]:
 if __name__ == '__main__':
   for f in (angle, excess):
     coefficients, worst = minimax(f, DEGREE)
-    print(f'{f.__name__}: ({", ".join(f"{c:.9e}" for c in coefficients)}), largest error {worst:.1e}')
+    print(
+      f'{f.__name__}: ({", ".join(f"{c:.9e}" for c in coefficients)}), largest error {worst:.1e}'
+    )

@@ -1,9 +1,10 @@
-"""Kernel ridge-regression: the S x S solve, the residual of a target tile, and the pull-back of both (K1, section 2; float64 throughout).
+"""Kernel ridge-regression: the S x S solve, the residual of a target tile, and the pull-back of
+both (K1, section 2; float64 throughout).
 
     K = K_ss + (ridge * tr(K_ss) / S) I      alpha = K^-1 y_s      P = K_ts alpha      loss = 1/2 mean((P - y_t)^2)
 
-Given alpha the target rows are independent, so a tile's residual, loss and cotangent need nothing but its own block. NumPy and SciPy on
-one thread, so that no bit depends on the machine's cores.
+Given alpha the target rows are independent, so a tile's residual, loss and cotangent need nothing
+but its own block. NumPy and SciPy on one thread, so that no bit depends on the machine's cores.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,8 @@ import numpy as np
 import scipy.linalg
 import threadpoolctl
 
-_BLAS = threadpoolctl.ThreadpoolController()  # once, because it looks through all loaded libraries for milliseconds
+# Once, because it looks through all loaded libraries for milliseconds.
+_BLAS = threadpoolctl.ThreadpoolController()
 
 
 class NotPositiveDefiniteError(ArithmeticError):
@@ -27,6 +29,7 @@ class Solution(NamedTuple):
     factor: lower Cholesky factor of K, [S, S].
     ridge: the relative ridge it was solved with.
   """
+
   alpha: np.ndarray
   factor: np.ndarray
   ridge: float
@@ -40,6 +43,7 @@ class Residual(NamedTuple):
     correct: how many of its images are predicted right (arg-max).
     scaled: R, the cotangent of the predictions, [b, C].
   """
+
   loss: float
   correct: int
   scaled: np.ndarray
@@ -65,19 +69,25 @@ def solve(k_ss: np.ndarray, y_s: np.ndarray, ridge: float) -> Solution:
   k = regularised(k_ss, ridge)
   with _BLAS.limit(limits=1):
     if not np.isfinite(k).all():
-      raise NotPositiveDefiniteError('K_ss contains NaN or infinity: the support images have diverged; lower run.learning_rate.')
+      raise NotPositiveDefiniteError(
+        'K_ss contains NaN or infinity: the support images have diverged; lower run.learning_rate.'
+      )
     try:
       factor = scipy.linalg.cholesky(k, lower=True)
     except np.linalg.LinAlgError as error:
       smallest = scipy.linalg.eigvalsh(k, subset_by_index=[0, 0])[0]
       raise NotPositiveDefiniteError(
-          f'K_ss + ridge is not positive definite: smallest eigenvalue {smallest:.3e} with a mean diagonal of {np.trace(k) / len(k):.3e}. '
-          'Raise run.ridge, use run.kernel_dtype=float64, or make sure that no support image is repeated.') from error
-    return Solution(scipy.linalg.cho_solve((factor, True), np.asarray(y_s, np.float64)), factor, ridge)
+        f'K_ss + ridge is not positive definite: smallest eigenvalue {smallest:.3e} with a mean diagonal of {np.trace(k) / len(k):.3e}. '
+        'Raise run.ridge, use run.kernel_dtype=float64, or make sure that no support image is repeated.'
+      ) from error
+    return Solution(
+      scipy.linalg.cho_solve((factor, True), np.asarray(y_s, np.float64)), factor, ridge
+    )
 
 
 def predictions(k_st: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-  """P = K_ts alpha, [b, C], of a block K(support, targets), [S, b]; or what a part of the support, rows of both, adds to it."""
+  """P = K_ts alpha, [b, C], of a block K(support, targets), [S, b]; or what a part of the support,
+  rows of both, adds to it."""
   with _BLAS.limit(limits=1):
     return np.asarray(k_st, np.float64).T @ alpha
 
@@ -92,8 +102,11 @@ def residual(predictions: np.ndarray, y_t: np.ndarray, num_targets: int) -> Resi
   """
   errors = predictions - y_t
   scaled = errors / (num_targets * y_t.shape[1])
-  return Residual(loss=0.5 * float(np.sum(errors * scaled)),
-                  correct=int(np.sum(predictions.argmax(axis=1) == y_t.argmax(axis=1))), scaled=scaled)
+  return Residual(
+    loss=0.5 * float(np.sum(errors * scaled)),
+    correct=int(np.sum(predictions.argmax(axis=1) == y_t.argmax(axis=1))),
+    scaled=scaled,
+  )
 
 
 def alpha_bar(k_st: np.ndarray, scaled: np.ndarray) -> np.ndarray:
@@ -116,8 +129,9 @@ def pull_back(solution: Solution, alpha_bar: np.ndarray) -> tuple[np.ndarray, np
     alpha_bar: [S, C], summed over all targets.
 
   Returns:
-    The cotangent [S, S] to give to the vjp of K(X1, X_s) in its **first** argument, over all of K_ss: twice the symmetrised cotangent
-    of K_ss, since both arguments move; and the cotangent of y_s, [S, C].
+    The cotangent [S, S] to give to the vjp of K(X1, X_s) in its **first** argument, over all of
+    K_ss: twice the symmetrised cotangent of K_ss, since both arguments move; and the cotangent of
+    y_s, [S, C].
   """
   with _BLAS.limit(limits=1):
     y_bar = scipy.linalg.cho_solve((solution.factor, True), alpha_bar)

@@ -1,9 +1,11 @@
-"""Label Solve: the labels with which a support set fits the training set best (K1, K2), by TSQR in float64.
+"""Label Solve: the labels with which a support set fits the training set best (K1, K2), by TSQR in
+float64.
 
     y* = (K_ts K^-1)^+ y_t      K = K_ss + (ridge * tr(K_ss) / S) I      of all solutions, the one of minimum norm
 
-Groups of rows of [K_ts, y_t] are reduced to their R factors where they are computed, and those to one, whose size does not depend on T:
-forming K_st K_ts would square a condition number of 1e6. NumPy on one thread, so that no bit depends on the machine's cores.
+Groups of rows of [K_ts, y_t] are reduced to their R factors where they are computed, and those to
+one, whose size does not depend on T: forming K_st K_ts would square a condition number of 1e6.
+NumPy on one thread, so that no bit depends on the machine's cores.
 """
 
 from typing import Sequence
@@ -27,7 +29,8 @@ def factor(k_st: np.ndarray, y_t: np.ndarray) -> np.ndarray:
 
 
 def combine(factors: Sequence[np.ndarray]) -> np.ndarray:
-  """R of the groups together, from theirs in order: float64 [min(n, S + C), S + C] where they have n rows."""
+  """R of the groups together, from theirs in order: float64 [min(n, S + C), S + C] where they have
+  n rows."""
   with threadpoolctl.threadpool_limits(1):
     return np.linalg.qr(np.concatenate(factors), mode='r')
 
@@ -43,15 +46,16 @@ def loss(r: np.ndarray, alpha: np.ndarray, num_targets: int) -> float:
   with threadpoolctl.threadpool_limits(1):
     num_support, num_classes = alpha.shape
     residual = r[:, :num_support] @ alpha - r[:, num_support:]
-    return 0.5 * float(np.sum(residual ** 2)) / (num_targets * num_classes)
+    return 0.5 * float(np.sum(residual**2)) / (num_targets * num_classes)
 
 
 def solve(k_ss: np.ndarray, r: np.ndarray, ridge: float) -> np.ndarray:
   """The labels y*, float64 [S, C].
 
-  K_ts K^-1 itself is not formed: where support images coincide, K_ts has a null direction, and K^-1 would blow the rounding in it up to 1e-10
-  of the largest singular value and more. Instead the SVD of K_ts' R factor gives all least-squares solutions alpha + N w of K_ts alpha = y_t
-  (N: the null space), and w makes y = K (alpha + N w) least; the solution of least alpha would not.
+  K_ts K^-1 itself is not formed: where support images coincide, K_ts has a null direction, and K^-1
+  would blow the rounding in it up to 1e-10 of the largest singular value and more. Instead the SVD
+  of K_ts' R factor gives all least-squares solutions alpha + N w of K_ts alpha = y_t (N: the null
+  space), and w makes y = K (alpha + N w) least; the solution of least alpha would not.
 
   Args:
     k_ss: NTK of the support set, [S, S].

@@ -1,4 +1,5 @@
-"""Kernel blocks and their gradients: `make_kernel` picks an implementation; all obey the contract of `Kernel`."""
+"""Kernel blocks and their gradients: `make_kernel` picks an implementation; all obey the contract
+of `Kernel`."""
 
 from concurrent import futures
 import dataclasses
@@ -13,15 +14,21 @@ import numpy as np
 
 from kernels import architectures
 
-# Module and class of each; imported when asked for, because Neural Tangents takes seconds to import and only one of them needs it.
-_CLASSES = {'cuda': ('kernels.cuda.kernel', 'CudaKernel'), 'native': ('kernels.native.kernel', 'NativeKernel'),
-            'jax': ('kernels.band', 'JaxKernel'), 'reference': ('kernels.reference', 'ReferenceKernel')}
+# Module and class of each; imported when asked for, because Neural Tangents takes seconds to import
+# and only one of them needs it.
+_CLASSES = {
+  'cuda': ('kernels.cuda.kernel', 'CudaKernel'),
+  'native': ('kernels.native.kernel', 'NativeKernel'),
+  'jax': ('kernels.band', 'JaxKernel'),
+  'reference': ('kernels.reference', 'ReferenceKernel'),
+}
 IMPLEMENTATIONS = ('auto', *_CLASSES)
 DTYPES = ('float32', 'float64')
 KINDS = ('ntk', 'nngp')
 PARAMETERIZATIONS = ('ntk', 'standard')
 
-KEPT_BYTES = 2 ** 31  # of memory, where derivatives are kept there, for all that is linearised and not yet pulled back
+# Of memory, where derivatives are kept there, for all that is linearised and not yet pulled back.
+KEPT_BYTES = 2**31
 
 Cotangent = np.ndarray | Callable[[np.ndarray], np.ndarray]
 
@@ -40,13 +47,15 @@ _PEAK = 1e70  # and of values above this, float64
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
-  """Images with what a kernel needs to know of each of them on its own; made by `Kernel.prepare`, indexed like an array of images.
+  """Images with what a kernel needs to know of each of them on its own; made by `Kernel.prepare`,
+  indexed like an array of images.
 
   Attributes:
     images: [N, H, W, D].
     variances: the kernel's own, a list of arrays [N, ...].
     kernel: the one that made it.
   """
+
   images: np.ndarray
   variances: list[np.ndarray]
   kernel: Any
@@ -66,9 +75,11 @@ class Linearised(NamedTuple):
 
   Attributes:
     block: [A, B].
-    pull_back: from a cotangent [A, B] to the gradient of sum(block * cotangent) with respect to x1, [A, H, W, D].
+    pull_back: from a cotangent [A, B] to the gradient of sum(block * cotangent) with respect to x1,
+      [A, H, W, D].
     nbytes: what it holds in memory.
   """
+
   block: np.ndarray
   pull_back: Callable[[np.ndarray], np.ndarray]
   nbytes: int
@@ -81,9 +92,12 @@ class Kernel(Protocol):
     implementation: the implementation's name, 'auto' resolved.
     architecture: the network.
     dtype: of images, blocks and gradients.
-    instruction_set, device: of the CPU, and the GPU's model, where the implementation chooses one; else ''.
-    kept_bytes: for which there is room in all that has been linearised and not yet pulled back. The caller keeps count.
+    instruction_set, device: of the CPU, and the GPU's model, where the implementation chooses one;
+      else ''.
+    kept_bytes: for which there is room in all that has been linearised and not yet pulled back. The
+      caller keeps count.
   """
+
   implementation: str
   architecture: architectures.Architecture
   dtype: np.dtype
@@ -92,12 +106,16 @@ class Kernel(Protocol):
   kept_bytes: int
 
   def prepare(self, x: np.ndarray) -> Prepared:
-    """Images x [N, H, W, D] in the form in which they may be given again and again, to this kernel, in place of an array."""
+    """Images x [N, H, W, D] in the form in which they may be given again and again, to this kernel,
+    in place of an array."""
 
   def block(self, x1: Images, x2: Images) -> np.ndarray:
-    """The NTK between every image of x1 [A, H, W, D] and of x2 [B, H, W, D]: [A, B]. Half the work, and symmetric, where x1 is x2."""
+    """The NTK between every image of x1 [A, H, W, D] and of x2 [B, H, W, D]: [A, B]. Half the work,
+    and symmetric, where x1 is x2."""
 
-  def block_vjp(self, x1: Images, x2: Images, cotangent: Cotangent) -> tuple[np.ndarray, np.ndarray]:
+  def block_vjp(
+    self, x1: Images, x2: Images, cotangent: Cotangent
+  ) -> tuple[np.ndarray, np.ndarray]:
     """The block, and the gradient of sum(block * cotangent) with respect to x1.
 
     Args:
@@ -110,31 +128,45 @@ class Kernel(Protocol):
     """
 
   def linearise(self, x1: Images, x2: Images) -> Linearised:
-    """`block_vjp` in two halves, for a cotangent that is known much later. An implementation that has none of its own computes twice."""
+    """`block_vjp` in two halves, for a cotangent that is known much later. An implementation that
+    has none of its own computes twice."""
 
 
-def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'float32', threads: int | None = None, kind: str = 'ntk',
-                parameterization: str = 'ntk', width: int = 1024) -> Kernel:
+def make_kernel(
+  architecture,
+  *,
+  implementation: str = 'auto',
+  dtype: str = 'float32',
+  threads: int | None = None,
+  kind: str = 'ntk',
+  parameterization: str = 'ntk',
+  width: int = 1024,
+) -> Kernel:
   """An evaluator of `architecture`'s kernel.
 
   Args:
-    architecture: a name, a dict of stages or an `architectures.Architecture`; see `architectures.get`.
-    implementation: 'reference' is Neural Tangents, 'jax' runs wherever JAX does, 'native' is C++ for CPUs
-      (`python -m kernels.native.build`), 'cuda' CUDA C++ for NVIDIA's GPUs (`make cuda`);
+    architecture: a name, a dict of stages or an `architectures.Architecture`; see
+      `architectures.get`.
+    implementation: 'reference' is Neural Tangents, 'jax' runs wherever JAX does, 'native' is C++
+      for CPUs (`python -m kernels.native.build`), 'cuda' CUDA C++ for NVIDIA's GPUs (`make cuda`);
       'auto' is the fastest one this machine can run that can do what is asked.
     dtype: 'float32' or 'float64'.
-    threads: how many CPU threads to use; by default as many as this process may. No result depends on it.
+    threads: how many CPU threads to use; by default as many as this process may. No result depends
+      on it.
     kind: 'ntk', or 'nngp'.
     parameterization: 'ntk', or 'standard' (https://arxiv.org/abs/2001.07301): 'reference' alone.
     width: of every hidden layer, which the NTK in standard parameterisation depends on.
 
   Raises:
-    ValueError: for an unknown architecture, implementation or dtype, and by the returned object for images that are not
-      [N, H, W, D] with N >= 1 and equal H, W, D, that are too small for the network's poolings, or that contain NaN or infinity.
+    ValueError: for an unknown architecture, implementation or dtype, and by the returned object for
+      images that are not [N, H, W, D] with N >= 1 and equal H, W, D, that are too small for the
+      network's poolings, or that contain NaN or infinity.
   """
   architecture = architectures.get(architecture)
   if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f'implementation: expected one of {", ".join(IMPLEMENTATIONS)}, got {implementation!r}.')
+    raise ValueError(
+      f'implementation: expected one of {", ".join(IMPLEMENTATIONS)}, got {implementation!r}.'
+    )
   if dtype not in DTYPES:
     raise ValueError(f'dtype: expected one of {", ".join(DTYPES)}, got {dtype!r}.')
   check_variant(implementation, kind, parameterization)
@@ -150,15 +182,26 @@ def make_kernel(architecture, *, implementation: str = 'auto', dtype: str = 'flo
     return kernel if architecture.b_std else ScaleFree(kernel)
 
   has_relu = architecture.hidden > 0 or any(stage.convs for stage in architecture.stages)
-  is_delicate = (has_relu and architecture.is_convolutional and dtype == 'float32' and
-                 implementation != 'reference')
+  is_delicate = (
+    has_relu
+    and architecture.is_convolutional
+    and dtype == 'float32'
+    and implementation != 'reference'
+  )
   return Checked(make(dtype), lambda: Checked(make('float64')), is_delicate)
 
 
 def for_run(run: Mapping[str, Any], threads: int) -> Kernel:
   """The kernel that a run's configuration asks for."""
-  return make_kernel(run['architecture'], implementation=run['implementation'], dtype=run['kernel_dtype'], threads=threads,
-                     kind=run['kernel'], parameterization=run['parameterization'], width=run['standard_width'])
+  return make_kernel(
+    run['architecture'],
+    implementation=run['implementation'],
+    dtype=run['kernel_dtype'],
+    threads=threads,
+    kind=run['kernel'],
+    parameterization=run['parameterization'],
+    width=run['standard_width'],
+  )
 
 
 def check_variant(implementation: str, kind: str, parameterization: str) -> None:
@@ -166,34 +209,49 @@ def check_variant(implementation: str, kind: str, parameterization: str) -> None
   if kind not in KINDS:
     raise ValueError(f'kernel: expected one of {", ".join(KINDS)}, got {kind!r}.')
   if parameterization not in PARAMETERIZATIONS:
-    raise ValueError(f'parameterization: expected one of {", ".join(PARAMETERIZATIONS)}, got {parameterization!r}.')
+    raise ValueError(
+      f'parameterization: expected one of {", ".join(PARAMETERIZATIONS)}, got {parameterization!r}.'
+    )
   if parameterization != 'ntk' and implementation not in ('auto', 'reference'):
-    raise ValueError(f'implementation: {implementation!r} knows NTK parameterisation alone; parameterization={parameterization!r} needs '
-                     'reference (or auto).')
+    raise ValueError(
+      f'implementation: {implementation!r} knows NTK parameterisation alone; parameterization={parameterization!r} needs '
+      'reference (or auto).'
+    )
 
 
 def available() -> list[str]:
   """The implementations that this machine can run, 'auto' apart."""
   from kernels.cuda import kernel as cuda
   from kernels.native import build
+
   missing = {'cuda': not cuda.is_available(), 'native': not build.is_built()}
   return [name for name in _CLASSES if not missing.get(name)]
 
 
 def _fastest() -> str:
   from kernels.cuda import kernel as cuda
+
   if cuda.is_available():
     return 'cuda'
   import jax
   from kernels.native import build
+
   if jax.default_backend() != 'cpu':
-    logging.log_first_n(logging.WARNING, 'There is a GPU, but no CuPy for the CUDA kernel (`make cuda` installs it); using the JAX '
-                        'kernel.', 1)
+    logging.log_first_n(
+      logging.WARNING,
+      'There is a GPU, but no CuPy for the CUDA kernel (`make cuda` installs it); using the JAX '
+      'kernel.',
+      1,
+    )
     return 'jax'
   if build.is_built():
     return 'native'
-  logging.log_first_n(logging.WARNING, 'The native kernel is not built (`python -m kernels.native.build` does that); '
-                      'using the JAX kernel.', 1)
+  logging.log_first_n(
+    logging.WARNING,
+    'The native kernel is not built (`python -m kernels.native.build` does that); '
+    'using the JAX kernel.',
+    1,
+  )
   return 'jax'
 
 
@@ -219,12 +277,17 @@ class Library:
         fresh = self._kernel.prepare(self._images[new])
         if self._variances is None:
           self._maker = fresh.kernel
-          self._variances = [np.empty((len(self._images),) + q.shape[1:], q.dtype)
-                             for q in fresh.variances]
+          self._variances = [
+            np.empty((len(self._images),) + q.shape[1:], q.dtype) for q in fresh.variances
+          ]
         for kept, q in zip(self._variances, fresh.variances):
           kept[new] = q
         self._known[new] = True
-    return Prepared(np.asarray(self._images[chosen], self._kernel.dtype), [q[chosen] for q in self._variances], self._maker)
+    return Prepared(
+      np.asarray(self._images[chosen], self._kernel.dtype),
+      [q[chosen] for q in self._variances],
+      self._maker,
+    )
 
 
 class ScaleFree:
@@ -260,8 +323,11 @@ class ScaleFree:
   def linearise(self, x1, x2):
     (x1, e1), (x2, e2) = self._pair(x1, x2)
     block, pull_back, nbytes = _linearised(self._kernel, x1, x2)
-    return Linearised(np.ldexp(block, e1[:, None] + e2),
-                      lambda cotangent: pull_back(np.ldexp(cotangent, e2)), nbytes)
+    return Linearised(
+      np.ldexp(block, e1[:, None] + e2),
+      lambda cotangent: pull_back(np.ldexp(cotangent, e2)),
+      nbytes,
+    )
 
   def _pair(self, x1, x2):
     first = self._scaled(x1)
@@ -278,13 +344,26 @@ class Checked:
   """Checks and casts what goes into an implementation, and checks what comes out of it; has float64
   for the pairs that float32 cannot do."""
 
-  def __init__(self, kernel: Kernel, make_double: Callable[[], Kernel] | None = None, is_delicate: bool = False):
+  def __init__(
+    self, kernel: Kernel, make_double: Callable[[], Kernel] | None = None, is_delicate: bool = False
+  ):
     """`make_double`: the same kernel in float64; `is_delicate`: whether it is ever needed."""
-    self._kernel, self._make_double, self._is_delicate = kernel, make_double and functools.cache(make_double), is_delicate
+    self._kernel, self._make_double, self._is_delicate = (
+      kernel,
+      make_double and functools.cache(make_double),
+      is_delicate,
+    )
     self._bias = (kernel.architecture.b_std / kernel.architecture.w_std) ** 2
     self._search = futures.ThreadPoolExecutor(1)  # beside the kernel: a fast GPU would wait for it
-    self.implementation, self.architecture, self.dtype = kernel.implementation, kernel.architecture, kernel.dtype
-    self.instruction_set, self.device = getattr(kernel, 'instruction_set', ''), getattr(kernel, 'device', '')
+    self.implementation, self.architecture, self.dtype = (
+      kernel.implementation,
+      kernel.architecture,
+      kernel.dtype,
+    )
+    self.instruction_set, self.device = (
+      getattr(kernel, 'instruction_set', ''),
+      getattr(kernel, 'device', ''),
+    )
     self.kept_bytes = getattr(kernel, 'kept_bytes', KEPT_BYTES)
 
   def prepare(self, x):
@@ -302,8 +381,10 @@ class Checked:
     if not callable(cotangent) and not near.result():
       value = checked(cotangent)
       block, gradient = self._kernel.block_vjp(x1, x2, value)
-      return (self._finite_block(block, x1, x2, []),
-              self._finite_gradient(gradient, x1, x2, [], value))
+      return (
+        self._finite_block(block, x1, x2, []),
+        self._finite_gradient(gradient, x1, x2, [], value),
+      )
     mended = value = None
 
     def rest(block):
@@ -311,6 +392,7 @@ class Checked:
       mended = self._finite_block(block, x1, x2, near.result())
       value = checked(cotangent(mended) if callable(cotangent) else cotangent)
       return _without(value, near.result())
+
     gradient = self._kernel.block_vjp(x1, x2, rest)[1]
     return mended, self._finite_gradient(gradient, x1, x2, near.result(), value)
 
@@ -324,10 +406,12 @@ class Checked:
       cotangent = self._cotangent(block.shape, cotangent)
       gradient = pull_back(_without(cotangent, near))
       return self._finite_gradient(gradient, x1, x2, near, cotangent)
+
     return Linearised(self._finite_block(block, x1, x2, near), checked_pull_back, nbytes)
 
   def _near(self, x1, x2) -> list[tuple[int, np.ndarray]]:
-    """Pairs that float32 is not enough for: rows that have some, and their columns. An image and itself are none: they are exact."""
+    """Pairs that float32 is not enough for: rows that have some, and their columns. An image and
+    itself are none: they are exact."""
     if not self._is_delicate:
       return []
     a, b = (_pixels(x).reshape(len(x), -1) for x in (x1, x2))
@@ -343,8 +427,10 @@ class Checked:
       x, y = a[i].astype(np.float64), b[j].astype(np.float64)
       return not np.array_equal(x, y) and self._needs_double(x @ x, y @ y, x @ y, len(x))
 
-    rows = [(i, [j for j in np.flatnonzero(candidates[i]) if is_near(i, j)])
-            for i in np.flatnonzero(candidates.any(axis=1))]
+    rows = [
+      (i, [j for j in np.flatnonzero(candidates[i]) if is_near(i, j)])
+      for i in np.flatnonzero(candidates.any(axis=1))
+    ]
     return [(i, np.array(columns)) for i, columns in rows if columns]
 
   def _needs_double(self, square1, square2, product, size, slack=1.0):
@@ -368,8 +454,9 @@ class Checked:
     """As `_finite_block`, of a gradient that lacks the `near` entries' part."""
     with np.errstate(over='ignore', invalid='ignore'):
       gradient = self._mended_gradient(gradient, x1, x2, near, cotangent)
-    return self._finite(gradient, x1, x2,
-                        lambda *images: self._make_double().block_vjp(*images, cotangent)[1])
+    return self._finite(
+      gradient, x1, x2, lambda *images: self._make_double().block_vjp(*images, cotangent)[1]
+    )
 
   def _finite(self, value, x1, x2, in_double):
     if not np.isfinite(value).all() and self.dtype == np.float32:
@@ -381,8 +468,10 @@ class Checked:
 
   def _too_large(self, *images):
     peak = max(np.abs(x).max() for x in images)
-    return ValueError(f'images: values up to {peak:.3g} are too large for this kernel in '
-                      f'{self.dtype}; scale them down.')
+    return ValueError(
+      f'images: values up to {peak:.3g} are too large for this kernel in '
+      f'{self.dtype}; scale them down.'
+    )
 
   def _mended(self, block, x1, x2, near):
     """The block with its `near` entries by float64."""
@@ -390,7 +479,9 @@ class Checked:
     for i, columns in near:
       columns = columns[columns > i] if x1 is x2 else columns
       if len(columns):
-        block[i, columns] = self._make_double().block(_pixels(x1)[i:i + 1], _pixels(x2)[_padded(columns)])[0, :len(columns)]
+        block[i, columns] = self._make_double().block(
+          _pixels(x1)[i : i + 1], _pixels(x2)[_padded(columns)]
+        )[0, : len(columns)]
         if x1 is x2:
           block[columns, i] = block[i, columns]
     return block
@@ -400,8 +491,10 @@ class Checked:
     gradient = np.array(gradient) if near else gradient
     for i, columns in near:
       row = np.zeros((1, len(_padded(columns))))
-      row[0, :len(columns)] = cotangent[i, columns]
-      gradient[i] += self._make_double().block_vjp(_pixels(x1)[i:i + 1], _pixels(x2)[_padded(columns)], row)[1][0]
+      row[0, : len(columns)] = cotangent[i, columns]
+      gradient[i] += self._make_double().block_vjp(
+        _pixels(x1)[i : i + 1], _pixels(x2)[_padded(columns)], row
+      )[1][0]
     return gradient
 
   def _cotangent(self, shape, value):
@@ -415,7 +508,9 @@ class Checked:
     images = [first, first if x2 is x1 else self._checked_images('x2', x2)]
     shapes = [_pixels(x).shape[1:] for x in images]
     if shapes[0] != shapes[1]:
-      raise ValueError(f'x1 and x2: images must have the same [H, W, D], got {shapes[0]} and {shapes[1]}.')
+      raise ValueError(
+        f'x1 and x2: images must have the same [H, W, D], got {shapes[0]} and {shapes[1]}.'
+      )
     return images
 
   def _checked_images(self, name, x):
@@ -425,9 +520,13 @@ class Checked:
       return x
     x = np.asarray(x, self.dtype)
     if x.ndim != 4 or 0 in x.shape:
-      raise ValueError(f'{name}: expected images [N, H, W, D] with nothing empty, got shape {x.shape}.')
+      raise ValueError(
+        f'{name}: expected images [N, H, W, D] with nothing empty, got shape {x.shape}.'
+      )
     if not np.isfinite(x).all():
-      raise ValueError(f'{name}: contains NaN or infinity in image {int(np.nonzero(~np.isfinite(x))[0][0])}.')
+      raise ValueError(
+        f'{name}: contains NaN or infinity in image {int(np.nonzero(~np.isfinite(x))[0][0])}.'
+      )
     self.architecture.check_image_size(*x.shape[1:3])
     if self._bias and np.abs(x).max() > _PEAK:
       raise self._too_large(x)
@@ -465,5 +564,6 @@ def _without(cotangent: np.ndarray, near: list[tuple[int, np.ndarray]]) -> np.nd
 
 
 def _padded(columns: np.ndarray) -> np.ndarray:
-  """As many columns as vectors have lanes, or a multiple: some twice. Few shapes are few compilations, too."""
+  """As many columns as vectors have lanes, or a multiple: some twice. Few shapes are few
+  compilations, too."""
   return np.resize(columns, -(-len(columns) // 8) * 8)

@@ -18,8 +18,10 @@ def make(optimizer: Spec, learning_rate: float | Mapping[str, Any]) -> optax.Gra
   """An optax optimiser that needs nothing but gradients and parameters.
 
   Args:
-    optimizer: a name such as 'adam', or {'name': 'sgd', 'momentum': 0.9} with any of its arguments but the learning rate.
-    learning_rate: a number, or an optax schedule {'name': 'cosine_decay_schedule', 'init_value': 0.04, 'decay_steps': 1000} over the steps.
+    optimizer: a name such as 'adam', or {'name': 'sgd', 'momentum': 0.9} with any of its arguments
+      but the learning rate.
+    learning_rate: a number, or an optax schedule {'name': 'cosine_decay_schedule', 'init_value':
+      0.04, 'decay_steps': 1000} over the steps.
 
   Raises:
     ValueError: unknown names or arguments, or arguments that do not work; one line that says which.
@@ -41,16 +43,23 @@ def _call(field: str, spec: Spec, known: Mapping[str, Callable], **fixed: Any) -
   name = arguments.pop('name', None)
   if name not in known:
     raise ValueError(f'{field}: no {name!r} in optax; known: {", ".join(known)}.')
-  # JSON knows neither tuples nor whole numbers as keys: {100: 0.5} comes back from a run directory as {'100': 0.5}.
-  arguments = {key: {int(k): v for k, v in value.items()} if isinstance(value, Mapping) and all(str(k).isdigit() for k in value) else value
-               for key, value in arguments.items()}
+  # JSON knows neither tuples nor whole numbers as keys: {100: 0.5} comes back from a run directory
+  # as {'100': 0.5}.
+  arguments = {
+    key: {int(k): v for k, v in value.items()}
+    if isinstance(value, Mapping) and all(str(k).isdigit() for k in value)
+    else value
+    for key, value in arguments.items()
+  }
   signature = inspect.signature(known[name])
   try:
     signature.bind(**fixed, **arguments)
     return known[name](**fixed, **arguments)
   except (TypeError, ValueError) as error:
     others = [parameter for parameter in signature.parameters if parameter not in fixed]
-    raise ValueError(f'{field}: {name}: {_line(error)}; its arguments: {", ".join(others)}.') from error
+    raise ValueError(
+      f'{field}: {name}: {_line(error)}; its arguments: {", ".join(others)}.'
+    ) from error
 
 
 def _check(field: str, use: Callable[[], Any]) -> None:
@@ -65,13 +74,25 @@ def _check(field: str, use: Callable[[], Any]) -> None:
 
 
 def _optimizers() -> dict[str, Callable]:
-  functions = {name: value for name, value in vars(optax).items()
-               if isinstance(value, (types.FunctionType, functools.partial)) and not name.startswith(('_', 'scale_by'))}
-  return {name: value for name, value in functions.items() if next(iter(inspect.signature(value).parameters), '') == 'learning_rate'}
+  functions = {
+    name: value
+    for name, value in vars(optax).items()
+    if isinstance(value, (types.FunctionType, functools.partial))
+    and not name.startswith(('_', 'scale_by'))
+  }
+  return {
+    name: value
+    for name, value in functions.items()
+    if next(iter(inspect.signature(value).parameters), '') == 'learning_rate'
+  }
 
 
 def _schedules() -> dict[str, Callable]:
-  names = [name for name in dir(optax.schedules) if name.endswith('_schedule') and not name.startswith(('_', 'join'))]
+  names = [
+    name
+    for name in dir(optax.schedules)
+    if name.endswith('_schedule') and not name.startswith(('_', 'join'))
+  ]
   return {name: getattr(optax, name) for name in (*names, 'exponential_decay')}
 
 

@@ -1,7 +1,9 @@
-"""JAX's settings for the whole process: every module that uses JAX imports this first, so that all agree.
+"""JAX's settings for the whole process: every module that uses JAX imports this first, so that all
+agree.
 
-float64 is on: kernels cast explicitly, the coordinator's state and checks use it. CPU computations run in the Python thread that calls
-them: dispatched asynchronously, they queue for a pool of NPROC threads, and with NPROC=1 the kernels' tiles would wait for each other.
+float64 is on: kernels cast explicitly, the coordinator's state and checks use it. CPU computations
+run in the Python thread that calls them: dispatched asynchronously, they queue for a pool of NPROC
+threads, and with NPROC=1 the kernels' tiles would wait for each other.
 """
 
 import jax

@@ -1,4 +1,5 @@
-"""Neural Tangents: the oracle of every kernel, the fallback, and the finite networks of an architecture."""
+"""Neural Tangents: the oracle of every kernel, the fallback, and the finite networks of an
+architecture."""
 
 import concurrent.futures
 import functools
@@ -10,32 +11,45 @@ from kernels import precision  # pylint: disable=unused-import
 import jax
 import numpy as np
 
-# The one place that imports it. neural_tangents imports its `experimental` package, which wants TensorFlow >= 2.15 and tf2jax; nothing here uses it.
-sys.modules.setdefault('neural_tangents.experimental', types.ModuleType('neural_tangents.experimental'))
+# The one place that imports it. neural_tangents imports its `experimental` package, which wants
+# TensorFlow >= 2.15 and tf2jax; nothing here uses it.
+sys.modules.setdefault(
+  'neural_tangents.experimental', types.ModuleType('neural_tangents.experimental')
+)
 import neural_tangents as nt  # pylint: disable=wrong-import-position
 from neural_tangents import stax  # pylint: disable=wrong-import-position
 
 from kernels import architectures  # pylint: disable=wrong-import-position
 from kernels import ntk  # pylint: disable=wrong-import-position
 
-# Neural Tangents holds about this many [H, W, H, W] arrays a pair of images, forward and backward together.
+# Neural Tangents holds about this many [H, W, H, W] arrays a pair of images, forward and backward
+# together.
 _ARRAYS_PER_PAIR = 40
-_TILE_BYTES = 2 ** 29
+_TILE_BYTES = 2**29
 
 
-def network(architecture: architectures.Architecture, *, width: int = 1, outputs: int = 1, parameterization: str = 'ntk'):
+def network(
+  architecture: architectures.Architecture,
+  *,
+  width: int = 1,
+  outputs: int = 1,
+  parameterization: str = 'ntk',
+):
   """The architecture as Neural Tangents layers.
 
   Args:
     architecture: the description.
-    width: channels of every convolution and hidden layer; of kernels, only the NTK in standard parameterisation depends on it.
+    width: channels of every convolution and hidden layer; of kernels, only the NTK in standard
+      parameterisation depends on it.
     outputs: number of outputs `C`.
     parameterization: 'ntk' or 'standard'.
 
   Returns:
     `(init_fn, apply_fn, kernel_fn)`; `apply_fn(params, x [N, H, W, D]) -> [N, C]`.
   """
-  scale = dict(W_std=architecture.w_std, b_std=architecture.b_std, parameterization=parameterization)
+  scale = dict(
+    W_std=architecture.w_std, b_std=architecture.b_std, parameterization=parameterization
+  )
   layers = []
   for stage in architecture.stages:
     for _ in range(stage.convs):
@@ -52,17 +66,28 @@ def network(architecture: architectures.Architecture, *, width: int = 1, outputs
 class ReferenceKernel:
   """NTK or NNGP blocks by Neural Tangents: O(A·B·(H·W)²) time, tile by tile in bounded memory.
 
-  Tiles run on `threads` Python threads and are put together in a fixed order, so that the result does not depend on their number
-  (given NPROC=1, which keeps XLA itself to one thread: the bits of its long dot products follow its thread count).
+  Tiles run on `threads` Python threads and are put together in a fixed order, so that the result
+  does not depend on their number (given NPROC=1, which keeps XLA itself to one thread: the bits of
+  its long dot products follow its thread count).
   """
+
   implementation = 'reference'
 
-  def __init__(self, architecture: architectures.Architecture, dtype: str, threads: int, kind: str = 'ntk', parameterization: str = 'ntk',
-               width: int = 1):
+  def __init__(
+    self,
+    architecture: architectures.Architecture,
+    dtype: str,
+    threads: int,
+    kind: str = 'ntk',
+    parameterization: str = 'ntk',
+    width: int = 1,
+  ):
     self.architecture = architecture
     self.dtype = np.dtype(dtype)
     self._pool = concurrent.futures.ThreadPoolExecutor(threads)
-    self._block, self._block_vjp = _functions(architecture, self.dtype, kind, parameterization, width)
+    self._block, self._block_vjp = _functions(
+      architecture, self.dtype, kind, parameterization, width
+    )
 
   def prepare(self, x: np.ndarray) -> ntk.Prepared:
     """See `ntk.Kernel.prepare`: nothing is computed ahead."""
@@ -73,9 +98,13 @@ class ReferenceKernel:
     x1, x2 = _arrays(x1, x2)
     a, b = self._tile_shape(x1, x2)
     rows, columns = _tiles(x1, a), _tiles(x2, b)
-    tiles = list(self._pool.map(lambda pair: np.asarray(self._block(*pair)), [(r, c) for r in rows for c in columns]))
+    tiles = list(
+      self._pool.map(
+        lambda pair: np.asarray(self._block(*pair)), [(r, c) for r in rows for c in columns]
+      )
+    )
     n = len(columns)
-    return np.block([tiles[i * n:(i + 1) * n] for i in range(len(rows))])[:len(x1), :len(x2)]
+    return np.block([tiles[i * n : (i + 1) * n] for i in range(len(rows))])[: len(x1), : len(x2)]
 
   def block_vjp(self, x1: ntk.Images, x2: ntk.Images, cotangent) -> tuple[np.ndarray, np.ndarray]:
     """See `ntk.Kernel.block_vjp`. A cotangent that is a function costs one more forward pass."""
@@ -85,23 +114,29 @@ class ReferenceKernel:
     if callable(cotangent):
       cotangent = cotangent(self.block(x1, x2))
     padded = np.zeros((a * len(rows), b * len(columns)), self.dtype)
-    padded[:len(x1), :len(x2)] = cotangent
-    tasks = [(r, c, padded[i * a:(i + 1) * a, j * b:(j + 1) * b]) for i, r in enumerate(rows) for j, c in enumerate(columns)]
+    padded[: len(x1), : len(x2)] = cotangent
+    tasks = [
+      (r, c, padded[i * a : (i + 1) * a, j * b : (j + 1) * b])
+      for i, r in enumerate(rows)
+      for j, c in enumerate(columns)
+    ]
     tiles = list(self._pool.map(lambda task: jax.device_get(self._block_vjp(*task)), tasks))
     n = len(columns)
-    value = np.block([[t[0] for t in tiles[i * n:(i + 1) * n]] for i in range(len(rows))])[:len(x1), :len(x2)]
+    value = np.block([[t[0] for t in tiles[i * n : (i + 1) * n]] for i in range(len(rows))])[
+      : len(x1), : len(x2)
+    ]
     gradient = np.zeros((a * len(rows),) + x1.shape[1:], np.float64)
     for k, (_, piece) in enumerate(tiles):
-      gradient[k // n * a:(k // n + 1) * a] += piece
-    return value, gradient[:len(x1)].astype(self.dtype)
+      gradient[k // n * a : (k // n + 1) * a] += piece
+    return value, gradient[: len(x1)].astype(self.dtype)
 
   def _tile_shape(self, x1, x2) -> tuple[int, int]:
     """Powers of two, so that ragged sizes compile a few shapes only."""
     pixels = x1.shape[1] * x1.shape[2]
     if self.architecture.is_convolutional:
-      pairs = max(1, _TILE_BYTES // (_ARRAYS_PER_PAIR * pixels ** 2 * self.dtype.itemsize))
+      pairs = max(1, _TILE_BYTES // (_ARRAYS_PER_PAIR * pixels**2 * self.dtype.itemsize))
     else:
-      pairs = 2 ** 16
+      pairs = 2**16
     a = min(_power_of_two_from(len(x1)), 2 ** (pairs.bit_length() // 2))
     return a, min(_power_of_two_from(len(x2)), max(1, 2 ** (pairs.bit_length() - 1) // a))
 
@@ -132,4 +167,4 @@ def _power_of_two_from(n: int) -> int:
 def _tiles(x, size):
   """`x` cut into tiles of exactly `size` images, the last one filled up with its last image."""
   x = np.concatenate([x, np.repeat(x[-1:], -len(x) % size, axis=0)])
-  return [x[i:i + size] for i in range(0, len(x), size)]
+  return [x[i : i + size] for i in range(0, len(x), size)]

@@ -1,4 +1,5 @@
-"""The support state on disk: orbax for the arrays, SHA-256 digests of every file written last, one rename to publish.
+"""The support state on disk: orbax for the arrays, SHA-256 digests of every file written last, one
+rename to publish.
 
 Orbax restores a flipped bit without a word; so a checkpoint without valid digests does not exist.
 """
@@ -35,6 +36,7 @@ class SupportState(NamedTuple):
     labels: float64 [S, C].
     optimizer: optax's state, NumPy arrays in its own structure.
   """
+
   step: int
   images: np.ndarray
   labels: np.ndarray
@@ -49,7 +51,8 @@ class Checkpoints:
     self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
   def save(self, state: SupportState, meta: dict[str, Any]) -> None:
-    """Writes a checkpoint, unless a good one of that step is there. `meta` is JSON beside the arrays. Raises OSError."""
+    """Writes a checkpoint, unless a good one of that step is there. `meta` is JSON beside the
+    arrays. Raises OSError."""
     path = os.path.join(self._folder, f'{state.step:08d}')
     if os.path.exists(path) and self._damage(path) is None:
       return
@@ -58,8 +61,12 @@ class Checkpoints:
     try:
       os.makedirs(scratch)
       self._orbax.save(os.path.join(scratch, 'state'), args=ocp.args.StandardSave(_tree(state)))
-      run_directory.write_atomically(os.path.join(scratch, 'meta.json'), run_directory.json_line(meta))
-      run_directory.write_atomically(os.path.join(scratch, _DIGESTS), run_directory.json_line(_digests(scratch)))
+      run_directory.write_atomically(
+        os.path.join(scratch, 'meta.json'), run_directory.json_line(meta)
+      )
+      run_directory.write_atomically(
+        os.path.join(scratch, _DIGESTS), run_directory.json_line(_digests(scratch))
+      )
       shutil.rmtree(path, ignore_errors=True)
       os.rename(scratch, path)
     except ValueError as error:  # as which orbax reports a disk that is full or gone
@@ -70,7 +77,8 @@ class Checkpoints:
       shutil.rmtree(os.path.join(self._folder, f'{step:08d}'))
 
   def restore(self, template: SupportState) -> tuple[SupportState, dict[str, Any]] | None:
-    """The newest good checkpoint and its `meta`; None where there never was one. Says which ones it passes over, and why.
+    """The newest good checkpoint and its `meta`; None where there never was one. Says which ones it
+    passes over, and why.
 
     Raises:
       NoGoodCheckpoint: there were, but no good one is left.
@@ -80,15 +88,23 @@ class Checkpoints:
       path = os.path.join(self._folder, f'{step:08d}')
       damage = self._damage(path)
       if damage is not None:
-        logging.warning('The checkpoint of step %d is damaged (%s); an earlier one is used.', step, damage)
+        logging.warning(
+          'The checkpoint of step %d is damaged (%s); an earlier one is used.', step, damage
+        )
         continue
-      tree = self._orbax.restore(os.path.join(path, 'state'), args=ocp.args.StandardRestore(_tree(template)))
+      tree = self._orbax.restore(
+        os.path.join(path, 'state'), args=ocp.args.StandardRestore(_tree(template))
+      )
       with open(os.path.join(path, 'meta.json'), encoding='utf-8') as file:
         meta = json.load(file)
-      return SupportState(int(tree['step']), *(tree[name] for name in ('images', 'labels', 'optimizer'))), meta
+      return SupportState(
+        int(tree['step']), *(tree[name] for name in ('images', 'labels', 'optimizer'))
+      ), meta
     if steps:
-      raise NoGoodCheckpoint(f'all checkpoints in {self._folder} are damaged (steps {", ".join(map(str, steps))}): restore one of them, '
-                             'or delete that folder to start from step 0.')
+      raise NoGoodCheckpoint(
+        f'all checkpoints in {self._folder} are damaged (steps {", ".join(map(str, steps))}): restore one of them, '
+        'or delete that folder to start from step 0.'
+      )
     return None
 
   def _steps(self) -> list[int]:
@@ -101,7 +117,9 @@ class Checkpoints:
       found = _digests(path)
     except (OSError, ValueError) as error:
       return f'{type(error).__name__}: {error}'
-    wrong = sorted(name for name in set(expected) | set(found) if expected.get(name) != found.get(name))
+    wrong = sorted(
+      name for name in set(expected) | set(found) if expected.get(name) != found.get(name)
+    )
     return f'{wrong[0]} is missing or altered' if wrong else None
 
 

@@ -14,16 +14,29 @@ from ml_collections import config_flags
 
 from configs import base
 
-CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file, such as configs/digits.py. Set any of its fields by '
-                                         '--config.run.FIELD=VALUE or --config.system.FIELD=VALUE (configs/base.py tells them all).')
+CONFIG = config_flags.DEFINE_config_file(
+  'config',
+  None,
+  'Configuration file, such as configs/digits.py. Set any of its fields by '
+  '--config.run.FIELD=VALUE or --config.system.FIELD=VALUE (configs/base.py tells them all).',
+)
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-_FLAG_MODULES = ('programs.start', '', 'programs.status', 'programs.hosts', 'programs.slurm_cluster')  # '': of the program itself
+# '': of the program itself.
+_FLAG_MODULES = (
+  'programs.start',
+  '',
+  'programs.status',
+  'programs.hosts',
+  'programs.slurm_cluster',
+)
 _HELP_WIDTH = 110
-_PLAINER = {'invalid literal for int() with base 10:': 'expected a whole number, got',
-            'could not convert string to float:': 'expected a number, got'}
+_PLAINER = {
+  'invalid literal for int() with base 10:': 'expected a whole number, got',
+  'could not convert string to float:': 'expected a number, got',
+}
 
 
 class BadInput(ValueError):
@@ -31,15 +44,23 @@ class BadInput(ValueError):
 
 
 def parse(argv: Sequence[str], expected: str) -> None:
-  """Parses all flags; --help prints the program's own and ends it. Raises BadInput, which names what is `expected`."""
+  """Parses all flags; --help prints the program's own and ends it. Raises BadInput, which names
+  what is `expected`."""
   if '--help' in argv or '-h' in argv:
     modules = flags.FLAGS.flags_by_module_dict()
     own = [flags.FLAGS['config']] if '--config' in expected else []
     own += [flag for name in _FLAG_MODULES for flag in modules.get(name or sys.argv[0], [])]
     print(sys.modules['__main__'].__doc__)
     for flag in own:
-      print(textwrap.fill(f'--{flag.name}: {flag.help}', _HELP_WIDTH, initial_indent='  ', subsequent_indent='      ',
-                          break_on_hyphens=False))
+      print(
+        textwrap.fill(
+          f'--{flag.name}: {flag.help}',
+          _HELP_WIDTH,
+          initial_indent='  ',
+          subsequent_indent='      ',
+          break_on_hyphens=False,
+        )
+      )
     sys.exit(0)
   for argument in argv[1:]:
     match = re.match(r'--(?:no)?config\.([\w.]+)', argument)
@@ -48,7 +69,9 @@ def parse(argv: Sequence[str], expected: str) -> None:
         base.check_path(match[1])
       except base.ConfigError as error:
         raise BadInput(str(error)) from error
-    elif argument.startswith('--config=') and not os.path.isfile(argument.partition('=')[2].partition(':')[0]):
+    elif argument.startswith('--config=') and not os.path.isfile(
+      argument.partition('=')[2].partition(':')[0]
+    ):
       raise BadInput(f'{argument}: there is no such file.')
   try:
     rest = flags.FLAGS(list(argv))
@@ -57,8 +80,19 @@ def parse(argv: Sequence[str], expected: str) -> None:
     for words, plainer in _PLAINER.items():
       message = message.replace(words, plainer)
     raise BadInput(message) from error
-  except (AttributeError, ImportError, KeyError, NameError, OSError, SyntaxError, TypeError, ValueError) as error:
-    raise BadInput(f'the configuration cannot be used: {type(error).__name__}: {" ".join(str(error).split())}') from error
+  except (
+    AttributeError,
+    ImportError,
+    KeyError,
+    NameError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+  ) as error:
+    raise BadInput(
+      f'the configuration cannot be used: {type(error).__name__}: {" ".join(str(error).split())}'
+    ) from error
   if len(rest) > 1:
     raise BadInput(f'{rest[1]!r} is no flag; expected {expected}.')
 

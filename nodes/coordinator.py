@@ -1,5 +1,5 @@
-"""Owns the support set and the optimiser's state, cuts every update (KIP's or Label Solve) into tasks, sums the pieces in plan order,
-checkpoints, and ends the run."""
+"""Owns the support set and the optimiser's state, cuts every update (KIP's or Label Solve) into
+tasks, sums the pieces in plan order, checkpoints, and ends the run."""
 
 import datetime
 import hashlib
@@ -56,15 +56,24 @@ class _Stopped(Exception):
 
 
 # Errors whose message is for the user, without their type.
-EXPECTED = (RunFailed, TaskFailed, NoGoodCheckpoint, run_directory.RunDirectoryError,
-            krr.NotPositiveDefiniteError, DataError, OSError)
+EXPECTED = (
+  RunFailed,
+  TaskFailed,
+  NoGoodCheckpoint,
+  run_directory.RunDirectoryError,
+  krr.NotPositiveDefiniteError,
+  DataError,
+  OSError,
+)
 
 
 class Metrics(NamedTuple):
-  """What a step tells of the state it started from: mean over the step's targets; pairs of the whole step a second.
+  """What a step tells of the state it started from: mean over the step's targets; pairs of the
+  whole step a second.
 
   Label Solve's targets are the whole training set, and it does not come to know its accuracy.
   """
+
   train_loss: float
   train_accuracy: float | None
   wall_seconds: float
@@ -73,34 +82,58 @@ class Metrics(NamedTuple):
 
 class Gradient(NamedTuple):
   """Of the loss: float64 images [S, H, W, D], labels [S, C]."""
+
   images: np.ndarray
   labels: np.ndarray
 
 
-def initial_state(run: dict[str, Any], prepared: store.Prepared, optimizer: optax.GradientTransformation, cache: str = '') -> SupportState:
+def initial_state(
+  run: dict[str, Any],
+  prepared: store.Prepared,
+  optimizer: optax.GradientTransformation,
+  cache: str = '',
+) -> SupportState:
   """Step 0; `cache` is the folder that keeps released sets. Raises DataError."""
   images, labels = initial_support.make(run, prepared, cache)
-  return SupportState(0, images, labels, jax.device_get(optimizer.init(_parameters(run, images, labels))))
+  return SupportState(
+    0, images, labels, jax.device_get(optimizer.init(_parameters(run, images, labels)))
+  )
 
 
 def pairs_per_step(run: dict[str, Any], num_support: int) -> int:
-  """Kernel entries of one step of KIP: forward and vjp count once where a task does both, else each."""
-  targets = (tasks.TARGET_BLOCKS, tasks.TARGET_VJP) if tasks.support_per_task(run, num_support) else (tasks.TARGETS,)
-  return sum((t[1] - t[0]) * (s[1] - s[0]) for phase in (tasks.SUPPORT_BLOCKS, *targets, tasks.SUPPORT_VJP)
-             for t, s in _plan(run, phase, num_support))
+  """Kernel entries of one step of KIP: forward and vjp count once where a task does both, else
+  each."""
+  targets = (
+    (tasks.TARGET_BLOCKS, tasks.TARGET_VJP)
+    if tasks.support_per_task(run, num_support)
+    else (tasks.TARGETS,)
+  )
+  return sum(
+    (t[1] - t[0]) * (s[1] - s[0])
+    for phase in (tasks.SUPPORT_BLOCKS, *targets, tasks.SUPPORT_VJP)
+    for t, s in _plan(run, phase, num_support)
+  )
 
 
 def pairs_to_go(run: dict[str, Any], num_support: int, num_targets: int, step: int) -> int:
-  """Kernel entries of the updates from `step` on, with `num_targets` training images; Label Solve's are forward alone."""
+  """Kernel entries of the updates from `step` on, with `num_targets` training images; Label Solve's
+  are forward alone."""
   solves = base.label_solve_step(run) >= step
-  return (run['num_steps'] - step - solves) * pairs_per_step(run, num_support) + solves * num_support * num_targets
+  return (run['num_steps'] - step - solves) * pairs_per_step(
+    run, num_support
+  ) + solves * num_support * num_targets
 
 
 class Coordinator:
   """The program's only server. Its public methods are RPCs (thread safe); `run` is the program."""
 
-  def __init__(self, workdir: str, cache: str, stop: threading.Event,
-               progressed: Callable[[bool], None] = lambda lasting: None):
+  def __init__(
+    self,
+    workdir: str,
+    cache: str,
+    stop: threading.Event,
+    progressed: Callable[[bool], None] = lambda lasting: None,
+  ):
     """
     Args:
       workdir: run directory with its config.json.
@@ -122,8 +155,11 @@ class Coordinator:
       self._set_up(cache, stop, progressed)
     except Exception as error:
       self._directory.write_status(
-          run_directory.FAILED, message=_in_words(error), generation=self._generation,
-          step=self._directory.checkpoint_step() or 0)
+        run_directory.FAILED,
+        message=_in_words(error),
+        generation=self._generation,
+        step=self._directory.checkpoint_step() or 0,
+      )
       self._claim.close()
       raise
 
@@ -137,7 +173,9 @@ class Coordinator:
     self._cache, self._stop_event = cache, stop
     self._prepared = store.open_prepared(self._config['data_key'], cache)
     if self._prepared is None:
-      raise RunFailed(f'the prepared data {self._config["data_key"]} are not in {cache}; start the run by launch.py.')
+      raise RunFailed(
+        f'the prepared data {self._config["data_key"]} are not in {cache}; start the run by launch.py.'
+      )
     self._board = TaskBoard(self._system['lease_seconds'])
     self._checkpoints = Checkpoints(self._directory.checkpoints)
     self._rounds: SupportState | None = None  # of Label Solve, see _target_factor
@@ -149,7 +187,8 @@ class Coordinator:
     self._inputs: dict[str, np.ndarray] = {}  # of the current step, what workers fetch
     self._sent: dict[tuple[str, int, int], bytes] = {}  # rows of it, packed
     self._step = -1
-    self._parts: dict[int, dict[int, bytes]] = {}  # lease -> part -> content, of pieces that are still arriving
+    # Lease -> part -> content, of pieces that are still arriving.
+    self._parts: dict[int, dict[int, bytes]] = {}
     self._arrived: set[int] = set()  # leases of the current step whose piece is complete
     self._fingerprint: dict[str, str] | None = None
     self._clients: dict[str, float] = {}  # when each was last heard
@@ -191,10 +230,13 @@ class Coordinator:
       hello: JSON with the worker's `fingerprint` {name: value} and measured `pairs_per_second`.
 
     Returns:
-      None (ask again), `{'stop': reason}`, or `{'tasks': [(tuple(Task), lease id, indices)], 'inputs': [packed arrays]}`, so many tasks that
-      the worker has one in work and another ahead, where there is enough to do. The inputs, in the kernel's dtype, are what tasks of other
-      answers are not likely to need: in a step of two halves, for SUPPORT_BLOCKS and TARGET_BLOCKS its `images`, for TARGET_VJP its rows of
-      `alpha` [S, C] and of the `residual` [T, C]; in any, for SUPPORT_VJP its part of the `cotangent` of K_ss.
+      None (ask again), `{'stop': reason}`, or `{'tasks': [(tuple(Task), lease id, indices)],
+      'inputs': [packed arrays]}`, so many tasks that the worker has one in work and another ahead,
+      where there is enough to do. The inputs, in the kernel's dtype, are what tasks of other
+      answers are not likely to need: in a step of two halves, for SUPPORT_BLOCKS and TARGET_BLOCKS
+        its `images`, for TARGET_VJP its rows of
+      `alpha` [S, C] and of the `residual` [T, C]; in any, for SUPPORT_VJP its part of the
+      `cotangent` of K_ss.
     """
     if self._hellos.get(worker) != hello:
       refusal = self._greet(worker, json.loads(hello))
@@ -208,22 +250,41 @@ class Coordinator:
     return self._lease(worker, [])
 
   def fetch(self, generation: int, step: int, name: str, start: int, stop: int) -> bytes | None:
-    """Packed rows of what the step's tasks share: `images` [S, H, W, D] in the kernel's dtype, `alpha` [S, C]. None if the step is over."""
+    """Packed rows of what the step's tasks share: `images` [S, H, W, D] in the kernel's dtype,
+    `alpha` [S, C]. None if the step is over."""
     with self._lock:
-      return self._packed(name, start, stop) if (generation, step) == (self._generation, self._step) else None
+      return (
+        self._packed(name, start, stop)
+        if (generation, step) == (self._generation, self._step)
+        else None
+      )
 
-  def complete(self, worker: str, task: list[Any], lease: int, part: int, parts: int, data: bytes, checksum: bytes,
-               holding: list[int]) -> dict[str, Any] | None:
-    """Takes part `part` of `parts` of a piece (`tasks.encode`), each with the whole piece's checksum. Idempotent.
+  def complete(
+    self,
+    worker: str,
+    task: list[Any],
+    lease: int,
+    part: int,
+    parts: int,
+    data: bytes,
+    checksum: bytes,
+    holding: list[int],
+  ) -> dict[str, Any] | None:
+    """Takes part `part` of `parts` of a piece (`tasks.encode`), each with the whole piece's
+    checksum. Idempotent.
 
     Returns:
-      More work, as `lease` does for who is then `holding` these, if this part was the last and there is some; else None. Who holds none
-      waits for it for a few seconds.
+      More work, as `lease` does for who is then `holding` these, if this part was the last and
+      there is some; else None. Who holds none waits for it for a few seconds.
     """
     task = _task(task)
     self._clients[worker] = time.monotonic()
     with self._lock:
-      if (task.run_id, task.generation, task.step) != (self._run_id, self._generation, self._step) or lease in self._arrived:
+      if (task.run_id, task.generation, task.step) != (
+        self._run_id,
+        self._generation,
+        self._step,
+      ) or lease in self._arrived:
         return None
       received = self._parts.setdefault(lease, {})
       received[part] = data
@@ -261,8 +322,8 @@ class Coordinator:
     """The first snapshot whose step is not in `done`.
 
     Returns:
-      None (ask again), `{'stop': reason}`, or `run_id`, `step`, `images` [S, H, W, D] and `labels` [S, C] (float32), `metrics` (JSON),
-      `final`.
+      None (ask again), `{'stop': reason}`, or `run_id`, `step`, `images` [S, H, W, D] and `labels`
+      [S, C] (float32), `metrics` (JSON), `final`.
     """
     self._clients[_EVALUATOR] = time.monotonic()
     with self._lock:
@@ -288,15 +349,24 @@ class Coordinator:
 
   def _snapshots_to_evaluate(self) -> list[int]:
     """Steps of the snapshots that are there and not known to be damaged."""
-    return [step for step in self._directory.snapshot_steps()
-            if step <= self._run['num_steps'] and step not in self._damaged]
+    return [
+      step
+      for step in self._directory.snapshot_steps()
+      if step <= self._run['num_steps'] and step not in self._damaged
+    ]
 
   def _read_snapshot(self, step: int) -> dict[str, Any] | None:
     final = step == self._run['num_steps']
     try:
       with np.load(self._directory.snapshot(step), allow_pickle=False) as file:
-        return {'run_id': self._run_id, 'step': step, 'images': file['images'], 'labels': file['labels'],
-                'metrics': str(file['metrics']), 'final': final}
+        return {
+          'run_id': self._run_id,
+          'step': step,
+          'images': file['images'],
+          'labels': file['labels'],
+          'metrics': str(file['metrics']),
+          'final': final,
+        }
     except NPZ_ERRORS as error:
       message = f'the snapshot of step {step} is damaged ({error}); it is not evaluated.'
       logging.warning(message)
@@ -317,8 +387,9 @@ class Coordinator:
     except _Stopped as error:
       message = {'message': str(error)} if str(error) else {}
       self._write_status(run_directory.STOPPED, self._saved_step, **message)
-      logging.info('Stopped at step %d, checkpointed%s.', self._saved_step,
-                   f': {error}' if message else '')
+      logging.info(
+        'Stopped at step %d, checkpointed%s.', self._saved_step, f': {error}' if message else ''
+      )
     except EXPECTED as error:
       self._fail(str(error))
     except Exception as error:
@@ -347,8 +418,14 @@ class Coordinator:
     num_steps = self._run['num_steps']
     if state.step > num_steps:
       raise RunFailed(f'the checkpoint is at step {state.step}, past run.num_steps={num_steps}.')
-    logging.info('%s: %d support images, %d targets a step, steps %d to %d.', self._run['method'], len(state.images),
-                 self._run['targets_per_step'], state.step, num_steps)
+    logging.info(
+      '%s: %d support images, %d targets a step, steps %d to %d.',
+      self._run['method'],
+      len(state.images),
+      self._run['targets_per_step'],
+      state.step,
+      num_steps,
+    )
     solve_step = base.label_solve_step(self._run)
     while True:
       try:
@@ -365,15 +442,22 @@ class Coordinator:
       self._log(state, metrics)
       if state.step == num_steps:
         break
-      state = self._move(state, gradient) if state.step != solve_step else state._replace(step=state.step + 1, labels=solved)
+      state = (
+        self._move(state, gradient)
+        if state.step != solve_step
+        else state._replace(step=state.step + 1, labels=solved)
+      )
       self._reached = state.step, self._wall_seconds()
       if time.monotonic() >= self._next_checkpoint:
         self._save(state)
     self._await_evaluation()
     return state
 
-  def _loss_and_gradient(self, state: SupportState, with_gradient: bool = True) -> tuple[Metrics, Gradient | None]:
-    """One pass of DESIGN 1.1's split: K_ss, solve, all targets (loss and cotangents), the vjp of K_ss."""
+  def _loss_and_gradient(
+    self, state: SupportState, with_gradient: bool = True
+  ) -> tuple[Metrics, Gradient | None]:
+    """One pass of DESIGN 1.1's split: K_ss, solve, all targets (loss and cotangents), the vjp of
+    K_ss."""
     started, pairs = time.monotonic(), self._pairs
     two_halves = tasks.support_per_task(self._run, len(state.images)) > 0
     metrics, gradient = (self._two_halves if two_halves else self._one_pass)(state, with_gradient)
@@ -381,7 +465,8 @@ class Coordinator:
     return metrics._replace(kernel_pairs_per_second=rate), gradient
 
   def _one_pass(self, state: SupportState, with_gradient: bool) -> tuple[Metrics, Gradient | None]:
-    """All that a group of targets contributes comes in one piece; its gradient is of all support images."""
+    """All that a group of targets contributes comes in one piece; its gradient is of all support
+    images."""
     num_support = len(state.images)
     _, solution = self._solution(state)
     self._publish('alpha', solution.alpha)
@@ -401,19 +486,33 @@ class Coordinator:
       gradient[r0:r1] += piece['gradient']
     return metrics, Gradient(gradient, label_gradient)
 
-  def _two_halves(self, state: SupportState, with_gradient: bool) -> tuple[Metrics, Gradient | None]:
-    """Blocks of K_ss and K_ts come in, residuals go out and gradients of parts of the support come in. A group of targets goes on to its
-    second half as soon as its rows are whole, so that nobody waits for everybody but at the end of a step."""
+  def _two_halves(
+    self, state: SupportState, with_gradient: bool
+  ) -> tuple[Metrics, Gradient | None]:
+    """Blocks of K_ss and K_ts come in, residuals go out and gradients of parts of the support come
+    in. A group of targets goes on to its second half as soon as its rows are whole, so that nobody
+    waits for everybody but at the end of a step."""
     num_support = len(state.images)
     self._begin(state)
-    support, blocks, pull_backs = (self._tasks(phase, num_support) for phase in (
-        tasks.SUPPORT_BLOCKS, tasks.TARGET_BLOCKS, tasks.TARGET_VJP))
-    # Nothing can be solved without K_ss, so its tasks are the first of their workers; but many images are sent for them, so those of the
-    # other workers, who all wait, go out before.
+    support, blocks, pull_backs = (
+      self._tasks(phase, num_support)
+      for phase in (tasks.SUPPORT_BLOCKS, tasks.TARGET_BLOCKS, tasks.TARGET_VJP)
+    )
+    # Nothing can be solved without K_ss, so its tasks are the first of their workers; but many
+    # images are sent for them, so those of the other workers, who all wait, go out before.
     early = _IN_HAND * (max(0, self._system['num_workers'] - len(support)) // 2)
     late = blocks[early:]
-    self._board.post([*blocks[:early], *itertools.chain(*zip(support, late)), *support[len(late):], *late[len(support):]])
-    batch = sampling.targets(self._run['seed'], state.step, self._prepared.train_labels, self._run['targets_per_step'])
+    self._board.post(
+      [
+        *blocks[:early],
+        *itertools.chain(*zip(support, late)),
+        *support[len(late) :],
+        *late[len(support) :],
+      ]
+    )
+    batch = sampling.targets(
+      self._run['seed'], state.step, self._prepared.train_labels, self._run['targets_per_step']
+    )
     y_t = sampling.centred_one_hot(self._prepared.train_labels[batch], self._prepared.num_classes)
     solution = self._solve(state, self._k_ss(support, num_support))
     residual, alpha_bar = np.empty_like(y_t, self._dtype), np.zeros_like(solution.alpha)
@@ -423,7 +522,7 @@ class Coordinator:
     ranges = sum(task.target_range == blocks[0].target_range for task in blocks)
     for first in range(0, len(blocks), ranges):
       group, pieces, predictions = slice(*blocks[first].target_range), [], 0.0
-      for task in blocks[first:first + ranges]:
+      for task in blocks[first : first + ranges]:
         pieces.append(self._piece(task)['block'])
         predictions += krr.predictions(pieces[-1], solution.alpha[slice(*task.support_range)])
       part = krr.residual(predictions, y_t[group], len(batch))
@@ -433,7 +532,7 @@ class Coordinator:
       for task, block in zip(blocks[first:], pieces):
         alpha_bar[slice(*task.support_range)] += krr.alpha_bar(block, part.scaled)
       if with_gradient and first + ranges < len(blocks):
-        self._board.extend(pull_backs[first:first + ranges], first=True)
+        self._board.extend(pull_backs[first : first + ranges], first=True)
     metrics = self._metrics(loss, correct)
     if not with_gradient:
       return metrics, None
@@ -449,13 +548,19 @@ class Coordinator:
 
   def _metrics(self, loss: float, correct: int) -> Metrics:
     if not loss <= _DIVERGED:
-      raise RunFailed(f'step {self._step}: the training diverges, its loss is {loss:.3g}; lower run.learning_rate or raise run.ridge.')
+      raise RunFailed(
+        f'step {self._step}: the training diverges, its loss is {loss:.3g}; lower run.learning_rate or raise run.ridge.'
+      )
     return Metrics(loss, correct / self._run['targets_per_step'], self._reached[1], 0.0)
 
   def _begin(self, state: SupportState) -> None:
     """From here on, this step is the one that workers may ask for."""
     with self._lock:
-      self._step, self._inputs, self._sent = state.step, {'images': state.images.astype(self._dtype)}, {}
+      self._step, self._inputs, self._sent = (
+        state.step,
+        {'images': state.images.astype(self._dtype)},
+        {},
+      )
       self._parts, self._arrived = {}, set()
 
   def _solution(self, state: SupportState) -> tuple[np.ndarray, krr.Solution]:
@@ -479,8 +584,11 @@ class Coordinator:
     except krr.NotPositiveDefiniteError as error:
       raise RunFailed(f'step {state.step}: {error}') from error
 
-  def _label_solve(self, state: SupportState, with_labels: bool = True) -> tuple[Metrics, np.ndarray | None]:
-    """DESIGN 1.2: the loss of the state over the whole training set, and the labels [S, C] that make it least."""
+  def _label_solve(
+    self, state: SupportState, with_labels: bool = True
+  ) -> tuple[Metrics, np.ndarray | None]:
+    """DESIGN 1.2: the loss of the state over the whole training set, and the labels [S, C] that
+    make it least."""
     started, pairs = time.monotonic(), self._pairs
     k_ss, solution = self._solution(state)
     factor = self._target_factor(state)
@@ -492,8 +600,8 @@ class Coordinator:
   def _target_factor(self, state: SupportState) -> np.ndarray:
     """R of [K_ts, y_t], [S + C, S + C], in rounds of `targets_per_step` images.
 
-    Each ends with a checkpoint, whose step counts rounds. The checkpoints stand in a folder named by
-    the images: rounds about others would be in the way.
+    Each ends with a checkpoint, whose step counts rounds. The checkpoints stand in a folder named
+    by the images: rounds about others would be in the way.
     """
     num_targets, size = len(self._prepared.train_images), self._run['targets_per_step']
     name = hashlib.sha256(state.images.tobytes()).hexdigest()[:16]
@@ -511,27 +619,42 @@ class Coordinator:
     while (first := self._rounds.step * size) < num_targets:
       last = min(first + size, num_targets)
       started = time.monotonic()
-      pieces = [piece['factor'] for _, piece in self._phase(tasks.LABEL_SOLVE, len(state.images), (first, last))]
+      pieces = [
+        piece['factor']
+        for _, piece in self._phase(tasks.LABEL_SOLVE, len(state.images), (first, last))
+      ]
       factor = label_solve.combine([self._rounds.optimizer['factor'], *pieces])
       self._rounds = self._rounds._replace(step=self._rounds.step + 1, optimizer={'factor': factor})
-      self._persist(f'the checkpoint of {last} training images',
-                    lambda: checkpoints.save(self._rounds, {'wall_seconds': self._wall_seconds()}))
+      self._persist(
+        f'the checkpoint of {last} training images',
+        lambda: checkpoints.save(self._rounds, {'wall_seconds': self._wall_seconds()}),
+      )
       self._progressed(True)
       seconds = (time.monotonic() - started) / (last - first)
-      logging.info('label solve: %d of %d training images, %.3g pairs/s, %s to go', last, num_targets, len(state.images) / seconds,
-                   _duration(seconds * (num_targets - last)))
+      logging.info(
+        'label solve: %d of %d training images, %.3g pairs/s, %s to go',
+        last,
+        num_targets,
+        len(state.images) / seconds,
+        _duration(seconds * (num_targets - last)),
+      )
     return self._rounds.optimizer['factor']
 
   def _phase(self, phase: str, num_support: int, targets: tasks.Range | None = None):
-    """Runs a phase: yields ((target_range, support_range), piece) in plan order. Raises _Stopped, TaskFailed or RunFailed."""
+    """Runs a phase: yields ((target_range, support_range), piece) in plan order. Raises _Stopped,
+    TaskFailed or RunFailed."""
     posted = self._tasks(phase, num_support, targets)
     self._board.post(posted)
     for task in posted:
       yield (task.target_range, task.support_range), self._piece(task)
 
-  def _tasks(self, phase: str, num_support: int, targets: tasks.Range | None = None) -> list[tasks.Task]:
-    return [tasks.Task(self._run_id, self._generation, self._step, phase, i, t, s)
-            for i, (t, s) in enumerate(_plan(self._run, phase, num_support, targets))]
+  def _tasks(
+    self, phase: str, num_support: int, targets: tasks.Range | None = None
+  ) -> list[tasks.Task]:
+    return [
+      tasks.Task(self._run_id, self._generation, self._step, phase, i, t, s)
+      for i, (t, s) in enumerate(_plan(self._run, phase, num_support, targets))
+    ]
 
   def _piece(self, task: tasks.Task) -> dict[str, np.ndarray]:
     """A posted task's piece, once it is there. Raises _Stopped, TaskFailed or RunFailed."""
@@ -562,22 +685,40 @@ class Coordinator:
       self._next_stall = _STALL
     elif stalled >= self._next_stall:
       self._next_stall = 2 * stalled
-      remedy = (f'; no worker has been heard of for {silent:.0f} s: see their output, or start some; after {timeout:.0f} s the run stops '
-                'with a checkpoint') if silent > _STALL / 2 else ''
-      logging.warning('step %d: no progress for %.0f s: %s%s.', self._step, stalled, waits_for, remedy)
+      remedy = (
+        (
+          f'; no worker has been heard of for {silent:.0f} s: see their output, or start some; after {timeout:.0f} s the run stops '
+          'with a checkpoint'
+        )
+        if silent > _STALL / 2
+        else ''
+      )
+      logging.warning(
+        'step %d: no progress for %.0f s: %s%s.', self._step, stalled, waits_for, remedy
+      )
 
   def _move(self, state: SupportState, gradient: Gradient) -> SupportState:
     parameters = _parameters(self._run, state.images, state.labels)
     gradients = _parameters(self._run, gradient.images, gradient.labels)
-    with jax.default_device(jax.local_devices(backend='cpu')[0]):  # also in a process whose kernels are on a GPU
-      moved, optimizer, is_finite = jax.device_get(self._update(gradients, state.optimizer, parameters))
+    with jax.default_device(jax.local_devices(backend='cpu')[0]):
+      # Also in a process whose kernels are on a GPU.
+      moved, optimizer, is_finite = jax.device_get(
+        self._update(gradients, state.optimizer, parameters)
+      )
     for name in moved:
       if not is_finite[name]:
-        raise RunFailed(f'step {state.step}: the update makes the {name} NaN or infinite; lower run.learning_rate.')
-    return SupportState(state.step + 1, moved['images'], moved.get('labels', state.labels), optimizer)
+        raise RunFailed(
+          f'step {state.step}: the update makes the {name} NaN or infinite; lower run.learning_rate.'
+        )
+    return SupportState(
+      state.step + 1, moved['images'], moved.get('labels', state.labels), optimizer
+    )
 
-  def _updated(self, gradients: dict[str, Any], optimizer: Any, parameters: dict[str, Any]) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-    """Parameters and the optimiser's state after an update, and whether they are finite, by name: traced, so in one pass over memory."""
+  def _updated(
+    self, gradients: dict[str, Any], optimizer: Any, parameters: dict[str, Any]
+  ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """Parameters and the optimiser's state after an update, and whether they are finite, by name:
+    traced, so in one pass over memory."""
     factors = {'images': 1.0, 'labels': self._run['label_learning_rate_factor']}
     updates, optimizer = self._optimizer.update(gradients, optimizer, parameters)
     moved = {name: value + factors[name] * updates[name] for name, value in parameters.items()}
@@ -608,10 +749,15 @@ class Coordinator:
     if task.phase == tasks.SUPPORT_VJP:
       cotangent = self._inputs['cotangent'][slice(*task.support_range), slice(*task.target_range)]
       return [tasks.pack({'cotangent': cotangent.astype(self._dtype)})]
-    if task.phase in (tasks.SUPPORT_BLOCKS, tasks.TARGET_BLOCKS) and tasks.support_per_task(self._run, len(self._inputs['images'])):
+    if task.phase in (tasks.SUPPORT_BLOCKS, tasks.TARGET_BLOCKS) and tasks.support_per_task(
+      self._run, len(self._inputs['images'])
+    ):
       return [self._packed('images', *task.support_range)]
     if task.phase == tasks.TARGET_VJP:
-      return [self._packed('alpha', *task.support_range), self._packed('residual', *task.target_range)]
+      return [
+        self._packed('alpha', *task.support_range),
+        self._packed('residual', *task.target_range),
+      ]
     return []
 
   def _packed(self, name: str, start: int, stop: int) -> bytes:
@@ -627,11 +773,16 @@ class Coordinator:
     with self._lock:
       if self._fingerprint is None:
         self._fingerprint = hello['fingerprint']
-      differing = [f'{key}: {hello["fingerprint"].get(key)} instead of {value}' for key, value in self._fingerprint.items()
-                   if hello['fingerprint'].get(key) != value]
+      differing = [
+        f'{key}: {hello["fingerprint"].get(key)} instead of {value}'
+        for key, value in self._fingerprint.items()
+        if hello['fingerprint'].get(key) != value
+      ]
       if differing and not self._system['allow_mixed']:
-        self._broken[worker] = (f'this worker would compute other bits than those before it ({"; ".join(differing)}). '
-                                'Make them alike, or set system.allow_mixed=True.')
+        self._broken[worker] = (
+          f'this worker would compute other bits than those before it ({"; ".join(differing)}). '
+          'Make them alike, or set system.allow_mixed=True.'
+        )
         return self._broken[worker]
       self._rates[worker] = hello['pairs_per_second']
     if new:
@@ -644,27 +795,53 @@ class Coordinator:
     num_support = self._run['images_per_class'] * self._prepared.num_classes
     steps = self._run['num_steps'] - self._reached[0]
     pairs = pairs_to_go(self._run, num_support, len(self._prepared.train_images), self._reached[0])
-    estimate = 'all steps are done' if not steps else (
+    estimate = (
+      'all steps are done'
+      if not steps
+      else (
         f'{pairs / steps:.3g} pairs a step, about {pairs / steps / rate:.2g} s a step, '
-        f'{_duration(pairs / rate)} for {_count(steps, "step")}')
-    logging.info('%s joined: %.4g kernel pairs/s (%s). With %s: %s.',
-                 worker, self._rates[worker], self._fingerprint['implementation'],
-                 _count(self._system['num_workers'], 'such worker'), estimate)
+        f'{_duration(pairs / rate)} for {_count(steps, "step")}'
+      )
+    )
+    logging.info(
+      '%s joined: %.4g kernel pairs/s (%s). With %s: %s.',
+      worker,
+      self._rates[worker],
+      self._fingerprint['implementation'],
+      _count(self._system['num_workers'], 'such worker'),
+      estimate,
+    )
 
   def _write_snapshot(self, state: SupportState, metrics: Metrics) -> None:
     images, labels = state.images.astype(np.float32), state.labels.astype(np.float32)
     if state.step == self._run['num_steps']:
-      self._persist(self._directory.distilled, lambda: export.save(
-          self._directory.distilled, images, labels, state.step, self._config, self._prepared))
+      self._persist(
+        self._directory.distilled,
+        lambda: export.save(
+          self._directory.distilled, images, labels, state.step, self._config, self._prepared
+        ),
+      )
     path = self._directory.snapshot(state.step)
-    row = json.dumps({name: value for name, value in metrics._asdict().items() if value is not None})
-    self._persist(path, lambda: run_directory.write_atomically(path, lambda file: np.savez(file, images=images, labels=labels, metrics=row)))
+    row = json.dumps(
+      {name: value for name, value in metrics._asdict().items() if value is not None}
+    )
+    self._persist(
+      path,
+      lambda: run_directory.write_atomically(
+        path, lambda file: np.savez(file, images=images, labels=labels, metrics=row)
+      ),
+    )
 
   def _save(self, state: SupportState) -> None:
     if state.step != self._saved_step:
-      meta = {'wall_seconds': self._wall_seconds(), 'reached_seconds': self._reached[1],
-              'fingerprint': self._fingerprint}
-      self._persist(f'the checkpoint of step {state.step}', lambda: self._checkpoints.save(state, meta))
+      meta = {
+        'wall_seconds': self._wall_seconds(),
+        'reached_seconds': self._reached[1],
+        'fingerprint': self._fingerprint,
+      }
+      self._persist(
+        f'the checkpoint of step {state.step}', lambda: self._checkpoints.save(state, meta)
+      )
       self._saved_step = state.step
       self._progressed(True)
     self._next_checkpoint = time.monotonic() + self._system['checkpoint_seconds']
@@ -674,11 +851,14 @@ class Coordinator:
     try:
       run_directory.persist(what, write, self._stop_event)
     except run_directory.RunDirectoryError as error:
-      raise RunFailed(f'{error} Mend that, and the same command goes on from the last checkpoint, '
-                      f'of step {self._saved_step}.') from error
+      raise RunFailed(
+        f'{error} Mend that, and the same command goes on from the last checkpoint, '
+        f'of step {self._saved_step}.'
+      ) from error
 
   def _await_evaluation(self) -> None:
-    """Leaves when the last row is written, the time for it is over, or the process is asked to stop: the data are exported already."""
+    """Leaves when the last row is written, the time for it is over, or the process is asked to
+    stop: the data are exported already."""
     self._board.post([])
     self._end = time.monotonic()
     end = self._end + self._system['final_evaluation_timeout']
@@ -688,20 +868,31 @@ class Coordinator:
       if self._stop_event.is_set():
         raise _Stopped()
       if _EVALUATOR in self._broken:
-        raise RunFailed(f'the set is distilled ({self._directory.distilled}), but its evaluation failed: {self._broken[_EVALUATOR]}')
+        raise RunFailed(
+          f'the set is distilled ({self._directory.distilled}), but its evaluation failed: {self._broken[_EVALUATOR]}'
+        )
       silent = time.monotonic() - max(self._start, self._clients.get(_EVALUATOR, 0.0))
       if silent < _STALL:
         self._next_stall = _STALL
       elif silent >= self._next_stall:
         self._next_stall = 2 * silent
-        logging.warning('Waiting for the last evaluation; the evaluator has not been heard of for %.0f s.', silent)
+        logging.warning(
+          'Waiting for the last evaluation; the evaluator has not been heard of for %.0f s.', silent
+        )
       if silent > self._system['worker_timeout']:
-        logging.warning('The evaluator has not been heard of for %.0f s (system.worker_timeout): '
-                        'ending without %s.', silent, self._lacking())
+        logging.warning(
+          'The evaluator has not been heard of for %.0f s (system.worker_timeout): '
+          'ending without %s.',
+          silent,
+          self._lacking(),
+        )
         return
       if time.monotonic() > end:
-        logging.warning('Ending without %s after %.0f s (system.final_evaluation_timeout).',
-                        self._lacking(), self._system['final_evaluation_timeout'])
+        logging.warning(
+          'Ending without %s after %.0f s (system.final_evaluation_timeout).',
+          self._lacking(),
+          self._system['final_evaluation_timeout'],
+        )
         return
 
   def _lacking(self) -> str:
@@ -711,13 +902,16 @@ class Coordinator:
     return 'the baselines or the report' if is_there else 'the last evaluation'
 
   def _release(self) -> None:
-    """Tells everyone who is still there that the run is over; one that is only stopped may come back to them."""
+    """Tells everyone who is still there that the run is over; one that is only stopped may come
+    back to them."""
     if self._stop_event.is_set():
       return
     self._over = True
     end = time.monotonic() + _LINGER
     while time.monotonic() < end and not self._stop_event.is_set():
-      alive = {name for name, seen in list(self._clients.items()) if time.monotonic() - seen < _LINGER}
+      alive = {
+        name for name, seen in list(self._clients.items()) if time.monotonic() - seen < _LINGER
+      }
       if alive <= self._released:
         return
       time.sleep(0.05)
@@ -730,23 +924,45 @@ class Coordinator:
     if time.monotonic() < self._next_log and state.step < self._run['num_steps']:
       return
     self._next_log = time.monotonic() + self._system['log_seconds']
-    row = f', test {100 * self._last_row["krr_test_accuracy"]:.2f} % at step {self._last_row["step"]}' if self._last_row else ''
-    accuracy = '' if metrics.train_accuracy is None else f', train {100 * metrics.train_accuracy:.2f} %'
-    solved = state.step == base.label_solve_step(self._run)  # all of this update's work is done by now
-    pairs = pairs_to_go(self._run, len(state.images), len(self._prepared.train_images), state.step + solved)
+    row = (
+      f', test {100 * self._last_row["krr_test_accuracy"]:.2f} % at step {self._last_row["step"]}'
+      if self._last_row
+      else ''
+    )
+    accuracy = (
+      '' if metrics.train_accuracy is None else f', train {100 * metrics.train_accuracy:.2f} %'
+    )
+    # All of this update's work is done by now.
+    solved = state.step == base.label_solve_step(self._run)
+    pairs = pairs_to_go(
+      self._run, len(state.images), len(self._prepared.train_images), state.step + solved
+    )
     seconds = pairs / metrics.kernel_pairs_per_second
-    logging.info('step %d/%d: loss %.5f%s%s, %.3g pairs/s by %s, %s to go', state.step,
-                 self._run['num_steps'], metrics.train_loss, accuracy, row,
-                 metrics.kernel_pairs_per_second, _count(len(self._alive()), 'worker'),
-                 _duration(seconds))
-    self._progress = {'train_loss': metrics.train_loss, 'kernel_pairs_per_second': metrics.kernel_pairs_per_second,
-                      'seconds_to_go': seconds}
+    logging.info(
+      'step %d/%d: loss %.5f%s%s, %.3g pairs/s by %s, %s to go',
+      state.step,
+      self._run['num_steps'],
+      metrics.train_loss,
+      accuracy,
+      row,
+      metrics.kernel_pairs_per_second,
+      _count(len(self._alive()), 'worker'),
+      _duration(seconds),
+    )
+    self._progress = {
+      'train_loss': metrics.train_loss,
+      'kernel_pairs_per_second': metrics.kernel_pairs_per_second,
+      'seconds_to_go': seconds,
+    }
     self._write_status(run_directory.RUNNING, state.step)
 
   def _alive(self) -> set[str]:
     """Workers that have been heard of lately."""
-    return {name for name, seen in list(self._clients.items())
-            if name != _EVALUATOR and time.monotonic() - seen < _STALL}
+    return {
+      name
+      for name, seen in list(self._clients.items())
+      if name != _EVALUATOR and time.monotonic() - seen < _STALL
+    }
 
   def _refresh_status(self, state: str) -> None:
     """Keeps status.json fresh while a step, or the last evaluation, takes long."""
@@ -756,16 +972,26 @@ class Coordinator:
   def _write_status(self, state: str, step: int, **fields: Any) -> None:
     self._next_status = time.monotonic() + _STATUS_SECONDS
     counters, alive = self._board.counters(), self._alive() if state in run_directory.LIVE else ()
-    counters['workers'] = {name: {**counts, 'alive': name in alive}
-                           for name, counts in counters['workers'].items()}
+    counters['workers'] = {
+      name: {**counts, 'alive': name in alive} for name, counts in counters['workers'].items()
+    }
     if state == run_directory.EVALUATING:
       rows = {row['step'] for row in self._directory.read_metrics()}
       due = self._snapshots_to_evaluate()
       fields.update(evaluated=len(rows.intersection(due)), to_evaluate=len(due))
     self._directory.write_status(
-        state, step=step, num_steps=self._run['num_steps'], generation=self._generation,
-        wall_seconds=self._wall_seconds(), pid=os.getpid(), **counters, **self._progress,
-        pairs=self._pairs, last_row=self._last_row, **fields)
+      state,
+      step=step,
+      num_steps=self._run['num_steps'],
+      generation=self._generation,
+      wall_seconds=self._wall_seconds(),
+      pid=os.getpid(),
+      **counters,
+      **self._progress,
+      pairs=self._pairs,
+      last_row=self._last_row,
+      **fields,
+    )
 
   def _wall_seconds(self) -> float:
     """Seconds of computing, over all lives; the wait for the last evaluation is none."""
@@ -773,8 +999,14 @@ class Coordinator:
 
 
 def _plan(run: dict[str, Any], phase: str, num_support: int, targets: tasks.Range | None = None):
-  return tasks.plan(phase, num_support, targets or (0, run['targets_per_step']), run['plan']['support_tile'],
-                    tasks.targets_per_task(run), tasks.support_per_task(run, num_support))
+  return tasks.plan(
+    phase,
+    num_support,
+    targets or (0, run['targets_per_step']),
+    run['plan']['support_tile'],
+    tasks.targets_per_task(run),
+    tasks.support_per_task(run, num_support),
+  )
 
 
 def _parameters(run: dict[str, Any], images: Any, labels: Any) -> dict[str, Any]:
@@ -783,13 +1015,21 @@ def _parameters(run: dict[str, Any], images: Any, labels: Any) -> dict[str, Any]
 
 def _task(fields: list[Any]) -> tasks.Task:
   task = tasks.Task(*fields)
-  return task._replace(target_range=tuple(task.target_range), support_range=tuple(task.support_range))
+  return task._replace(
+    target_range=tuple(task.target_range), support_range=tuple(task.support_range)
+  )
 
 
 def _run_id(config: dict[str, Any]) -> str:
   """Names what a run computes."""
-  fields = {path: value for path, value in base.flatten({'run': config['run']}).items() if path not in ('run.num_steps', 'run.data.dir')}
-  return hashlib.sha256(json.dumps([config['data_key'], fields], sort_keys=True).encode()).hexdigest()[:16]
+  fields = {
+    path: value
+    for path, value in base.flatten({'run': config['run']}).items()
+    if path not in ('run.num_steps', 'run.data.dir')
+  }
+  return hashlib.sha256(
+    json.dumps([config['data_key'], fields], sort_keys=True).encode()
+  ).hexdigest()[:16]
 
 
 def _in_words(error: Exception) -> str:

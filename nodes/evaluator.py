@@ -1,4 +1,5 @@
-"""Follows the coordinator's snapshots: KRR and finite-network accuracy on the whole test set, to log, metrics.jsonl and TensorBoard.
+"""Follows the coordinator's snapshots: KRR and finite-network accuracy on the whole test set, to
+log, metrics.jsonl and TensorBoard.
 
 Alone it evaluates a finished set, on all cores:
 
@@ -6,9 +7,11 @@ Alone it evaluates a finished set, on all cores:
     python -m nodes.evaluator --dataset=kip/cifar10/ConvNet_ssize100_zca_nol_noaug_ckpt1000.npz
     python -m nodes.evaluator --dataset=FILE.npz --config=FILE --baselines
 
-A `distilled.npz` of ours holds its own settings, and the name of a set that the papers' authors released (data/released.py) tells them:
-it is fetched. Another file (`images` [S, H, W, D] in the preprocessed space, `labels` [S, C]) needs a configuration, of which the data
-set, the preprocessing, the kernel, the ridge and the evaluation are used; given to the others, it takes the place of their settings.
+A `distilled.npz` of ours holds its own settings, and the name of a set that the papers' authors
+released (data/released.py) tells them: it is fetched. Another file (`images` [S, H, W, D] in the
+preprocessed space, `labels` [S, C]) needs a configuration, of which the data set, the
+preprocessing, the kernel, the ridge and the evaluation are used; given to the others, it takes the
+place of their settings.
 
 Exit status: 0 done, 1 failed, 2 bad input.
 """
@@ -38,15 +41,19 @@ from nodes import run_directory
 from nodes.remote import CoordinatorLost
 from nodes.remote import Stopping
 
-_TRIES, _PAUSE = 3, 2.0  # of evaluating, before the coordinator hears that it is no use; seconds between them
+# Of evaluating, before the coordinator hears that it is no use; seconds between them.
+_TRIES, _PAUSE = 3, 2.0
 HEARTBEAT_SECONDS = 5.0  # between two heartbeats
 _TOLD_EVERY = 60.0  # seconds between two log lines about heartbeats that do not get through
 
 
 class Evaluator:
-  """Writes one row a snapshot. What it missed while it was away it evaluates when it is back; it never holds the others up."""
+  """Writes one row a snapshot. What it missed while it was away it evaluates when it is back; it
+  never holds the others up."""
 
-  def __init__(self, coordinator: Any, workdir: str, threads: int, cache: str, stop: threading.Event):
+  def __init__(
+    self, coordinator: Any, workdir: str, threads: int, cache: str, stop: threading.Event
+  ):
     """
     Args:
       coordinator: a `remote.Retrying` coordinator.
@@ -55,14 +62,24 @@ class Evaluator:
       cache: this machine's folder of prepared data.
       stop: set when the process is to stop.
     """
-    self._coordinator, self._threads, self._cache, self._stop_event = coordinator, threads, cache, stop
+    self._coordinator, self._threads, self._cache, self._stop_event = (
+      coordinator,
+      threads,
+      cache,
+      stop,
+    )
     self._directory = run_directory.RunDirectory(workdir)
 
   def run(self) -> None:
-    """Evaluates until told to stop. Raises CoordinatorLost where the run's coordinator is not there any more."""
+    """Evaluates until told to stop. Raises CoordinatorLost where the run's coordinator is not there
+    any more."""
     over = threading.Event()
-    heart = threading.Thread(target=self._send_heartbeats, name='heartbeats', daemon=True,
-                             args=(self._coordinator.until(over), over))
+    heart = threading.Thread(
+      target=self._send_heartbeats,
+      name='heartbeats',
+      daemon=True,
+      args=(self._coordinator.until(over), over),
+    )
     heart.start()
     try:
       self._persevere()
@@ -81,8 +98,13 @@ class Evaluator:
       except Stopping:
         return
       except Exception as error:  # whatever it is: the evaluation goes on; its next call meets it
-        logging.log_every_n_seconds(logging.WARNING, 'A heartbeat does not get through: %s: %s',
-                                    _TOLD_EVERY, type(error).__name__, error)
+        logging.log_every_n_seconds(
+          logging.WARNING,
+          'A heartbeat does not get through: %s: %s',
+          _TOLD_EVERY,
+          type(error).__name__,
+          error,
+        )
       over.wait(HEARTBEAT_SECONDS)
 
   def _persevere(self) -> None:
@@ -94,7 +116,8 @@ class Evaluator:
         return
       except CoordinatorLost:
         raise
-      except Exception as error:  # whatever it is: the coordinator must not wait for rows that will not come
+      except Exception as error:
+        # Whatever it is: the coordinator must not wait for rows that will not come.
         logging.exception('the evaluator failed')
         if self._stop_event.is_set():
           return
@@ -114,7 +137,9 @@ class Evaluator:
     description = json.loads(self._coordinator.describe())
     self._run, self._settings = description['run'], description['system']['evaluation']
     self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data)
-    self._evaluation = evaluation.Evaluation(self._run, self._settings, self._prepared, self._threads, self._check)
+    self._evaluation = evaluation.Evaluation(
+      self._run, self._settings, self._prepared, self._threads, self._check
+    )
     done = [row['step'] for row in self._directory.read_metrics()]
     if done:  # a kill may have come between a row and what is made of it
       self._decorate("TensorBoard's file of an earlier row", self._write_missing_events)
@@ -145,8 +170,9 @@ class Evaluator:
     except Exception as error:  # whatever a damaged or odd snapshot raises
       if snapshot['final']:
         raise
-      logging.exception('the snapshot of step %d cannot be used (%s); it is not evaluated.',
-                        snapshot['step'], error)
+      logging.exception(
+        'the snapshot of step %d cannot be used (%s); it is not evaluated.', snapshot['step'], error
+      )
       return None
 
   def _evaluate(self, snapshot: dict[str, Any]) -> dict[str, Any]:
@@ -162,10 +188,15 @@ class Evaluator:
 
   def _keep(self, snapshot: dict[str, Any], row: dict[str, Any]) -> None:
     """Writes a row, then what is made of it. Raises RunDirectoryError for the row, Stopping."""
-    run_directory.persist(f'the row of step {row["step"]} in {self._directory.metrics}',
-                          lambda: self._directory.append_metrics(row), self._stop_event)
-    self._decorate(f'TensorBoard\'s file of step {row["step"]}',
-                   lambda: self._write_events(row, snapshot['images'], snapshot['labels']))
+    run_directory.persist(
+      f'the row of step {row["step"]} in {self._directory.metrics}',
+      lambda: self._directory.append_metrics(row),
+      self._stop_event,
+    )
+    self._decorate(
+      f"TensorBoard's file of step {row['step']}",
+      lambda: self._write_events(row, snapshot['images'], snapshot['labels']),
+    )
     if snapshot['final']:
       self._finish()
 
@@ -191,25 +222,34 @@ class Evaluator:
       raise
     except Exception as error:  # Matplotlib, fonts, folders, damaged files: the rows are written
       remedy = remedy or f'python -m nodes.report --workdir={shlex.quote(self._directory.path)}'
-      logging.error('%s is not written (%s: %s). The results are whole; to make it again: %s',
-                    what, type(error).__name__, ' '.join(str(error).split()), remedy)
+      logging.error(
+        '%s is not written (%s: %s). The results are whole; to make it again: %s',
+        what,
+        type(error).__name__,
+        ' '.join(str(error).split()),
+        remedy,
+      )
 
   def _write_events(self, row: dict[str, Any], images: np.ndarray, labels: np.ndarray) -> None:
     from nodes import tensorboard  # here and below: Matplotlib takes seconds, and may not be there
+
     tensorboard.write(self._directory, row, images, labels, self._prepared)
 
   def _write_missing_events(self) -> None:
     from nodes import tensorboard
+
     tensorboard.write_missing(self._directory, self._directory.read_metrics(), self._prepared)
 
   def _write_baselines(self) -> None:
     rows = self._evaluation.baselines(self._run['images_per_class'] * self._prepared.num_classes)
     path, content = self._directory.baselines, run_directory.json_line(rows, indent=2)
-    run_directory.persist(path, lambda: run_directory.write_atomically(path, content),
-                          self._stop_event)
+    run_directory.persist(
+      path, lambda: run_directory.write_atomically(path, content), self._stop_event
+    )
 
   def _write_report(self) -> None:
     from nodes import report
+
     report.write(self._directory, self._directory.read_metrics())
 
 
@@ -220,8 +260,16 @@ def _modified(path: str) -> float:
 
 def main(argv: Sequence[str]) -> int:
   """Evaluates the file of --dataset; returns the exit status."""
-  flags.DEFINE_string('dataset', None, 'Distilled set to evaluate: an .npz file with images and labels, or the name of a released one.')
-  flags.DEFINE_bool('baselines', False, 'Evaluate as many real images beside it (also: config.system.evaluation.baselines).')
+  flags.DEFINE_string(
+    'dataset',
+    None,
+    'Distilled set to evaluate: an .npz file with images and labels, or the name of a released one.',
+  )
+  flags.DEFINE_bool(
+    'baselines',
+    False,
+    'Evaluate as many real images beside it (also: config.system.evaluation.baselines).',
+  )
   flags.DEFINE_bool('json', False, 'Print one line of JSON instead of a table.')
   command_line.log_plainly()
   try:
@@ -233,13 +281,19 @@ def main(argv: Sequence[str]) -> int:
   except krr.NotPositiveDefiniteError as error:
     print(f'The evaluation failed: {error}', file=sys.stderr)
     return 1
-  print(json.dumps({'dataset': flags.FLAGS.dataset, 'rows': rows}) if flags.FLAGS.json else _table(flags.FLAGS.dataset, rows))
+  print(
+    json.dumps({'dataset': flags.FLAGS.dataset, 'rows': rows})
+    if flags.FLAGS.json
+    else _table(flags.FLAGS.dataset, rows)
+  )
   return 0
 
 
 def _evaluate_file(path: str | None, baselines: bool) -> list[dict[str, Any]]:
   if not path:
-    raise command_line.BadInput('--dataset=FILE is missing: a distilled.npz, or an .npz file with images and labels.')
+    raise command_line.BadInput(
+      '--dataset=FILE is missing: a distilled.npz, or an .npz file with images and labels.'
+    )
   config = (command_line.CONFIG.value or base.get_config()).to_dict()
   cache = store.cache_folder(config['system']['cache_dir'])
   images, labels, settings = _load(path, cache, config['run']['data']['dir'])
@@ -247,7 +301,9 @@ def _evaluate_file(path: str | None, baselines: bool) -> list[dict[str, Any]]:
     config['run'].update(settings['run'])
     config['system']['evaluation'].update(settings['evaluation'])
   elif not command_line.CONFIG.value:
-    raise command_line.BadInput(f'{path!r} holds no settings: give --config=FILE for its data set, preprocessing and architecture.')
+    raise command_line.BadInput(
+      f'{path!r} holds no settings: give --config=FILE for its data set, preprocessing and architecture.'
+    )
   base.validate(config)
   run, system = config['run'], config['system']
   prepared = store.prepare(run['data'], cache)
@@ -261,16 +317,25 @@ def _evaluate_file(path: str | None, baselines: bool) -> list[dict[str, Any]]:
       evaluate.real_images(len(images))
   except ValueError as error:
     raise command_line.BadInput(f'no baselines for {path!r}: {error}') from error
-  logging.info('Evaluating %d images on the %d test images of %s.', len(images), len(prepared.test_images), prepared.name)
-  rows = [{'kind': 'distilled', **evaluate.krr(images, labels),
-           **evaluate.finite_network(images, labels)}]
+  logging.info(
+    'Evaluating %d images on the %d test images of %s.',
+    len(images),
+    len(prepared.test_images),
+    prepared.name,
+  )
+  rows = [
+    {'kind': 'distilled', **evaluate.krr(images, labels), **evaluate.finite_network(images, labels)}
+  ]
   if baselines:
     rows += evaluate.baselines(len(images))
   return rows
 
 
-def _load(path: str, cache: str, folder: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any] | None]:
-  """Images, labels and the settings, of a file that has none None; `cache` and `folder` as for `export.load_released`. Raises DataError."""
+def _load(
+  path: str, cache: str, folder: str
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any] | None]:
+  """Images, labels and the settings, of a file that has none None; `cache` and `folder` as for
+  `export.load_released`. Raises DataError."""
   if released.is_name(path):
     distilled = export.load_released(path, cache, folder)
     return distilled.images, distilled.labels, distilled.settings
@@ -279,23 +344,39 @@ def _load(path: str, cache: str, folder: str) -> tuple[np.ndarray, np.ndarray, d
       if 'settings' not in file:
         return file['images'], file['labels'], None
   except KeyError as error:
-    raise DataError(f'{path!r} holds no array {error.args[0].split()[0]!r}; expected images [S, H, W, D] and labels [S, C].') from error
+    raise DataError(
+      f'{path!r} holds no array {error.args[0].split()[0]!r}; expected images [S, H, W, D] and labels [S, C].'
+    ) from error
   except NPZ_ERRORS as error:
-    raise DataError(f'{path!r} is not a readable .npz file without pickled objects: {error}') from error
+    raise DataError(
+      f'{path!r} is not a readable .npz file without pickled objects: {error}'
+    ) from error
   distilled = export.load(path)
   return distilled.images, distilled.labels, distilled.settings
 
 
-def _check_fit(path: str, images: np.ndarray, labels: np.ndarray, settings: dict[str, Any] | None, prepared: store.Prepared) -> None:
+def _check_fit(
+  path: str,
+  images: np.ndarray,
+  labels: np.ndarray,
+  settings: dict[str, Any] | None,
+  prepared: store.Prepared,
+) -> None:
   """Raises DataError where the distilled set is not one of this data set's."""
   if settings and settings['data']['key'] != prepared.key:
-    raise DataError(f'{path!r} was distilled from {settings["data"]["name"]} with other content or preprocessing than that of the '
-                    f'{prepared.name} given here (run.data).')
+    raise DataError(
+      f'{path!r} was distilled from {settings["data"]["name"]} with other content or preprocessing than that of the '
+      f'{prepared.name} given here (run.data).'
+    )
   size, num_classes = prepared.train_images.shape[1:], prepared.num_classes
   if images.ndim != 4 or images.shape[1:] != size or not len(images):
-    raise DataError(f'{path!r}: images must be [S, {", ".join(map(str, size))}] for {prepared.name}, got {list(images.shape)}.')
+    raise DataError(
+      f'{path!r}: images must be [S, {", ".join(map(str, size))}] for {prepared.name}, got {list(images.shape)}.'
+    )
   if labels.shape != (len(images), num_classes):
-    raise DataError(f'{path!r}: labels must be [{len(images)}, {num_classes}] for {prepared.name}, got {list(labels.shape)}.')
+    raise DataError(
+      f'{path!r}: labels must be [{len(images)}, {num_classes}] for {prepared.name}, got {list(labels.shape)}.'
+    )
   for name, array in (('images', images), ('labels', labels)):
     if array.dtype.kind != 'f' or not np.isfinite(array).all():
       what = 'NaN or infinity' if array.dtype.kind == 'f' else array.dtype
@@ -308,10 +389,14 @@ def _table(path: str, rows: list[dict[str, Any]]) -> str:
     network = evaluation.network_in_words(row) if 'nn_test_accuracy' in row else 'not trained'
     if row.get('nn_seeds', 1) > 1:
       network += f' ({row["nn_seeds"]} seeds)'
-    lines.append(f'{row["kind"]:30}{100 * row["krr_test_accuracy"]:8.2f} %{row["krr_test_mse"]:10.5f}  {network}')
+    lines.append(
+      f'{row["kind"]:30}{100 * row["krr_test_accuracy"]:8.2f} %{row["krr_test_mse"]:10.5f}  {network}'
+    )
     if row.get('nn_selected_on'):
-      lines.append(f'{"":52}learning-rate factor {row["nn_learning_rate_factor"]:g} and L2 {row["nn_l2"]:g} '
-                   f'selected on {row["nn_selected_on"]}')
+      lines.append(
+        f'{"":52}learning-rate factor {row["nn_learning_rate_factor"]:g} and L2 {row["nn_l2"]:g} '
+        f'selected on {row["nn_selected_on"]}'
+      )
   return '\n'.join(lines)
 
 

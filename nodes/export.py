@@ -1,6 +1,8 @@
-"""`distilled.npz`: the distilled set as the papers' authors released theirs (`images`, `labels`), plus all it takes to use it again.
+"""`distilled.npz`: the distilled set as the papers' authors released theirs (`images`, `labels`),
+plus all it takes to use it again.
 
-A whitening matrix is far larger than the set (75 MB for 32 x 32 x 3), so it lies beside: `transform.npz`, known by its hash. Written out:
+A whitening matrix is far larger than the set (75 MB for 32 x 32 x 3), so it lies beside:
+`transform.npz`, known by its hash. Written out:
 
     python -m nodes.export DIR/distilled.npz --to=FOLDER --format=images
 
@@ -8,8 +10,9 @@ makes FOLDER/CLASS/FILE.png (raw pixel values, rounded to 8 bits) and labels.csv
 a Hugging Face dataset folder: `datasets.load_dataset(FOLDER)` gives `image` (the same PNG), `label`
 (a ClassLabel, by name), and exact `pixels` [H, W, D] and `soft_label` [C].
 
-In place of DIR/distilled.npz may stand the name of a set that the papers' authors released (data/released.py); it is fetched, as is the
-data set it stands for, unless --config=FILE --config.run.data.dir=FOLDER says where that is.
+In place of DIR/distilled.npz may stand the name of a set that the papers' authors released
+(data/released.py); it is fetched, as is the data set it stands for, unless --config=FILE
+--config.run.data.dir=FOLDER says where that is.
 """
 
 import csv
@@ -39,9 +42,9 @@ _LABELS = 'labels.csv'
 _FOLDER_NAME_LENGTH = 60  # characters, four bytes each at most: file systems allow 255 bytes
 
 LOADING = {  # the documented lines: images [S, H, W, D] and labels [S, C], float32
-    'NumPy': "images, labels = (numpy.load('distilled.npz')[name] for name in ('images', 'labels'))",
-    'JAX': "images, labels = (jax.numpy.asarray(numpy.load('distilled.npz')[name]) for name in ('images', 'labels'))",
-    'PyTorch': "images, labels = (torch.from_numpy(numpy.load('distilled.npz')[name]) for name in ('images', 'labels'))",
+  'NumPy': "images, labels = (numpy.load('distilled.npz')[name] for name in ('images', 'labels'))",
+  'JAX': "images, labels = (jax.numpy.asarray(numpy.load('distilled.npz')[name]) for name in ('images', 'labels'))",
+  'PyTorch': "images, labels = (torch.from_numpy(numpy.load('distilled.npz')[name]) for name in ('images', 'labels'))",
 }
 
 
@@ -55,6 +58,7 @@ class Distilled(NamedTuple):
     settings: `data` (name, key, class names), `step`, `run` (its whole configuration),
       `evaluation`, `label_offset` (one-hot + offset = label).
   """
+
   images: np.ndarray
   labels: np.ndarray
   transform: preprocess.Transform
@@ -67,17 +71,40 @@ class Distilled(NamedTuple):
     return self.settings.get('data', {}).get('class_names', numbers)
 
 
-def save(path: str, images: np.ndarray, labels: np.ndarray, step: int, config: dict[str, Any], prepared: store.Prepared) -> None:
-  """Writes `distilled.npz` atomically, and its whitening matrix before it; every entry loads with `numpy.load(path)`, no pickles."""
-  settings = {'data': _data(prepared), 'step': step, 'run': config['run'],
-              'evaluation': config['system']['evaluation'], 'label_offset': -1 / prepared.num_classes}
+def save(
+  path: str,
+  images: np.ndarray,
+  labels: np.ndarray,
+  step: int,
+  config: dict[str, Any],
+  prepared: store.Prepared,
+) -> None:
+  """Writes `distilled.npz` atomically, and its whitening matrix before it; every entry loads with
+  `numpy.load(path)`, no pickles."""
+  settings = {
+    'data': _data(prepared),
+    'step': step,
+    'run': config['run'],
+    'evaluation': config['system']['evaluation'],
+    'label_offset': -1 / prepared.num_classes,
+  }
   transform = prepared.transform
   if transform.zca is not None:
     run_directory.write_atomically(_beside(path), lambda file: np.savez(file, zca=transform.zca))
-  run_directory.write_atomically(path, lambda file: np.savez(
-      file, images=np.asarray(images, np.float32), labels=np.asarray(labels, np.float32), mean=transform.mean, std=transform.std,
-      norm=transform.norm, zca_sha256=preprocess.digest(transform),
-      class_names=np.array(prepared.class_names, str), **{_SETTINGS: json.dumps(settings)}))
+  run_directory.write_atomically(
+    path,
+    lambda file: np.savez(
+      file,
+      images=np.asarray(images, np.float32),
+      labels=np.asarray(labels, np.float32),
+      mean=transform.mean,
+      std=transform.std,
+      norm=transform.norm,
+      zca_sha256=preprocess.digest(transform),
+      class_names=np.array(prepared.class_names, str),
+      **{_SETTINGS: json.dumps(settings)},
+    ),
+  )
 
 
 def load(path: str) -> Distilled:
@@ -86,16 +113,24 @@ def load(path: str) -> Distilled:
     with np.load(path, allow_pickle=False) as file:
       transform = preprocess.Transform(file['mean'], file['std'], norm=float(file['norm']))
       digest = str(file['zca_sha256'])
-      distilled = Distilled(file['images'], file['labels'], transform, json.loads(str(file[_SETTINGS])))
+      distilled = Distilled(
+        file['images'], file['labels'], transform, json.loads(str(file[_SETTINGS]))
+      )
   except NPZ_ERRORS as error:
     raise DataError(f'{path!r} is not a distilled set: {error}') from error
-  return distilled._replace(transform=transform._replace(zca=_load_zca(path, digest))) if digest else distilled
+  return (
+    distilled._replace(transform=transform._replace(zca=_load_zca(path, digest)))
+    if digest
+    else distilled
+  )
 
 
 def load_released(name: str, cache: str, folder: str = '') -> Distilled:
-  """A set that the papers' authors released, with the transform that belongs to it, which their files do not hold.
+  """A set that the papers' authors released, with the transform that belongs to it, which their
+  files do not hold.
 
-  The transform is fitted here, on the whole training set; theirs may have been fitted on part of it (see `preprocess.fit`).
+  The transform is fitted here, on the whole training set; theirs may have been fitted on part of it
+  (see `preprocess.fit`).
 
   Args:
     name: in their bucket, see `released.load`.
@@ -112,24 +147,41 @@ def load_released(name: str, cache: str, folder: str = '') -> Distilled:
   config = base.get_config().to_dict()
   run = config['run']
   run['data'].update(name=found.data, dir=folder, zca=found.zca)
-  run.update(architecture=found.architecture, images_per_class=len(found.labels) // found.labels.shape[1],
-             learn_labels=found.learned_labels)
+  run.update(
+    architecture=found.architecture,
+    images_per_class=len(found.labels) // found.labels.shape[1],
+    learn_labels=found.learned_labels,
+  )
   prepared = store.prepare(run['data'], cache)
-  if prepared.train_images.shape[1:] != found.images.shape[1:] or prepared.num_classes != found.labels.shape[1]:
-    raise DataError(f'{name} belongs to {found.data}: images {found.images.shape[1:]}, {found.labels.shape[1]} classes; '
-                    f'{folder!r} holds images {prepared.train_images.shape[1:]}, {prepared.num_classes} classes.')
-  settings = {'data': _data(prepared), 'step': found.step, 'run': run,
-              'evaluation': config['system']['evaluation'], 'label_offset': -1 / prepared.num_classes}
+  if (
+    prepared.train_images.shape[1:] != found.images.shape[1:]
+    or prepared.num_classes != found.labels.shape[1]
+  ):
+    raise DataError(
+      f'{name} belongs to {found.data}: images {found.images.shape[1:]}, {found.labels.shape[1]} classes; '
+      f'{folder!r} holds images {prepared.train_images.shape[1:]}, {prepared.num_classes} classes.'
+    )
+  settings = {
+    'data': _data(prepared),
+    'step': found.step,
+    'run': run,
+    'evaluation': config['system']['evaluation'],
+    'label_offset': -1 / prepared.num_classes,
+  }
   return Distilled(found.images, found.labels, prepared.transform, settings)
 
 
 def raw_images(distilled: Distilled) -> np.ndarray:
-  """uint8 [S, H, W, D]: preprocessing undone, in the raw data's own units (digits: 0 to 16), rounded and clipped to 0 to 255."""
-  return np.clip(np.round(preprocess.invert(distilled.transform, distilled.images)), 0, 255).astype(np.uint8)
+  """uint8 [S, H, W, D]: preprocessing undone, in the raw data's own units (digits: 0 to 16),
+  rounded and clipped to 0 to 255."""
+  return np.clip(np.round(preprocess.invert(distilled.transform, distilled.images)), 0, 255).astype(
+    np.uint8
+  )
 
 
-def load_snapshot(directory: run_directory.RunDirectory, step: int, size: Sequence[int],
-                  num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+def load_snapshot(
+  directory: run_directory.RunDirectory, step: int, size: Sequence[int], num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
   """Images float32 [S, H, W, D], preprocessed space, and labels float32 [S, C] of a run's snapshot.
 
   Args:
@@ -147,8 +199,9 @@ def load_snapshot(directory: run_directory.RunDirectory, step: int, size: Sequen
       images, labels = file['images'], file['labels']
     shapes = (num_images, *size), (num_images, num_classes)
     if (images.shape, labels.shape) != shapes:
-      raise ValueError(f'images {images.shape}, labels {labels.shape} instead of '
-                       f'{shapes[0]}, {shapes[1]}')
+      raise ValueError(
+        f'images {images.shape}, labels {labels.shape} instead of {shapes[0]}, {shapes[1]}'
+      )
   except NPZ_ERRORS as error:
     others = ', '.join(str(other) for other in directory.snapshot_steps() if other != step)
     there = f'there are those of steps {others}' if others else 'there is no other'
@@ -157,7 +210,8 @@ def load_snapshot(directory: run_directory.RunDirectory, step: int, size: Sequen
 
 
 def write_images(distilled: Distilled, folder: str) -> None:
-  """FOLDER/CLASS/NUMBER.png and FOLDER/labels.csv (file, and the label of each class). Raises DataError, OSError."""
+  """FOLDER/CLASS/NUMBER.png and FOLDER/labels.csv (file, and the label of each class). Raises
+  DataError, OSError."""
   pictures, (num_images, num_classes) = _pictures(distilled), distilled.labels.shape
   folders, lines = _folder_names(distilled.class_names), io.StringIO()
   table = csv.writer(lines, lineterminator='\n')
@@ -171,17 +225,29 @@ def write_images(distilled: Distilled, folder: str) -> None:
 
 
 def write_dataset(distilled: Distilled, folder: str) -> None:
-  """FOLDER/train.parquet, which `datasets.load_dataset(FOLDER)` reads. Raises DataError, OSError."""
+  """FOLDER/train.parquet, which `datasets.load_dataset(FOLDER)` reads. Raises DataError,
+  OSError."""
   import datasets  # here, because workers import this module
+
   pictures, (num_images, num_classes) = _pictures(distilled), distilled.labels.shape
-  features = datasets.Features({
-      'image': datasets.Image(), 'label': datasets.ClassLabel(names=distilled.class_names),
+  features = datasets.Features(
+    {
+      'image': datasets.Image(),
+      'label': datasets.ClassLabel(names=distilled.class_names),
       'pixels': datasets.Array3D(distilled.images.shape[1:], 'float32'),
-      'soft_label': datasets.List(datasets.Value('float32'), num_classes)})
+      'soft_label': datasets.List(datasets.Value('float32'), num_classes),
+    }
+  )
   os.makedirs(folder, exist_ok=True)
-  datasets.Dataset.from_dict({
-      'image': pictures, 'label': [i * num_classes // num_images for i in range(num_images)], 'pixels': list(distilled.images),
-      'soft_label': distilled.labels.tolist()}, features=features).to_parquet(os.path.join(folder, 'train.parquet'))
+  datasets.Dataset.from_dict(
+    {
+      'image': pictures,
+      'label': [i * num_classes // num_images for i in range(num_images)],
+      'pixels': list(distilled.images),
+      'soft_label': distilled.labels.tolist(),
+    },
+    features=features,
+  ).to_parquet(os.path.join(folder, 'train.parquet'))
 
 
 def _data(prepared: store.Prepared) -> dict[str, Any]:
@@ -202,10 +268,13 @@ def _folder_names(class_names: Sequence[str]) -> list[str]:
 
 def _pictures(distilled: Distilled) -> list[Any]:
   from PIL import Image
+
   channels = distilled.images.shape[-1]
   if channels not in (1, 3):
     raise DataError(f'PNG files hold 1 or 3 channels; these images have {channels}.')
-  return [Image.fromarray(image[..., 0] if channels == 1 else image) for image in raw_images(distilled)]
+  return [
+    Image.fromarray(image[..., 0] if channels == 1 else image) for image in raw_images(distilled)
+  ]
 
 
 def _load_zca(path: str, digest: str) -> np.ndarray:
@@ -213,9 +282,13 @@ def _load_zca(path: str, digest: str) -> np.ndarray:
     with np.load(_beside(path), allow_pickle=False) as file:
       zca = file['zca']
   except NPZ_ERRORS as error:
-    raise DataError(f'{path!r} was whitened by the matrix in {_beside(path)!r}, which cannot be read: {error}') from error
+    raise DataError(
+      f'{path!r} was whitened by the matrix in {_beside(path)!r}, which cannot be read: {error}'
+    ) from error
   if preprocess.digest(preprocess.Transform(None, None, zca)) != digest:
-    raise DataError(f'{_beside(path)!r} is not the matrix that {path!r} was whitened by: their hashes differ.')
+    raise DataError(
+      f'{_beside(path)!r} is not the matrix that {path!r} was whitened by: their hashes differ.'
+    )
   return zca
 
 
@@ -226,18 +299,27 @@ def _beside(path: str) -> str:
 def main(argv: Sequence[str]) -> int:
   """Writes a distilled set out in another format; returns the exit status."""
   flags.DEFINE_string('to', None, 'Folder to write to; it must be empty or not there.')
-  flags.DEFINE_string('format', 'images', 'images: FOLDER/CLASS/FILE.png and labels.csv; dataset: a Hugging Face dataset folder.')
+  flags.DEFINE_string(
+    'format',
+    'images',
+    'images: FOLDER/CLASS/FILE.png and labels.csv; dataset: a Hugging Face dataset folder.',
+  )
   writers = {'images': write_images, 'dataset': write_dataset}
   try:
     path, *rest = [argument for argument in argv[1:] if not argument.startswith('-')] or [None]
-    command_line.parse([argument for argument in argv if argument != path], 'DIR/distilled.npz --to=FOLDER --format=images|dataset')
+    command_line.parse(
+      [argument for argument in argv if argument != path],
+      'DIR/distilled.npz --to=FOLDER --format=images|dataset',
+    )
     folder, wanted = flags.FLAGS.to, flags.FLAGS.format
     if path is None or rest or not folder:
       raise command_line.BadInput('expected DIR/distilled.npz --to=FOLDER --format=images|dataset.')
     if wanted not in writers:
       raise command_line.BadInput(f'--format must be one of {", ".join(writers)}; got {wanted!r}.')
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-      raise command_line.BadInput(f'--to={folder} is there and not an empty folder; choose another.')
+      raise command_line.BadInput(
+        f'--to={folder} is there and not an empty folder; choose another.'
+      )
     config = command_line.CONFIG.value or base.get_config()
     cache = store.cache_folder(config.system.cache_dir)
     if released.is_name(path):

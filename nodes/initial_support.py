@@ -15,8 +15,11 @@ REAL, NOISE = 'real', 'noise'
 _DEVIATION_IMAGES = 5000  # training images whose deviation noise has
 
 
-def make(run: Mapping[str, Any], prepared: store.Prepared, cache: str) -> tuple[np.ndarray, np.ndarray]:
-  """Images float64 [S, H, W, D], preprocessed space, and labels float64 [S, C], centred; class by class unless they come from a file.
+def make(
+  run: Mapping[str, Any], prepared: store.Prepared, cache: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """Images float64 [S, H, W, D], preprocessed space, and labels float64 [S, C], centred; class by
+  class unless they come from a file.
 
   Args:
     run: the run's configuration.
@@ -28,21 +31,36 @@ def make(run: Mapping[str, Any], prepared: store.Prepared, cache: str) -> tuple[
   """
   kind, size = run['initial_images'], run['images_per_class'] * prepared.num_classes
   if kind == REAL:
-    chosen = sampling.class_balanced(run['seed'], sampling.INITIAL_SUPPORT, 0, prepared.train_labels, size)
-    return (prepared.train_images[chosen].astype(np.float64),
-            sampling.centred_one_hot(prepared.train_labels[chosen], prepared.num_classes))
+    chosen = sampling.class_balanced(
+      run['seed'], sampling.INITIAL_SUPPORT, 0, prepared.train_labels, size
+    )
+    return (
+      prepared.train_images[chosen].astype(np.float64),
+      sampling.centred_one_hot(prepared.train_labels[chosen], prepared.num_classes),
+    )
   if kind == NOISE:
     deviation = np.std(prepared.train_images[:_DEVIATION_IMAGES], dtype=np.float64)
-    images = np.stack([sampling.normal(run['seed'], sampling.INITIAL_NOISE, i, prepared.train_images[0].size) for i in range(size)])
+    images = np.stack(
+      [
+        sampling.normal(run['seed'], sampling.INITIAL_NOISE, i, prepared.train_images[0].size)
+        for i in range(size)
+      ]
+    )
     classes = np.repeat(np.arange(prepared.num_classes), run['images_per_class'])
-    return (deviation * images.reshape((size,) + prepared.train_images.shape[1:]),
-            sampling.centred_one_hot(classes, prepared.num_classes))
-  images, labels = _released(kind, run, cache) if released.is_name(kind) else _from_file(kind, prepared)
+    return (
+      deviation * images.reshape((size,) + prepared.train_images.shape[1:]),
+      sampling.centred_one_hot(classes, prepared.num_classes),
+    )
+  images, labels = (
+    _released(kind, run, cache) if released.is_name(kind) else _from_file(kind, prepared)
+  )
   shapes = (size,) + prepared.train_images.shape[1:], (size, prepared.num_classes)
   for name, array, shape in zip(('images', 'labels'), (images, labels), shapes):
     if array.shape != shape:
-      raise DataError(f'run.initial_images={kind!r}: {name} must be {list(shape)} for {prepared.name} and '
-                      f'run.images_per_class={run["images_per_class"]}, got {list(array.shape)}.')
+      raise DataError(
+        f'run.initial_images={kind!r}: {name} must be {list(shape)} for {prepared.name} and '
+        f'run.images_per_class={run["images_per_class"]}, got {list(array.shape)}.'
+      )
     if array.dtype.kind != 'f' or not np.isfinite(array).all():
       raise DataError(f'run.initial_images={kind!r}: {name} must be finite floating-point numbers.')
   return images.astype(np.float64), labels.astype(np.float64)
@@ -51,8 +69,10 @@ def make(run: Mapping[str, Any], prepared: store.Prepared, cache: str) -> tuple[
 def _released(name: str, run: Mapping[str, Any], cache: str) -> tuple[np.ndarray, np.ndarray]:
   found, data = released.load(name, cache), run['data']
   if (found.data, found.zca) != (data['name'], data['zca']):
-    raise DataError(f'run.initial_images={name!r} needs run.data.name={found.data} and run.data.zca={found.zca}; '
-                    f'got {data["name"]} and {data["zca"]}.')
+    raise DataError(
+      f'run.initial_images={name!r} needs run.data.name={found.data} and run.data.zca={found.zca}; '
+      f'got {data["name"]} and {data["zca"]}.'
+    )
   return found.images, found.labels
 
 
@@ -62,7 +82,9 @@ def _from_file(path: str, prepared: store.Prepared) -> tuple[np.ndarray, np.ndar
     with np.load(path, allow_pickle=False) as file:
       missing = [name for name in ('images', 'labels') if name not in file]
       if missing:
-        raise DataError(f'{field} has no array {missing[0]!r}; expected images [S, H, W, D] and labels [S, C].')
+        raise DataError(
+          f'{field} has no array {missing[0]!r}; expected images [S, H, W, D] and labels [S, C].'
+        )
       images, labels = file['images'], file['labels']
       key = prepared.key
       if 'settings' in file:  # our own files know their data
@@ -70,8 +92,12 @@ def _from_file(path: str, prepared: store.Prepared) -> tuple[np.ndarray, np.ndar
   except DataError:
     raise
   except (*NPZ_ERRORS, TypeError) as error:  # the last where the settings are no dictionaries
-    raise DataError(f'{field} must be {REAL}, {NOISE}, or an .npz file of a distilled set: {error}') from error
+    raise DataError(
+      f'{field} must be {REAL}, {NOISE}, or an .npz file of a distilled set: {error}'
+    ) from error
   if key != prepared.key:
-    raise DataError(f'{field} was distilled from other data, or data with other class names or '
-                    f'preprocessing, than {prepared.name} here (run.data).')
+    raise DataError(
+      f'{field} was distilled from other data, or data with other class names or '
+      f'preprocessing, than {prepared.name} here (run.data).'
+    )
   return images, labels

@@ -1,4 +1,5 @@
-"""Pictures of a run, as in the papers: support images, labels, their covariance, accuracy. In Okabe and Ito's colours, for all eyes."""
+"""Pictures of a run, as in the papers: support images, labels, their covariance, accuracy. In Okabe
+and Ito's colours, for all eyes."""
 
 import io
 from typing import Any, Sequence
@@ -24,19 +25,27 @@ _DPI = 200  # a figure's inch is about one of a page: text of 8 or 9 points stay
 _WIDTH, _CELL = 1340, 120  # pixels: of a page's text, and of the largest image
 _GAP = 4  # pixels between images
 _BLUE, _ORANGE, _LIGHT_GREY = '#0072B2', '#D55E00', '#BBBBBB'
-_CURVES = (('krr_test_accuracy', 'KRR', _BLUE, 'o', '-'), ('nn_test_accuracy', 'finite network', _ORANGE, 's', ':'))
+_CURVES = (
+  ('krr_test_accuracy', 'KRR', _BLUE, 'o', '-'),
+  ('nn_test_accuracy', 'finite network', _ORANGE, 's', ':'),
+)
 
 
-def grid(images: np.ndarray, num_classes: int, transform: preprocess.Transform | None = None, like: np.ndarray | None = None,
-         width: int = _WIDTH) -> np.ndarray:
-  """One picture, float [h, w, 3] from 0 to 1, of images: a row a class (at most 20 classes, 10 images of each); of one image a class, ten
-  classes a row.
+def grid(
+  images: np.ndarray,
+  num_classes: int,
+  transform: preprocess.Transform | None = None,
+  like: np.ndarray | None = None,
+  width: int = _WIDTH,
+) -> np.ndarray:
+  """One picture, float [h, w, 3] from 0 to 1, of images: a row a class (at most 20 classes, 10
+  images of each); of one image a class, ten classes a row.
 
   Args:
     images: [S, H, W, D], preprocessed space, class by class.
     num_classes: `C`.
-    transform: undone for display, on the range of the images `like`; None: as kernels see them, each image on a range of its own,
-      symmetric about 0.
+    transform: undone for display, on the range of the images `like`; None: as kernels see them,
+      each image on a range of its own, symmetric about 0.
     like: [., H, W, D], with `transform`.
     width: about as many pixels wide; images are magnified by whole numbers.
   """
@@ -54,12 +63,19 @@ def grid(images: np.ndarray, num_classes: int, transform: preprocess.Transform |
   canvas = np.ones((rows * down - _GAP, columns * right - _GAP, 3))
   for i, image in enumerate(shown):
     y, x = i // columns * down, i % columns * right
-    canvas[y:y + down - _GAP, x:x + right - _GAP] = image.repeat(scale, axis=0).repeat(scale, axis=1)
+    canvas[y : y + down - _GAP, x : x + right - _GAP] = image.repeat(scale, axis=0).repeat(
+      scale, axis=1
+    )
   return canvas
 
 
-def support_images(before: np.ndarray, after: np.ndarray, class_names: Sequence[str],
-                   titles: Sequence[str], transform: preprocess.Transform | None = None) -> bytes:
+def support_images(
+  before: np.ndarray,
+  after: np.ndarray,
+  class_names: Sequence[str],
+  titles: Sequence[str],
+  transform: preprocess.Transform | None = None,
+) -> bytes:
   """A PNG of two sets of images [S, H, W, D] (preprocessed space, class by class), each a `grid`.
 
   Args:
@@ -73,16 +89,33 @@ def support_images(before: np.ndarray, after: np.ndarray, class_names: Sequence[
   rows, columns = _shape(images_per_class, num_classes)
   strips = images_per_class == rows == 1
   across = _WIDTH // (1 if strips else 2)
-  pictures = [grid(images, num_classes, transform, _chosen(before, num_classes), across) for images in (before, after)]
-  (height, width), pitch = pictures[0].shape[:2], (np.array(pictures[0].shape[:2]) + _GAP) / (rows, columns)
+  pictures = [
+    grid(images, num_classes, transform, _chosen(before, num_classes), across)
+    for images in (before, after)
+  ]
+  (height, width), pitch = (
+    pictures[0].shape[:2],
+    (np.array(pictures[0].shape[:2]) + _GAP) / (rows, columns),
+  )
   left, top, apart = 130 if strips else 90, 50, 50  # pixels: for the text, and between the two
-  size = (left + width, top + 2 * height + _GAP) if strips else (left + 2 * width + apart, top + height)
+  size = (
+    (left + width, top + 2 * height + _GAP) if strips else (left + 2 * width + apart, top + height)
+  )
   figure = matplotlib.figure.Figure(figsize=(size[0] / _DPI, size[1] / _DPI))
   for half, picture in enumerate(pictures):
     x, y = (left, half * (height + _GAP)) if strips else (left + half * (width + apart), 0)
-    axis = figure.add_axes((x / size[0], 1 - (top + y + height) / size[1], width / size[0], height / size[1]))
+    axis = figure.add_axes(
+      (x / size[0], 1 - (top + y + height) / size[1], width / size[0], height / size[1])
+    )
     axis.imshow(picture, extent=(0, width, height, 0), interpolation='nearest')
-    axis.tick_params(length=0, labelsize=8, labelbottom=False, labeltop=strips and not half, labelleft=not strips and not half, pad=3)
+    axis.tick_params(
+      length=0,
+      labelsize=8,
+      labelbottom=False,
+      labeltop=strips and not half,
+      labelleft=not strips and not half,
+      pad=3,
+    )
     above, beside = map(str, range(columns)), _shortened(class_names, _LONG)[:rows]
     if strips:
       above = _shortened(class_names, _SHORT)
@@ -103,7 +136,9 @@ def _chosen(images: np.ndarray, num_classes: int) -> np.ndarray:
   rows, columns = _shape(len(images) // num_classes, num_classes)
   if len(images) == num_classes:
     return images
-  return images.reshape((num_classes, -1) + images.shape[1:])[:rows, :columns].reshape((-1,) + images.shape[1:])
+  return images.reshape((num_classes, -1) + images.shape[1:])[:rows, :columns].reshape(
+    (-1,) + images.shape[1:]
+  )
 
 
 def _shape(images_per_class: int, num_classes: int) -> tuple[int, int]:
@@ -113,9 +148,11 @@ def _shape(images_per_class: int, num_classes: int) -> tuple[int, int]:
   return min(num_classes, _MOST_ROWS), min(images_per_class, _MOST_COLUMNS)
 
 
-def label_bars(before: np.ndarray, after: np.ndarray, class_names: Sequence[str],
-               titles: Sequence[str]) -> bytes:
-  """A PNG of label vectors beside those they began as: of the first image of each class (of ten, if there are more than twenty).
+def label_bars(
+  before: np.ndarray, after: np.ndarray, class_names: Sequence[str], titles: Sequence[str]
+) -> bytes:
+  """A PNG of label vectors beside those they began as: of the first image of each class (of ten, if
+  there are more than twenty).
 
   Args:
     before, after: [S, C], class by class.
@@ -131,7 +168,7 @@ def label_bars(before: np.ndarray, after: np.ndarray, class_names: Sequence[str]
   size = 6.7 if few else 8.0, 1.1 * rows + 0.5 + (0.6 * (1 + is_ragged) if upright else 0.0)
   figure = matplotlib.figure.Figure(figsize=size, layout='constrained')
   axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-  for axis in axes.flat[len(chosen):]:
+  for axis in axes.flat[len(chosen) :]:
     axis.set_axis_off()
   classes = np.arange(num_classes)
   for i, (axis, first) in enumerate(zip(axes.flat, chosen)):
@@ -143,7 +180,13 @@ def label_bars(before: np.ndarray, after: np.ndarray, class_names: Sequence[str]
     axis.spines[['top', 'right']].set_visible(False)
     if num_classes <= 10:
       axis.set_xticks(classes, names, rotation=90 if upright else 0)
-  figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper right', ncols=2, fontsize=8, frameon=False)
+  figure.legend(
+    *axes[0, 0].get_legend_handles_labels(),
+    loc='outside upper right',
+    ncols=2,
+    fontsize=8,
+    frameon=False,
+  )
   return _png(figure)
 
 
@@ -154,7 +197,7 @@ def _shortened(class_names: Sequence[str], length: int) -> list[str]:
   plain = [' '.join(name.split()) for name in class_names]
   if len(plain) > _FEW_CLASSES or not set(map(ord, ''.join(plain))) <= font.get_charmap().keys():
     return numbers
-  short = [name if len(name) <= length else name[:length - 1] + '…' for name in plain]
+  short = [name if len(name) <= length else name[: length - 1] + '…' for name in plain]
   if len(set(short)) < len(short):
     short = [f'{c} {name}' for c, name in zip(numbers, short)]
   return [name.replace('$', r'\$') for name in short]  # which begins a formula
@@ -167,7 +210,11 @@ def shown_part(num_images: int, num_classes: int) -> str:
     return ''
   rows, columns = _shape(images_per_class, num_classes)
   classes = f'of the first {rows} classes ' if rows < num_classes else ''
-  return f'{classes}the first {columns} of {images_per_class} images each' if classes or columns < images_per_class else ''
+  return (
+    f'{classes}the first {columns} of {images_per_class} images each'
+    if classes or columns < images_per_class
+    else ''
+  )
 
 
 def label_heat_map(labels: np.ndarray, class_names: Sequence[str]) -> bytes:
@@ -182,9 +229,12 @@ def label_heat_map(labels: np.ndarray, class_names: Sequence[str]) -> bytes:
 
 
 def label_covariance(before: np.ndarray, after: np.ndarray, class_names: Sequence[str]) -> bytes:
-  """A PNG of the covariance [C, C] of two sets of labels [S, C] over their images; each has a scale of its own."""
+  """A PNG of the covariance [C, C] of two sets of labels [S, C] over their images; each has a scale
+  of its own."""
   figure = matplotlib.figure.Figure(figsize=(6.5, 3), layout='constrained')
-  for axis, labels, title in zip(figure.subplots(1, 2), (before, after), ('original labels', 'learned labels')):
+  for axis, labels, title in zip(
+    figure.subplots(1, 2), (before, after), ('original labels', 'learned labels')
+  ):
     _heat_map(figure, axis, np.cov(labels, rowvar=False))
     _name(axis.xaxis, class_names, rotation=90)
     _name(axis.yaxis, class_names)
@@ -202,7 +252,9 @@ def _name(axis, class_names: Sequence[str], **kwargs: Any) -> None:
 def _heat_map(figure, axis, values: np.ndarray, **kwargs: Any) -> None:
   """Draws values whose middle is 0."""
   limit = np.abs(values).max() or 1
-  image = axis.imshow(values, cmap='PuOr', vmin=-limit, vmax=limit, interpolation='nearest', **kwargs)
+  image = axis.imshow(
+    values, cmap='PuOr', vmin=-limit, vmax=limit, interpolation='nearest', **kwargs
+  )
   for side in (axis.xaxis, axis.yaxis):
     side.set_major_locator(matplotlib.ticker.MaxNLocator(10, integer=True))
   axis.tick_params(labelsize=7)
@@ -219,15 +271,26 @@ def accuracy(rows: Sequence[dict[str, Any]]) -> bytes:
       found = [row for row in rows if evaluation.has(row, key) and evaluation.has(row, x)]
       if found:
         networks = f', {evaluation.networks_in_words(found)}' if key.startswith('nn') else ''
-        axis.errorbar([row[x] for row in found], [100 * row[key] for row in found],
-                      [100 * row.get('nn_test_accuracy_std', 0.0) if key.startswith('nn') else 0.0 for row in found],
-                      color=colour, marker=marker, markersize=4, linestyle=line, linewidth=1.2,
-                      label=label + networks)
+        axis.errorbar(
+          [row[x] for row in found],
+          [100 * row[key] for row in found],
+          [
+            100 * row.get('nn_test_accuracy_std', 0.0) if key.startswith('nn') else 0.0
+            for row in found
+          ],
+          color=colour,
+          marker=marker,
+          markersize=4,
+          linestyle=line,
+          linewidth=1.2,
+          label=label + networks,
+        )
     axis.set_xlabel(name, fontsize=9)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
     axis.spines[['top', 'right']].set_visible(False)
-  axes[0].set_xscale('symlog', linthresh=1)  # snapshots lie closer at the beginning, and there is a step 0
+  # Snapshots lie closer at the beginning, and there is a step 0.
+  axes[0].set_xscale('symlog', linthresh=1)
   axes[0].set_xlim(left=-0.1)
   axes[0].xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
   axes[0].set_ylabel('test accuracy (%)', fontsize=9)

@@ -23,22 +23,32 @@ class Stopping(Exception):
 
 
 class Retrying:
-  """Wraps a coordinator, local or remote: a call that does not get through is repeated until `timeout` seconds have passed.
+  """Wraps a coordinator, local or remote: a call that does not get through is repeated until
+  `timeout` seconds have passed.
 
-  Every call of the coordinator's may safely be made twice. Where there were answers before, half of `timeout` is enough: a process that is
-  then started afresh, with a new connection, has the other half and more.
+  Every call of the coordinator's may safely be made twice. Where there were answers before, half of
+  `timeout` is enough: a process that is then started afresh, with a new connection, has the other
+  half and more.
   """
 
-  def __init__(self, coordinator: Any, timeout: float, stop: threading.Event,
-               unreachable: Callable[[Exception], bool] = lambda error: False, listening: Callable[[], bool] = lambda: True,
-               answered: Callable[[str], None] = lambda method: None, address: str = ''):
+  def __init__(
+    self,
+    coordinator: Any,
+    timeout: float,
+    stop: threading.Event,
+    unreachable: Callable[[Exception], bool] = lambda error: False,
+    listening: Callable[[], bool] = lambda: True,
+    answered: Callable[[str], None] = lambda method: None,
+    address: str = '',
+  ):
     """
     Args:
       coordinator: what to call.
       timeout: seconds.
       stop: set when the process is to stop.
       unreachable: tells an error of the connection from one that the coordinator raised.
-      listening: whether it is worth another try. gRPC backs off further with every try that fails, up to two minutes.
+      listening: whether it is worth another try. gRPC backs off further with every try that fails,
+        up to two minutes.
       answered: called with the method's name after each call.
       address: where the coordinator is, for messages.
     """
@@ -63,22 +73,33 @@ class Retrying:
             self._was_there = True
             self._answered(method)
             return result
-          except Exception as error:  # the transport's own type is not known here; all but lost connections go on up
+          except Exception as error:
+            # The transport's own type is not known here; all but lost connections go on up.
             if not self._unreachable(error):
               raise
             lost = error
-        silent, timeout = time.monotonic() - start, self._timeout / 2 if self._was_there else self._timeout
+        silent, timeout = (
+          time.monotonic() - start,
+          self._timeout / 2 if self._was_there else self._timeout,
+        )
         if silent > timeout:
           raise CoordinatorLost(
-              f'the coordinator has not answered for {silent:.0f} s{self._where}: {lost}',
-              self._was_there) from lost
+            f'the coordinator has not answered for {silent:.0f} s{self._where}: {lost}',
+            self._was_there,
+          ) from lost
         if silent > told + _SILENCE:
-          logging.info('The coordinator has not answered for %.0f s%s; trying for %.0f s more.',
-                       silent, self._where, timeout - silent)
+          logging.info(
+            'The coordinator has not answered for %.0f s%s; trying for %.0f s more.',
+            silent,
+            self._where,
+            timeout - silent,
+          )
           told = silent
         end = time.monotonic() + _PAUSE
-        while time.monotonic() < end:  # Event.wait can deadlock with a signal handler that sets the event
+        while time.monotonic() < end:
+          # Event.wait can deadlock with a signal handler that sets the event.
           if self._stop.is_set():
             raise Stopping()
           time.sleep(0.05)
+
     return call

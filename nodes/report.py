@@ -1,4 +1,5 @@
-"""`report.html`: one page, complete in itself, that tells what a run was and what came of it. Made at a run's end, and again by
+"""`report.html`: one page, complete in itself, that tells what a run was and what came of it. Made
+at a run's end, and again by
 
     python -m nodes.report --workdir=DIR [--step=N]
 
@@ -32,10 +33,20 @@ from nodes import export
 from nodes import published
 from nodes import run_directory
 
-_COLUMNS = ('step', 'krr_test_accuracy', 'krr_test_mse', 'nn_test_accuracy', 'nn_width', 'nn_steps',
-            'train_loss', 'train_accuracy', 'wall_seconds', 'kernel_pairs_per_second')
+_COLUMNS = (
+  'step',
+  'krr_test_accuracy',
+  'krr_test_mse',
+  'nn_test_accuracy',
+  'nn_width',
+  'nn_steps',
+  'train_loss',
+  'train_accuracy',
+  'wall_seconds',
+  'kernel_pairs_per_second',
+)
 _PACKAGES = ('numpy', 'jax', 'jaxlib', 'neural-tangents', 'optax', 'dm-launchpad')
-_STYLE = '''
+_STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
 table { border-collapse: collapse; }
@@ -44,10 +55,12 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: #f4f4f4; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
 img { max-width: 100%; } figure { margin: 1rem 0; }
 figcaption { color: #444; font-size: .9rem; } tr.ours td { font-weight: 600; }
-'''
+"""
 
 
-def write(directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]], step: int | None = None) -> None:
+def write(
+  directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]], step: int | None = None
+) -> None:
   """Draws the pictures and writes the report of a run whose set is distilled.
 
   Args:
@@ -61,6 +74,7 @@ def write(directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]],
     ImportError: Matplotlib is not there.
   """
   from nodes import pictures  # here: so that its lack is told in one line
+
   config = directory.read_config()
   distilled = export.load(directory.distilled)
   names = distilled.class_names
@@ -76,17 +90,33 @@ def write(directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]],
     drawn.append((name, caption, png))
 
   part = pictures.shown_part(len(images), len(names))
-  draw(directory.picture, f'Support images{part and ": " + part}; preprocessing undone, both on the range of the first.',
-       pictures.support_images(first_images, images, names, titles, distilled.transform))
+  draw(
+    directory.picture,
+    f'Support images{part and ": " + part}; preprocessing undone, both on the range of the first.',
+    pictures.support_images(first_images, images, names, titles, distilled.transform),
+  )
   if distilled.transform.zca is not None:
-    draw('images_whitened.png', 'The same as the kernel sees them: whitened, each on a range of its own.',
-         pictures.support_images(first_images, images, names, titles))
+    draw(
+      'images_whitened.png',
+      'The same as the kernel sees them: whitened, each on a range of its own.',
+      pictures.support_images(first_images, images, names, titles),
+    )
   if not np.array_equal(first_labels, labels):
-    draw('labels.png', 'Labels of the first image of each class (of ten classes where there are more than 20), beside those they began as.',
-         pictures.label_bars(first_labels, labels, names, titles))
-    draw('label_covariance.png', 'Covariance of the labels, class by class; each has a scale of its own.',
-         pictures.label_covariance(first_labels, labels, names))
-  draw('accuracy.png', 'Test accuracy; wall time is the coordinator\'s, beside which evaluations run.', pictures.accuracy(rows))
+    draw(
+      'labels.png',
+      'Labels of the first image of each class (of ten classes where there are more than 20), beside those they began as.',
+      pictures.label_bars(first_labels, labels, names, titles),
+    )
+    draw(
+      'label_covariance.png',
+      'Covariance of the labels, class by class; each has a scale of its own.',
+      pictures.label_covariance(first_labels, labels, names),
+    )
+  draw(
+    'accuracy.png',
+    "Test accuracy; wall time is the coordinator's, beside which evaluations run.",
+    pictures.accuracy(rows),
+  )
   page = _page(directory, config, distilled, rows, drawn, damage)
   run_directory.write_atomically(directory.report, page)
 
@@ -117,28 +147,55 @@ def _page(directory, config, distilled, rows, drawn, damage) -> str:
   title = f'{run["method"]} on {settings["data"]["name"]}: {num_images} images, {architecture}'
   last = max(rows, key=lambda row: row['step'])
   figures = ''.join(f'<p>{html.escape(message)}</p>' for message in damage) + ''.join(
-      f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-      f'<figcaption>{html.escape(caption)} ({html.escape(os.path.basename(name))})</figcaption></figure>' for name, caption, png in drawn)
+    f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    f'<figcaption>{html.escape(caption)} ({html.escape(os.path.basename(name))})</figcaption></figure>'
+    for name, caption, png in drawn
+  )
   seconds = _number(last, 'wall_seconds', '.0f', '?')
   shape = ' × '.join(map(str, distilled.images.shape[1:]))
   sections = [
-      ('Test accuracy', _results(directory, run, settings['step'], rows)),
-      *_classes(distilled.class_names),
-      ('Pictures', figures),
-      ('Use the result', f'<p><code>distilled.npz</code>: images [{num_images}, {shape}] in the preprocessed space, labels '
-       f'[{num_images}, {num_classes}] (one-hot − 1/{num_classes} where neither learned nor solved for).</p>'
-       + ''.join(f'<p>{name}</p><pre>{html.escape(code)}</pre>' for name, code in export.LOADING.items())),
-      ('How it was made', f'<pre>{html.escape(directory.read_command() or "not recorded")}</pre>'
-       + _table([('updates', settings['step']), ('wall time of the distillation', f'{seconds} s'),
-                 ('data (name and key)', f'{settings["data"]["name"]}, {config["data_key"]}'), *_environment(directory)])),
-      ('Evaluations', _metrics(rows)),
-      ('Configuration', _table(sorted((path, json.dumps(value)) for path, value in base.flatten(
-          {name: config[name] for name in ('run', 'system')}).items()))),
+    ('Test accuracy', _results(directory, run, settings['step'], rows)),
+    *_classes(distilled.class_names),
+    ('Pictures', figures),
+    (
+      'Use the result',
+      f'<p><code>distilled.npz</code>: images [{num_images}, {shape}] in the preprocessed space, labels '
+      f'[{num_images}, {num_classes}] (one-hot − 1/{num_classes} where neither learned nor solved for).</p>'
+      + ''.join(
+        f'<p>{name}</p><pre>{html.escape(code)}</pre>' for name, code in export.LOADING.items()
+      ),
+    ),
+    (
+      'How it was made',
+      f'<pre>{html.escape(directory.read_command() or "not recorded")}</pre>'
+      + _table(
+        [
+          ('updates', settings['step']),
+          ('wall time of the distillation', f'{seconds} s'),
+          ('data (name and key)', f'{settings["data"]["name"]}, {config["data_key"]}'),
+          *_environment(directory),
+        ]
+      ),
+    ),
+    ('Evaluations', _metrics(rows)),
+    (
+      'Configuration',
+      _table(
+        sorted(
+          (path, json.dumps(value))
+          for path, value in base.flatten(
+            {name: config[name] for name in ('run', 'system')}
+          ).items()
+        )
+      ),
+    ),
   ]
   body = ''.join(f'<h2>{name}</h2>{content}' for name, content in sections)
-  return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-          f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title><style>{_STYLE}</style></head>'
-          f'<body><h1>{html.escape(title)}</h1>{body}</body></html>\n')
+  return (
+    f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title><style>{_STYLE}</style></head>'
+    f'<body><h1>{html.escape(title)}</h1>{body}</body></html>\n'
+  )
 
 
 def _results(directory, run, step, rows) -> str:
@@ -148,26 +205,41 @@ def _results(directory, run, step, rows) -> str:
   lines = [] if first is last else [('', name(first), first)]
   lines += [('', row['kind'], row) for row in directory.read_baselines() or []]
   lines.append(('ours', name(last), last))
-  cells = [(kind, name, _number(row, 'krr_test_accuracy', '.2%', 'not known').replace('%', ' %'),
-            _number(row, 'krr_test_mse', '.5f'), _network(row)) for kind, name, row in lines]
+  cells = [
+    (
+      kind,
+      name,
+      _number(row, 'krr_test_accuracy', '.2%', 'not known').replace('%', ' %'),
+      _number(row, 'krr_test_mse', '.5f'),
+      _network(row),
+    )
+    for kind, name, row in lines
+  ]
   expected = published.find(run)
   if expected:
     network = ''
     if 'network' in expected:
       network = f'{expected["network"]} % ({evaluation.networks_in_words([expected])})'
     cells.append(('', expected['kind'], f'{expected["krr"]} %', '', network))
-  body = ''.join(f'<tr class="{kind}"><td>{html.escape(name)}</td>'
-                 + ''.join(f'<td class="number">{html.escape(cell)}</td>' for cell in rest) + '</tr>' for kind, name, *rest in cells)
+  body = ''.join(
+    f'<tr class="{kind}"><td>{html.escape(name)}</td>'
+    + ''.join(f'<td class="number">{html.escape(cell)}</td>' for cell in rest)
+    + '</tr>'
+    for kind, name, *rest in cells
+  )
   note = '' if expected else '<p>The papers publish no row of this setting.</p>'
-  return ('<table><tr><th></th><th class="number">KRR</th><th class="number">KRR MSE</th><th class="number">finite network</th></tr>'
-          f'{body}</table>{note}')
+  return (
+    '<table><tr><th></th><th class="number">KRR</th><th class="number">KRR MSE</th><th class="number">finite network</th></tr>'
+    f'{body}</table>{note}'
+  )
 
 
 def _metrics(rows) -> str:
   columns = [key for key in _COLUMNS if any(evaluation.has(row, key) for row in rows)]
   head = ''.join(f'<th class="number">{key.replace("_", " ")}</th>' for key in columns)
-  cells = lambda row: ''.join(f'<td class="number">{_number(row, key, ".5g")}</td>'
-                              for key in columns)
+  cells = lambda row: ''.join(
+    f'<td class="number">{_number(row, key, ".5g")}</td>' for key in columns
+  )
   body = ''.join(f'<tr>{cells(row)}</tr>' for row in sorted(rows, key=lambda row: row['step']))
   return f'<table><tr>{head}</tr>{body}</table>'
 
@@ -189,7 +261,10 @@ def _number(row: dict[str, Any], key: str, form: str, missing: str = '') -> str:
 
 
 def _table(pairs) -> str:
-  cells = ''.join(f'<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>' for name, value in pairs)
+  cells = ''.join(
+    f'<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>'
+    for name, value in pairs
+  )
   return f'<table>{cells}</table>'
 
 
@@ -201,12 +276,22 @@ def _environment(directory) -> list[tuple[str, str]]:
       versions.append(f'{package} {importlib.metadata.version(package)}')
     except importlib.metadata.PackageNotFoundError:
       pass
-  found = [('versions', f'Python {platform.python_version()}, {", ".join(versions)}'),
-           ('evaluated on', f'{_processor()}, {len(os.sched_getaffinity(0))} cores, {psutil.virtual_memory().total / 2 ** 30:.0f} GiB, '
-                            f'{platform.system()} {platform.release()}')]
+  found = [
+    ('versions', f'Python {platform.python_version()}, {", ".join(versions)}'),
+    (
+      'evaluated on',
+      f'{_processor()}, {len(os.sched_getaffinity(0))} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, '
+      f'{platform.system()} {platform.release()}',
+    ),
+  ]
   for name, counts in (directory.read_status() or {}).get('workers', {}).items():
     rate = f', {counts["pairs"] / counts["seconds"]:.4g} pairs/s' if counts['seconds'] else ''
-    found.append((name, f'{counts["tasks"]} tasks, {counts["pairs"]} kernel pairs{rate} (since the coordinator last started)'))
+    found.append(
+      (
+        name,
+        f'{counts["tasks"]} tasks, {counts["pairs"]} kernel pairs{rate} (since the coordinator last started)',
+      )
+    )
   return found
 
 
@@ -221,6 +306,7 @@ def _processor() -> str:
 
 def _write_events(directory, rows, config) -> None:
   from nodes import tensorboard  # here, because a report needs none
+
   cache = store.cache_folder(config['system']['cache_dir'])
   prepared = store.open_prepared(config['data_key'], cache)
   if prepared:
@@ -232,7 +318,9 @@ def _write_events(directory, rows, config) -> None:
 def main(argv: Sequence[str]) -> int:
   """Writes the report of --workdir again; returns the exit status."""
   flags.DEFINE_string('workdir', None, 'Directory of a run that has come to its end.')
-  flags.DEFINE_integer('step', None, 'Show the snapshot of this step instead of the distilled set.', lower_bound=0)
+  flags.DEFINE_integer(
+    'step', None, 'Show the snapshot of this step instead of the distilled set.', lower_bound=0
+  )
   command_line.log_plainly()
   try:
     command_line.parse(argv, '--workdir=DIR --step=N')
@@ -241,7 +329,9 @@ def main(argv: Sequence[str]) -> int:
     directory = run_directory.RunDirectory(flags.FLAGS.workdir)
     rows, config = directory.read_metrics(), directory.read_config()
     if config is None or not rows:
-      raise command_line.BadInput(f'--workdir={flags.FLAGS.workdir} holds no run that has been evaluated.')
+      raise command_line.BadInput(
+        f'--workdir={flags.FLAGS.workdir} holds no run that has been evaluated.'
+      )
     write(directory, rows, flags.FLAGS.step)
     _write_events(directory, rows, config)
   except (command_line.BadInput, DataError, run_directory.RunDirectoryError) as error:

@@ -48,13 +48,15 @@ class RunDirectory:
     self.tensorboard = os.path.join(self.path, 'tensorboard')
     self.report = os.path.join(self.path, 'report.html')
     self._command = os.path.join(self.path, 'command.txt')
-    self.address = os.path.join(self.path, 'address')  # of the coordinator of a run on several hosts
+    # Of the coordinator of a run on several hosts.
+    self.address = os.path.join(self.path, 'address')
     self._generation = os.path.join(self.path, 'generation')
     self._lock = None
     self._earlier_generation = 0  # of the last coordinator before `begin`
 
   def open(self, config: Mapping[str, Any], data_key: str) -> None:
-    """Makes the folder, or checks that what it holds is this run; keeps other launches out for as long as this process lives.
+    """Makes the folder, or checks that what it holds is this run; keeps other launches out for as
+    long as this process lives.
 
     Raises:
       RunDirectoryError: not writable, in use, another run's, or past the wanted number of steps.
@@ -64,11 +66,13 @@ class RunDirectory:
       os.makedirs(self.checkpoints, exist_ok=True)
       self._lock = _locked(os.path.join(self.path, '.lock'), _LOOK)
     except BlockingIOError as error:
-      raise RunDirectoryError(f'--workdir={self.path} is in use by a run that is still going; '
-                              'stop it or choose another.') from error
+      raise RunDirectoryError(
+        f'--workdir={self.path} is in use by a run that is still going; stop it or choose another.'
+      ) from error
     except OSError as error:
       raise RunDirectoryError(
-          f'--workdir={self.path} cannot be written: {error.strerror}.') from error
+        f'--workdir={self.path} cannot be written: {error.strerror}.'
+      ) from error
     with contextlib.ExitStack() as unless_opened:
       unless_opened.callback(self.close)
       with self.claim():
@@ -81,8 +85,9 @@ class RunDirectory:
   def begin(self, state: str = STARTING) -> None:
     """Makes status.json tell of the launch for which this process opened the directory."""
     self._earlier_generation = self._read_generation()
-    self.write_status(state, step=self.checkpoint_step() or 0,
-                      num_steps=self.read_config()['run']['num_steps'])
+    self.write_status(
+      state, step=self.checkpoint_step() or 0, num_steps=self.read_config()['run']['num_steps']
+    )
 
   def _check_same_run(self, config: Mapping[str, Any], data_key: str) -> None:
     saved, reached = self.read_config(), self.checkpoint_step()
@@ -92,12 +97,14 @@ class RunDirectory:
     if saved['data_key'] != data_key:
       found.append('the content of the data set')
     if found:
-      raise RunDirectoryError(f'--workdir={self.path} holds another run: {"; ".join(found)}. '
-                              'Choose another --workdir.')
+      raise RunDirectoryError(
+        f'--workdir={self.path} holds another run: {"; ".join(found)}. Choose another --workdir.'
+      )
     if reached is not None and config['run']['num_steps'] < reached:
       raise RunDirectoryError(
-          f'--workdir={self.path} has come to step {reached}: run.num_steps must be {reached} or '
-          f'more, got {config["run"]["num_steps"]}; or choose another --workdir.')
+        f'--workdir={self.path} has come to step {reached}: run.num_steps must be {reached} or '
+        f'more, got {config["run"]["num_steps"]}; or choose another --workdir.'
+      )
 
   def close(self) -> None:
     """Lets another launch have it."""
@@ -114,7 +121,9 @@ class RunDirectory:
     except FileNotFoundError:
       return None
     except (OSError, ValueError) as error:
-      raise RunDirectoryError(f'{self.config} cannot be read ({error}); restore it, or choose another --workdir.') from error
+      raise RunDirectoryError(
+        f'{self.config} cannot be read ({error}); restore it, or choose another --workdir.'
+      ) from error
 
   def is_in_use(self) -> bool:
     """Whether a launch has this directory open."""
@@ -138,8 +147,9 @@ class RunDirectory:
     try:
       claim = _locked(os.path.join(self.path, '.coordinator'), _HANDOVER)
     except BlockingIOError as error:
-      raise RunDirectoryError(f'{self.path} has another coordinator that is still going; '
-                              'stop it first.') from error
+      raise RunDirectoryError(
+        f'{self.path} has another coordinator that is still going; stop it first.'
+      ) from error
     except OSError as error:
       raise RunDirectoryError(f'{self.path} cannot be written ({error.strerror}).') from error
     _sweep(self.snapshots)
@@ -173,7 +183,11 @@ class RunDirectory:
     return os.path.join(self.snapshots, f'{step:08d}.npz')
 
   def snapshot_steps(self) -> list[int]:
-    return sorted(int(name[:-4]) for name in os.listdir(self.snapshots) if name.endswith('.npz') and name[:-4].isdigit())
+    return sorted(
+      int(name[:-4])
+      for name in os.listdir(self.snapshots)
+      if name.endswith('.npz') and name[:-4].isdigit()
+    )
 
   def checkpoint(self, step: int) -> str:
     return os.path.join(self.checkpoints, f'{step:08d}')
@@ -205,15 +219,23 @@ class RunDirectory:
         return None
     except (OSError, ValueError, KeyError, TypeError):
       return None
-    return {'step': 0, 'num_steps': 0, 'generation': 0, 'wall_seconds': 0.0, 'workers': {},
-            'updated': 'unknown', **status}
+    return {
+      'step': 0,
+      'num_steps': 0,
+      'generation': 0,
+      'wall_seconds': 0.0,
+      'workers': {},
+      'updated': 'unknown',
+      **status,
+    }
 
   def has_ended(self, status: Mapping[str, Any]) -> bool:
     """Whether `status` is the last word of a coordinator that was started after `begin`."""
     return status['state'] not in LIVE and status['generation'] > self._earlier_generation
 
   def write_command(self, argv: list[str]) -> None:
-    """Keeps the command that started this run, or went on with it, last. Raises RunDirectoryError."""
+    """Keeps the command that started this run, or went on with it, last. Raises
+    RunDirectoryError."""
     try:
       write_atomically(self._command, shlex.join(argv) + '\n')
     except OSError as error:
@@ -238,7 +260,8 @@ class RunDirectory:
     return rows if whole else None
 
   def read_metrics(self) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a line that a crash left unfinished, or that is damaged, is none."""
+    """The rows of metrics.jsonl; a line that a crash left unfinished, or that is damaged, is
+    none."""
     try:
       with open(self.metrics, 'rb') as file:
         return _rows(file.read())
@@ -246,7 +269,8 @@ class RunDirectory:
       return []
 
   def append_metrics(self, row: dict[str, Any]) -> None:
-    """Adds a row to metrics.jsonl unless one of its step is there, and removes what is no row. Raises OSError."""
+    """Adds a row to metrics.jsonl unless one of its step is there, and removes what is no row.
+    Raises OSError."""
     with open(self.metrics, 'a+b') as file:
       fcntl.flock(file, fcntl.LOCK_EX)
       file.seek(0)
@@ -256,7 +280,7 @@ class RunDirectory:
         rows.append(row)
       wanted = ''.join(map(json_line, rows)).encode()
       if wanted.startswith(content):
-        file.write(wanted[len(content):])
+        file.write(wanted[len(content) :])
         file.flush()
         os.fsync(file.fileno())
       else:  # what is no row makes way
@@ -340,7 +364,8 @@ def persist(what: str, write: Callable[[], None], stop: threading.Event) -> None
 
 
 def write_atomically(path: str, content: 'str | Callable[[Any], None]') -> None:
-  """Replaces a file by `content`, text or a function that writes to a binary file: readers see the old one or the new one."""
+  """Replaces a file by `content`, text or a function that writes to a binary file: readers see the
+  old one or the new one."""
   # Not tempfile's, which none but the owner may read.
   scratch = os.path.join(os.path.dirname(path), f'{_SCRATCH}{uuid.uuid4().hex}')
   with open(scratch, 'xb') as file, contextlib.ExitStack() as unless_replaced:

@@ -1,7 +1,7 @@
 """What travels between the coordinator and its workers, and how a step is cut into it.
 
-Courier hangs on arrays in arguments, and takes twice as long for them in results, so arrays travel as bytes; pieces in parts of at most
-PART_BYTES. Tasks carry indices, never images.
+Courier hangs on arrays in arguments, and takes twice as long for them in results, so arrays travel
+as bytes; pieces in parts of at most PART_BYTES. Tasks carry indices, never images.
 """
 
 import json
@@ -11,18 +11,20 @@ from typing import Any, Mapping, NamedTuple
 import numpy as np
 import xxhash
 
-PART_BYTES = 2 ** 22
+PART_BYTES = 2**22
 _ALIGNMENT = 64
 
 # The phases of a step of KIP.
 SUPPORT_BLOCKS = 'support_blocks'  # tiles of K_ss on and above the diagonal
 TARGETS = 'targets'  # K_ts, its residual and its cotangent, in one pass
 SUPPORT_VJP = 'support_vjp'  # all tiles of K_ss, pulled back through their first argument
-# With several support ranges a step has two halves: SUPPORT_BLOCKS with TARGET_BLOCKS, then SUPPORT_VJP with TARGET_VJP; both of K_ss are
-# about `support_tile` whole rows, so that the gradient of a support image comes in one piece.
+# With several support ranges a step has two halves: SUPPORT_BLOCKS with TARGET_BLOCKS, then
+# SUPPORT_VJP with TARGET_VJP; both of K_ss are about `support_tile` whole rows, so that the
+# gradient of a support image comes in one piece.
 TARGET_BLOCKS = 'target_blocks'  # K_ts
 TARGET_VJP = 'target_vjp'  # these blocks, pulled back through the support images
-# Label Solve has SUPPORT_BLOCKS and this one, which is posted again and again until the whole training set is done.
+# Label Solve has SUPPORT_BLOCKS and this one, which is posted again and again until the whole
+# training set is done.
 LABEL_SOLVE = 'label_solve'  # the R factor of [K_ts, y_t]
 
 SUPPORT_PHASES = (SUPPORT_BLOCKS, SUPPORT_VJP)  # whose target_range is of the support set too
@@ -39,10 +41,11 @@ class Task(NamedTuple):
     step: of the support set it is about.
     phase: one of those above.
     index: place in the phase's plan.
-    target_range: the second argument's images, [start, stop): of the step's target batch, of the support set in the K_ss phases, of the
-      training set in LABEL_SOLVE.
+    target_range: the second argument's images, [start, stop): of the step's target batch, of the
+      support set in the K_ss phases, of the training set in LABEL_SOLVE.
     support_range: the first argument's images, [start, stop) of the support set.
   """
+
   run_id: str
   generation: int
   step: int
@@ -54,7 +57,9 @@ class Task(NamedTuple):
   @property
   def pairs(self) -> int:
     """Kernel entries it asks for."""
-    return (self.target_range[1] - self.target_range[0]) * (self.support_range[1] - self.support_range[0])
+    return (self.target_range[1] - self.target_range[0]) * (
+      self.support_range[1] - self.support_range[0]
+    )
 
 
 class Stale(Exception):
@@ -67,7 +72,8 @@ def ranges(total: int, size: int) -> list[Range]:
 
 
 def support_per_task(run: Mapping[str, Any], num_support: int) -> int:
-  """Support images of a target task, where a step has two halves; 0 where it has one pass, in tasks about all support images."""
+  """Support images of a target task, where a step has two halves; 0 where it has one pass, in tasks
+  about all support images."""
   configured = run['plan']['support_per_task']
   return configured if configured < num_support else 0
 
@@ -77,9 +83,16 @@ def targets_per_task(run: Mapping[str, Any]) -> int:
   return run['plan']['target_tile'] * run['plan']['target_tiles_per_task']
 
 
-def plan(phase: str, num_support: int, targets: Range, support_tile: int, targets_per_task: int,
-         support_per_task: int) -> list[tuple[Range, Range]]:
-  """The (target_range, support_range) of every task of a phase, in the order in which their pieces are summed.
+def plan(
+  phase: str,
+  num_support: int,
+  targets: Range,
+  support_tile: int,
+  targets_per_task: int,
+  support_per_task: int,
+) -> list[tuple[Range, Range]]:
+  """The (target_range, support_range) of every task of a phase, in the order in which their pieces
+  are summed.
 
   `support_per_task` is 0 where target tasks are about all support images.
   """
@@ -91,14 +104,22 @@ def plan(phase: str, num_support: int, targets: Range, support_tile: int, target
   if phase == SUPPORT_VJP:
     return [(columns, rows) for rows in tiles for columns in tiles]
   first, last = targets
-  support = ranges(num_support, support_per_task if phase in (TARGET_BLOCKS, TARGET_VJP) else num_support)
-  return [((first + start, first + stop), rows) for start, stop in ranges(last - first, targets_per_task) for rows in support]
+  support = ranges(
+    num_support, support_per_task if phase in (TARGET_BLOCKS, TARGET_VJP) else num_support
+  )
+  return [
+    ((first + start, first + stop), rows)
+    for start, stop in ranges(last - first, targets_per_task)
+    for rows in support
+  ]
 
 
 def encode(piece: dict[str, np.ndarray]) -> tuple[list[bytes], bytes]:
   """A piece as parts to send, and their checksum."""
   data = pack(piece)
-  return [data[i:i + PART_BYTES] for i in range(0, len(data), PART_BYTES)], xxhash.xxh3_64_digest(data)
+  return [data[i : i + PART_BYTES] for i in range(0, len(data), PART_BYTES)], xxhash.xxh3_64_digest(
+    data
+  )
 
 
 def decode(parts: list[bytes], checksum: bytes) -> dict[str, np.ndarray]:
@@ -111,9 +132,16 @@ def decode(parts: list[bytes], checksum: bytes) -> dict[str, np.ndarray]:
 
 def pack(arrays: dict[str, np.ndarray]) -> bytes:
   """A line of JSON that names the arrays, then their bytes."""
-  header = json.dumps([(name, value.dtype.str, value.shape) for name, value in arrays.items()]).encode()
+  header = json.dumps(
+    [(name, value.dtype.str, value.shape) for name, value in arrays.items()]
+  ).encode()
   header += b' ' * (-(len(header) + 1) % _ALIGNMENT) + b'\n'
-  return b''.join([header, *(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data for value in arrays.values())])
+  return b''.join(
+    [
+      header,
+      *(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data for value in arrays.values()),
+    ]
+  )
 
 
 def unpack(data: bytes) -> dict[str, np.ndarray]:

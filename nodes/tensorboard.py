@@ -1,6 +1,7 @@
 """A run's TensorBoard events: `tensorboard --logdir=DIR`.
 
-One file a snapshot, made aside and renamed into place: none is ever torn, and one that is evaluated again replaces its own.
+One file a snapshot, made aside and renamed into place: none is ever torn, and one that is evaluated
+again replaces its own.
 """
 
 import io
@@ -21,14 +22,29 @@ from nodes import export
 from nodes import pictures
 from nodes import run_directory
 
-_SCALARS = {'krr_test_accuracy': 'test', 'krr_test_mse': 'test', 'nn_test_accuracy': 'test', 'train_loss': 'train',
-            'train_accuracy': 'train', 'kernel_pairs_per_second': 'run', 'wall_seconds': 'run'}  # name in a row: group
-_RANGE = 200  # training images: on their range of brightness the support images of all steps are shown
+_SCALARS = {
+  'krr_test_accuracy': 'test',
+  'krr_test_mse': 'test',
+  'nn_test_accuracy': 'test',
+  'train_loss': 'train',
+  # Name in a row: group.
+  'train_accuracy': 'train',
+  'kernel_pairs_per_second': 'run',
+  'wall_seconds': 'run',
+}
+# Training images: on their range of brightness the support images of all steps are shown.
+_RANGE = 200
 
 
-def write(directory: run_directory.RunDirectory, row: dict[str, Any], images: np.ndarray | None,
-          labels: np.ndarray | None, prepared: store.Prepared) -> None:
-  """Writes a row's numbers, and the support set it is about as a grid of images and a heat map of labels.
+def write(
+  directory: run_directory.RunDirectory,
+  row: dict[str, Any],
+  images: np.ndarray | None,
+  labels: np.ndarray | None,
+  prepared: store.Prepared,
+) -> None:
+  """Writes a row's numbers, and the support set it is about as a grid of images and a heat map of
+  labels.
 
   Args:
     directory: of the run.
@@ -68,8 +84,9 @@ def write(directory: run_directory.RunDirectory, row: dict[str, Any], images: np
   run_directory.write_atomically(_path(directory, step), lambda file: file.write(content))
 
 
-def write_missing(directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]],
-                  prepared: store.Prepared) -> None:
+def write_missing(
+  directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]], prepared: store.Prepared
+) -> None:
   """Writes the files that rows of metrics.jsonl lack, with images and labels of their snapshots.
 
   Raises OSError.
@@ -81,8 +98,9 @@ def write_missing(directory: run_directory.RunDirectory, rows: Sequence[dict[str
     try:
       images, labels = export.load_snapshot(directory, row['step'], size, num_classes)
     except DataError as error:
-      logging.warning('TensorBoard has the numbers of step %d, but no pictures: %s',
-                      row['step'], error)
+      logging.warning(
+        'TensorBoard has the numbers of step %d, but no pictures: %s', row['step'], error
+      )
       images = labels = None
     write(directory, row, images, labels, prepared)
 

@@ -1,4 +1,5 @@
-"""A run on several hosts: each process builds the program's graph, knows the coordinator's address, and plays one node of it.
+"""A run on several hosts: each process builds the program's graph, knows the coordinator's address,
+and plays one node of it.
 
     python launch.py --role=coordinator --config=FILE --workdir=DIR
     python launch.py --role=worker --workdir=DIR            (or, without a shared disk, --coordinator=HOST:PORT)
@@ -29,12 +30,24 @@ from programs import supervisor
 from programs import terminal
 
 _WORKER = 'worker'
-ROLE = flags.DEFINE_enum('role', None, [distill.COORDINATOR, _WORKER, 'evaluator'], 'Run this one node of the program.')
-_ADDRESS = flags.DEFINE_string('coordinator', None, 'HOST:PORT of the coordinator; not needed where --workdir is on a shared disk.')
-_HOST = flags.DEFINE_string('host', None, 'Of the coordinator: the name or address by which the '
-                            'other hosts reach this one; by default its own.')
+ROLE = flags.DEFINE_enum(
+  'role', None, [distill.COORDINATOR, _WORKER, 'evaluator'], 'Run this one node of the program.'
+)
+_ADDRESS = flags.DEFINE_string(
+  'coordinator',
+  None,
+  'HOST:PORT of the coordinator; not needed where --workdir is on a shared disk.',
+)
+_HOST = flags.DEFINE_string(
+  'host',
+  None,
+  'Of the coordinator: the name or address by which the '
+  'other hosts reach this one; by default its own.',
+)
 _NAME = flags.DEFINE_string('name', None, "Of a worker: its name, unique among the run's.")
-_THREADS = flags.DEFINE_integer('threads', 0, 'Of a worker: its CPU threads; 0: all that it may use.', lower_bound=0)
+_THREADS = flags.DEFINE_integer(
+  'threads', 0, 'Of a worker: its CPU threads; 0: all that it may use.', lower_bound=0
+)
 
 _PATIENCE = 1800.0  # seconds to wait for an address: the coordinator prepares the data before
 _TELL_EVERY = 30.0
@@ -42,15 +55,22 @@ _ELSEWHERE = '192.0.2.1', 9  # no host's: reserved for documentation
 
 
 def play() -> int:
-  """Plays --role until the run is over or the process is asked to stop; gives the exit status. Raises BadInput."""
+  """Plays --role until the run is over or the process is asked to stop; gives the exit status.
+  Raises BadInput."""
   role = ROLE.value
   if role == distill.COORDINATOR and _ADDRESS.value:
-    raise start.BadInput('--coordinator=HOST:PORT is for workers and the evaluator; the coordinator takes --host=NAME and '
-                         '--config.system.port=PORT.')
+    raise start.BadInput(
+      '--coordinator=HOST:PORT is for workers and the evaluator; the coordinator takes --host=NAME and '
+      '--config.system.port=PORT.'
+    )
   if role == 'evaluator' and not start.WORKDIR.value:
-    raise start.BadInput('--workdir=DIR is missing: the run directory, where the evaluator writes its rows.')
+    raise start.BadInput(
+      '--workdir=DIR is missing: the run directory, where the evaluator writes its rows.'
+    )
   if role == _WORKER and not (start.WORKDIR.value or _ADDRESS.value):
-    raise start.BadInput('a worker needs --workdir=DIR, the run directory on a shared disk, or --coordinator=HOST:PORT.')
+    raise start.BadInput(
+      'a worker needs --workdir=DIR, the run directory on a shared disk, or --coordinator=HOST:PORT.'
+    )
   if _ADDRESS.value and not re.fullmatch(r'\S+:\d{1,5}', _ADDRESS.value):
     raise start.BadInput(f'--coordinator must be HOST:PORT, got {_ADDRESS.value!r}.')
   if supervisor.is_child():
@@ -59,10 +79,13 @@ def play() -> int:
   if role == distill.COORDINATOR:
     return _coordinate(start.stop_event())
   stop = start.stop_event(said='Stopping')
-  if not (_ADDRESS.value or _await_address(run_directory.RunDirectory(start.WORKDIR.value).address, stop)):
+  if not (
+    _ADDRESS.value or _await_address(run_directory.RunDirectory(start.WORKDIR.value).address, stop)
+  ):
     return 0 if stop.is_set() else 1
   run, _ = _joined()
-  gpus = placement.take_gpu(run.config['run']['implementation'])  # of several here each has to be given its own, as Slurm does
+  # Of several here each has to be given its own, as Slurm does.
+  gpus = placement.take_gpu(run.config['run']['implementation'])
   logging.info(gpus.remark)
   return supervisor.supervise(_label(os.getpid()), stop)
 
@@ -87,14 +110,20 @@ def own_host() -> str:
       address = None
   if address and not ipaddress.ip_address(address).is_loopback:
     return address
-  logging.warning('This host has no name or address that others could reach: '
-                  'only processes of its own can join, unless --host=NAME tells one.')
+  logging.warning(
+    'This host has no name or address that others could reach: '
+    'only processes of its own can join, unless --host=NAME tells one.'
+  )
   return 'localhost'
 
 
 def _label(supervising: int) -> str:
   """The node's label; a worker keeps its name when it is started again by process `supervising`."""
-  return _NAME.value or f'worker_{socket.gethostname()}_{supervising}' if ROLE.value == _WORKER else ROLE.value
+  return (
+    _NAME.value or f'worker_{socket.gethostname()}_{supervising}'
+    if ROLE.value == _WORKER
+    else ROLE.value
+  )
 
 
 def _coordinate(stop: threading.Event) -> int:
@@ -105,7 +134,10 @@ def _coordinate(stop: threading.Event) -> int:
   distill.check_port(port)
   address = f'{_HOST.value or own_host()}:{port or _free_port()}'
   run_directory.write_atomically(run.directory.address, address + '\n')
-  logging.info('The coordinator is at %s. Whoever can connect to it can run code as you: see BUILD.md, "The coordinator\'s port".', address)
+  logging.info(
+    'The coordinator is at %s. Whoever can connect to it can run code as you: see BUILD.md, "The coordinator\'s port".',
+    address,
+  )
   with terminal.shown(run.directory):
     run.directory.begin()
     supervisor.supervise(distill.COORDINATOR, stop)
@@ -135,7 +167,8 @@ def _await_address(path: str, stop: threading.Event) -> bool:
 
 
 def _joined() -> tuple[start.Run, str]:
-  """The run this process takes part in, and the coordinator's address. Its settings are --config's, the run directory's, or the defaults.
+  """The run this process takes part in, and the coordinator's address. Its settings are --config's,
+  the run directory's, or the defaults.
 
   Raises:
     BadInput: there is no such run, or the settings are wrong.
@@ -147,7 +180,9 @@ def _joined() -> tuple[start.Run, str]:
     else:
       config = directory.read_config() if directory else base.get_config().to_dict()
     if config is None:
-      raise start.BadInput(f'--workdir={directory.path} holds no run; a worker without a shared disk needs --coordinator alone.')
+      raise start.BadInput(
+        f'--workdir={directory.path} holds no run; a worker without a shared disk needs --coordinator alone.'
+      )
     base.validate({'run': config['run'], 'system': config['system']})
   except (base.ConfigError, run_directory.RunDirectoryError) as error:
     raise start.BadInput(str(error)) from error
@@ -157,10 +192,13 @@ def _joined() -> tuple[start.Run, str]:
 
 
 def _play_node(label: str) -> None:
-  """What a Launchpad launcher does for one node of a program: tells it where the others are, and runs it."""
+  """What a Launchpad launcher does for one node of a program: tells it where the others are, and
+  runs it."""
   run, address = _joined()
   workers = [label] if ROLE.value == _WORKER else []
-  program = distill.make_program(run, workers, published='' if _ADDRESS.value else run.directory.address)
+  program = distill.make_program(
+    run, workers, published='' if _ADDRESS.value else run.directory.address
+  )
   for node in program.get_all_nodes():
     node._initialize_context(context.LaunchType.LOCAL_MULTI_PROCESSING, launch_config=None)
   for group, nodes in program.groups.items():

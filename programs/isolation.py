@@ -1,4 +1,5 @@
-"""A network of a local run's own: Courier runs what it is sent by anyone, so no other host may reach its port.
+"""A network of a local run's own: Courier runs what it is sent by anyone, so no other host may
+reach its port.
 
 Imports nothing but the standard library: it must run while the process has one thread.
 """
@@ -16,14 +17,16 @@ _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 
 
 def restart_isolated() -> None:
-  """Starts this very command again with a network of its own, once: what needs the real one must be done by now."""
+  """Starts this very command again with a network of its own, once: what needs the real one must be
+  done by now."""
   if _MARK not in os.environ:
     sys.stdout.flush()
     os.execve(sys.executable, sys.orig_argv, {**os.environ, _MARK: 'wanted'})
 
 
 def enter_if_restarted() -> None:
-  """The other half: to be called first thing, before there are threads. Without permission everything stays as it is."""
+  """The other half: to be called first thing, before there are threads. Without permission
+  everything stays as it is."""
   if os.environ.get(_MARK) == 'wanted':
     os.environ[_MARK] = 'entered' if _enter() else 'refused'
 
@@ -36,11 +39,16 @@ def is_isolated() -> bool:
 def _enter() -> bool:
   unshare = ctypes.CDLL(None, use_errno=True).unshare
   uid, gid = os.geteuid(), os.getegid()
-  if unshare(_CLONE_NEWNET) != 0:  # root may do so as it is, and keeps its rights to files; others need a user namespace
+  if unshare(_CLONE_NEWNET) != 0:
+    # Root may do so as it is, and keeps its rights to files; others need a user namespace.
     if unshare(_CLONE_NEWUSER | _CLONE_NEWNET) != 0:
       return False
     try:
-      for name, content in (('setgroups', 'deny'), ('uid_map', f'{uid} {uid} 1'), ('gid_map', f'{gid} {gid} 1')):
+      for name, content in (
+        ('setgroups', 'deny'),
+        ('uid_map', f'{uid} {uid} 1'),
+        ('gid_map', f'{gid} {gid} 1'),
+      ):
         with open(f'/proc/self/{name}', 'w', encoding='ascii') as file:
           file.write(content)
     except OSError:
@@ -51,5 +59,7 @@ def _enter() -> bool:
       flags = struct.unpack('16sh14x', fcntl.ioctl(control, _SIOCGIFFLAGS, request))[1]
       fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack('16sh14x', b'lo', flags | _IFF_UP))
   except OSError as error:
-    sys.exit(f'error: the loopback interface of a private network cannot be brought up ({error.strerror}).')
+    sys.exit(
+      f'error: the loopback interface of a private network cannot be brought up ({error.strerror}).'
+    )
   return True

@@ -1,4 +1,5 @@
-"""The whole program in one process, without Launchpad: the oracle of the distributed run, and the way to run where Launchpad has no wheel.
+"""The whole program in one process, without Launchpad: the oracle of the distributed run, and the
+way to run where Launchpad has no wheel.
 
     python -m programs.local --config=configs/digits.py --workdir=runs/local
 """
@@ -9,7 +10,8 @@ import threading
 
 from programs import placement
 
-os.environ.update(placement.launcher_environment())  # before NumPy starts, with as many threads as it finds here
+# Before NumPy starts, with as many threads as it finds here.
+os.environ.update(placement.launcher_environment())
 
 # pylint: disable=wrong-import-position
 from absl import logging
@@ -47,6 +49,7 @@ def distil(run, stop: threading.Event) -> None:
   from nodes import evaluator
   from nodes import kernel_worker
   from nodes.remote import Retrying
+
   system = run.config['system']
   try:
     coordinator = coordinator_node.Coordinator(run.directory.path, run.cache, stop)
@@ -55,9 +58,15 @@ def distil(run, stop: threading.Event) -> None:
     return
   client = Retrying(coordinator, system['coordinator_timeout'], stop)
   threads = placement.worker_threads(system['worker_threads'], system['num_workers'])
-  nodes = [kernel_worker.KernelWorker(client, name=f'kernel_worker_{i}', threads=threads, cache=run.cache, stop=stop)
-           for i in range(system['num_workers'])]
-  nodes.append(evaluator.Evaluator(client, workdir=run.directory.path, threads=1, cache=run.cache, stop=stop))
+  nodes = [
+    kernel_worker.KernelWorker(
+      client, name=f'kernel_worker_{i}', threads=threads, cache=run.cache, stop=stop
+    )
+    for i in range(system['num_workers'])
+  ]
+  nodes.append(
+    evaluator.Evaluator(client, workdir=run.directory.path, threads=1, cache=run.cache, stop=stop)
+  )
   running = [threading.Thread(target=node.run, daemon=True) for node in nodes]
   for thread in running:
     thread.start()

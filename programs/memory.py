@@ -11,17 +11,19 @@ from kernels import ntk
 from kernels.native import build
 from nodes import tasks
 
-_PROCESS = 2 ** 27  # interpreter and libraries
-_NETWORK = 2 ** 28  # Neural Tangents, and what XLA makes of a finite network
-_DERIVATIVES = 2 ** 28  # of a tile, which the native kernel keeps; at most
-_TILES = 3 * 2 ** 28  # what the other kernels form beside results
+_PROCESS = 2**27  # interpreter and libraries
+_NETWORK = 2**28  # Neural Tangents, and what XLA makes of a finite network
+_DERIVATIVES = 2**28  # of a tile, which the native kernel keeps; at most
+_TILES = 3 * 2**28  # what the other kernels form beside results
 _LANES = 16  # images of a vector
 _TEST_BATCH = 500  # images that go through a finite network at once
 
 # Of a control group, by version: its limit, what it uses, and the prefix of those lines of
 # memory.stat that count its descendants in.
-_FILES = {1: ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_'),
-          2: ('memory.max', 'memory.current', '')}
+_FILES = {
+  1: ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_'),
+  2: ('memory.max', 'memory.current', ''),
+}
 
 
 class Needs(NamedTuple):
@@ -29,18 +31,21 @@ class Needs(NamedTuple):
 
   Data on disk that are memory-mapped are not counted: the system may drop them.
   """
+
   coordinator: int
   worker: int
   evaluator: int
 
   def in_words(self) -> str:
-    return (f'about {in_gib(self.coordinator)} GiB for the coordinator, '
-            f'{in_gib(self.worker)} GiB for each worker, '
-            f'{in_gib(self.evaluator)} GiB for the evaluator')
+    return (
+      f'about {in_gib(self.coordinator)} GiB for the coordinator, '
+      f'{in_gib(self.worker)} GiB for each worker, '
+      f'{in_gib(self.evaluator)} GiB for the evaluator'
+    )
 
 
 def in_gib(number: int) -> str:
-  return f'{number / 2 ** 30:.1f}'
+  return f'{number / 2**30:.1f}'
 
 
 def needs(config: dict[str, Any], prepared: store.Prepared) -> Needs:
@@ -57,7 +62,7 @@ def needs(config: dict[str, Any], prepared: store.Prepared) -> Needs:
   tasks_a_step = len(tasks.ranges(targets, tasks.targets_per_task(run)))
 
   # The state, its optimiser's moments and the gradient; a step's pieces; K_ss and its solve.
-  coordinator = _PROCESS + 10 * gradient + tasks_a_step * gradient // 2 + 6 * 8 * support ** 2
+  coordinator = _PROCESS + 10 * gradient + tasks_a_step * gradient // 2 + 6 * 8 * support**2
   # Support and gradients; blocks; tiles of targets, in work and ahead.
   worker = _PROCESS + (derivatives if is_native else _TILES) + 4 * gradient
   worker += 4 * 8 * support * tile + 3 * tile * (image + table)
@@ -82,8 +87,9 @@ def needs(config: dict[str, Any], prepared: store.Prepared) -> Needs:
   return Needs(coordinator, worker, evaluator)
 
 
-def table_bytes(architecture: architectures.Architecture, height: int, width: int,
-                size: int) -> int:
+def table_bytes(
+  architecture: architectures.Architecture, height: int, width: int, size: int
+) -> int:
   """Bytes that a kernel keeps of an image on its own (`ntk.Kernel.prepare`), at most.
 
   They are the native kernel's: the variance of every convolution's ReLU input and two numbers for

@@ -1,4 +1,5 @@
-"""What one node's process does: the node's work, or, in the process that a launcher starts, watching over a child that does it."""
+"""What one node's process does: the node's work, or, in the process that a launcher starts,
+watching over a child that does it."""
 
 import functools
 import os
@@ -28,8 +29,12 @@ class _Supervised:
   """Of a Launchpad node: `run` in a process of its own, respawned."""
 
   def run(self) -> None:
-    worker_manager.get_worker_manager()._termination_notice_secs = supervisor.LAUNCHER_NOTICE  # no flag of the launcher's gets here
-    if self.launch_context.launch_type is context.LaunchType.LOCAL_MULTI_THREADING or supervisor.is_child():
+    # No flag of the launcher's gets here.
+    worker_manager.get_worker_manager()._termination_notice_secs = supervisor.LAUNCHER_NOTICE
+    if (
+      self.launch_context.launch_type is context.LaunchType.LOCAL_MULTI_THREADING
+      or supervisor.is_child()
+    ):
       super().run()
       return
     start.log_plainly()
@@ -37,7 +42,8 @@ class _Supervised:
 
 
 class CoordinatorNode(_Supervised, lp.CourierNode):
-  """The coordinator: a server on `port`, or on any free one; every life of it has the same address."""
+  """The coordinator: a server on `port`, or on any free one; every life of it has the same
+  address."""
 
   name = 'coordinator'
 
@@ -72,6 +78,7 @@ class FixedAddress(lp_address.AbstractAddressBuilder):
 
 def _coordinator(workdir: str, cache: str):
   from nodes import coordinator  # here and below: each process imports what its own node needs
+
   start.log_plainly()
   try:
     return coordinator.Coordinator(workdir, cache, lp.stop_event(), supervisor.progressed)
@@ -87,14 +94,23 @@ class _Client:
     start.log_plainly()
     stop = lp.stop_event()
     address = coordinator.address
-    coordinator = Retrying(coordinator, timeout, stop, _unreachable,
-                           functools.partial(_listens, address, published), _note_progress, address)
+    coordinator = Retrying(
+      coordinator,
+      timeout,
+      stop,
+      _unreachable,
+      functools.partial(_listens, address, published),
+      _note_progress,
+      address,
+    )
     if kind == 'evaluator':
       from nodes import evaluator
+
       os.nice(_EVALUATOR_NICENESS)
       self._node = evaluator.Evaluator(coordinator, stop=stop, **kwargs)
     else:
       from nodes import kernel_worker
+
       self._node = kernel_worker.KernelWorker(coordinator, stop=stop, **kwargs)
 
   def run(self) -> None:
@@ -106,7 +122,8 @@ class _Client:
 
 
 def _listens(address: str, published: str) -> bool:
-  """Whether somebody listens at `address`. Raises CoordinatorLost where the file `published` names another."""
+  """Whether somebody listens at `address`. Raises CoordinatorLost where the file `published` names
+  another."""
   now = run_directory.read_address(published) if published else None
   if now not in (None, address):
     raise CoordinatorLost(f'the coordinator is at {now} now.', was_there=True)
@@ -124,4 +141,6 @@ def _note_progress(method: str) -> None:
 
 
 def _unreachable(error: Exception) -> bool:
-  return type(error).__name__ == 'StatusNotOk' and any(name in str(getattr(error, 'code', '')) for name in _UNREACHABLE)
+  return type(error).__name__ == 'StatusNotOk' and any(
+    name in str(getattr(error, 'code', '')) for name in _UNREACHABLE
+  )

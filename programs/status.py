@@ -1,4 +1,5 @@
-"""How a run is doing, or what became of it, from its directory alone: `launch.py --status --workdir=DIR [--json]`."""
+"""How a run is doing, or what became of it, from its directory alone: `launch.py --status
+--workdir=DIR [--json]`."""
 
 import datetime
 import json
@@ -12,7 +13,9 @@ from nodes import command_line
 from nodes import evaluation
 from nodes import run_directory
 
-STATUS = flags.DEFINE_bool('status', False, 'Tell how the run in --workdir is doing, and start nothing.')
+STATUS = flags.DEFINE_bool(
+  'status', False, 'Tell how the run in --workdir is doing, and start nothing.'
+)
 JSON = flags.DEFINE_bool('json', False, 'With --status: one line of JSON.')
 
 
@@ -51,16 +54,22 @@ def read(directory: run_directory.RunDirectory) -> dict[str, Any]:
     raise command_line.BadInput(f'--workdir={directory.path} holds no run that has started.')
   status.pop('last_row', None)
   if status['state'] in run_directory.LIVE and not directory.is_in_use():
-    status.update(state=run_directory.FAILED,
-                  message='the launcher has exited without recording why')
+    status.update(
+      state=run_directory.FAILED, message='the launcher has exited without recording why'
+    )
   live = status['state'] in run_directory.LIVE
   for counts in status['workers'].values():
     counts['pairs_per_second'] = counts['pairs'] / counts['seconds'] if counts['seconds'] else 0.0
     counts['alive'] = live and counts.get('alive', False)
   step = directory.checkpoint_step()
-  return {**status, 'workdir': directory.path, 'command': directory.read_command(),
-          'checkpoint_step': step, 'checkpoint_age': _age(directory, step),
-          'rows': directory.read_metrics()}
+  return {
+    **status,
+    'workdir': directory.path,
+    'command': directory.read_command(),
+    'checkpoint_step': step,
+    'checkpoint_age': _age(directory, step),
+    'rows': directory.read_metrics(),
+  }
 
 
 def _age(directory: run_directory.RunDirectory, step: int | None) -> float | None:
@@ -76,22 +85,28 @@ def in_words(status: dict[str, Any]) -> str:
   state, message = status['state'], f': {status["message"]}' if 'message' in status else ''
   if state == run_directory.EVALUATING:
     state += f' ({min(status["evaluated"] + 1, status["to_evaluate"])} of {status["to_evaluate"]})'
-  lines = [f'{state}{message}',
-           f'  step {status["step"]} of {status["num_steps"]}, {_duration(status["wall_seconds"])} of computing; '
-           f'last heard of at {status["updated"]}']
+  lines = [
+    f'{state}{message}',
+    f'  step {status["step"]} of {status["num_steps"]}, {_duration(status["wall_seconds"])} of computing; '
+    f'last heard of at {status["updated"]}',
+  ]
   if state in (run_directory.STOPPED, run_directory.FAILED) and status['command']:
     lines.append(f'  to go on: {status["command"]}')
   if 'train_loss' in status:
     is_running = state == run_directory.RUNNING
     to_go = f', {_duration(status["seconds_to_go"])} to go' if is_running else ''
-    lines.append(f'  loss {status["train_loss"]:.5f}, {status["kernel_pairs_per_second"]:.3g} pairs/s{to_go}')
+    lines.append(
+      f'  loss {status["train_loss"]:.5f}, {status["kernel_pairs_per_second"]:.3g} pairs/s{to_go}'
+    )
   for name, counts in status['workers'].items():
     here = ' (alive)' if counts['alive'] else ''
     tasks = f'{counts["tasks"]} task{"s" * (counts["tasks"] != 1)}'
     lines.append(f'  {name}{here}: {tasks}, {counts["pairs_per_second"]:.3g} pairs/s')
   lines += [f'  evaluated {evaluation.in_words(row)}' for row in status['rows'][-3:]]
   if status['checkpoint_age'] is not None:
-    lines.append(f'  last checkpoint: step {status["checkpoint_step"]}, {_duration(status["checkpoint_age"])} ago')
+    lines.append(
+      f'  last checkpoint: step {status["checkpoint_step"]}, {_duration(status["checkpoint_age"])} ago'
+    )
   return '\n'.join(lines)
 
 

@@ -1,7 +1,9 @@
-"""Keeps a node alive: a light parent runs this very command again as its child, and again whenever the child is killed.
+"""Keeps a node alive: a light parent runs this very command again as its child, and again whenever
+the child is killed.
 
-The parent imports neither JAX nor a node. It knows nothing of Launchpad either: whoever starts a node's process (the local launcher, a
-scheduler) calls `is_child()`, then does the node's work or `supervise()`s.
+The parent imports neither JAX nor a node. It knows nothing of Launchpad either: whoever starts a
+node's process (the local launcher, a scheduler) calls `is_child()`, then does the node's work or
+`supervise()`s.
 """
 
 import contextlib
@@ -22,7 +24,9 @@ _PARENT, _SIGN = 'KIP_SUPERVISOR', 'KIP_SIGN_OF_USE'
 _MAX_USELESS = 10  # lives in a row without progress
 _MAX_IN_VAIN = 100  # lives in a row whose progress, if any, was lost with them
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
-LAUNCHER_NOTICE = 30  # seconds that Launchpad gives a process to stop: a busy machine may take long to write a checkpoint
+# Seconds that Launchpad gives a process to stop: a busy machine may take long to write a
+# checkpoint.
+LAUNCHER_NOTICE = 30
 NOTICE = LAUNCHER_NOTICE - 2.0  # a child has less than its parent
 _PR_SET_PDEATHSIG = 1
 _LASTING = b'!'
@@ -62,7 +66,8 @@ def terminal_signals_blocked():
 
 
 def supervise(name: str, stop: threading.Event) -> int:
-  """Runs the child until it ends by itself, or until this process is to stop; gives its exit status.
+  """Runs the child until it ends by itself, or until this process is to stop; gives its exit
+  status.
 
   A child that is killed (by whatever signal) or asks for it is started again, with growing pauses
   while it makes no progress, and no more after _MAX_USELESS such lives, nor after _MAX_IN_VAIN
@@ -74,11 +79,15 @@ def supervise(name: str, stop: threading.Event) -> int:
   while True:
     reader, writer = os.pipe()
     with terminal_signals_blocked():
-      child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], pass_fds=[writer],
-                               env={**os.environ, _PARENT: str(os.getpid()), _SIGN: str(writer)})
+      child = subprocess.Popen(
+        [sys.executable, *sys.orig_argv[1:]],
+        pass_fds=[writer],
+        env={**os.environ, _PARENT: str(os.getpid()), _SIGN: str(writer)},
+      )
     with child:
       os.close(writer)
-      while child.poll() is None and not gone():  # Event.wait can deadlock with a signal handler that sets the event
+      while child.poll() is None and not gone():
+        # Event.wait can deadlock with a signal handler that sets the event.
         time.sleep(0.05)
       if gone():
         return _end(child)
@@ -87,10 +96,18 @@ def supervise(name: str, stop: threading.Event) -> int:
     useless, in_vain = 0 if marks else useless + 1, 0 if _LASTING in marks else in_vain + 1
     if child.returncode >= 0 and child.returncode != RESTART_STATUS:
       return child.returncode
-    cause = 'asked to be started afresh' if child.returncode >= 0 else f'was killed by {_signal_name(-child.returncode)}'
+    cause = (
+      'asked to be started afresh'
+      if child.returncode >= 0
+      else f'was killed by {_signal_name(-child.returncode)}'
+    )
     if useless >= _MAX_USELESS or in_vain >= _MAX_IN_VAIN:
-      logging.error('%s %s: exited %d times without making progress; giving up.', name, cause,
-                    useless if useless >= _MAX_USELESS else in_vain)
+      logging.error(
+        '%s %s: exited %d times without making progress; giving up.',
+        name,
+        cause,
+        useless if useless >= _MAX_USELESS else in_vain,
+      )
       return 1
     pause = min(_FIRST_PAUSE * 2 ** max(useless - 1, 0), _LONGEST_PAUSE)
     logging.warning('%s %s; it is started again in %.1f s.', name, cause, pause)

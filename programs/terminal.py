@@ -1,4 +1,5 @@
-"""What a local launch shows: its nodes' output, and on a terminal a bar below it that tells how the run is doing."""
+"""What a local launch shows: its nodes' output, and on a terminal a bar below it that tells how the
+run is doing."""
 
 import contextlib
 import datetime
@@ -20,17 +21,23 @@ from rich.text import Text
 from nodes import run_directory
 
 _COLOUR = re.compile(rb'\x1b\[[0-9;]*m')
-_PROGRESS = re.compile(rb'\d\d:\d\d:\d\d step \d+/\d+: loss ')  # the coordinator's lines, of which the bar tells
-_COUNTDOWN = re.compile(rb'(\x1b\[[0-9;]*m)*Waiting for workers to stop for \d+s\.(\x1b\[[0-9;]*m)*\r?')  # Launchpad's, over and over
+# The coordinator's lines, of which the bar tells.
+_PROGRESS = re.compile(rb'\d\d:\d\d:\d\d step \d+/\d+: loss ')
+# Launchpad's, over and over.
+_COUNTDOWN = re.compile(
+  rb'(\x1b\[[0-9;]*m)*Waiting for workers to stop for \d+s\.(\x1b\[[0-9;]*m)*\r?'
+)
 _NOTHING = re.compile(rb'(\x1b\[[0-9;]*m|\[[\w/]+\]|\s)*')  # but a node's name
 _REDRAWS = 2  # a second
 
 
 @contextlib.contextmanager
 def shown(directory: run_directory.RunDirectory):
-  """Inside, what this process and its children write arrives line by line: on a terminal above the bar, elsewhere without colours.
+  """Inside, what this process and its children write arrives line by line: on a terminal above the
+  bar, elsewhere without colours.
 
-  Launchpad pipes its nodes' output through sed, which holds it back by the block unless it writes to a terminal: so it gets one.
+  Launchpad pipes its nodes' output through sed, which holds it back by the block unless it writes
+  to a terminal: so it gets one.
   """
   on_terminal = sys.stdout.isatty()
   streams = [1, 2] if on_terminal and sys.stderr.isatty() else [1]
@@ -44,8 +51,14 @@ def shown(directory: run_directory.RunDirectory):
   os.close(slave)
   if on_terminal:
     console = Console(file=_Screen(real[0]))
-    bar = Live(console=console, get_renderable=lambda: _bar(directory), refresh_per_second=_REDRAWS, transient=True,
-               redirect_stdout=False, redirect_stderr=False)
+    bar = Live(
+      console=console,
+      get_renderable=lambda: _bar(directory),
+      refresh_per_second=_REDRAWS,
+      transient=True,
+      redirect_stdout=False,
+      redirect_stderr=False,
+    )
     write = lambda lines: _print_above(console, lines)
   else:
     bar, write = contextlib.nullcontext(), lambda lines: _write_plainly(real[0], lines)
@@ -102,13 +115,17 @@ def _copy(master: int, write) -> None:
   held = b''
   while True:
     try:
-      data = os.read(master, 2 ** 16)
+      data = os.read(master, 2**16)
     except OSError:  # what a terminal's master reads then
       data = b''
     *lines, held = (held + data).split(b'\n') if data else [*filter(None, [held]), b'']
     told = [(line, _COUNTDOWN.sub(b'', line)) for line in lines]
     try:
-      write(b''.join(rest + b'\n' for line, rest in told if rest == line or not _NOTHING.fullmatch(rest)))
+      write(
+        b''.join(
+          rest + b'\n' for line, rest in told if rest == line or not _NOTHING.fullmatch(rest)
+        )
+      )
     except OSError:  # nobody reads any more: `| head`
       write = lambda lines: None  # whoever writes must not wait for it
     if not data:
@@ -121,7 +138,7 @@ def _write_plainly(real: int, lines: bytes) -> None:
 
 def _write_all(descriptor: int, content: bytes) -> None:
   while content:
-    content = content[os.write(descriptor, content):]
+    content = content[os.write(descriptor, content) :]
 
 
 def _print_above(console: Console, lines: bytes) -> None:
@@ -145,11 +162,19 @@ def _bar(directory: run_directory.RunDirectory) -> Group:
     to_go = f'evaluated {status["evaluated"]} of {status["to_evaluate"]}'
   else:
     to_go = 'last step'
-  tested = f'test {100 * rows[-1]["krr_test_accuracy"]:.2f} % at step {rows[-1]["step"]}  ' if rows else ''
+  tested = (
+    f'test {100 * rows[-1]["krr_test_accuracy"]:.2f} % at step {rows[-1]["step"]}  ' if rows else ''
+  )
   alive = sum(worker['alive'] for worker in status['workers'].values())
   line.add_column(no_wrap=True)
   line.add_column(ratio=1)
   line.add_column(no_wrap=True)
   line.add_row(f'step {step}/{num_steps}', ProgressBar(num_steps, step), to_go)
-  return Group(line, Text(f'loss {status["train_loss"]:.5f}  {tested}{status["kernel_pairs_per_second"]:.3g} pairs/s  '
-                          f'workers: {alive}', no_wrap=True))
+  return Group(
+    line,
+    Text(
+      f'loss {status["train_loss"]:.5f}  {tested}{status["kernel_pairs_per_second"]:.3g} pairs/s  '
+      f'workers: {alive}',
+      no_wrap=True,
+    ),
+  )

@@ -4,7 +4,8 @@ import os
 
 from programs import placement
 
-os.environ.update(placement.launcher_environment())  # before NumPy and JAX start, as in the program's own processes
+# Before NumPy and JAX start, as in the program's own processes.
+os.environ.update(placement.launcher_environment())
 
 # pylint: disable=wrong-import-position
 import numpy as np
@@ -25,7 +26,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def npz(tmp_path_factory):
-  """A data set of 3 classes, 8x9x2 pixels, 96 training and 25 test images: smooth blobs whose place tells the class."""
+  """A data set of 3 classes, 8x9x2 pixels, 96 training and 25 test images: smooth blobs whose place
+  tells the class."""
   rng = np.random.default_rng(0)
   y, x = np.mgrid[:8, :9]
 
@@ -35,6 +37,7 @@ def npz(tmp_path_factory):
     blobs = np.exp(-((y - centres[:, :1, None]) ** 2 + (x - centres[:, 1:, None]) ** 2) / 6)
     noisy = blobs[..., None] * [1.0, 0.6] + 0.2 * rng.normal(size=(n, 8, 9, 2))
     return (255 * np.clip(noisy, 0, 1)).astype(np.uint8), labels
+
   path = str(tmp_path_factory.mktemp('data') / 'blobs.npz')
   (x_train, y_train), (x_test, y_test) = draw(96), draw(25)
   np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
@@ -43,8 +46,13 @@ def npz(tmp_path_factory):
 
 @pytest.fixture
 def released_mnist(tmp_path):
-  """A set of 10 images as the authors released theirs, already fetched, and a stand-in for MNIST: (name, folder of the data, cache)."""
-  name, folder, cache = 'ls/mnist/ConvNet_ssize10_nozca.npz', tmp_path / 'mnist', str(tmp_path / 'cache')
+  """A set of 10 images as the authors released theirs, already fetched, and a stand-in for MNIST:
+  (name, folder of the data, cache)."""
+  name, folder, cache = (
+    'ls/mnist/ConvNet_ssize10_nozca.npz',
+    tmp_path / 'mnist',
+    str(tmp_path / 'cache'),
+  )
   rng = np.random.default_rng(0)
   for split in ('train', 'test'):
     for i in range(20):
@@ -59,13 +67,24 @@ def released_mnist(tmp_path):
 
 @pytest.fixture
 def make_run(npz, cache):
-  """A function (workdir, {field: value}) -> start.Run on that data set: 6 support images, 33 targets, tiles that divide neither."""
+  """A function (workdir, {field: value}) -> start.Run on that data set: 6 support images, 33
+  targets, tiles that divide neither."""
 
   def make(workdir, changes=None):
     config = base.get_config()
-    small = {'run.architecture': 'convnet2', 'run.data.name': npz, 'run.num_steps': 3, 'run.images_per_class': 2,
-             'run.targets_per_step': 33, 'run.plan.support_tile': 4, 'run.plan.target_tile': 5, 'run.plan.target_tiles_per_task': 2,
-             'system.num_workers': 2, 'system.evaluation.nn_steps': 0, 'system.final_evaluation_timeout': 120.0}
+    small = {
+      'run.architecture': 'convnet2',
+      'run.data.name': npz,
+      'run.num_steps': 3,
+      'run.images_per_class': 2,
+      'run.targets_per_step': 33,
+      'run.plan.support_tile': 4,
+      'run.plan.target_tile': 5,
+      'run.plan.target_tiles_per_task': 2,
+      'system.num_workers': 2,
+      'system.evaluation.nn_steps': 0,
+      'system.final_evaluation_timeout': 120.0,
+    }
     for path, value in {**small, **(changes or {})}.items():
       node = config
       *parents, leaf = path.split('.')
@@ -75,11 +94,16 @@ def make_run(npz, cache):
         node[leaf] = value
     config = config.to_dict()
     base.validate(config)
-    prepared = store.prepare(config['run']['data'], cache, raw=config['run']['augmentation']['fraction'] > 0)
+    prepared = store.prepare(
+      config['run']['data'], cache, raw=config['run']['augmentation']['fraction'] > 0
+    )
     labels, num_classes = prepared.train_labels, prepared.num_classes
     config['run']['targets_per_step'] = base.resolve_targets(config['run'], labels, num_classes)
-    base.validate_with_data(config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:])
+    base.validate_with_data(
+      config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:]
+    )
     directory = run_directory.RunDirectory(str(workdir))
     directory.open(config, prepared.key)
     return start.Run(config, directory, cache)
+
   return make

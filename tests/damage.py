@@ -11,8 +11,12 @@ def damaged(draw, content: bytes) -> bytes:
   if kind == 'cut':
     return content[:place]
   if kind == 'flip':
-    return content[:place] + bytes([content[place] ^ 1 << draw(st.integers(0, 7))]) + content[place + 1:]
+    return (
+      content[:place]
+      + bytes([content[place] ^ 1 << draw(st.integers(0, 7))])
+      + content[place + 1 :]
+    )
   if kind == 'overwrite':
     stretch = draw(st.binary(min_size=1, max_size=32))
-    return content[:place] + stretch + content[place + len(stretch):]
+    return content[:place] + stretch + content[place + len(stretch) :]
   return draw(st.binary(max_size=64))

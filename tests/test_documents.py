@@ -15,8 +15,12 @@ def _read(*names):
 
 def _sources():
   """All code, with strings that go on in the next line put together."""
-  names = [path for room in ('configs', 'data', 'kernels', 'nodes', 'programs', 'tools')
-           for pattern in ('*.py', '*/*.py', '*.sh') for path in glob.glob(os.path.join(ROOT, room, pattern))]
+  names = [
+    path
+    for room in ('configs', 'data', 'kernels', 'nodes', 'programs', 'tools')
+    for pattern in ('*.py', '*/*.py', '*.sh')
+    for path in glob.glob(os.path.join(ROOT, room, pattern))
+  ]
   return re.sub(r"(['\"])\n\s*f?['\"]", '', _read('launch.py', *names))
 
 
@@ -35,10 +39,15 @@ def test_every_message_of_the_troubleshooting_table_is_one_of_the_code():
 @pytest.mark.parametrize('document', ['README.md', 'BUILD.md', 'RESULTS.md'])
 def test_flags_and_files_of_the_documents_exist(document):
   from configs import base
+
   text = _read(document)
-  for field in re.findall(r'--config\.((?:run|system)[\w.]*\w)', text) + re.findall(r'`((?:run|system)\.[\w.]*\w)', text):
+  for field in re.findall(r'--config\.((?:run|system)[\w.]*\w)', text) + re.findall(
+    r'`((?:run|system)\.[\w.]*\w)', text
+  ):
     base.check_path(field)
-  for name in re.findall(r'`((?:configs|tests|data|kernels|nodes|programs|notebooks|docs)/[\w/.]*)`', text):
+  for name in re.findall(
+    r'`((?:configs|tests|data|kernels|nodes|programs|notebooks|docs)/[\w/.]*)`', text
+  ):
     assert os.path.exists(os.path.join(ROOT, name)), name
   for name in re.findall(r'\]\(([\w/.]+)\)', text):
     assert os.path.exists(os.path.join(ROOT, name)), name

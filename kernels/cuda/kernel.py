@@ -1,11 +1,15 @@
-"""NTK blocks by a fused CUDA kernel, compiled at run time for the architecture and image shape at hand.
+"""NTK blocks by a fused CUDA kernel, compiled at run time for the architecture and image shape at
+hand.
 
-CuPy is what compiles (NVRTC), launches and holds memory. The contract is NumPy in and out, so that JAX has no part in it, and its memory
-pool none of the GPU's; a handler of XLA's foreign function interface would need a C++ compiler or a binary for each CUDA version, and
-cuda.core has no arrays: both would be more code here. A process that uses this kernel may keep JAX on the CPU (JAX_PLATFORMS=cpu).
+CuPy is what compiles (NVRTC), launches and holds memory. The contract is NumPy in and out, so that
+JAX has no part in it, and its memory pool none of the GPU's; a handler of XLA's foreign function
+interface would need a C++ compiler or a binary for each CUDA version, and cuda.core has no arrays:
+both would be more code here. A process that uses this kernel may keep JAX on the CPU
+(JAX_PLATFORMS=cpu).
 
-Pallas cannot keep a pair on chip: its Triton lowering (JAX 0.5.3 and 0.12.0) refuses slices and rolls of a value, with which a convolution
-shifts a band by a pixel, and sizes that are no powers of two, as images of 28 pixels have; the Mosaic one is for Hopper and later alone.
+Pallas cannot keep a pair on chip: its Triton lowering (JAX 0.5.3 and 0.12.0) refuses slices and
+rolls of a value, with which a convolution shifts a band by a pixel, and sizes that are no powers of
+two, as images of 28 pixels have; the Mosaic one is for Hopper and later alone.
 """
 
 import ctypes
@@ -19,7 +23,7 @@ from kernels import architectures
 from kernels import ntk
 from kernels.cuda import plan as planning
 
-_TABLE_BYTES = 2 ** 29  # of one part of the second images' tables
+_TABLE_BYTES = 2**29  # of one part of the second images' tables
 _OPTIONS = ('--std=c++17', '-default-device', '--ftz=true')
 
 
@@ -29,12 +33,14 @@ class Gpu:
   Attributes:
     name: the model's.
     threads, shared_bytes: of a block, at most.
-    kept_bytes: of pairs' derivatives, at most, until the cotangent is known, or contracted with it at once.
+    kept_bytes: of pairs' derivatives, at most, until the cotangent is known, or contracted with it
+      at once.
   """
 
   def __init__(self):
     _load_nvrtc()
     import cupy
+
     self._cupy = cupy
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
     self.name, self.threads = properties['name'].decode(), planning.THREADS
@@ -43,15 +49,20 @@ class Gpu:
     self.kept_bytes = self._memory // 8
 
   def load(self, plan: planning.Plan):
-    """Kernels by name: each with the number of blocks to launch at most, all that the device holds at once, their workspaces permitting."""
+    """Kernels by name: each with the number of blocks to launch at most, all that the device holds
+    at once, their workspaces permitting."""
     module = self._cupy.RawModule(code=plan.source, options=_OPTIONS)
 
     @functools.cache
     def function(name):
       kernel = module.get_function(name)
       kernel.max_dynamic_shared_size_bytes = plan.shared_bytes
-      resident = self._cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.kernel.ptr, plan.threads, plan.shared_bytes)
-      return kernel, max(1, min(resident * self._processors, self._memory // 8 // max(1, plan.workspace_bytes)))
+      resident = self._cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
+        kernel.kernel.ptr, plan.threads, plan.shared_bytes
+      )
+      return kernel, max(
+        1, min(resident * self._processors, self._memory // 8 // max(1, plan.workspace_bytes))
+      )
 
     return function
 
@@ -73,7 +84,8 @@ class Gpu:
     return self._cupy.empty(shape, dtype)
 
   def zeros(self, shape, dtype):
-    value = self._cupy.empty(shape, dtype)  # cupy.zeros would compile a kernel, for which there may be no headers
+    # Cupy.zeros would compile a kernel, for which there may be no headers.
+    value = self._cupy.empty(shape, dtype)
     value.data.memset_async(0, value.nbytes)
     return value
 
@@ -84,6 +96,7 @@ def is_available() -> bool:
     return False
   _load_nvrtc()
   import cupy
+
   try:
     return cupy.cuda.runtime.getDeviceCount() > 0
   except cupy.cuda.runtime.CUDARuntimeError:
@@ -102,18 +115,24 @@ def _load_nvrtc() -> None:
 @functools.cache
 def _gpu() -> Gpu:
   if not is_available():
-    raise ValueError('implementation: the CUDA kernel needs CuPy and a GPU with its driver; `make cuda` installs CuPy.')
+    raise ValueError(
+      'implementation: the CUDA kernel needs CuPy and a GPU with its driver; `make cuda` installs CuPy.'
+    )
   return Gpu()
 
 
 class CudaKernel:
-  """NTK (or NNGP) blocks on the current GPU: O(A·B·H·W·offsets) time; memory O(A + B), and for derivatives `Gpu.kept_bytes`.
+  """NTK (or NNGP) blocks on the current GPU: O(A·B·H·W·offsets) time; memory O(A + B), and for
+  derivatives `Gpu.kept_bytes`.
 
   Images' variances are computed anew for each block: that takes less time than handing them over.
   """
+
   implementation = 'cuda'
 
-  def __init__(self, architecture: architectures.Architecture, dtype: str, threads: int, kind: str = 'ntk'):
+  def __init__(
+    self, architecture: architectures.Architecture, dtype: str, threads: int, kind: str = 'ntk'
+  ):
     del threads
     self.architecture = architecture
     self.dtype = np.dtype(dtype)
@@ -132,7 +151,9 @@ class CudaKernel:
     x1, x2 = map(_images, (x1, x2))
     return self._program(x1).block(x1, x2)
 
-  def block_vjp(self, x1: ntk.Images, x2: ntk.Images, cotangent: ntk.Cotangent) -> tuple[np.ndarray, np.ndarray]:
+  def block_vjp(
+    self, x1: ntk.Images, x2: ntk.Images, cotangent: ntk.Cotangent
+  ) -> tuple[np.ndarray, np.ndarray]:
     """See `ntk.Kernel.block_vjp`."""
     x1, x2 = map(_images, (x1, x2))
     if callable(cotangent):
@@ -141,20 +162,25 @@ class CudaKernel:
     return self._program(x1).block_vjp(x1, x2, cotangent)
 
   def linearise(self, x1: ntk.Images, x2: ntk.Images) -> ntk.Linearised:
-    """See `ntk.Kernel.linearise`: the derivatives by x1 are kept on the GPU pair by pair (22 kB a pair for a ConvNet on 32x32x3), unless
-    they are too many: then they are computed when the cotangent is known."""
+    """See `ntk.Kernel.linearise`: the derivatives by x1 are kept on the GPU pair by pair (22 kB a
+    pair for a ConvNet on 32x32x3), unless they are too many: then they are computed when the
+    cotangent is known."""
     x1, x2 = map(_images, (x1, x2))
     program = self._program(x1)
     if program.derivatives_bytes(len(x1), len(x2)) <= self._gpu.kept_bytes:
       return program.linearise(x1, x2)
-    return ntk.Linearised(program.block(x1, x2), lambda cotangent: program.block_vjp(x1, x2, cotangent)[1], x2.nbytes)
+    return ntk.Linearised(
+      program.block(x1, x2), lambda cotangent: program.block_vjp(x1, x2, cotangent)[1], x2.nbytes
+    )
 
   def _program(self, x):
     shape = x.shape[1:]
     if shape not in self._programs:
       make = _Dense if not self.architecture.is_convolutional else _Convolutional
       gpu = self._gpu
-      plan = planning.make_plan(self.architecture, shape, str(self.dtype), self._kind, gpu.threads, gpu.shared_bytes)
+      plan = planning.make_plan(
+        self.architecture, shape, str(self.dtype), self._kind, gpu.threads, gpu.shared_bytes
+      )
       self._programs[shape] = make(gpu, plan, self.dtype)
     return self._programs[shape]
 
@@ -195,7 +221,9 @@ class _Convolutional(_Program):
   def block_vjp(self, x1, x2, cotangent):
     """Part by part, each contracted with its cotangent at once."""
     left, values, sums = self._tables(x1), np.empty((len(x1), len(x2)), self._dtype), self._sums(x1)
-    for first, last in self._parts(len(x2), max(1, self._gpu.kept_bytes // self.derivatives_bytes(len(x1), 1))):
+    for first, last in self._parts(
+      len(x2), max(1, self._gpu.kept_bytes // self.derivatives_bytes(len(x1), 1))
+    ):
       part, derivatives = self._derivatives(left, x2[first:last])
       values[:, first:last] = self._gpu.download(part)
       self._contract(derivatives, cotangent[:, first:last], sums)
@@ -218,7 +246,10 @@ class _Convolutional(_Program):
 
   def _derivatives(self, left, x2):
     shape = len(left[0]), len(x2)
-    values, derivatives = self._gpu.empty(shape, self._dtype), self._gpu.empty((*shape, self._plan.derivatives), self._dtype)
+    values, derivatives = (
+      self._gpu.empty(shape, self._dtype),
+      self._gpu.empty((*shape, self._plan.derivatives), self._dtype),
+    )
     self._run('kip_derivatives', values.size, *left, *self._tables(x2), *shape, values, derivatives)
     return values, derivatives
 
@@ -227,7 +258,9 @@ class _Convolutional(_Program):
 
   def _contract(self, derivatives, cotangent, sums):
     blocks = self._blocks('kip_contract', -(-sums.size // self._plan.threads))
-    self._launch('kip_contract', blocks, derivatives, self._gpu.upload(cotangent), *derivatives.shape[:2], sums)
+    self._launch(
+      'kip_contract', blocks, derivatives, self._gpu.upload(cotangent), *derivatives.shape[:2], sums
+    )
 
   def _gradient(self, x1, left, sums):
     gradient = self._gpu.empty((len(x1), self._plan.pixels), np.float64)
@@ -243,7 +276,9 @@ class _Convolutional(_Program):
     """Tables [N, plan.table], and what hidden layers need of the readout in float64, [N, 2]."""
     # A thread may read, though not use, what lies before or behind a table: a number.
     margin = x[0].size // x.shape[3] + 4 * sum(x.shape[1:3]) + 16
-    tables = self._gpu.zeros(len(x) * self._plan.table + 2 * margin, self._dtype)[margin:-margin].reshape(len(x), self._plan.table)
+    tables = self._gpu.zeros(len(x) * self._plan.table + 2 * margin, self._dtype)[
+      margin:-margin
+    ].reshape(len(x), self._plan.table)
     readouts = self._gpu.empty((len(x), 2), np.float64)
     self._run('kip_tables', len(x), self._gpu.upload(x), tables, readouts, len(x))
     return tables, readouts
@@ -274,11 +309,33 @@ class _Dense(_Program):
     def pull_back(cotangent):
       weights, variances_bar = self._gpu.upload(cotangent), self._gpu.empty(len(x1), np.float64)
       gradient = self._gpu.empty(x1.shape, np.float64)
-      self._run('kip_dense_variances_vjp', len(x1), left_tables, derivatives, weights, len(x1), len(x2), variances_bar)
-      self._run('kip_dense_vjp', x1.size, left, right, derivatives, weights, variances_bar, len(x1), len(x2), gradient)
+      self._run(
+        'kip_dense_variances_vjp',
+        len(x1),
+        left_tables,
+        derivatives,
+        weights,
+        len(x1),
+        len(x2),
+        variances_bar,
+      )
+      self._run(
+        'kip_dense_vjp',
+        x1.size,
+        left,
+        right,
+        derivatives,
+        weights,
+        variances_bar,
+        len(x1),
+        len(x2),
+        gradient,
+      )
       return self._gpu.download(gradient).astype(self._dtype)
 
-    return ntk.Linearised(self._gpu.download(values), pull_back, left.nbytes + right.nbytes + derivatives.nbytes)
+    return ntk.Linearised(
+      self._gpu.download(values), pull_back, left.nbytes + right.nbytes + derivatives.nbytes
+    )
 
   def derivatives_bytes(self, rows, columns):
     return rows * columns * self._plan.derivatives * 8
@@ -290,7 +347,18 @@ class _Dense(_Program):
     self._run('kip_dense_transpose', x2.size, right, transposed, len(x2))
     values = self._gpu.empty((len(x1), len(x2)), self._dtype)
     derivatives = self._gpu.empty((self._plan.derivatives, len(x1), len(x2)), np.float64)
-    self._run('kip_dense_block', values.size, left, left_tables, transposed, right_tables, len(x1), len(x2), values, derivatives)
+    self._run(
+      'kip_dense_block',
+      values.size,
+      left,
+      left_tables,
+      transposed,
+      right_tables,
+      len(x1),
+      len(x2),
+      values,
+      derivatives,
+    )
     return values, left, left_tables, right, derivatives
 
   def _tables(self, x):
@@ -303,7 +371,8 @@ class _Dense(_Program):
 
 
 def _from_planes(planes, shape):
-  """Images [N, H, W, D] from planes [N, D planes], whose rows are their even columns, then their odd ones."""
+  """Images [N, H, W, D] from planes [N, D planes], whose rows are their even columns, then their
+  odd ones."""
   count, height, width, channels = shape
   planes = planes.reshape(count, channels, height, 2, (width + 1) // 2)
   return planes.transpose(0, 2, 4, 3, 1).reshape(count, height, -1, channels)[:, :, :width]

@@ -15,16 +15,35 @@ import subprocess
 import sys
 
 INSTRUCTION_SETS = {  # the best one first
-    'avx512': ('-mavx512f', '-mavx512dq', '-mavx512vl', '-mavx512bw', '-mavx2', '-mfma', '-mprefer-vector-width=512'),
-    'avx2': ('-mavx2', '-mfma'),
-    'portable': (),
+  'avx512': (
+    '-mavx512f',
+    '-mavx512dq',
+    '-mavx512vl',
+    '-mavx512bw',
+    '-mavx2',
+    '-mfma',
+    '-mprefer-vector-width=512',
+  ),
+  'avx2': ('-mavx2', '-mfma'),
+  'portable': (),
 }
 SOURCES = pathlib.Path(__file__).parent / 'src'
 FOLDER = pathlib.Path(__file__).parent / 'build'
 
 # -ffast-math would switch subnormal numbers off for the whole process that loads the library.
-_FLAGS = ('-std=c++17', '-O3', '-fno-math-errno', '-fno-trapping-math', '-ffp-contract=fast', '-fPIC', '-shared', '-pthread',
-          '-fno-gnu-unique', '-Wl,-Bsymbolic', '-Wno-psabi')
+_FLAGS = (
+  '-std=c++17',
+  '-O3',
+  '-fno-math-errno',
+  '-fno-trapping-math',
+  '-ffp-contract=fast',
+  '-fPIC',
+  '-shared',
+  '-pthread',
+  '-fno-gnu-unique',
+  '-Wl,-Bsymbolic',
+  '-Wno-psabi',
+)
 
 
 def compiler() -> list[str] | None:
@@ -46,7 +65,9 @@ def is_built() -> bool:
 def build() -> str:
   """Builds what is missing; returns a line that says what was done, or why nothing can be."""
   if platform.machine() not in ('x86_64', 'AMD64'):
-    return f'native kernel: not built, {platform.machine()} is not x86-64; the JAX kernel will be used.'
+    return (
+      f'native kernel: not built, {platform.machine()} is not x86-64; the JAX kernel will be used.'
+    )
   missing = [name for name in INSTRUCTION_SETS if not find(name)]
   if not missing:
     return f'native kernel: up to date in {FOLDER}.'
@@ -57,8 +78,10 @@ def build() -> str:
   try:
     FOLDER.mkdir(exist_ok=True)
   except OSError as error:
-    return (f'native kernel: not built, {FOLDER} cannot be written ({error.strerror}); '
-            'the JAX kernel will be used.')
+    return (
+      f'native kernel: not built, {FOLDER} cannot be written ({error.strerror}); '
+      'the JAX kernel will be used.'
+    )
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     compiled = pool.map(lambda name: _compile(command, name, _path(name)), missing)
     errors = list(filter(None, compiled))
@@ -72,10 +95,24 @@ def build() -> str:
 
 
 def _compile(command: list[str], instruction_set: str, path: pathlib.Path) -> str | None:
-  """Compiles to a name of its own and renames, so that two builds at once do no harm. Returns the compiler's complaint, if any."""
+  """Compiles to a name of its own and renames, so that two builds at once do no harm. Returns the
+  compiler's complaint, if any."""
   partial = path.with_suffix(f'.{os.getpid()}.partial')
-  result = subprocess.run([*command, *_FLAGS, *INSTRUCTION_SETS[instruction_set], '-isystem', str(_headers()), str(SOURCES / 'ffi.cc'),
-                           '-o', str(partial)], capture_output=True, text=True, check=False)
+  result = subprocess.run(
+    [
+      *command,
+      *_FLAGS,
+      *INSTRUCTION_SETS[instruction_set],
+      '-isystem',
+      str(_headers()),
+      str(SOURCES / 'ffi.cc'),
+      '-o',
+      str(partial),
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   if result.returncode:
     partial.unlink(missing_ok=True)
     return result.stderr.strip() or f'exit status {result.returncode}'
@@ -93,6 +130,7 @@ def _path(instruction_set: str) -> pathlib.Path:
 
 def _headers() -> pathlib.Path:
   import jaxlib  # not jax.ffi.include_dir(), which imports all of JAX for the same folder
+
   return pathlib.Path(jaxlib.__file__).parent / 'include'
 
 

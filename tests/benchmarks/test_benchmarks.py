@@ -1,4 +1,5 @@
-"""The benchmarks' own code, on sizes that take seconds, and without the GPU that some of them are for."""
+"""The benchmarks' own code, on sizes that take seconds, and without the GPU that some of them are
+for."""
 
 import os
 import subprocess
@@ -14,26 +15,48 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 
 def test_without_a_gpu_there_is_nothing_to_measure():
-  done = subprocess.run([sys.executable, '-m', 'benchmarks.gpu'], cwd=ROOT, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''},
-                        capture_output=True, text=True, timeout=120, check=False)
+  done = subprocess.run(
+    [sys.executable, '-m', 'benchmarks.gpu'],
+    cwd=ROOT,
+    env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''},
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
   assert done.returncode == 1 and not done.stdout
-  assert [line for line in done.stderr.splitlines() if line.startswith('error: nothing to measure. ')], done.stderr
+  assert [
+    line for line in done.stderr.splitlines() if line.startswith('error: nothing to measure. ')
+  ], done.stderr
 
 
 def test_a_table_of_kernels_without_neural_tangents(monkeypatch):
   monkeypatch.setattr(kernels, 'BLOCKS', ((2, 3), (3, 5)))
   monkeypatch.setattr(kernels, 'HAS_NEURAL_TANGENTS', False)
-  row, = kernels.measure('fc1', (4, 4, 1), ['jax'], 1, 1, 1e9, with_peer=False)
+  (row,) = kernels.measure('fc1', (4, 4, 1), ['jax'], 1, 1, 1e9, with_peer=False)
   assert (row.block, row.forward_ratio, row.step_ratio) == ('3x5', None, None)
   assert row.block_error <= 1e-6 and row.gradient_error <= 5e-6
-  assert row.peak_share == pytest.approx(kernels.operations(kernels.architectures.get('fc1'), (4, 4, 1)) / (row.forward_ms * 1e-3) / 1e9)
+  assert row.peak_share == pytest.approx(
+    kernels.operations(kernels.architectures.get('fc1'), (4, 4, 1)) / (row.forward_ms * 1e-3) / 1e9
+  )
   printed = kernels.line(row, 1e3)
   assert f'{1e3 * row.vjp_ms:11.4g}' in printed and printed.count(' -') == 3
   assert len(kernels.heading('µs').splitlines()[0]) == len(printed)
 
 
 def test_steps_by_the_real_nodes(tmp_path):
-  row = gpu.measure_step(str(tmp_path), 'jax', 1, 5, 2, architecture='fc1', targets=20, num_images=40, num_steps=3, warm_up=1)
+  row = gpu.measure_step(
+    str(tmp_path),
+    'jax',
+    1,
+    5,
+    2,
+    architecture='fc1',
+    targets=20,
+    num_images=40,
+    num_steps=3,
+    warm_up=1,
+  )
   assert (row.support, row.targets, row.pairs) == (10, 20, 10 * 20 + 2 * 10 * 10)
   assert row.seconds > 0 and row.microseconds_a_pair == pytest.approx(1e6 * row.seconds / row.pairs)
   assert len(gpu.step_line(row)) == len(gpu.step_heading())
@@ -41,7 +64,14 @@ def test_steps_by_the_real_nodes(tmp_path):
 
 def test_what_a_step_costs_beside_the_kernel(tmp_path):
   coordinator = pytest.importorskip('benchmarks.coordinator')  # needs Launchpad
-  directory = steps.make_run(str(tmp_path), 40, 6, {'target_tile': 5, 'target_tiles_per_task': 2}, images_per_class=1, targets_per_step=20)
+  directory = steps.make_run(
+    str(tmp_path),
+    40,
+    6,
+    {'target_tile': 5, 'target_tiles_per_task': 2},
+    images_per_class=1,
+    targets_per_step=20,
+  )
   milliseconds = coordinator.measure(directory, str(tmp_path))
   assert set(milliseconds) == {'step', 'kernel', *coordinator.PARTS}
   assert all(value > 0 for part, value in milliseconds.items() if part != 'write')
@@ -58,8 +88,20 @@ def test_what_a_step_sends(tmp_path, monkeypatch, support_per_task):
   case = scale.Case(num_support, num_targets, 3, 5, 10, 2, support_per_task)
   row = scale.measure(case, scale.Costs(1e-6, 3e-6, 1e-6, [1.0]), str(tmp_path), 3.0)
   images, groups = 4 * num_support * 32 * 32 * 3, num_targets // per_task
-  up = (groups + 1) * images + 4 * num_support * num_targets if support_per_task else (groups + num_support // 5) * images
+  up = (
+    (groups + 1) * images + 4 * num_support * num_targets
+    if support_per_task
+    else (groups + num_support // 5) * images
+  )
   assert row.bytes_up == pytest.approx(up, rel=0.1)
-  down = (groups + num_support // 5 + 1) * images + 40 * num_targets * 4 if support_per_task else 3 * images
+  down = (
+    (groups + num_support // 5 + 1) * images + 40 * num_targets * 4
+    if support_per_task
+    else 3 * images
+  )
   assert row.bytes_down == pytest.approx(down, rel=0.1)
-  assert 0 < row.efficiency < 1 and 0 < row.cpu and row.seconds > scale._kernel_seconds(case, scale.Costs(1e-6, 3e-6, 1e-6, [1.0])) / 3
+  assert (
+    0 < row.efficiency < 1
+    and 0 < row.cpu
+    and row.seconds > scale._kernel_seconds(case, scale.Costs(1e-6, 3e-6, 1e-6, [1.0])) / 3
+  )

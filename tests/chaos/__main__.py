@@ -1,4 +1,5 @@
-"""Runs a distillation under fire and compares it, bit by bit, with the same one left in peace. `make chaos`, or
+"""Runs a distillation under fire and compares it, bit by bit, with the same one left in peace.
+`make chaos`, or
 
     PYTHONPATH=. python tests/chaos --workdir=runs/chaos --seed=0
 
@@ -27,13 +28,22 @@ import numpy as np
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # Kinds of steps, and the flags for them.
 KINDS = {'one pass': (), 'two halves': ('--config.run.plan.support_per_task=10',)}
-TASKS = {'one pass': ('support_blocks', 'targets', 'support_vjp'),
-         'two halves': ('support_blocks', 'target_blocks', 'target_vjp', 'support_vjp')}
+TASKS = {
+  'one pass': ('support_blocks', 'targets', 'support_vjp'),
+  'two halves': ('support_blocks', 'target_blocks', 'target_vjp', 'support_vjp'),
+}
 # What the coordinator waits for. In two halves SUPPORT_VJP's pieces are there before the last of
 # TARGET_VJP's, so it never waits for them.
 AWAITED = {'one pass': TASKS['one pass'], 'two halves': TASKS['two halves'][:3]}
 TIMINGS = ('wall_seconds', 'kernel_pairs_per_second')  # of a row: what may differ
-PAUSES = ('kernel_worker', 'evaluator', 'kernel_worker', 'coordinator', 'kernel_worker', 'evaluator')
+PAUSES = (
+  'kernel_worker',
+  'evaluator',
+  'kernel_worker',
+  'coordinator',
+  'kernel_worker',
+  'evaluator',
+)
 WORKERS = 2
 
 
@@ -46,7 +56,11 @@ class Activity:
   def now(self) -> str:
     """'idle' between activities, 'dead' where no process is alive."""
     if not self._alive():
-      paths = [path for path in glob.glob(self._pattern) if os.path.exists(f'/proc/{path.rpartition(".")[2]}')]
+      paths = [
+        path
+        for path in glob.glob(self._pattern)
+        if os.path.exists(f'/proc/{path.rpartition(".")[2]}')
+      ]
       if not paths:
         return 'dead'
       path = random.choice(paths)
@@ -74,10 +88,12 @@ class Activity:
 
 
 class Havoc(threading.Thread):
-  """Kills and pauses the processes of a run until every kind of activity has been struck often enough."""
+  """Kills and pauses the processes of a run until every kind of activity has been struck often
+  enough."""
 
-  def __init__(self, folder: str, workdir: str, activities: dict[str, tuple[str, ...]], seed: int,
-               kills: int):
+  def __init__(
+    self, folder: str, workdir: str, activities: dict[str, tuple[str, ...]], seed: int, kills: int
+  ):
     super().__init__(daemon=True)
     self._activities = activities
     self._folder, self._workdir, self._random = folder, workdir, random.Random(seed)
@@ -86,7 +102,12 @@ class Havoc(threading.Thread):
       self._orders[role] = list(kinds) * kills
       self._random.shuffle(self._orders[role])
     self._pauses = list(PAUSES)
-    self.killed, self.missed, self.paused, self.cut = collections.Counter(), 0, collections.Counter(), ''
+    self.killed, self.missed, self.paused, self.cut = (
+      collections.Counter(),
+      0,
+      collections.Counter(),
+      '',
+    )
     self.over = threading.Event()
 
   @property
@@ -106,7 +127,12 @@ class Havoc(threading.Thread):
         elif orders and time.monotonic() > next_blow[role] and activity == orders[-1]:
           time.sleep(self._random.uniform(0, 0.03))
           self._strike(role, activities[role])
-        elif time.monotonic() > next_blow[role] and activity != 'idle' and role in self._pauses and self._random.random() < 0.002:
+        elif (
+          time.monotonic() > next_blow[role]
+          and activity != 'idle'
+          and role in self._pauses
+          and self._random.random() < 0.002
+        ):
           self._pause(role, activities[role])
 
   def _strike(self, role, activity):
@@ -138,30 +164,49 @@ class Havoc(threading.Thread):
     folder = os.path.join(self._workdir, 'checkpoints')
     steps = sorted(name for name in os.listdir(folder) if name.isdigit())
     if len(steps) > 1:
-      files = [os.path.join(path, name) for path, _, names in os.walk(os.path.join(folder, steps[-1])) for name in names]
+      files = [
+        os.path.join(path, name)
+        for path, _, names in os.walk(os.path.join(folder, steps[-1]))
+        for name in names
+      ]
       victim = max(files, key=os.path.getsize)
       os.truncate(victim, os.path.getsize(victim) // 2)
       self.cut = steps[-1]
 
 
-def launch(workdir: str, kind: str, steps: int, calls: float, havoc: Havoc | None,
-           folder: str) -> float:
+def launch(
+  workdir: str, kind: str, steps: int, calls: float, havoc: Havoc | None, folder: str
+) -> float:
   """Runs launch.py with steps of a kind; gives its seconds."""
   shutil.rmtree(folder, ignore_errors=True)
   os.makedirs(folder)
   command = [
-      sys.executable, 'launch.py', '--config=configs/digits.py', f'--workdir={workdir}',
-      '--lp_launch_type=local_mp', f'--config.run.num_steps={steps}',
-      '--config.run.images_per_class=2', '--config.run.plan.support_tile=10',
-      f'--config.system.num_workers={WORKERS}',
-      f'--config.system.snapshot_steps={",".join(map(str, range(0, steps, 3)))}',
-      '--config.system.checkpoint_seconds=2', '--config.system.log_seconds=5',
-      '--config.system.evaluation.nn_steps=0', *KINDS[kind]
+    sys.executable,
+    'launch.py',
+    '--config=configs/digits.py',
+    f'--workdir={workdir}',
+    '--lp_launch_type=local_mp',
+    f'--config.run.num_steps={steps}',
+    '--config.run.images_per_class=2',
+    '--config.run.plan.support_tile=10',
+    f'--config.system.num_workers={WORKERS}',
+    f'--config.system.snapshot_steps={",".join(map(str, range(0, steps, 3)))}',
+    '--config.system.checkpoint_seconds=2',
+    '--config.system.log_seconds=5',
+    '--config.system.evaluation.nn_steps=0',
+    *KINDS[kind],
   ]
-  environment = {**os.environ, 'PYTHONPATH': os.path.dirname(os.path.abspath(__file__)), 'KIP_CHAOS': folder, 'KIP_CHAOS_CALLS': str(calls)}
+  environment = {
+    **os.environ,
+    'PYTHONPATH': os.path.dirname(os.path.abspath(__file__)),
+    'KIP_CHAOS': folder,
+    'KIP_CHAOS_CALLS': str(calls),
+  }
   start = time.monotonic()
   with open(os.path.join(folder, 'log'), 'w', encoding='utf-8') as log:
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+      command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+    )
     if havoc is not None:
       havoc.start()
     status = process.wait()
@@ -178,25 +223,42 @@ def compare(peace: str, fire: str) -> list[str]:
   from nodes import checkpoints  # here, because it imports JAX
   import jax
   import optax
+
   found = []
   states = []
   for workdir in (peace, fire):
     with np.load(os.path.join(workdir, 'distilled.npz'), allow_pickle=False) as file:
       parameters = {name: file[name].astype(np.float64) for name in ('images', 'labels')}
-    template = checkpoints.SupportState(0, **parameters, optimizer=jax.device_get(optax.adam(1.0).init(parameters)))
-    states.append(checkpoints.Checkpoints(os.path.join(workdir, 'checkpoints')).restore(template)[0])
-  if not all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(*map(jax.tree.leaves, states), strict=True)):
+    template = checkpoints.SupportState(
+      0, **parameters, optimizer=jax.device_get(optax.adam(1.0).init(parameters))
+    )
+    states.append(
+      checkpoints.Checkpoints(os.path.join(workdir, 'checkpoints')).restore(template)[0]
+    )
+  if not all(
+    np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    for a, b in zip(*map(jax.tree.leaves, states), strict=True)
+  ):
     found.append('the final state')
   names = sorted(os.listdir(os.path.join(peace, 'snapshots')))
   if names != sorted(os.listdir(os.path.join(fire, 'snapshots'))):
     found.append('which snapshots there are')
   for name in [os.path.join('snapshots', name) for name in names] + ['distilled.npz']:
     with np.load(os.path.join(peace, name)) as a, np.load(os.path.join(fire, name)) as b:
-      found += [f'{array} of {name}' for array in ('images', 'labels') if a[array].tobytes() != b[array].tobytes()]
+      found += [
+        f'{array} of {name}'
+        for array in ('images', 'labels')
+        if a[array].tobytes() != b[array].tobytes()
+      ]
   rows = []
   for workdir in (peace, fire):
     with open(os.path.join(workdir, 'metrics.jsonl'), encoding='utf-8') as file:
-      rows.append([{key: value for key, value in json.loads(line).items() if key not in TIMINGS} for line in file])
+      rows.append(
+        [
+          {key: value for key, value in json.loads(line).items() if key not in TIMINGS}
+          for line in file
+        ]
+      )
   if rows[0] != rows[1]:
     found.append('metrics.jsonl')
   return found
@@ -209,9 +271,9 @@ def survives(kind: str, workdir: str, seed: int, steps: int, kills: int) -> bool
   print(f'{kind}, in peace: {steps} steps in {seconds:.0f} s', flush=True)
   told = os.path.join(workdir, 'fire_told')
   activities = {
-      'kernel_worker': TASKS[kind],
-      'coordinator': (*AWAITED[kind], 'checkpoint', 'snapshot'),
-      'evaluator': ('evaluate', 'append')
+    'kernel_worker': TASKS[kind],
+    'coordinator': (*AWAITED[kind], 'checkpoint', 'snapshot'),
+    'evaluator': ('evaluate', 'append'),
   }
   havoc = Havoc(told, fire, activities, seed, kills)
   seconds_under_fire = launch(fire, kind, steps, 0.03, havoc, told)
@@ -219,25 +281,30 @@ def survives(kind: str, workdir: str, seed: int, steps: int, kills: int) -> bool
   def lines(name):
     with open(os.path.join(told, name), encoding='utf-8') as file:
       return file.read().splitlines()
+
   calls = collections.Counter(line.split()[0] for line in lines('calls'))
   print(
-      f'{kind}, under fire: {sum(havoc.killed.values())} kills survived '
-      f'({havoc.missed} more between activities), {sum(havoc.paused.values())} pauses, '
-      f'{calls["repeated"]} calls repeated, {calls["lost"]} answers lost, '
-      f'the checkpoint of step {int(havoc.cut or -1)} cut short; '
-      f'{len(lines("steps")) - steps} steps redone, {seconds_under_fire - seconds:.0f} s lost')
+    f'{kind}, under fire: {sum(havoc.killed.values())} kills survived '
+    f'({havoc.missed} more between activities), {sum(havoc.paused.values())} pauses, '
+    f'{calls["repeated"]} calls repeated, {calls["lost"]} answers lost, '
+    f'the checkpoint of step {int(havoc.cut or -1)} cut short; '
+    f'{len(lines("steps")) - steps} steps redone, {seconds_under_fire - seconds:.0f} s lost'
+  )
   for role, struck in activities.items():
-    print(f'  {role}: ' +
-          ', '.join(f'{havoc.killed[role, activity]} in {activity}' for activity in struck))
+    print(
+      f'  {role}: '
+      + ', '.join(f'{havoc.killed[role, activity]} in {activity}' for activity in struck)
+    )
   problems = [f'the run ended before these struck: {", ".join(havoc.left)}'] if havoc.left else []
   if not havoc.cut:
     problems.append('no checkpoint was cut short')
   differing = compare(peace, fire)
   if differing:
     problems.append(f'these differ: {", ".join(differing)}')
-  print('\n'.join(problems) or
-        'the final state, every snapshot and every row are the same, bit by bit',
-        flush=True)
+  print(
+    '\n'.join(problems) or 'the final state, every snapshot and every row are the same, bit by bit',
+    flush=True,
+  )
   return not problems
 
 
@@ -251,8 +318,14 @@ def main() -> int:
   workdir = os.path.abspath(arguments.workdir)
   shutil.rmtree(workdir, ignore_errors=True)
   survived = [
-      survives(kind, os.path.join(workdir, kind.replace(' ', '_')), arguments.seed, arguments.steps,
-               arguments.kills) for kind in KINDS
+    survives(
+      kind,
+      os.path.join(workdir, kind.replace(' ', '_')),
+      arguments.seed,
+      arguments.steps,
+      arguments.kills,
+    )
+    for kind in KINDS
   ]
   return 0 if all(survived) else 1
 

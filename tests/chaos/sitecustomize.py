@@ -1,7 +1,9 @@
-"""In every node of a chaos run: says what the node is doing, makes tasks and disks slow enough to be hit, and repeats and loses calls.
+"""In every node of a chaos run: says what the node is doing, makes tasks and disks slow enough to
+be hit, and repeats and loses calls.
 
-Python imports a module of this name when it starts, if it is on its path. Settings, in the environment: KIP_CHAOS, the folder for what is
-told; KIP_CHAOS_CALLS, the part of all calls that is repeated, and again of those whose answer is lost.
+Python imports a module of this name when it starts, if it is on its path. Settings, in the
+environment: KIP_CHAOS, the folder for what is told; KIP_CHAOS_CALLS, the part of all calls that is
+repeated, and again of those whose answer is lost.
 """
 
 import contextlib
@@ -27,7 +29,8 @@ def _tell(file, line):
 
 @contextlib.contextmanager
 def _doing(role, what):
-  """Inside, the file `<role>.<pid>` says `what`: whoever kills this process finds there what it was doing."""
+  """Inside, the file `<role>.<pid>` says `what`: whoever kills this process finds there what it was
+  doing."""
   global _activity
   if _activity is None:
     _activity = os.open(os.path.join(_FOLDER, f'{role}.{os.getpid()}'), os.O_RDWR | os.O_CREAT)
@@ -40,7 +43,8 @@ def _doing(role, what):
 
 
 def _around(cls, name, role, what, seconds=0.0):
-  """Method `name` becomes an activity that takes `seconds` longer. `role` and `what` may be functions of its arguments."""
+  """Method `name` becomes an activity that takes `seconds` longer. `role` and `what` may be
+  functions of its arguments."""
   method = getattr(cls, name)
 
   @functools.wraps(method)
@@ -48,16 +52,19 @@ def _around(cls, name, role, what, seconds=0.0):
     with _doing(role(*args) if callable(role) else role, what(*args) if callable(what) else what):
       time.sleep(seconds)
       return method(*args)
+
   setattr(cls, name, wrapped)
 
 
 class StatusNotOk(Exception):
   """What a lost connection looks like to a client."""
+
   code = 'UNAVAILABLE'
 
 
 class _Proxy:
-  """Between a client and the coordinator: some calls get through twice, the second time later; of others the answer is lost."""
+  """Between a client and the coordinator: some calls get through twice, the second time later; of
+  others the answer is lost."""
 
   def __init__(self, coordinator):
     self._coordinator = coordinator
@@ -73,6 +80,7 @@ class _Proxy:
         _tell('calls', f'lost {method}')
         raise StatusNotOk('the answer is lost')
       return result
+
     return call
 
   def _again(self, method, args):
@@ -81,7 +89,13 @@ class _Proxy:
 
 
 def _kernel_worker(module):
-  _around(module.KernelWorker, '_work', lambda self, *_: self._name, lambda self, given: given.task.phase, _TASK_SECONDS)
+  _around(
+    module.KernelWorker,
+    '_work',
+    lambda self, *_: self._name,
+    lambda self, given: given.task.phase,
+    _TASK_SECONDS,
+  )
 
 
 def _evaluator(module):
@@ -100,6 +114,7 @@ def _coordinator(module):
   def _move(self, state, gradient):
     _tell('steps', str(state.step))
     return move(self, state, gradient)
+
   module.Coordinator._phase, module.Coordinator._move = _phase, _move
 
 
@@ -118,6 +133,7 @@ def _remote(module):
 
   def __init__(self, coordinator, *args):
     begin(self, _Proxy(coordinator), *args)
+
   module.Retrying.__init__ = __init__
 
 

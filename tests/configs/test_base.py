@@ -1,4 +1,5 @@
-"""Defaults are valid; every kind of mistake gets one line that names the field, the value and what is allowed."""
+"""Defaults are valid; every kind of mistake gets one line that names the field, the value and what
+is allowed."""
 
 import copy
 import importlib
@@ -41,25 +42,51 @@ def test_shipped_configs_are_valid(name):
       assert f'finite network (width {width}, {steps} updates) {row["network"]} %' in module.__doc__
 
 
-@pytest.mark.parametrize('path, value, message', [
+@pytest.mark.parametrize(
+  'path, value, message',
+  [
     ('run.seed', -1, r'run.seed must lie between 0 and \d+, got -1'),
     ('run.seed', 1.5, 'run.seed must be a whole number, got 1.5'),
     ('run.seed', True, 'run.seed must be a whole number, got True'),
     ('run.data.zca', 1, 'run.data.zca must be true or false, got 1'),
     ('run.data.zca_regularisation', 0.0, 'run.data.zca_regularisation must be above 0'),
-    ('run.augmentation.fraction', 1.5, 'run.augmentation.fraction must lie between 0 and 1, got 1.5'),
-    ('run.augmentation.fraction', 0.5, 'run.augmentation.fraction=0.5 and .*rotation, .* go together: set the fraction and at least one'),
+    (
+      'run.augmentation.fraction',
+      1.5,
+      'run.augmentation.fraction must lie between 0 and 1, got 1.5',
+    ),
+    (
+      'run.augmentation.fraction',
+      0.5,
+      'run.augmentation.fraction=0.5 and .*rotation, .* go together: set the fraction and at least one',
+    ),
     ('run.augmentation.horizontal_flip', True, 'run.augmentation.fraction=0.0 and .* go together'),
-    ('run.augmentation.rotation', -1.0, 'run.augmentation.rotation must lie between 0 and 180, got -1.0'),
-    ('run.augmentation.width_shift', 1.0, 'run.augmentation.width_shift must be a part of the side, from 0 to below 1, got 1.0'),
-    ('run.augmentation.channel_shift', float('nan'), 'run.augmentation.channel_shift must lie between 0'),
+    (
+      'run.augmentation.rotation',
+      -1.0,
+      'run.augmentation.rotation must lie between 0 and 180, got -1.0',
+    ),
+    (
+      'run.augmentation.width_shift',
+      1.0,
+      'run.augmentation.width_shift must be a part of the side, from 0 to below 1, got 1.0',
+    ),
+    (
+      'run.augmentation.channel_shift',
+      float('nan'),
+      'run.augmentation.channel_shift must lie between 0',
+    ),
     ('run.data.size', -1, 'run.data.size must lie between 0 and 4096, got -1'),
     ('run.data.size', '32', "run.data.size must be a whole number, got '32'"),
     ('run.targets_per_step', -1, r'run.targets_per_step must lie between 0 and \d+, got -1'),
     ('run.num_steps', 0, 'run.num_steps must be a whole number from 1 to 1000000000, got 0'),
     ('run.num_steps', None, 'run.num_steps is missing'),
     ('run.method', 'ls', "run.method must be one of kip, label_solve, .*; got 'ls'"),
-    ('run.method', 'label_solve', 'run.num_steps must be 1 where run.method is label_solve; got 1000'),
+    (
+      'run.method',
+      'label_solve',
+      'run.num_steps must be 1 where run.method is label_solve; got 1000',
+    ),
     ('run.learning_rate', 'fast', "run.learning_rate must be a number, got 'fast'"),
     ('run.learning_rate', float('nan'), 'run.learning_rate must be above 0 .* got nan'),
     ('run.ridge', 0.0, 'run.ridge must be above 0'),
@@ -67,12 +94,24 @@ def test_shipped_configs_are_valid(name):
     ('run.implementation', 'magic', "run.implementation must be one of auto, .*; got 'magic'"),
     ('run.kernel_dtype', 'float16', 'run.kernel_dtype must be one of float32, float64'),
     ('run.architecture', 'resnet', "run.architecture: unknown name 'resnet'; known: fc1"),
-    ('run.architecture', {'stages': [{'convs': 1}]}, r'run.architecture: a stage must be \{"convs"'),
+    (
+      'run.architecture',
+      {'stages': [{'convs': 1}]},
+      r'run.architecture: a stage must be \{"convs"',
+    ),
     ('run.architecture', {'layers': 3}, "run.architecture: unknown key 'layers'; known: stages"),
     ('run.architecture', 7, 'run.architecture: expected a name or a dict of stages, got int'),
     ('run.optimizer', 'adm', "run.optimizer: no 'adm' in optax; known: adabelief, .*adam, "),
-    ('run.optimizer', {'name': 'sgd', 'momentm': 0.9}, "run.optimizer: sgd: got an unexpected keyword argument 'momentm'; its arguments: momentum"),
-    ('run.learning_rate', {'name': 'cosine_decay_schedule', 'init_value': 1.0}, "run.learning_rate: .* missing a required argument: 'decay_steps'"),
+    (
+      'run.optimizer',
+      {'name': 'sgd', 'momentm': 0.9},
+      "run.optimizer: sgd: got an unexpected keyword argument 'momentm'; its arguments: momentum",
+    ),
+    (
+      'run.learning_rate',
+      {'name': 'cosine_decay_schedule', 'init_value': 1.0},
+      "run.learning_rate: .* missing a required argument: 'decay_steps'",
+    ),
     ('run.learning_rate', -1.0, 'run.learning_rate must be above 0'),
     ('run.label_learning_rate_factor', 0.0, 'run.label_learning_rate_factor must be above 0'),
     ('run.kernel', 'ntks', "run.kernel must be one of ntk, nngp; got 'ntks'"),
@@ -81,17 +120,38 @@ def test_shipped_configs_are_valid(name):
     ('system.port', 70000, 'system.port must lie between 0 and 65535, got 70000'),
     ('system.snapshot_steps', (1, -2), r'system.snapshot_steps must be steps.* got \(1, -2\)'),
     ('system.snapshot_steps', ('a',), 'system.snapshot_steps must be steps'),
-    ('system.evaluation.nn_l2s', (-1.0,), r'system.evaluation.nn_l2s must be one or more numbers, each at least 0.* got \(-1.0,\)'),
-    ('system.evaluation.nn_learning_rate_factors', (1.0, 0.0), 'nn_learning_rate_factors must be .* each above 0'),
+    (
+      'system.evaluation.nn_l2s',
+      (-1.0,),
+      r'system.evaluation.nn_l2s must be one or more numbers, each at least 0.* got \(-1.0,\)',
+    ),
+    (
+      'system.evaluation.nn_learning_rate_factors',
+      (1.0, 0.0),
+      'nn_learning_rate_factors must be .* each above 0',
+    ),
     ('system.evaluation.nn_learning_rate_factors', (), r'one or more numbers.* got \(\)'),
     ('system.evaluation.nn_l2s', ('a',), r"one or more numbers.* got \('a',\)"),
     ('system.evaluation.nn_l2s', (float('nan'),), 'one or more numbers'),
-    ('system.evaluation.nn_loss', 'hinge', "system.evaluation.nn_loss must be one of mse, cross_entropy; got 'hinge'"),
+    (
+      'system.evaluation.nn_loss',
+      'hinge',
+      "system.evaluation.nn_loss must be one of mse, cross_entropy; got 'hinge'",
+    ),
     ('system.evaluation.nn_seeds', 0, 'system.evaluation.nn_seeds must be a whole number from 1'),
-    ('system.evaluation.nn_architecture', 'resnet', "system.evaluation.nn_architecture: unknown name 'resnet'; known: fc1"),
+    (
+      'system.evaluation.nn_architecture',
+      'resnet',
+      "system.evaluation.nn_architecture: unknown name 'resnet'; known: fc1",
+    ),
     ('run.architecture', '', "run.architecture: unknown name ''"),
-    ('system.num_workrs', 3, 'system.num_workrs is no field of the configuration; did you mean system.num_workers'),
-])
+    (
+      'system.num_workrs',
+      3,
+      'system.num_workrs is no field of the configuration; did you mean system.num_workers',
+    ),
+  ],
+)
 def test_mistakes(path, value, message):
   with pytest.raises(base.ConfigError, match=message) as error:
     base.validate(_with(path, value))
@@ -105,16 +165,34 @@ def test_the_fast_kernels_know_ntk_parameterisation_alone(implementation):
     config['run']['implementation'] = accepted
     base.validate(config)
   config['run']['implementation'] = implementation
-  with pytest.raises(base.ConfigError, match=f"run.implementation: '{implementation}' knows NTK parameterisation alone; .*'standard' needs"):
+  with pytest.raises(
+    base.ConfigError,
+    match=f"run.implementation: '{implementation}' knows NTK parameterisation alone; .*'standard' needs",
+  ):
     base.validate(config)
 
 
-@pytest.mark.parametrize('path, value, message', [
-    ('run.images_per_class', 5, 'run.images_per_class must be at most 4, the images of the smallest class; got 5'),
-    ('run.targets_per_step', 10, r'multiple of 3 \(the classes\) and at most 12 \(the smallest class has 4 images\), or 13 \(the whole training set\); got 10'),
+@pytest.mark.parametrize(
+  'path, value, message',
+  [
+    (
+      'run.images_per_class',
+      5,
+      'run.images_per_class must be at most 4, the images of the smallest class; got 5',
+    ),
+    (
+      'run.targets_per_step',
+      10,
+      r'multiple of 3 \(the classes\) and at most 12 \(the smallest class has 4 images\), or 13 \(the whole training set\); got 10',
+    ),
     ('run.targets_per_step', 15, 'at most 12'),
-    ('run.architecture', 'convnet', 'run.architecture: 3 2x2 poolings leave nothing of a 7x9 image; at least 8x8'),
-])
+    (
+      'run.architecture',
+      'convnet',
+      'run.architecture: 3 2x2 poolings leave nothing of a 7x9 image; at least 8x8',
+    ),
+  ],
+)
 def test_mistakes_that_only_the_data_show(path, value, message):
   config = _with('run.architecture', 'fc1')
   for accepted in (13, 12):
@@ -125,7 +203,9 @@ def test_mistakes_that_only_the_data_show(path, value, message):
     base.validate_with_data(config, np.array([0, 1, 2] * 4 + [0]), 3, (7, 9, 1))
 
 
-@pytest.mark.parametrize('counts, wanted, targets', [
+@pytest.mark.parametrize(
+  'counts, wanted, targets',
+  [
     ([5000] * 10, 0, 5000),  # CIFAR-10
     ([500] * 100, 0, 5000),  # CIFAR-100
     ([141, 150, 160], 0, 423),
@@ -134,7 +214,8 @@ def test_mistakes_that_only_the_data_show(path, value, message):
     ([1, 9], 0, 2),
     ([141, 150, 160], 3, 3),
     ([141, 150, 160], 451, 451),
-])
+  ],
+)
 def test_targets_are_as_many_as_suit(counts, wanted, targets):
   labels = np.repeat(np.arange(len(counts)), counts)
   run = {**_with('run.architecture', 'fc1')['run'], 'targets_per_step': wanted}
@@ -150,7 +231,11 @@ def test_the_default_suits_any_set():
 
 def test_specs_by_dict():
   base.validate(_with('run.optimizer', {'name': 'sgd', 'momentum': 0.9}))
-  base.validate(_with('run.learning_rate', {'name': 'cosine_decay_schedule', 'init_value': 1.0, 'decay_steps': 10}))
+  base.validate(
+    _with(
+      'run.learning_rate', {'name': 'cosine_decay_schedule', 'init_value': 1.0, 'decay_steps': 10}
+    )
+  )
   base.check_path('run.learning_rate.init_value')
   with pytest.raises(base.ConfigError, match='run.optimizr is no field'):
     base.check_path('run.optimizr')
@@ -171,13 +256,21 @@ def test_what_keeps_a_run_from_resuming():
   wanted['system']['num_workers'] = 7
   assert not base.differences(saved, wanted)
   for config, boundaries in ((saved, {'100': 0.5}), (wanted, {100: 0.5})):  # JSON's keys are text
-    config['run']['learning_rate'] = {'name': 'piecewise_constant_schedule', 'init_value': 0.1, 'boundaries_and_scales': boundaries}
+    config['run']['learning_rate'] = {
+      'name': 'piecewise_constant_schedule',
+      'init_value': 0.1,
+      'boundaries_and_scales': boundaries,
+    }
   assert not base.differences(saved, wanted)
   wanted['run']['plan']['target_tile'] = 10
   wanted['run']['num_steps'] = 5
   assert base.differences(saved, wanted) == ['run.plan.target_tile (250 there, 10 here)']
-  saved['run']['method'] = wanted['run']['method'] = 'kip+label_solve'  # its last update is of its own kind
-  assert base.differences(saved, wanted) == ['run.num_steps (1000 there, 5 here)', 'run.plan.target_tile (250 there, 10 here)']
+  # Its last update is of its own kind.
+  saved['run']['method'] = wanted['run']['method'] = 'kip+label_solve'
+  assert base.differences(saved, wanted) == [
+    'run.num_steps (1000 there, 5 here)',
+    'run.plan.target_tile (250 there, 10 here)',
+  ]
 
 
 def test_a_run_that_ends_with_label_solve_does_not_grow():
@@ -187,20 +280,49 @@ def test_a_run_that_ends_with_label_solve_does_not_grow():
   assert base.differences(saved, wanted) == ['run.num_steps (1000 there, 2000 here)']
 
 
-@pytest.mark.parametrize('method, step', [('kip', -1), ('label_solve', 0), ('label_solve+kip', 0), ('kip+label_solve', 999)])
+@pytest.mark.parametrize(
+  'method, step',
+  [('kip', -1), ('label_solve', 0), ('label_solve+kip', 0), ('kip+label_solve', 999)],
+)
 def test_which_update_solves_for_labels(method, step):
   assert base.label_solve_step(_with('run.method', method)['run']) == step
 
 
 def test_snapshots():
   chosen = [step for step in range(2101) if base.is_snapshot(step, 2100, ())]
-  assert chosen == [0, 1, 2, 4, 6, 8, 12, 18, 26, 37, 54, 78, 112, 162, 233, 335, 483, 695, 1000, 1500, 2000, 2100]
+  assert chosen == [
+    0,
+    1,
+    2,
+    4,
+    6,
+    8,
+    12,
+    18,
+    26,
+    37,
+    54,
+    78,
+    112,
+    162,
+    233,
+    335,
+    483,
+    695,
+    1000,
+    1500,
+    2000,
+    2100,
+  ]
   assert [step for step in range(11) if base.is_snapshot(step, 10, (3, 7))] == [0, 3, 7, 10]
 
 
 def test_the_evaluated_network_must_fit_the_images_too():
   config = _with('system.evaluation.nn_architecture', 'convnet')
   config['run']['architecture'] = 'fc1'
-  with pytest.raises(base.ConfigError, match='system.evaluation.nn_architecture: 3 2x2 poolings leave nothing of a 7x9 image'):
+  with pytest.raises(
+    base.ConfigError,
+    match='system.evaluation.nn_architecture: 3 2x2 poolings leave nothing of a 7x9 image',
+  ):
     base.validate_image_size(config, (7, 9, 1))
   base.validate_image_size(config, (8, 8, 1))

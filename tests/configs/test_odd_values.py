@@ -12,12 +12,37 @@ from configs import base
 
 DEFAULTS = base.get_config().to_dict()
 FIELDS = sorted(base.flatten(DEFAULTS))
-SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.binary(max_size=4),
-                    st.sampled_from(['auto', 'float64', 'convnet', 'fc1', '0', '-1', '', 'nan', 10 ** 30, -0.0, 1e308, 5e-324]))
-VALUES = st.one_of(SCALARS, st.recursive(SCALARS, lambda inner: st.one_of(
-    st.lists(inner, max_size=3), st.tuples(inner, inner), st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    st.fixed_dictionaries({'stages': st.lists(st.dictionaries(st.sampled_from(['convs', 'pool', 'x']), inner), max_size=3)},
-                          optional={'readout': inner, 'w_std': inner, 'b_std': inner})), max_leaves=6))
+SCALARS = st.one_of(
+  st.none(),
+  st.booleans(),
+  st.integers(),
+  st.floats(),
+  st.text(max_size=8),
+  st.binary(max_size=4),
+  st.sampled_from(
+    ['auto', 'float64', 'convnet', 'fc1', '0', '-1', '', 'nan', 10**30, -0.0, 1e308, 5e-324]
+  ),
+)
+VALUES = st.one_of(
+  SCALARS,
+  st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+      st.lists(inner, max_size=3),
+      st.tuples(inner, inner),
+      st.dictionaries(st.text(max_size=6), inner, max_size=3),
+      st.fixed_dictionaries(
+        {
+          'stages': st.lists(
+            st.dictionaries(st.sampled_from(['convs', 'pool', 'x']), inner), max_size=3
+          )
+        },
+        optional={'readout': inner, 'w_std': inner, 'b_std': inner},
+      ),
+    ),
+    max_leaves=6,
+  ),
+)
 LABELS = np.arange(30) % 3
 
 
@@ -48,12 +73,20 @@ def test_any_value_of_a_field_is_taken_or_refused_by_name(field, value):
 
 
 @settings(max_examples=300, deadline=None)
-@given(path=st.one_of(st.text(max_size=20),
-                      st.lists(st.sampled_from(['run', 'system', 'plan', 'data', 'seed', 'x', '']), max_size=4).map('.'.join)))
+@given(
+  path=st.one_of(
+    st.text(max_size=20),
+    st.lists(st.sampled_from(['run', 'system', 'plan', 'data', 'seed', 'x', '']), max_size=4).map(
+      '.'.join
+    ),
+  )
+)
 def test_any_path_is_a_field_or_gets_a_suggestion(path):
   try:
     base.check_path(path)
   except base.ConfigError as error:
     assert '\n' not in str(error) and 'did you mean' in str(error)
   else:
-    assert any(field == path or field.startswith(path + '.') for field in FIELDS) or path.startswith('run.architecture.')
+    assert any(
+      field == path or field.startswith(path + '.') for field in FIELDS
+    ) or path.startswith('run.architecture.')

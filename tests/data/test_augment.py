@@ -1,4 +1,5 @@
-"""Augmentation against Keras' own values, against Keras' formulas written out, and what must not matter."""
+"""Augmentation against Keras' own values, against Keras' formulas written out, and what must not
+matter."""
 
 import os
 
@@ -11,8 +12,22 @@ from data import preprocess
 from data import sampling
 from data import store
 
-ALL = {'fraction': 0.5, 'rotation': 20.0, 'width_shift': 0.2, 'height_shift': 0.15, 'horizontal_flip': True, 'channel_shift': 30.0}
-OFF = {'fraction': 1.0, 'rotation': 0.0, 'width_shift': 0.0, 'height_shift': 0.0, 'horizontal_flip': False, 'channel_shift': 0.0}
+ALL = {
+  'fraction': 0.5,
+  'rotation': 20.0,
+  'width_shift': 0.2,
+  'height_shift': 0.15,
+  'horizontal_flip': True,
+  'channel_shift': 30.0,
+}
+OFF = {
+  'fraction': 1.0,
+  'rotation': 0.0,
+  'width_shift': 0.0,
+  'height_shift': 0.0,
+  'horizontal_flip': False,
+  'channel_shift': 0.0,
+}
 
 
 def _images(n=40, shape=(8, 11, 3), dtype=np.uint8, seed=0):
@@ -20,15 +35,22 @@ def _images(n=40, shape=(8, 11, 3), dtype=np.uint8, seed=0):
 
 
 def _keras(image, rotation, down, right, channel_shift, flip):
-  """keras_preprocessing 1.1.2: apply_affine_transform with its offset matrix, apply_channel_shift, flip_axis."""
+  """keras_preprocessing 1.1.2: apply_affine_transform with its offset matrix, apply_channel_shift,
+  flip_axis."""
   theta = np.deg2rad(rotation)
-  turn = np.array([[np.cos(theta), -np.sin(theta), 0], [np.sin(theta), np.cos(theta), 0], [0, 0, 1]])
+  turn = np.array(
+    [[np.cos(theta), -np.sin(theta), 0], [np.sin(theta), np.cos(theta), 0], [0, 0, 1]]
+  )
   matrix = turn @ np.array([[1, 0, down], [0, 1, right], [0, 0, 1]])
   centre = np.eye(3)
   centre[:2, 2] = image.shape[0] / 2 + 0.5, image.shape[1] / 2 + 0.5
   matrix = centre @ matrix @ np.linalg.inv(centre)
-  channels = [scipy.ndimage.affine_transform(image[..., c].astype(float), matrix[:2, :2], matrix[:2, 2], order=1, mode='nearest')
-              for c in range(image.shape[-1])]
+  channels = [
+    scipy.ndimage.affine_transform(
+      image[..., c].astype(float), matrix[:2, :2], matrix[:2, 2], order=1, mode='nearest'
+    )
+    for c in range(image.shape[-1])
+  ]
   changed = np.stack(channels, axis=-1)
   changed = np.clip(changed + channel_shift, changed.min(), changed.max())
   return changed[:, ::-1] if flip else changed
@@ -39,7 +61,8 @@ def test_keras_own_values():
     changes = augment.Changes(**{name: golden[name] for name in augment.Changes._fields})
     changed = augment.apply(golden['images'], changes._replace(flip=changes.flip > 0))
     np.testing.assert_allclose(changed, golden['changed'], rtol=1e-6, atol=1e-4)
-    np.testing.assert_array_equal(golden['changed'][0], golden['images'][0])  # the one that nothing happens to
+    # The one that nothing happens to.
+    np.testing.assert_array_equal(golden['changed'][0], golden['images'][0])
 
 
 @pytest.mark.parametrize('shape', [(8, 11, 3), (5, 5, 1), (28, 28, 1), (32, 32, 3), (1, 6, 2)])
@@ -54,7 +77,12 @@ def test_keras_formulas(shape, dtype):
 
 def test_draws_fill_their_ranges():
   changes = augment.draw(ALL, 0, 5, np.arange(4000), 4000, (10, 20))
-  for values, most in ((changes.rotation, 20), (changes.down, 1.5), (changes.right, 4), (changes.channel_shift, 30)):
+  for values, most in (
+    (changes.rotation, 20),
+    (changes.down, 1.5),
+    (changes.right, 4),
+    (changes.channel_shift, 30),
+  ):
     assert -most <= values.min() < -0.99 * most and 0.99 * most < values.max() < most
     assert abs(values.mean()) < 4 * most / np.sqrt(3 * 4000)
   assert abs(changes.flip.mean() - 0.5) < 4 * 0.5 / np.sqrt(4000)
@@ -67,13 +95,21 @@ def test_an_image_is_changed_the_same_whoever_is_with_it():
   part = np.array([33, 2, 17])
   for some, all_ in zip(augment.draw(ALL, 1, 2, part, 40, (8, 11)), whole):
     np.testing.assert_array_equal(some, all_[part])
-  np.testing.assert_array_equal(augment.apply(images[part], augment.draw(ALL, 1, 2, part, 40, (8, 11))),
-                                augment.apply(images, whole)[part])
-  rotations = {tuple(augment.draw(ALL, seed, step, part, 40, (8, 11)).rotation) for seed in (1, 2) for step in (2, 3)}
+  np.testing.assert_array_equal(
+    augment.apply(images[part], augment.draw(ALL, 1, 2, part, 40, (8, 11))),
+    augment.apply(images, whole)[part],
+  )
+  rotations = {
+    tuple(augment.draw(ALL, seed, step, part, 40, (8, 11)).rotation)
+    for seed in (1, 2)
+    for step in (2, 3)
+  }
   assert len(rotations) == 4
 
 
-@pytest.mark.parametrize('fraction, expected', [(0.0, 0), (0.01, 0), (0.3, 3), (0.99, 9), (1.0, 10)])
+@pytest.mark.parametrize(
+  'fraction, expected', [(0.0, 0), (0.01, 0), (0.3, 3), (0.99, 9), (1.0, 10)]
+)
 def test_the_fraction_is_exact(fraction, expected):
   batch = np.arange(50)[::5]
   masks = [augment.chosen(fraction, 0, step, batch, 50) for step in range(30)]
@@ -96,9 +132,14 @@ def test_target_images(tmp_path, monkeypatch, zca):
   assert whole.dtype == np.float32 and mask.sum() == 12
   np.testing.assert_array_equal(whole[~mask], prepared.train_images[batch[~mask]])
   changes = augment.draw(ALL, 4, 6, batch[mask], 40, (8, 11))
-  expected = np.stack([_keras(image, *change) for image, *change in zip(raw[batch[mask]], *changes)])
+  expected = np.stack(
+    [_keras(image, *change) for image, *change in zip(raw[batch[mask]], *changes)]
+  )
   np.testing.assert_allclose(whole[mask], preprocess.apply(prepared.transform, expected), atol=1e-5)
-  tiles = [augment.target_images(run, prepared, 6, batch, start, min(start + 7, 24)) for start in range(0, 24, 7)]
+  tiles = [
+    augment.target_images(run, prepared, 6, batch, start, min(start + 7, 24))
+    for start in range(0, 24, 7)
+  ]
   np.testing.assert_array_equal(np.concatenate(tiles), whole)
   threads = augment.target_images(run, prepared, 6, batch, 0, 24, threads=3)
   np.testing.assert_array_equal(threads, whole)

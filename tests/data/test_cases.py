@@ -18,8 +18,12 @@ from data import store
 from programs import local
 
 NAMES = ('zero', 'one', 'two', 'three')
-FC1 = {'run.architecture': 'fc1', 'run.num_steps': 1, 'run.images_per_class': 1,
-       'run.targets_per_step': 0}
+FC1 = {
+  'run.architecture': 'fc1',
+  'run.num_steps': 1,
+  'run.images_per_class': 1,
+  'run.targets_per_step': 0,
+}
 
 
 def _value(number):
@@ -32,6 +36,7 @@ def _picture(number, size=(8, 8)):
 
 def _folder(names=NAMES, splits=('train', 'test'), change=lambda i, picture: picture, inside=''):
   """Six pictures of each class a split; `change(i, picture)` is what becomes of picture i."""
+
   def write(path):
     for split in splits:
       for number, name in enumerate(names):
@@ -40,6 +45,7 @@ def _folder(names=NAMES, splits=('train', 'test'), change=lambda i, picture: pic
         for i in range(6):
           change(i, _picture(number)).save(folder / f'{i}.png')
     return {'run.data.name': 'mine', 'run.data.dir': str(path)}
+
   return write
 
 
@@ -57,11 +63,19 @@ def _npz(each=6, train=lambda x: x, test=lambda x: x, labels=lambda y: y, test_c
   def write(path):
     path.mkdir()
     y, y_test = np.repeat(np.arange(3), each), np.arange(6) % test_classes
-    x, x_test = (np.tile(_value(some)[:, None, None, None], (1, 8, 8, 1)).astype(np.uint8)
-                 for some in (y, y_test))
-    np.savez(path / 'set.npz', x_train=train(x), y_train=labels(y),
-             x_test=test(x_test), y_test=labels(y_test))
+    x, x_test = (
+      np.tile(_value(some)[:, None, None, None], (1, 8, 8, 1)).astype(np.uint8)
+      for some in (y, y_test)
+    )
+    np.savez(
+      path / 'set.npz',
+      x_train=train(x),
+      y_train=labels(y),
+      x_test=test(x_test),
+      y_test=labels(y_test),
+    )
     return {'run.data.name': str(path / 'set.npz')}
+
   return write
 
 
@@ -79,6 +93,7 @@ def _parquet(labels, kind, folder='', file='{}.parquet'):
     for split in ('train', 'test'):
       parquet.write_table(table, place / file.format(split))
     return {'run.data.name': 'mine', 'run.data.dir': str(path)}
+
   return write
 
 
@@ -92,8 +107,11 @@ def _text(y):
 
 SORTED = ('one', 'three', 'two', 'zero')
 NUMBERED = ('0', '1', '2')
-FEW = {'system.evaluation.nn_steps': 2, 'system.evaluation.nn_width': 4,
-       'system.evaluation.nn_l2s': (0.0, 0.001)}
+FEW = {
+  'system.evaluation.nn_steps': 2,
+  'system.evaluation.nn_width': 4,
+  'system.evaluation.nn_l2s': (0.0, 0.001),
+}
 RESIZED = {'run.data.size': 8}
 
 
@@ -104,44 +122,98 @@ def _larger(i, picture):
 # What is written; fields of the run; names that the files give the values, in their order; the
 # class names; the shape; the remarks.
 ACCEPTED = {
-    'named_classes': (_folder(), {}, NAMES, SORTED, (8, 8, 1), ()),
-    'numeric_names': (
-        _folder(('2', '10', '1')), {}, ('2', '10', '1'), ('1', '2', '10'), (8, 8, 1), ()),
-    'sizes_differ': (_folder(change=_larger), RESIZED, NAMES, SORTED, (8, 8, 1), ()),
-    'grey_and_colour': (
-        _folder(change=lambda i, p: p.convert('RGB') if i % 2 else p), {}, NAMES, SORTED, (8, 8, 3),
-        ('Grey images among colour, read as RGB: 24 of 48.',)),
-    'alpha': (
-        _folder(change=lambda i, p: p if i else p.convert('RGBA')), {}, NAMES, SORTED, (8, 8, 3),
-        ('Images with transparency, laid on white: 8.',
-         'Grey images among colour, read as RGB: 40 of 48.')),
-    'junk_files': (_with_junk, {}, NAMES, SORTED, (8, 8, 1), (
-        'Skipped, being no images of a class: 5 (train/.ipynb_checkpoints, train/one/Thumbs.db, '
-        'train/two/README.txt, train/two/more, test/.DS_Store).',)),
-    'val_not_test': (_folder(splits=('train', 'val')), {}, NAMES, SORTED, (8, 8, 1),
-                     ("There is no 'test' in run.data.dir: 'val' is the test set.",)),
-    'images_below_class': (_folder(inside='images/more'), {}, NAMES, SORTED, (8, 8, 1), ()),
-    'class_missing_in_test': (_npz(test_classes=2), {}, NUMBERED, NUMBERED, (8, 8, 1),
-                              ('Classes without a test image: 2.',)),
-    'six_images': (_npz(each=2), {}, NUMBERED, NUMBERED, (8, 8, 1), ()),
-    'text_labels': (_npz(labels=_text), {}, NAMES[:3], ('one', 'two', 'zero'), (8, 8, 1), ()),
-    'parquet_text_labels': (
-        _parquet(lambda number: 'cab'[number], pyarrow.string()), {}, 'cab', ('a', 'b', 'c'),
-        (8, 8, 1), ()),
-    'parquet_hub_layout': (
-        _parquet(int, pyarrow.int64(), 'data', '{}-00000-of-00001.parquet'), {}, NUMBERED, NUMBERED,
-        (8, 8, 1), ()),
+  'named_classes': (_folder(), {}, NAMES, SORTED, (8, 8, 1), ()),
+  'numeric_names': (
+    _folder(('2', '10', '1')),
+    {},
+    ('2', '10', '1'),
+    ('1', '2', '10'),
+    (8, 8, 1),
+    (),
+  ),
+  'sizes_differ': (_folder(change=_larger), RESIZED, NAMES, SORTED, (8, 8, 1), ()),
+  'grey_and_colour': (
+    _folder(change=lambda i, p: p.convert('RGB') if i % 2 else p),
+    {},
+    NAMES,
+    SORTED,
+    (8, 8, 3),
+    ('Grey images among colour, read as RGB: 24 of 48.',),
+  ),
+  'alpha': (
+    _folder(change=lambda i, p: p if i else p.convert('RGBA')),
+    {},
+    NAMES,
+    SORTED,
+    (8, 8, 3),
+    (
+      'Images with transparency, laid on white: 8.',
+      'Grey images among colour, read as RGB: 40 of 48.',
+    ),
+  ),
+  'junk_files': (
+    _with_junk,
+    {},
+    NAMES,
+    SORTED,
+    (8, 8, 1),
+    (
+      'Skipped, being no images of a class: 5 (train/.ipynb_checkpoints, train/one/Thumbs.db, '
+      'train/two/README.txt, train/two/more, test/.DS_Store).',
+    ),
+  ),
+  'val_not_test': (
+    _folder(splits=('train', 'val')),
+    {},
+    NAMES,
+    SORTED,
+    (8, 8, 1),
+    ("There is no 'test' in run.data.dir: 'val' is the test set.",),
+  ),
+  'images_below_class': (_folder(inside='images/more'), {}, NAMES, SORTED, (8, 8, 1), ()),
+  'class_missing_in_test': (
+    _npz(test_classes=2),
+    {},
+    NUMBERED,
+    NUMBERED,
+    (8, 8, 1),
+    ('Classes without a test image: 2.',),
+  ),
+  'six_images': (_npz(each=2), {}, NUMBERED, NUMBERED, (8, 8, 1), ()),
+  'text_labels': (_npz(labels=_text), {}, NAMES[:3], ('one', 'two', 'zero'), (8, 8, 1), ()),
+  'parquet_text_labels': (
+    _parquet(lambda number: 'cab'[number], pyarrow.string()),
+    {},
+    'cab',
+    ('a', 'b', 'c'),
+    (8, 8, 1),
+    (),
+  ),
+  'parquet_hub_layout': (
+    _parquet(int, pyarrow.int64(), 'data', '{}-00000-of-00001.parquet'),
+    {},
+    NUMBERED,
+    NUMBERED,
+    (8, 8, 1),
+    (),
+  ),
 }
 REFUSED = {
-    'sizes_differ': (_folder(change=_larger),
-                     r"differ in size: '.*train/one/0.png' is \(8, 8\), "
-                     r"'.*train/one/1.png' is \(9, 9\); run.data.size=8"),
-    'scales_differ': (_npz(test=lambda x: (x / 255).astype(np.float32)),
-                      r'ranges of pixel values differ: train images 40 to 160 \(uint8\), '
-                      r'test images 0.15.* to 0.62.* \(float32\); bring both to one range'),
-    'channels_first': (_npz(train=_channels_first, test=_channels_first),
-                       r'train images of shape \(18, 3, 8, 8\): looks like \[N, C, H, W\]: '
-                       r'transpose\(0, 2, 3, 1\)'),
+  'sizes_differ': (
+    _folder(change=_larger),
+    r"differ in size: '.*train/one/0.png' is \(8, 8\), "
+    r"'.*train/one/1.png' is \(9, 9\); run.data.size=8",
+  ),
+  'scales_differ': (
+    _npz(test=lambda x: (x / 255).astype(np.float32)),
+    r'ranges of pixel values differ: train images 40 to 160 \(uint8\), '
+    r'test images 0.15.* to 0.62.* \(float32\); bring both to one range',
+  ),
+  'channels_first': (
+    _npz(train=_channels_first, test=_channels_first),
+    r'train images of shape \(18, 3, 8, 8\): looks like \[N, C, H, W\]: '
+    r'transpose\(0, 2, 3, 1\)',
+  ),
 }
 
 
@@ -165,8 +237,9 @@ def test_refused(tmp_path, case):
   assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('case, fields', [
-    ('six_images', FEW), ('class_missing_in_test', {}), ('junk_files', {})])
+@pytest.mark.parametrize(
+  'case, fields', [('six_images', FEW), ('class_missing_in_test', {}), ('junk_files', {})]
+)
 def test_runs_to_its_end(make_run, tmp_path, case, fields):
   write, changes, *_ = ACCEPTED[case]
   run = make_run(tmp_path / 'run', {**FC1, **write(tmp_path / 'data'), **changes, **fields})

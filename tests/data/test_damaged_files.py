@@ -1,4 +1,5 @@
-"""A damaged data file is read as it was meant, or refused in one line; so are odd names and places."""
+"""A damaged data file is read as it was meant, or refused in one line; so are odd names and
+places."""
 
 import os
 
@@ -31,7 +32,10 @@ def _outcome(load):
 def _assert_sound(dataset):
   """Whatever was read has the promised form."""
   if dataset is not None:
-    assert dataset.train_images.ndim == dataset.test_images.ndim == 4 and np.isfinite(dataset.train_images).all()
+    assert (
+      dataset.train_images.ndim == dataset.test_images.ndim == 4
+      and np.isfinite(dataset.train_images).all()
+    )
     assert set(dataset.train_labels) == set(range(dataset.num_classes))
 
 
@@ -46,6 +50,7 @@ def test_npz(tmp_path):
   def check(content):
     path.write_bytes(content)
     _assert_sound(_outcome(lambda: sources.find(str(path)).load()))
+
   check()
 
 
@@ -54,7 +59,11 @@ def test_npz(tmp_path):
 def test_npz_of_odd_arrays(tmp_path, data):
   dtypes = st.sampled_from(['u1', 'i2', 'f4', 'f8', '?', 'c8', 'U3', 'M8[s]', 'S2'])
   shapes = st.lists(st.integers(0, 5), max_size=5).map(tuple)
-  arrays = {key: np.zeros(data.draw(shapes), data.draw(dtypes)) for key in sources.NPZ_KEYS if data.draw(st.integers(0, 9))}
+  arrays = {
+    key: np.zeros(data.draw(shapes), data.draw(dtypes))
+    for key in sources.NPZ_KEYS
+    if data.draw(st.integers(0, 9))
+  }
   path = str(tmp_path / 'odd.npz')
   np.savez(path, **arrays)
   _assert_sound(_outcome(lambda: sources.find(path).load()))
@@ -74,6 +83,7 @@ def test_parquet(tmp_path, monkeypatch):
   def check(content):
     (tmp_path / 'train.parquet').write_bytes(content)
     _assert_sound(_outcome(lambda: sources.find('x', str(tmp_path)).load()))
+
   check()
 
 
@@ -88,7 +98,10 @@ def test_the_cache_is_whole_or_made_again(tmp_path, npz):
   of = {'name': npz, 'dir': '', 'zca': True, 'zca_regularisation': 0.1}
   prepared = store.prepare(of, str(tmp_path))
   folder = tmp_path / prepared.key
-  expected = {name: np.array(getattr(prepared, name)) for name in ('train_images', 'train_labels', 'test_images', 'test_labels')}
+  expected = {
+    name: np.array(getattr(prepared, name))
+    for name in ('train_images', 'train_labels', 'test_images', 'test_labels')
+  }
   whole = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
   del prepared
 
@@ -100,10 +113,14 @@ def test_the_cache_is_whole_or_made_again(tmp_path, npz):
     again = store.prepare(of, str(tmp_path))
     for array, value in expected.items():
       np.testing.assert_array_equal(getattr(again, array), value)
+
   check()
 
 
-@pytest.mark.parametrize('make', [lambda path: path.mkdir(), lambda path: path.symlink_to(path), lambda path: os.mkfifo(path)])
+@pytest.mark.parametrize(
+  'make',
+  [lambda path: path.mkdir(), lambda path: path.symlink_to(path), lambda path: os.mkfifo(path)],
+)
 def test_what_is_no_file(tmp_path, make):
   make(tmp_path / 'a.npz')
   with pytest.raises(DataError, match='no file'):

@@ -1,4 +1,5 @@
-"""Users whose home is not there or cannot be written: every program runs, and says where data go."""
+"""Users whose home is not there or cannot be written: every program runs, and says where data
+go."""
 
 import os
 import pathlib
@@ -15,8 +16,15 @@ from data import home
 from data import store
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-VARIABLES = ('HOME', 'XDG_CACHE_HOME', 'XDG_CONFIG_HOME', 'MPLCONFIGDIR', 'CUPY_CACHE_DIR',
-             'HF_HOME', 'HF_DATASETS_CACHE')
+VARIABLES = (
+  'HOME',
+  'XDG_CACHE_HOME',
+  'XDG_CONFIG_HOME',
+  'MPLCONFIGDIR',
+  'CUPY_CACHE_DIR',
+  'HF_HOME',
+  'HF_DATASETS_CACHE',
+)
 STRANGER = 12345  # a user that nobody knows
 
 
@@ -57,22 +65,24 @@ def test_one_that_cannot_be_gets_a_folder_that_can(environment, tmp_path, caplog
   for _ in range(2):
     assert store.cache_folder(configured) == (configured or f'{folder}/kip')
   assert _set(environment) == {
-      'HOME': f'{tmp_path}/home',
-      'XDG_CACHE_HOME': folder,
-      'MPLCONFIGDIR': f'{folder}/matplotlib',
-      'CUPY_CACHE_DIR': f'{folder}/cupy'
+    'HOME': f'{tmp_path}/home',
+    'XDG_CACHE_HOME': folder,
+    'MPLCONFIGDIR': f'{folder}/matplotlib',
+    'CUPY_CACHE_DIR': f'{folder}/cupy',
   }
   assert caplog.messages == [
-      f'{tmp_path}/home/.cache cannot be written: data and caches are kept in {folder}.'
+    f'{tmp_path}/home/.cache cannot be written: data and caches are kept in {folder}.'
   ]
 
 
 def test_what_the_user_has_set_stays(environment, tmp_path):
-  environment.update(HOME='/nonexistent/home',
-                     MPLCONFIGDIR='a',
-                     CUPY_CACHE_DIR='b',
-                     HF_HOME='c',
-                     XDG_CACHE_HOME=str(tmp_path))
+  environment.update(
+    HOME='/nonexistent/home',
+    MPLCONFIGDIR='a',
+    CUPY_CACHE_DIR='b',
+    HF_HOME='c',
+    XDG_CACHE_HOME=str(tmp_path),
+  )
   before = _set(environment)
   assert store.cache_folder() == f'{tmp_path}/kip' and _set(environment) == before
 
@@ -88,24 +98,28 @@ def test_nobody_elses_temporary_folder_is_used(environment, tmp_path):
     del environment['XDG_CACHE_HOME']
     home.settle()
   assert os.path.dirname(environment['XDG_CACHE_HOME']) == f'{tmp_path}/tmp'
-  assert environment['XDG_CACHE_HOME'] != f'{tmp_path}/tmp/kip-{os.getuid()}' and os.stat(
-      environment['XDG_CACHE_HOME']).st_mode & 0o77 == 0
+  assert (
+    environment['XDG_CACHE_HOME'] != f'{tmp_path}/tmp/kip-{os.getuid()}'
+    and os.stat(environment['XDG_CACHE_HOME']).st_mode & 0o77 == 0
+  )
 
 
 @pytest.fixture
 def parquet(npz, tmp_path):
   """A folder with the small set as the hub has it, one channel of it."""
   import datasets
+
   with np.load(npz) as file:
     for split in ('train', 'test'):
       features = datasets.Features({'image': datasets.Image(), 'label': datasets.Value('int64')})
       rows = {
-          'image': [np.ascontiguousarray(image[..., 0]) for image in file[f'x_{split}']],
-          'label': file[f'y_{split}']
+        'image': [np.ascontiguousarray(image[..., 0]) for image in file[f'x_{split}']],
+        'label': file[f'y_{split}'],
       }
       (tmp_path / 'parquet').mkdir(exist_ok=True)
       datasets.Dataset.from_dict(rows, features=features).to_parquet(
-          str(tmp_path / 'parquet' / f'{split}.parquet'))
+        str(tmp_path / 'parquet' / f'{split}.parquet')
+      )
   return tmp_path / 'parquet'
 
 
@@ -120,47 +134,67 @@ def strangers():
   shutil.rmtree(folder)
 
 
-@pytest.mark.skipif(os.getuid() != 0 or not shutil.which('setpriv'),
-                    reason='needs root, and setpriv, to become a user that nobody knows')
-@pytest.mark.parametrize('home_is, configured', [(None, False), ('/nonexistent', False),
-                                                 ('/', True)])
+@pytest.mark.skipif(
+  os.getuid() != 0 or not shutil.which('setpriv'),
+  reason='needs root, and setpriv, to become a user that nobody knows',
+)
+@pytest.mark.parametrize(
+  'home_is, configured', [(None, False), ('/nonexistent', False), ('/', True)]
+)
 def test_every_program_runs_for_a_user_without_a_home(strangers, parquet, home_is, configured):
   environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-  environment.update(PYTHONPATH=ROOT,
-                     TMPDIR=str(strangers / 'tmp'),
-                     **({
-                         'HOME': home_is
-                     } if home_is else {}))
+  environment.update(
+    PYTHONPATH=ROOT, TMPDIR=str(strangers / 'tmp'), **({'HOME': home_is} if home_is else {})
+  )
   folder = strangers / 'here' / 'mine' if configured else strangers / 'tmp' / f'kip-{STRANGER}'
   # It may read everything: an interpreter below root's own home could not be started else.
   stranger = [
-      'setpriv', f'--reuid={STRANGER}', f'--regid={STRANGER}', '--clear-groups',
-      '--inh-caps=+dac_read_search', '--ambient-caps=+dac_read_search', sys.executable, '-m'
+    'setpriv',
+    f'--reuid={STRANGER}',
+    f'--regid={STRANGER}',
+    '--clear-groups',
+    '--inh-caps=+dac_read_search',
+    '--ambient-caps=+dac_read_search',
+    sys.executable,
+    '-m',
   ]
 
   def run(program, *flags):
-    done = subprocess.run([*stranger, program, *flags],
-                          cwd=strangers / 'here',
-                          env=environment,
-                          capture_output=True,
-                          text=True,
-                          timeout=300,
-                          check=False)
+    done = subprocess.run(
+      [*stranger, program, *flags],
+      cwd=strangers / 'here',
+      env=environment,
+      capture_output=True,
+      text=True,
+      timeout=300,
+      check=False,
+    )
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
-    assert output.count('data and caches are kept in') == output.count(
-        f'data and caches are kept in {folder}.') == 1, output
+    assert (
+      output.count('data and caches are kept in')
+      == output.count(f'data and caches are kept in {folder}.')
+      == 1
+    ), output
     return output
 
   config = [
-      f'--config={ROOT}/configs/base.py',
-      *([f'--config.system.cache_dir={folder}'] if configured else [])
+    f'--config={ROOT}/configs/base.py',
+    *([f'--config.system.cache_dir={folder}'] if configured else []),
   ]
-  run('programs.local', *config, '--workdir=run', '--config.run.data.name=blobs',
-      f'--config.run.data.dir={parquet}', '--config.run.architecture=fc1',
-      '--config.run.num_steps=1', '--config.run.images_per_class=2',
-      '--config.run.targets_per_step=33', '--config.system.evaluation.nn_steps=0',
-      '--config.system.num_workers=1')
+  run(
+    'programs.local',
+    *config,
+    '--workdir=run',
+    '--config.run.data.name=blobs',
+    f'--config.run.data.dir={parquet}',
+    '--config.run.architecture=fc1',
+    '--config.run.num_steps=1',
+    '--config.run.images_per_class=2',
+    '--config.run.targets_per_step=33',
+    '--config.system.evaluation.nn_steps=0',
+    '--config.system.num_workers=1',
+  )
   if home_is is None:
     run('nodes.export', 'run/distilled.npz', '--to=dataset', '--format=dataset')
     run('nodes.report', '--workdir=run')

@@ -13,9 +13,16 @@ from data import sources
 
 ORIENTATION = 0x0112
 # What a viewer does with the pixels of a file of that orientation.
-UPRIGHT = {1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1],
-           4: lambda x: x[::-1], 5: lambda x: x.transpose(1, 0, 2), 6: lambda x: np.rot90(x, -1),
-           7: lambda x: x[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90}
+UPRIGHT = {
+  1: lambda x: x,
+  2: lambda x: x[:, ::-1],
+  3: lambda x: x[::-1, ::-1],
+  4: lambda x: x[::-1],
+  5: lambda x: x.transpose(1, 0, 2),
+  6: lambda x: np.rot90(x, -1),
+  7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
+  8: np.rot90,
+}
 
 
 def _pixels(height=4, width=4, channels=3, seed=0):
@@ -96,7 +103,7 @@ def test_images_shrink_by_area_from_their_central_square(dtype, height, width):
   image = np.zeros((height, width, 2), dtype)
   top, left = (height - 8) // 2, (width - 8) // 2
   square = 4 * np.random.default_rng(0).integers(0, 64, (4, 4, 2))
-  image[top:top + 8, left:left + 8] = square.repeat(2, axis=0).repeat(2, axis=1)
+  image[top : top + 8, left : left + 8] = square.repeat(2, axis=0).repeat(2, axis=1)
   image[top, left] += 4  # a quarter of it is the mean's
   square[0, 0] += 1
   found = images.fit(image, 4)
@@ -145,4 +152,5 @@ def test_a_damaged_picture_is_read_or_refused(tmp_path, name):
       sources.find('x', str(tmp_path), 8).load()
     except DataError as error:
       assert '\n' not in str(error) and name in str(error)
+
   check()

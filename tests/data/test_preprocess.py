@@ -22,13 +22,15 @@ def _smooth(n, shape=(5, 4, 3), seed=0):
 
 
 def _published(images, regularisation):
-  """K2's notebook, `_get_preprocess_op` with `layer_norm=True`, in its own steps: a function of images, and the matrix."""
+  """K2's notebook, `_get_preprocess_op` with `layer_norm=True`, in its own steps: a function of
+  images, and the matrix."""
   mean, std = images.astype(float).mean((0, 1, 2)), images.astype(float).std((0, 1, 2))
 
   def normal(raw):
     rows = ((raw - mean) / std).reshape(len(raw), -1)
     rows = rows - rows.mean(axis=1)[:, None]
     return rows / np.linalg.norm(rows, axis=1)[:, None]
+
   rows = normal(images)
   n, d = rows.shape
   covariance = rows.T.dot(rows) / n
@@ -55,8 +57,9 @@ def test_standardisation():
   assert preprocess.apply(constant, np.full((1, 2, 2, 1), 7, np.uint8)).max() == 0
 
 
-
-@pytest.mark.parametrize('n, regularisation', [(5000, 0.1), (301, 0.1), (60, 0.1), (23, 0.1), (301, 1e-3)])
+@pytest.mark.parametrize(
+  'n, regularisation', [(5000, 0.1), (301, 0.1), (60, 0.1), (23, 0.1), (301, 1e-3)]
+)
 def test_zca_is_the_published_one(n, regularisation):
   images, others = _smooth(n), _smooth(7, seed=1)
   transform = preprocess.fit(images, regularisation)
@@ -69,7 +72,8 @@ def test_zca_is_the_published_one(n, regularisation):
 
 
 def test_zca_whitens():
-  """Without much regularisation the covariance becomes the identity, except for the mean that each image has lost."""
+  """Without much regularisation the covariance becomes the identity, except for the mean that each
+  image has lost."""
   images = _smooth(4000)
   rows = preprocess.apply(preprocess.fit(images, 1e-6), images).reshape(4000, -1).astype(float)
   values = np.linalg.eigvalsh(rows.T @ rows / len(rows))
@@ -80,11 +84,14 @@ def test_the_inverse_of_zca():
   images = _smooth(500)
   transform = preprocess.fit(images, 0.1)
   restored = preprocess.invert(transform, preprocess.apply(transform, images))
-  standard, back = [((x - transform.mean) / transform.std).reshape(500, -1) for x in (images, restored)]
+  standard, back = [
+    ((x - transform.mean) / transform.std).reshape(500, -1) for x in (images, restored)
+  ]
   centred = standard - standard.mean(axis=1, keepdims=True)
   norms = np.linalg.norm(centred, axis=1, keepdims=True)
   assert transform.norm == pytest.approx(norms.mean(), rel=1e-12)
-  np.testing.assert_allclose(back, centred * transform.norm / norms, atol=1e-4)  # all but each image's own brightness and contrast
+  # All but each image's own brightness and contrast.
+  np.testing.assert_allclose(back, centred * transform.norm / norms, atol=1e-4)
 
 
 def test_an_image_does_not_depend_on_its_companions():
@@ -92,15 +99,29 @@ def test_an_image_does_not_depend_on_its_companions():
   transform = preprocess.fit(images, 0.1)
   whole = preprocess.apply(transform, images)
   for chosen in ([17], [299, 0], range(40, 297)):
-    np.testing.assert_array_equal(preprocess.apply(transform, images[list(chosen)]), whole[list(chosen)])
+    np.testing.assert_array_equal(
+      preprocess.apply(transform, images[list(chosen)]), whole[list(chosen)]
+    )
 
 
 def test_no_bit_depends_on_the_number_of_threads():
-  code = ('import hashlib, sys; import numpy as np; from data import preprocess; '
-          'x = np.random.default_rng(0).integers(0, 256, size=(900, 16, 16, 3)).cumsum(axis=1) // 16; '
-          't = preprocess.fit(x, 0.1); print(preprocess.digest(t), hashlib.sha256(preprocess.apply(t, x, int(sys.argv[1]))).hexdigest())')
-  found = {subprocess.run([sys.executable, '-c', code, threads], cwd=ROOT, env={**os.environ, 'OPENBLAS_NUM_THREADS': threads}, check=True,
-                          capture_output=True, text=True, timeout=300).stdout for threads in ('1', '2', '3')}
+  code = (
+    'import hashlib, sys; import numpy as np; from data import preprocess; '
+    'x = np.random.default_rng(0).integers(0, 256, size=(900, 16, 16, 3)).cumsum(axis=1) // 16; '
+    't = preprocess.fit(x, 0.1); print(preprocess.digest(t), hashlib.sha256(preprocess.apply(t, x, int(sys.argv[1]))).hexdigest())'
+  )
+  found = {
+    subprocess.run(
+      [sys.executable, '-c', code, threads],
+      cwd=ROOT,
+      env={**os.environ, 'OPENBLAS_NUM_THREADS': threads},
+      check=True,
+      capture_output=True,
+      text=True,
+      timeout=300,
+    ).stdout
+    for threads in ('1', '2', '3')
+  }
   assert len(found) == 1 and len(found.pop().split()[0]) == 64
 
 
@@ -117,5 +138,7 @@ def test_constant_images():
 
 
 def test_images_too_large_to_whiten():
-  with pytest.raises(DataError, match='images of 16875 values are too large to whiten .* at most 16384'):
+  with pytest.raises(
+    DataError, match='images of 16875 values are too large to whiten .* at most 16384'
+  ):
     preprocess.fit(np.arange(2 * 75 * 75 * 3).reshape(2, 75, 75, 3), 0.1)

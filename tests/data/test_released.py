@@ -1,4 +1,5 @@
-"""Released sets are fetched once from a server that behaves like the bucket, checked, and refused with a reason."""
+"""Released sets are fetched once from a server that behaves like the bucket, checked, and refused
+with a reason."""
 
 import base64
 import hashlib
@@ -18,11 +19,11 @@ LS = 'ls/fashion_mnist/ConvNet3_ssize10_nozca.npz'
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-  """A folder that a local server offers as the bucket, and the list of paths that were asked for."""
+  """A folder that a local server offers as the bucket, and the list of paths that were asked
+  for."""
   folder, asked = tmp_path / 'bucket', []
 
   class Handler(http.server.BaseHTTPRequestHandler):
-
     def do_GET(self):
       asked.append(self.path[1:])
       path = folder / self.path[1:]
@@ -41,6 +42,7 @@ def bucket(tmp_path, monkeypatch):
 
     def log_message(self, format, *args):
       pass
+
   server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
   threading.Thread(target=server.serve_forever, daemon=True).start()
   monkeypatch.setattr(released, 'BUCKET', f'http://127.0.0.1:{server.server_address[1]}')
@@ -68,14 +70,28 @@ def test_fetched_once_and_read_by_its_name(bucket, tmp_path):
     np.testing.assert_array_equal(found.images, images.astype(np.float32))
     np.testing.assert_array_equal(found.labels, labels.astype(np.float32))
   assert asked == [KIP]
-  assert released.load(LS, str(tmp_path / 'cache'))[2:] == ('fashion_mnist', 'convnet3', False, True, None, 0)
+  assert released.load(LS, str(tmp_path / 'cache'))[2:] == (
+    'fashion_mnist',
+    'convnet3',
+    False,
+    True,
+    None,
+    0,
+  )
 
 
 def test_what_is_refused(bucket, tmp_path, monkeypatch):
   folder, _ = bucket
   cache = str(tmp_path / 'cache')
-  for name in ('nothing', 'kip/cifar10/ConvNet_ssize100_zca.npz', 'ls/mnist/ConvNet_ssize10_zca_l_aug_ckpt0.npz', f'../{KIP}'):
-    with pytest.raises(DataError, match='is no name of a released set; they are such as kip/cifar10/'):
+  for name in (
+    'nothing',
+    'kip/cifar10/ConvNet_ssize100_zca.npz',
+    'ls/mnist/ConvNet_ssize10_zca_l_aug_ckpt0.npz',
+    f'../{KIP}',
+  ):
+    with pytest.raises(
+      DataError, match='is no name of a released set; they are such as kip/cifar10/'
+    ):
       released.load(name, cache)
   with pytest.raises(DataError, match='404 Not Found; the released sets are listed in'):
     released.load(KIP, cache)
@@ -88,7 +104,10 @@ def test_what_is_refused(bucket, tmp_path, monkeypatch):
   with pytest.raises(DataError, match='cannot be fetched: IncompleteRead'):
     released.load(cut_short, cache)
   _offer(folder, LS, np.zeros((10, 32, 32, 1)), np.zeros((10, 10)))
-  with pytest.raises(DataError, match=r'expected images \(10, 28, 28, 1\) and labels \(10, 10\) by its name, got \(10, 32, 32, 1\)'):
+  with pytest.raises(
+    DataError,
+    match=r'expected images \(10, 28, 28, 1\) and labels \(10, 10\) by its name, got \(10, 32, 32, 1\)',
+  ):
     released.load(LS, cache)
   path = os.path.join(cache, 'released', LS)
   np.savez(path, images=np.full((10, 28, 28, 1), np.nan), labels=np.zeros((10, 10)))
@@ -105,5 +124,8 @@ def test_what_is_refused(bucket, tmp_path, monkeypatch):
 @pytest.mark.network
 def test_a_real_one(tmp_path):
   found = released.load(KIP, str(tmp_path))
-  assert found.images.shape == (100, 32, 32, 3) and np.bincount(found.labels.argmax(axis=1)).tolist() == [10] * 10
+  assert (
+    found.images.shape == (100, 32, 32, 3)
+    and np.bincount(found.labels.argmax(axis=1)).tolist() == [10] * 10
+  )
   np.testing.assert_allclose(np.unique(found.labels), [-0.1, 0.9], atol=1e-6)

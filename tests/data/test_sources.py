@@ -24,14 +24,25 @@ def _arrays(n=6, shape=(4, 5, 3), classes=3, seed=0):
 
 def _write_npz(path, **changes):
   x, y = _arrays()
-  np.savez(path, **{k: v for k, v in {'x_train': x, 'y_train': y, 'x_test': x[:3], 'y_test': y[:3], **changes}.items() if v is not None})
+  np.savez(
+    path,
+    **{
+      k: v
+      for k, v in {'x_train': x, 'y_train': y, 'x_test': x[:3], 'y_test': y[:3], **changes}.items()
+      if v is not None
+    },
+  )
   return str(path)
 
 
 def _write_parquet(folder, split, images, labels, image='image', label='label', features=None):
   rows = {image: [Image.fromarray(i.squeeze()) for i in images], label: list(map(int, labels))}
-  features = features or datasets.Features({image: datasets.Image(), label: datasets.Value('int64')})
-  datasets.Dataset.from_dict(rows, features=features).to_parquet(os.path.join(folder, f'{split}.parquet'))
+  features = features or datasets.Features(
+    {image: datasets.Image(), label: datasets.Value('int64')}
+  )
+  datasets.Dataset.from_dict(rows, features=features).to_parquet(
+    os.path.join(folder, f'{split}.parquet')
+  )
 
 
 def test_npz(tmp_path):
@@ -44,19 +55,33 @@ def test_npz(tmp_path):
 
 def test_npz_of_grey_floats_and_column_labels(tmp_path):
   x = np.random.default_rng(0).normal(size=(6, 4, 4))
-  path = _write_npz(tmp_path / 'a.npz', x_train=x, x_test=x, y_train=np.arange(6)[:, None] % 2, y_test=np.arange(6) % 2)
+  path = _write_npz(
+    tmp_path / 'a.npz',
+    x_train=x,
+    x_test=x,
+    y_train=np.arange(6)[:, None] % 2,
+    y_test=np.arange(6) % 2,
+  )
   dataset = sources.find(path).load()
   assert dataset.train_images.shape == (6, 4, 4, 1) and dataset.train_images.dtype == np.float32
   np.testing.assert_array_equal(dataset.train_labels, [0, 1, 0, 1, 0, 1])
 
 
-@pytest.mark.parametrize('changes, message', [
+@pytest.mark.parametrize(
+  'changes, message',
+  [
     ({'y_test': None}, "array 'y_test' is missing"),
     ({'x_train': np.zeros((6, 4))}, r'train images must be \[N, H, W\]'),
     ({'x_train': np.zeros((0, 4, 4, 3))}, 'nothing empty'),
     ({'x_train': np.full((6, 4, 5, 3), np.nan)}, 'train image 0 contains NaN'),
-    ({'x_train': np.full((6, 4, 5, 3), 1e300)}, r'train image 0 contains NaN or infinity \(in float32\)'),
-    ({'x_test': np.zeros((3, 4, 4, 3), np.uint8)}, r'train images are \(4, 5, 3\), test images \(4, 4, 3\)'),
+    (
+      {'x_train': np.full((6, 4, 5, 3), 1e300)},
+      r'train image 0 contains NaN or infinity \(in float32\)',
+    ),
+    (
+      {'x_test': np.zeros((3, 4, 4, 3), np.uint8)},
+      r'train images are \(4, 5, 3\), test images \(4, 4, 3\)',
+    ),
     ({'x_train': np.full((6, 4, 5, 3), 'a')}, 'must be uint8 or floating'),
     ({'y_train': np.arange(5)}, 'train labels must be 6 whole numbers'),
     ({'y_train': np.linspace(0, 1, 6)}, 'whole numbers, got float64'),
@@ -65,43 +90,67 @@ def test_npz_of_grey_floats_and_column_labels(tmp_path):
     ({'y_train': np.array([0, 3, 1, 1, 0, 3])}, 'class 2 has no training image'),
     ({'y_train': np.zeros(6, int), 'y_test': np.zeros(3, int)}, 'at least two classes'),
     ({'y_train': np.array([{}] * 6)}, 'not a readable .npz file without pickled objects'),
-    ({'y_train': np.array(['a'] * 6, object)},
-     r'without pickled objects \(save text by .astype\(str\)\)'),
+    (
+      {'y_train': np.array(['a'] * 6, object)},
+      r'without pickled objects \(save text by .astype\(str\)\)',
+    ),
     ({'y_train': -np.arange(3, 9)}, 'train labels must lie between 0 and C - 1, got -8 to -3'),
     ({'y_train': np.arange(6) + 1}, 'class 0 has no training image'),
-    ({'y_train': np.array([0, 1, 2, 2, 0, 2 ** 64 - 1], np.uint64)},
-     'class 3 has no training image'),
-    ({'y_train': np.full(6, 2 ** 64 - 1, np.uint64)}, 'class 0 has no training image'),
-    ({'y_train': np.array([0, 1, 2, 2, 0, 2 ** 63 - 1])}, 'class 3 has no training image'),
-    ({'y_test': np.array([0, 1, 2 ** 64 - 1], np.uint64)},
-     'test labels must lie between 0 and 2, got 0 to 18446744073709551615'),
-    ({'y_train': np.array(['a', 'b', 'c'] * 2)},
-     'train labels are <U1, test labels int64; both must be text, or whole'),
-    ({'y_train': np.array(['a', 'b'] * 3), 'y_test': np.array(['a', 'c', 'b'])},
-     "class 'c' has no training image"),
+    ({'y_train': np.array([0, 1, 2, 2, 0, 2**64 - 1], np.uint64)}, 'class 3 has no training image'),
+    ({'y_train': np.full(6, 2**64 - 1, np.uint64)}, 'class 0 has no training image'),
+    ({'y_train': np.array([0, 1, 2, 2, 0, 2**63 - 1])}, 'class 3 has no training image'),
+    (
+      {'y_test': np.array([0, 1, 2**64 - 1], np.uint64)},
+      'test labels must lie between 0 and 2, got 0 to 18446744073709551615',
+    ),
+    (
+      {'y_train': np.array(['a', 'b', 'c'] * 2)},
+      'train labels are <U1, test labels int64; both must be text, or whole',
+    ),
+    (
+      {'y_train': np.array(['a', 'b'] * 3), 'y_test': np.array(['a', 'c', 'b'])},
+      "class 'c' has no training image",
+    ),
     ({'y_train': np.array(['a', ''] * 3), 'y_test': np.array(['a'] * 3)}, 'train label 1 is empty'),
-    ({'y_train': np.array(['a'] * 6), 'y_test': np.array(['a'] * 3)},
-     'at least two classes are needed, got 1'),
-    ({'y_train': np.array([b'a', b'\xff'] * 3), 'y_test': np.array([b'a'] * 3)},
-     'labels are bytes, but not UTF-8 text'),
-    ({'x_train': np.zeros((4, 5, 3, 6), np.uint8)},
-     r'looks like \[H, W, D, N\]: transpose\(3, 0, 1, 2\)'),
-])
+    (
+      {'y_train': np.array(['a'] * 6), 'y_test': np.array(['a'] * 3)},
+      'at least two classes are needed, got 1',
+    ),
+    (
+      {'y_train': np.array([b'a', b'\xff'] * 3), 'y_test': np.array([b'a'] * 3)},
+      'labels are bytes, but not UTF-8 text',
+    ),
+    (
+      {'x_train': np.zeros((4, 5, 3, 6), np.uint8)},
+      r'looks like \[H, W, D, N\]: transpose\(3, 0, 1, 2\)',
+    ),
+  ],
+)
 def test_bad_npz(tmp_path, changes, message):
   path = str(tmp_path / 'bad.npz')
   x, y = _arrays()
-  np.savez(path, **{k: v for k, v in {'x_train': x, 'y_train': y, 'x_test': x[:3], 'y_test': y[:3], **changes}.items() if v is not None})
+  np.savez(
+    path,
+    **{
+      k: v
+      for k, v in {'x_train': x, 'y_train': y, 'x_test': x[:3], 'y_test': y[:3], **changes}.items()
+      if v is not None
+    },
+  )
   with pytest.raises(DataError, match=message):
     sources.find(path).load()
 
 
-@pytest.mark.parametrize('labels, names, numbers', [
+@pytest.mark.parametrize(
+  'labels, names, numbers',
+  [
     (['two', 'one', 'three'], ('one', 'three', 'two'), [2, 0, 1]),
     (['10', '2', '1'], ('1', '2', '10'), [2, 1, 0]),
     (['1.5', '-2', '1'], ('-2', '1', '1.5'), [2, 0, 1]),
     (['10', '2', 'a'], ('10', '2', 'a'), [0, 1, 2]),
     ([b'two', b'one', 'drei\u00df'.encode()], ('drei\u00df', 'one', 'two'), [2, 1, 0]),
-])
+  ],
+)
 def test_labels_that_are_text_are_numbered_in_their_order(tmp_path, labels, names, numbers):
   path = _write_npz(tmp_path / 'a.npz', y_train=np.array(labels * 2), y_test=np.array(labels))
   dataset = sources.find(path).load()
@@ -118,13 +167,18 @@ def test_numbers_are_the_names_of_classes_without(tmp_path, dtype):
   assert dataset.class_names == ('0', '1', '2') and dataset.train_labels.dtype == np.int64
 
 
-@pytest.mark.parametrize('names, line', [
+@pytest.mark.parametrize(
+  'names, line',
+  [
     (('one', 'three', 'two', 'zero'), '4 classes: 0 one, 1 three, 2 two, 3 zero.'),
     (tuple('0123456789'), '10 classes: 0 to 9.'),
     (('a\nb', 'c'), '2 classes: 0 a b, 1 c.'),
-    (tuple(f'c{i}' for i in range(100)),
-     '100 classes: 0 c0, 1 c1, 2 c2, 3 c3, 4 c4, 5 c5, 6 c6, 7 c7, 8 c8, 9 c9, …, 99 c99.'),
-])
+    (
+      tuple(f'c{i}' for i in range(100)),
+      '100 classes: 0 c0, 1 c1, 2 c2, 3 c3, 4 c4, 5 c5, 6 c6, 7 c7, 8 c8, 9 c9, …, 99 c99.',
+    ),
+  ],
+)
 def test_the_mapping_is_told_on_a_line(names, line):
   assert classes.in_words(names) == line
 
@@ -133,7 +187,9 @@ FLOAT = np.random.default_rng(1).uniform(0, 1, (6, 4, 5, 3))
 BYTES = (255 * FLOAT).astype(np.uint8)
 
 
-@pytest.mark.parametrize('train, test, differ', [
+@pytest.mark.parametrize(
+  'train, test, differ',
+  [
     (BYTES, FLOAT, True),
     (FLOAT, BYTES, True),
     (BYTES.astype(float), FLOAT, True),
@@ -155,7 +211,8 @@ BYTES = (255 * FLOAT).astype(np.uint8)
     (FLOAT, np.where(FLOAT > 0.99, -0.01, FLOAT), False),
     (np.where(FLOAT == FLOAT.min(), 1000, FLOAT), FLOAT, False),  # one pixel far out
     ((FLOAT - 0.5) / 0.3, (FLOAT - 0.4) / 0.3, False),
-])
+  ],
+)
 def test_splits_in_different_units_are_refused(tmp_path, train, test, differ):
   source = sources.find(_write_npz(tmp_path / 'a.npz', x_train=train, x_test=test[:3]))
   if not differ:
@@ -166,11 +223,22 @@ def test_splits_in_different_units_are_refused(tmp_path, train, test, differ):
     source.load()
 
 
-@pytest.mark.parametrize('shape, refused', [
-    ((3, 8, 9), True), ((1, 28, 28), True), ((4, 16, 16), True), ((2, 5, 6), True),
-    ((8, 8, 3), False), ((3, 3, 3), False), ((1, 9, 1), False), ((3, 8, 4), False),
-    ((2, 3, 8), False), ((4, 4, 512), False), ((5, 5, 5), False),
-])
+@pytest.mark.parametrize(
+  'shape, refused',
+  [
+    ((3, 8, 9), True),
+    ((1, 28, 28), True),
+    ((4, 16, 16), True),
+    ((2, 5, 6), True),
+    ((8, 8, 3), False),
+    ((3, 3, 3), False),
+    ((1, 9, 1), False),
+    ((3, 8, 4), False),
+    ((2, 3, 8), False),
+    ((4, 4, 512), False),
+    ((5, 5, 5), False),
+  ],
+)
 @pytest.mark.parametrize('size', [0, 6])
 def test_channels_first_is_refused(tmp_path, shape, refused, size):
   x = np.arange(6 * np.prod(shape)).reshape(6, *shape).astype(np.uint8)
@@ -195,11 +263,14 @@ def test_any_source_has_a_size(tmp_path, name, shape):
     np.testing.assert_array_equal(sources.find(name, size=8).load().train_images, raw.train_images)
 
 
-@pytest.mark.parametrize('present, remark', [
+@pytest.mark.parametrize(
+  'present, remark',
+  [
     ([0, 1], 'Classes without a test image: 2 c.'),
     ([1], 'Classes without a test image: 0 a, 2 c.'),
     ([0, 1, 2], None),
-])
+  ],
+)
 def test_a_test_split_that_lacks_classes_is_said(tmp_path, present, remark):
   names = np.array(['a', 'b', 'c'])
   y = np.resize(present, 3)
@@ -225,10 +296,17 @@ def test_a_truncated_npz(tmp_path):
     sources.find(str(path)).load()
 
 
-@pytest.mark.parametrize('name, first, last', [
-    ('mnist', '0', '9'), ('svhn_cropped', '0', '9'), ('fashion_mnist', 'T-shirt/top', 'Ankle boot'),
-    ('cifar10', 'airplane', 'truck'), ('cifar100', 'apple', 'worm'), ('pets', '0', '9'),
-])
+@pytest.mark.parametrize(
+  'name, first, last',
+  [
+    ('mnist', '0', '9'),
+    ('svhn_cropped', '0', '9'),
+    ('fashion_mnist', 'T-shirt/top', 'Ankle boot'),
+    ('cifar10', 'airplane', 'truck'),
+    ('cifar100', 'apple', 'worm'),
+    ('pets', '0', '9'),
+  ],
+)
 def test_classes_of_known_sets_have_their_names_without_a_schema(tmp_path, name, first, last):
   classes = 100 if name == 'cifar100' else 10
   x, y = _arrays(classes, (4, 4, 1), classes)
@@ -244,8 +322,7 @@ def test_files_that_name_their_classes_differently_are_refused(tmp_path):
     label = datasets.ClassLabel(names=names)
     features = datasets.Features({'image': datasets.Image(), 'label': label})
     _write_parquet(tmp_path, split, x, y, features=features)
-  message = ('name their classes differently: 2 classes: 0 cat, 1 dog. and '
-             '2 classes: 0 dog, 1 cat.')
+  message = 'name their classes differently: 2 classes: 0 cat, 1 dog. and 2 classes: 0 dog, 1 cat.'
   with pytest.raises(DataError, match=message):
     sources.find('x', str(tmp_path)).load()
 
@@ -268,11 +345,15 @@ def _names(n):
 
 # The features of the hub's own files, at the revisions of sources.HUB.
 SCHEMAS = {
-    'mnist': ((28, 28, 1), 10, {'image': datasets.Image(), 'label': _names(10)}),
-    'fashion_mnist': ((28, 28, 1), 10, {'image': datasets.Image(), 'label': _names(10)}),
-    'cifar10': ((32, 32, 3), 10, {'img': datasets.Image(), 'label': _names(10)}),
-    'cifar100': ((32, 32, 3), 100, {'img': datasets.Image(), 'fine_label': _names(100), 'coarse_label': _names(20)}),
-    'svhn_cropped': ((32, 32, 3), 10, {'image': datasets.Image(), 'label': _names(10)}),
+  'mnist': ((28, 28, 1), 10, {'image': datasets.Image(), 'label': _names(10)}),
+  'fashion_mnist': ((28, 28, 1), 10, {'image': datasets.Image(), 'label': _names(10)}),
+  'cifar10': ((32, 32, 3), 10, {'img': datasets.Image(), 'label': _names(10)}),
+  'cifar100': (
+    (32, 32, 3),
+    100,
+    {'img': datasets.Image(), 'fine_label': _names(100), 'coarse_label': _names(20)},
+  ),
+  'svhn_cropped': ((32, 32, 3), 10, {'image': datasets.Image(), 'label': _names(10)}),
 }
 
 
@@ -289,7 +370,8 @@ def _write_hub_split(path, name, n, seed):
 
 @pytest.mark.parametrize('name', sources.HUB)
 def test_the_papers_sets_in_the_schema_of_the_hub(tmp_path, monkeypatch, name):
-  """A folder that looks like the hub's repository: configuration, splits, shards; then the same files by run.data.dir."""
+  """A folder that looks like the hub's repository: configuration, splits, shards; then the same
+  files by run.data.dir."""
   repository, configuration, revision = sources.HUB[name]
   assert len(revision) == 40
   folder = tmp_path / 'repository' / configuration
@@ -298,9 +380,14 @@ def test_the_papers_sets_in_the_schema_of_the_hub(tmp_path, monkeypatch, name):
   x, y = _write_hub_split(folder / 'train-00000-of-00001.parquet', name, 2 * classes, 0)
   x_test, y_test = _write_hub_split(folder / 'test-00000-of-00001.parquet', name, 7, 1)
   _write_hub_split(folder / 'extra-00000-of-00001.parquet', name, 3, 2)
-  splits = ''.join(f'  - split: {split}\n    path: {configuration}/{split}-*\n' for split in ('train', 'test', 'extra'))
-  (folder.parent / 'README.md').write_text(f'---\nconfigs:\n- config_name: {configuration}\n  data_files:\n{splits}'
-                                           f'- config_name: other\n  data_files: {configuration}/extra-*\n---\n')
+  splits = ''.join(
+    f'  - split: {split}\n    path: {configuration}/{split}-*\n'
+    for split in ('train', 'test', 'extra')
+  )
+  (folder.parent / 'README.md').write_text(
+    f'---\nconfigs:\n- config_name: {configuration}\n  data_files:\n{splits}'
+    f'- config_name: other\n  data_files: {configuration}/extra-*\n---\n'
+  )
   monkeypatch.setitem(sources.HUB, name, (str(folder.parent), configuration, revision))
   monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
   for dataset in (sources.find(name).load(), sources.find(name, str(folder)).load()):
@@ -314,16 +401,27 @@ def test_the_papers_sets_in_the_schema_of_the_hub(tmp_path, monkeypatch, name):
 
 def test_the_revision_is_asked_for(monkeypatch):
   asked = []
-  monkeypatch.setattr(datasets, 'load_dataset', lambda *args, **kwargs: asked.append((args, kwargs)) or (_ for _ in ()).throw(OSError('x')))
-  with pytest.raises(DataError, match='svhn_cropped could not be loaded from the hub .*run.data.dir=FOLDER'):
+  monkeypatch.setattr(
+    datasets,
+    'load_dataset',
+    lambda *args, **kwargs: asked.append((args, kwargs)) or (_ for _ in ()).throw(OSError('x')),
+  )
+  with pytest.raises(
+    DataError, match='svhn_cropped could not be loaded from the hub .*run.data.dir=FOLDER'
+  ):
     sources.find('svhn_cropped').load()
-  assert asked == [(('ufldl-stanford/svhn', 'cropped_digits'), {'split': 'train', 'revision': sources.HUB['svhn_cropped'][2]})]
+  assert asked == [
+    (
+      ('ufldl-stanford/svhn', 'cropped_digits'),
+      {'split': 'train', 'revision': sources.HUB['svhn_cropped'][2]},
+    )
+  ]
 
 
 def test_parquet_in_shards(tmp_path):
   x, y = _arrays(12)
   for i in range(3):
-    _write_parquet(tmp_path, f'train-{i:05d}-of-00003', x[4 * i:4 * i + 4], y[4 * i:4 * i + 4])
+    _write_parquet(tmp_path, f'train-{i:05d}-of-00003', x[4 * i : 4 * i + 4], y[4 * i : 4 * i + 4])
   _write_parquet(tmp_path, 'test', x[:3], y[:3])
   dataset = sources.find('x', str(tmp_path)).load()
   np.testing.assert_array_equal(dataset.train_images, x)
@@ -337,16 +435,23 @@ def test_parquet_of_pixel_values(tmp_path, shape, dtype):
   array = {2: datasets.Array2D, 3: datasets.Array3D}[len(shape)](shape, dtype)
   features = datasets.Features({'image': array, 'label': datasets.Value('int32')})
   for split, n in (('train', 6), ('test', 3)):
-    datasets.Dataset.from_dict({'image': list(x[:n]), 'label': [0, 1, 2, 0, 1, 2][:n]}, features=features).to_parquet(
-        str(tmp_path / f'{split}.parquet'))
+    datasets.Dataset.from_dict(
+      {'image': list(x[:n]), 'label': [0, 1, 2, 0, 1, 2][:n]}, features=features
+    ).to_parquet(str(tmp_path / f'{split}.parquet'))
   dataset = sources.find('x', str(tmp_path)).load()
-  assert dataset.train_images.dtype == dtype and dataset.train_images.shape == (6, 4, 5, shape[2] if len(shape) == 3 else 1)
+  assert dataset.train_images.dtype == dtype and dataset.train_images.shape == (
+    6,
+    4,
+    5,
+    shape[2] if len(shape) == 3 else 1,
+  )
   np.testing.assert_array_equal(dataset.train_images.reshape(x.shape), x)
 
 
 def test_parquet_of_channels_first_is_refused(tmp_path):
-  features = datasets.Features({'image': datasets.Array3D((3, 6, 7), 'uint8'),
-                                'label': datasets.Value('int32')})
+  features = datasets.Features(
+    {'image': datasets.Array3D((3, 6, 7), 'uint8'), 'label': datasets.Value('int32')}
+  )
   rows = {'image': list(np.zeros((4, 3, 6, 7), np.uint8)), 'label': [0, 1] * 2}
   for split in ('train', 'test'):
     made = datasets.Dataset.from_dict(rows, features=features)
@@ -381,23 +486,40 @@ def _touch(path):
   path.write_bytes(b'')
 
 
-@pytest.mark.parametrize('files, message', [
-    (('a/0.png', 'b/0.png', 'notes.txt'),
-     "train.parquet' is missing; found a/, b/, notes.txt; expected"),
+@pytest.mark.parametrize(
+  'files, message',
+  [
+    (
+      ('a/0.png', 'b/0.png', 'notes.txt'),
+      "train.parquet' is missing; found a/, b/, notes.txt; expected",
+    ),
     (('train/a/0.png', 'dev/a/0.png'), "/test' is missing; found dev/, train/; expected"),
-    (('train.parquet', 'eval.parquet'),
-     "/test.parquet' is missing; found eval.parquet, train.parquet; expected"),
-    (('train/0.png', 'train/1.png', 'test/0.png'),
-     "/train' holds no images as CLASS/FILE; found train/0.png, train/1.png"),
-    (('train/a/0.heic', 'test/a/0.png'),
-     "/train' holds no images as CLASS/FILE; found train/a/0.heic"),
-    (('one/train.parquet', 'two/train.parquet'),
-     "holds several data sets; choose one of '.*one', '.*two'"),
-    (('train-00000-of-00003.parquet', 'train-00002-of-00003.parquet', 'test.parquet'),
-     'holds 2 of the 3 files train-'),
-    (('train.parquet', 'train-00000-of-00001.parquet', 'test.parquet'),
-     r'holds train.parquet and train-\*.parquet; keep one'),
-])
+    (
+      ('train.parquet', 'eval.parquet'),
+      "/test.parquet' is missing; found eval.parquet, train.parquet; expected",
+    ),
+    (
+      ('train/0.png', 'train/1.png', 'test/0.png'),
+      "/train' holds no images as CLASS/FILE; found train/0.png, train/1.png",
+    ),
+    (
+      ('train/a/0.heic', 'test/a/0.png'),
+      "/train' holds no images as CLASS/FILE; found train/a/0.heic",
+    ),
+    (
+      ('one/train.parquet', 'two/train.parquet'),
+      "holds several data sets; choose one of '.*one', '.*two'",
+    ),
+    (
+      ('train-00000-of-00003.parquet', 'train-00002-of-00003.parquet', 'test.parquet'),
+      'holds 2 of the 3 files train-',
+    ),
+    (
+      ('train.parquet', 'train-00000-of-00001.parquet', 'test.parquet'),
+      r'holds train.parquet and train-\*.parquet; keep one',
+    ),
+  ],
+)
 def test_what_a_folder_holds_instead_is_said(tmp_path, files, message):
   for file in files:
     _touch(tmp_path / file)
@@ -407,11 +529,14 @@ def test_what_a_folder_holds_instead_is_said(tmp_path, files, message):
 
 
 @pytest.mark.parametrize('place', ['', 'data', 'plain_text'])
-@pytest.mark.parametrize('train, test', [
+@pytest.mark.parametrize(
+  'train, test',
+  [
     ('train-00000-of-00001', 'test-00000-of-00001'),
     ('train/0000', 'test/0000'),
     ('train-00000-of-00001', 'validation-00000-of-00001'),
-])
+  ],
+)
 def test_clones_from_the_hub(tmp_path, place, train, test):
   x, y = _arrays(6)
   for split, n in ((train, 6), (test, 3)):
@@ -488,7 +613,8 @@ def test_image_folder(tmp_path, shape):
   np.testing.assert_array_equal(dataset.train_labels, y[order])
   np.testing.assert_array_equal(dataset.test_labels, [1, 2])
   os.rename(tmp_path / 'test' / 'dog', tmp_path / 'test' / 'cat')
-  assert sources.find('pets', str(tmp_path)).key != source.key  # the same bytes mean another class now
+  # The same bytes mean another class now.
+  assert sources.find('pets', str(tmp_path)).key != source.key
 
 
 @pytest.mark.parametrize('mode', ['RGBA', 'P', '1', 'LA'])
@@ -520,8 +646,10 @@ def test_bad_image_folders(tmp_path):
   with pytest.raises(DataError, match="deep.png' is not a readable image"):
     sources.find('x', str(tmp_path)).load()
   Image.fromarray(x[0][:2]).save(tmp_path / 'test' / 'emu' / 'deep.png')
-  message = (r"differ in size: '.*train/cat/000.png' is \(4, 5\), '.*emu/deep.png' is \(2, 5\); "
-             'run.data.size=4')
+  message = (
+    r"differ in size: '.*train/cat/000.png' is \(4, 5\), '.*emu/deep.png' is \(2, 5\); "
+    'run.data.size=4'
+  )
   with pytest.raises(DataError, match=message):
     sources.find('x', str(tmp_path)).load()
 
@@ -544,8 +672,9 @@ def test_bad_parquet(tmp_path):
     sources.find('x', str(tmp_path)).load()
 
 
-@pytest.mark.parametrize('image, label', [
-    (None, 0), ({'bytes': None, 'path': None}, 0), (..., None)])
+@pytest.mark.parametrize(
+  'image, label', [(None, 0), ({'bytes': None, 'path': None}, 0), (..., None)]
+)
 def test_parquet_rows_without_an_image_or_a_label(tmp_path, image, label):
   x, y = _arrays()
   _write_parquet(tmp_path, 'test', x, y)
@@ -561,10 +690,15 @@ def test_parquet_rows_without_an_image_or_a_label(tmp_path, image, label):
 def test_parquet_with_bytes_that_are_no_image(tmp_path):
   x, y = _arrays()
   _write_parquet(tmp_path, 'train', x, y)
-  features = datasets.Features({'image': {'bytes': datasets.Value('binary'), 'path': datasets.Value('string')},
-                                'label': datasets.Value('int64')})
-  datasets.Dataset.from_dict({'image': [{'bytes': b'no', 'path': None}], 'label': [0]}, features=features).to_parquet(
-      os.path.join(tmp_path, 'test.parquet'))
+  features = datasets.Features(
+    {
+      'image': {'bytes': datasets.Value('binary'), 'path': datasets.Value('string')},
+      'label': datasets.Value('int64'),
+    }
+  )
+  datasets.Dataset.from_dict(
+    {'image': [{'bytes': b'no', 'path': None}], 'label': [0]}, features=features
+  ).to_parquet(os.path.join(tmp_path, 'test.parquet'))
   with pytest.raises(DataError, match='is not a readable parquet file of images'):
     sources.find('x', str(tmp_path)).load()
 
@@ -574,9 +708,13 @@ def test_images_of_different_sizes(tmp_path):
   rows = {'image': [Image.fromarray(x[0]), Image.fromarray(x[1][:2])], 'label': [0, 1]}
   features = datasets.Features({'image': datasets.Image(), 'label': datasets.Value('int64')})
   for split in ('train', 'test'):
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(os.path.join(tmp_path, f'{split}.parquet'))
-  message = (r"train.parquet' row 0 is \(4, 5\), '.*train.parquet' row 1 is \(2, 5\); "
-             'run.data.size=4')
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(
+      os.path.join(tmp_path, f'{split}.parquet')
+    )
+  message = (
+    r"train.parquet' row 0 is \(4, 5\), '.*train.parquet' row 1 is \(2, 5\); "
+    'run.data.size=4'
+  )
   with pytest.raises(DataError, match=message):
     sources.find('x', str(tmp_path)).load()
 
@@ -590,21 +728,41 @@ def test_unknown_names():
 
 def test_digits():
   dataset = sources.find('digits').load()
-  assert dataset.train_images.shape == (1437, 8, 8, 1) and dataset.test_images.shape == (360, 8, 8, 1)
+  assert dataset.train_images.shape == (1437, 8, 8, 1) and dataset.test_images.shape == (
+    360,
+    8,
+    8,
+    1,
+  )
   assert dataset.train_images.max() == 16 and np.bincount(dataset.train_labels).min() == 141
   assert dataset.class_names == tuple('0123456789') and not dataset.remarks
 
 
-@pytest.mark.skipif(not os.path.isdir(SHARED), reason='needs a folder of real data sets beside the checkout')
+@pytest.mark.skipif(
+  not os.path.isdir(SHARED), reason='needs a folder of real data sets beside the checkout'
+)
 def test_real_cifar10():
   dataset = sources.find('cifar10', os.path.join(SHARED, 'cifar10')).load()
-  assert dataset.train_images.shape == (50000, 32, 32, 3) and np.bincount(dataset.train_labels).tolist() == [5000] * 10
-  np.testing.assert_allclose(dataset.train_images[:10000].mean((0, 1, 2)), [125.3, 122.9, 113.9], atol=1.5)
+  assert (
+    dataset.train_images.shape == (50000, 32, 32, 3)
+    and np.bincount(dataset.train_labels).tolist() == [5000] * 10
+  )
+  np.testing.assert_allclose(
+    dataset.train_images[:10000].mean((0, 1, 2)), [125.3, 122.9, 113.9], atol=1.5
+  )
 
 
 @pytest.mark.network
-@pytest.mark.parametrize('name, train, test', [('mnist', 60000, 10000), ('fashion_mnist', 60000, 10000), ('cifar10', 50000, 10000),
-                                               ('cifar100', 50000, 10000), ('svhn_cropped', 73257, 26032)])
+@pytest.mark.parametrize(
+  'name, train, test',
+  [
+    ('mnist', 60000, 10000),
+    ('fashion_mnist', 60000, 10000),
+    ('cifar10', 50000, 10000),
+    ('cifar100', 50000, 10000),
+    ('svhn_cropped', 73257, 26032),
+  ],
+)
 def test_hub(name, train, test):
   dataset = sources.find(name).load()
   assert (len(dataset.train_images), len(dataset.test_images)) == (train, test)

@@ -30,7 +30,9 @@ def test_the_cache_gives_back_the_same_and_heals(tmp_path):
   path, cache = _write_npz(tmp_path / 'a.npz'), str(tmp_path / 'cache')
   first = store.prepare(_data(path), cache)
   again = store.prepare(_data(path), cache)
-  assert (again.key, again.content) == (first.key, first.content) and isinstance(again.train_images, np.memmap)
+  assert (again.key, again.content) == (first.key, first.content) and isinstance(
+    again.train_images, np.memmap
+  )
   np.testing.assert_array_equal(again.train_images, first.train_images)
   assert again.raw_images is None and again.transform.zca is None
   file = os.path.join(cache, first.key, 'train_images.npy')
@@ -58,7 +60,10 @@ def test_zca_is_kept_with_its_images(tmp_path, monkeypatch):
   assert prepared.transform.norm == expected.norm
   np.testing.assert_array_equal(prepared.train_images, preprocess.apply(expected, _raw(path)))
   np.testing.assert_array_equal(prepared.test_images, preprocess.apply(expected, _raw(path)[:3]))
-  keys = {store.prepare(_data(path, *zca), cache).key for zca in ((False,), (True,), (True, 0.2), (True, 0.1))}
+  keys = {
+    store.prepare(_data(path, *zca), cache).key
+    for zca in ((False,), (True,), (True, 0.2), (True, 0.1))
+  }
   assert len(keys) == 3
 
 
@@ -86,7 +91,11 @@ def test_data_are_fetched_once_in_chunks_and_checked(tmp_path, monkeypatch, zca,
     return store.read_chunk(prepared.key, there, folder, file, offset)
 
   fetched = store.fetch(prepared.key, here, read, raw)
-  assert (fetched.key, fetched.content, fetched.name) == (prepared.key, prepared.content, prepared.name)
+  assert (fetched.key, fetched.content, fetched.name) == (
+    prepared.key,
+    prepared.content,
+    prepared.name,
+  )
   np.testing.assert_array_equal(fetched.train_images, prepared.train_images)
   np.testing.assert_array_equal(fetched.test_labels, prepared.test_labels)
   for there_value, here_value in zip(prepared.transform, fetched.transform):
@@ -99,8 +108,15 @@ def test_data_are_fetched_once_in_chunks_and_checked(tmp_path, monkeypatch, zca,
   store.fetch(prepared.key, here, read, raw)
   assert len(calls) == count
   with pytest.raises(DataError, match='do not match their digests'):
-    store.fetch(prepared.key, str(tmp_path / 'third'), lambda folder, file, offset: read(folder, file, offset).replace(b'\x01', b'\x02')
-                if file.startswith('train_labels') else read(folder, file, offset))
+    store.fetch(
+      prepared.key,
+      str(tmp_path / 'third'),
+      lambda folder, file, offset: (
+        read(folder, file, offset).replace(b'\x01', b'\x02')
+        if file.startswith('train_labels')
+        else read(folder, file, offset)
+      ),
+    )
 
 
 def _flip(cache, folder, file, place=-40):
@@ -111,11 +127,18 @@ def _flip(cache, folder, file, place=-40):
     flipped.write(bytes([byte ^ 4]))
 
 
-@pytest.mark.parametrize('zca, folder, file', [
-    (False, '', 'train_images.npy'), (False, '', 'test_images.npy'),
-    (False, '', 'train_labels.npy'), (False, '', 'test_labels.npy'),
-    (True, '', 'zca.npy'), (False, '-raw', 'train_images.npy'), (False, '', 'meta.json'),
-])
+@pytest.mark.parametrize(
+  'zca, folder, file',
+  [
+    (False, '', 'train_images.npy'),
+    (False, '', 'test_images.npy'),
+    (False, '', 'train_labels.npy'),
+    (False, '', 'test_labels.npy'),
+    (True, '', 'zca.npy'),
+    (False, '-raw', 'train_images.npy'),
+    (False, '', 'meta.json'),
+  ],
+)
 def test_a_worker_notices_a_flipped_bit_in_its_cache_and_fetches_anew(tmp_path, zca, folder, file):
   there, here = str(tmp_path / 'there'), str(tmp_path / 'here')
   prepared = store.prepare(_data(_write_npz(tmp_path / 'a.npz'), zca), there, raw=True)
@@ -124,6 +147,7 @@ def test_a_worker_notices_a_flipped_bit_in_its_cache_and_fetches_anew(tmp_path, 
   def read(folder, file, offset):
     calls.append((folder, file))
     return store.read_chunk(prepared.key, there, folder, file, offset)
+
   store.fetch(prepared.key, here, read, raw=True)
   folder = prepared.key.partition('-')[0] + folder if folder else prepared.key
   _flip(here, folder, file)
@@ -166,8 +190,9 @@ def test_names_and_remarks_are_kept_and_fetched(tmp_path):
     prepared = store.prepare(_data(str(tmp_path / 'a.npz')), there)
     assert prepared.class_names == ('8', '9', '10')
     assert prepared.remarks == ('Classes without a test image: 0 8.',)
-  fetched = store.fetch(prepared.key, here,
-                        lambda *place: store.read_chunk(prepared.key, there, *place))
+  fetched = store.fetch(
+    prepared.key, here, lambda *place: store.read_chunk(prepared.key, there, *place)
+  )
   assert (fetched.class_names, fetched.remarks) == (prepared.class_names, prepared.remarks)
 
 
@@ -184,7 +209,11 @@ def test_a_size_has_a_cache_of_its_own(tmp_path):
 
 def test_only_a_prepared_set_can_be_read(tmp_path):
   prepared = store.prepare(_data(_write_npz(tmp_path / 'a.npz')), str(tmp_path))
-  for folder, file in ((prepared.key, '../secret'), ('..', 'meta.json'), (prepared.key, 'other.npy')):
+  for folder, file in (
+    (prepared.key, '../secret'),
+    ('..', 'meta.json'),
+    (prepared.key, 'other.npy'),
+  ):
     with pytest.raises(ValueError, match='no file'):
       store.read_chunk(prepared.key, str(tmp_path), folder, file, 0)
 

@@ -1,4 +1,5 @@
-"""A CPU in the place of a GPU, for `kernels.cuda.kernel`: its source compiled as plain C++, with a shim for the machine."""
+"""A CPU in the place of a GPU, for `kernels.cuda.kernel`: its source compiled as plain C++, with a
+shim for the machine."""
 
 import ctypes
 import hashlib
@@ -19,8 +20,15 @@ _FLAGS = ('-std=c++17', '-O1', '-fPIC', '-shared', '-pthread', '-w')
 class Emulator:
   """See `kernels.cuda.kernel.Gpu`. A block's threads are real ones; memory starts as NaN."""
 
-  def __init__(self, threads: int = 1, blocks: int = 1, shared_bytes: int = 2 ** 20, kept_bytes: int = 2 ** 28):
-    self.name, self.threads, self.shared_bytes, self.kept_bytes = 'emulator', threads, shared_bytes, kept_bytes
+  def __init__(
+    self, threads: int = 1, blocks: int = 1, shared_bytes: int = 2**20, kept_bytes: int = 2**28
+  ):
+    self.name, self.threads, self.shared_bytes, self.kept_bytes = (
+      'emulator',
+      threads,
+      shared_bytes,
+      kept_bytes,
+    )
     self._blocks = blocks
 
   def load(self, plan):
@@ -30,7 +38,9 @@ class Emulator:
     if not path.exists():
       _FOLDER.mkdir(exist_ok=True)
       partial = path.with_suffix(f'.{os.getpid()}')
-      subprocess.run([*command, '-x', 'c++', '-', '-o', str(partial)], input=source, text=True, check=True)
+      subprocess.run(
+        [*command, '-x', 'c++', '-', '-o', str(partial)], input=source, text=True, check=True
+      )
       partial.replace(path)
     library = ctypes.CDLL(str(path))
     library.kip_new_barrier.restype = ctypes.c_void_p
@@ -52,7 +62,9 @@ class Emulator:
     return min(self._blocks, work)
 
   def launch(self, program, name, blocks, plan, arguments):
-    arguments = [a.ctypes.data_as(ctypes.c_void_p) if isinstance(a, np.ndarray) else a for a in arguments]
+    arguments = [
+      a.ctypes.data_as(ctypes.c_void_p) if isinstance(a, np.ndarray) else a for a in arguments
+    ]
 
     def run(thread, block, shared, barrier):
       program.kip_be(thread, block, blocks, shared.ctypes.data_as(ctypes.c_void_p), barrier)
@@ -64,7 +76,10 @@ class Emulator:
         run(0, block, shared, None)
         continue
       barrier = ctypes.c_void_p(program.kip_new_barrier(plan.threads))
-      threads = [threading.Thread(target=run, args=(thread, block, shared, barrier)) for thread in range(plan.threads)]
+      threads = [
+        threading.Thread(target=run, args=(thread, block, shared, barrier))
+        for thread in range(plan.threads)
+      ]
       for thread in threads:
         thread.start()
       for thread in threads:

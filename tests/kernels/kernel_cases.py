@@ -1,4 +1,5 @@
-"""The table of architectures, sizes and images that drives the kernel tests and the golden values."""
+"""The table of architectures, sizes and images that drives the kernel tests and the golden
+values."""
 
 from typing import Any, NamedTuple
 
@@ -10,8 +11,10 @@ def _dict(*stages, **rest) -> dict[str, Any]:
 
 
 class Case(NamedTuple):
-  """`images` names a function below; `counts` are the numbers of images x1 and x2; `cheap`: small enough to run Neural Tangents live;
-  `dtypes`: the tested ones, one where compilation would take long."""
+  """`images` names a function below; `counts` are the numbers of images x1 and x2; `cheap`: small
+  enough to run Neural Tangents live; `dtypes`: the tested ones, one where compilation would take
+  long."""
+
   architecture: Any
   shape: tuple[int, int, int]
   images: str
@@ -21,41 +24,45 @@ class Case(NamedTuple):
 
 
 CASES = {
-    'fc2': Case('fc2', (8, 8, 1), 'random', cheap=True),
-    'fc2_flat': Case('fc2', (9, 7, 2), 'flat', cheap=True),
-    'conv2_digits': Case('conv2', (8, 8, 1), 'digits'),
-    'convnet': Case('convnet', (8, 8, 1), 'random'),
-    'convnet_flat': Case('convnet', (8, 8, 1), 'flat'),
-    'convnet_odd': Case('convnet', (9, 11, 2), 'random', dtypes=('float32',)),
-    'convnet2_digits': Case('convnet2', (28, 28, 1), 'digits', (1, 1)),
-    'convnet_smooth': Case('convnet', (32, 32, 3), 'smooth', (1, 2), dtypes=('float32',)),
-    'convnet_near': Case('convnet3', (8, 8, 3), 'near', (1, 5)),
-    'convnet2_odd_flat': Case('convnet2', (9, 7, 2), 'flat', cheap=True),
-    'myrtle5': Case('myrtle5', (9, 7, 2), 'smooth'),
-    'myrtle5_flat': Case('myrtle5', (9, 7, 2), 'flat'),
-    'myrtle10': Case('myrtle10', (8, 4, 1), 'random', (2, 2), dtypes=('float32',)),
-    'merged_stages_hidden': Case(_dict((1, False), (0, True), (1, True), hidden=1), (9, 7, 2), 'random'),
-    'pool_first_global_hidden': Case(_dict((0, True), (2, False), readout='global_average_pool', hidden=2), (6, 5, 1), 'random'),
-    'no_bias': Case(_dict((2, True), b_std=0.0, w_std=1.5), (6, 6, 1), 'random'),
-    'linear_pool': Case(_dict((0, True), b_std=0.3), (6, 7, 1), 'random', cheap=True),
-    'linear': Case(_dict(), (4, 5, 2), 'flat', cheap=True),
-    'global_only_hidden': Case(_dict(readout='global_average_pool', hidden=1), (4, 5, 2), 'random'),
+  'fc2': Case('fc2', (8, 8, 1), 'random', cheap=True),
+  'fc2_flat': Case('fc2', (9, 7, 2), 'flat', cheap=True),
+  'conv2_digits': Case('conv2', (8, 8, 1), 'digits'),
+  'convnet': Case('convnet', (8, 8, 1), 'random'),
+  'convnet_flat': Case('convnet', (8, 8, 1), 'flat'),
+  'convnet_odd': Case('convnet', (9, 11, 2), 'random', dtypes=('float32',)),
+  'convnet2_digits': Case('convnet2', (28, 28, 1), 'digits', (1, 1)),
+  'convnet_smooth': Case('convnet', (32, 32, 3), 'smooth', (1, 2), dtypes=('float32',)),
+  'convnet_near': Case('convnet3', (8, 8, 3), 'near', (1, 5)),
+  'convnet2_odd_flat': Case('convnet2', (9, 7, 2), 'flat', cheap=True),
+  'myrtle5': Case('myrtle5', (9, 7, 2), 'smooth'),
+  'myrtle5_flat': Case('myrtle5', (9, 7, 2), 'flat'),
+  'myrtle10': Case('myrtle10', (8, 4, 1), 'random', (2, 2), dtypes=('float32',)),
+  'merged_stages_hidden': Case(
+    _dict((1, False), (0, True), (1, True), hidden=1), (9, 7, 2), 'random'
+  ),
+  'pool_first_global_hidden': Case(
+    _dict((0, True), (2, False), readout='global_average_pool', hidden=2), (6, 5, 1), 'random'
+  ),
+  'no_bias': Case(_dict((2, True), b_std=0.0, w_std=1.5), (6, 6, 1), 'random'),
+  'linear_pool': Case(_dict((0, True), b_std=0.3), (6, 7, 1), 'random', cheap=True),
+  'linear': Case(_dict(), (4, 5, 2), 'flat', cheap=True),
+  'global_only_hidden': Case(_dict(readout='global_average_pool', hidden=1), (4, 5, 2), 'random'),
 }
 
 # For test_near_pairs.py.
 NEAR_NETWORKS = {
-    'fc1': 'fc1',
-    'fc3': 'fc3',
-    'conv3': 'conv3',
-    'convnet2': 'convnet2',
-    'myrtle5': 'myrtle5',
-    'hidden': _dict((2, False), hidden=2),
-    'pooled_hidden': _dict((1, True), (1, True), hidden=1),
-    'global_hidden': _dict((2, True), (1, False), readout='global_average_pool', hidden=1),
-    'pool_first_hidden': _dict((0, True), hidden=1),
-    'fc2_without_bias': _dict(hidden=2, b_std=0.0),
-    'conv2_without_bias': _dict((2, False), b_std=0.0),
-    'pooled_without_bias': _dict((1, True), (1, False), b_std=0.0, hidden=1),
+  'fc1': 'fc1',
+  'fc3': 'fc3',
+  'conv3': 'conv3',
+  'convnet2': 'convnet2',
+  'myrtle5': 'myrtle5',
+  'hidden': _dict((2, False), hidden=2),
+  'pooled_hidden': _dict((1, True), (1, True), hidden=1),
+  'global_hidden': _dict((2, True), (1, False), readout='global_average_pool', hidden=1),
+  'pool_first_hidden': _dict((0, True), hidden=1),
+  'fc2_without_bias': _dict(hidden=2, b_std=0.0),
+  'conv2_without_bias': _dict((2, False), b_std=0.0),
+  'pooled_without_bias': _dict((1, True), (1, False), b_std=0.0, hidden=1),
 }
 
 
@@ -85,13 +92,16 @@ def _digits(rng, shape, a, b):
   strokes = []
   for slope, offset, bend in rng.uniform(-1, 1, (a + b, 3)):
     distance = np.abs(x - 0.5 - 0.5 * slope * (y - 0.5) - 0.2 * offset - bend * (y - 0.5) ** 2)
-    strokes.append(np.round(255 * np.clip(1.5 - 12 * distance, 0, 1) * (np.abs(y - 0.5) < 0.35)) / 255)
+    strokes.append(
+      np.round(255 * np.clip(1.5 - 12 * distance, 0, 1) * (np.abs(y - 0.5) < 0.35)) / 255
+    )
   strokes = (np.stack(strokes) - 0.13) / 0.31
   return strokes[:a], strokes[a:]
 
 
 def _flat(rng, shape, a, b):
-  """Identical images, zero images, constant images, and images with large constant areas, all at once."""
+  """Identical images, zero images, constant images, and images with large constant areas, all at
+  once."""
   x1, x2 = _random(rng, shape, a, b)
   x1[1, 2:] = 0.5
   x1[2] = 0
@@ -101,7 +111,8 @@ def _flat(rng, shape, a, b):
 
 
 def _near(rng, shape, a, b):
-  """x2 = x1 + ε · noise, ε from 1e-4 to 1e-1; float32 holds them exactly, as their differences are what counts."""
+  """x2 = x1 + ε · noise, ε from 1e-4 to 1e-1; float32 holds them exactly, as their differences are
+  what counts."""
   x1, noise = _random(rng, shape, a, b)
   x2 = x1 + np.geomspace(1e-4, 1e-1, b)[:, None, None, None] * noise
   return tuple(x.astype(np.float32).astype(np.float64) for x in (x1, x2))

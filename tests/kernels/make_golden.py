@@ -1,4 +1,5 @@
-"""Writes golden.npz: every case by Neural Tangents in float64. Run `NPROC=1 PYTHONPATH=. python tests/kernels/make_golden.py`."""
+"""Writes golden.npz: every case by Neural Tangents in float64. Run `NPROC=1 PYTHONPATH=. python
+tests/kernels/make_golden.py`."""
 
 import pathlib
 
@@ -14,7 +15,9 @@ def main():
   golden = {}
   for name, case in kernel_cases.CASES.items():
     kernel = ntk.make_kernel(case.architecture, implementation='reference', dtype='float64')
-    golden[f'{name}/block'], golden[f'{name}/gradient'] = kernel.block_vjp(*kernel_cases.images(case))
+    golden[f'{name}/block'], golden[f'{name}/gradient'] = kernel.block_vjp(
+      *kernel_cases.images(case)
+    )
     print(name, case.shape, flush=True)
   np.savez_compressed(PATH, **golden)
 

@@ -21,8 +21,13 @@ def library() -> ctypes.CDLL | None:
 def compile_source(nvrtc: ctypes.CDLL, source: str, options: list[str]) -> tuple[bytes, str]:
   """The cubin and the log. Raises ValueError with the log where there are errors."""
   program = ctypes.c_void_p()
-  assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b'kernel.cu', 0, None, None) == 0
-  status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*(o.encode() for o in options)))
+  assert (
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b'kernel.cu', 0, None, None)
+    == 0
+  )
+  status = nvrtc.nvrtcCompileProgram(
+    program, len(options), (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+  )
 
   def read(what):
     size = ctypes.c_size_t()

@@ -1,4 +1,5 @@
-"""What can be said of the JAX kernel on a GPU without one: by what is handed to XLA for it, and by its tiles."""
+"""What can be said of the JAX kernel on a GPU without one: by what is handed to XLA for it, and by
+its tiles."""
 
 import functools
 import re
@@ -23,15 +24,27 @@ def _programs(architecture):
   forward = functools.partial(band._tile_forward, architecture, 'ntk')
   sources = jax.eval_shape(forward, *tile)[1]
   yield 'forward', forward, tile
-  yield 'backward', functools.partial(band._tile_backward, architecture, 'ntk'), (*tile, sources, jax.ShapeDtypeStruct((2, 3), np.float32))
+  yield (
+    'backward',
+    functools.partial(band._tile_backward, architecture, 'ntk'),
+    (*tile, sources, jax.ShapeDtypeStruct((2, 3), np.float32)),
+  )
   yield 'variances', functools.partial(band._variances, architecture), (image(2),)
-  yield 'variances_vjp', lambda x, q_bar: jax.vjp(functools.partial(band._variances, architecture), x)[1](q_bar), (image(2), variances(2))
+  yield (
+    'variances_vjp',
+    lambda x, q_bar: jax.vjp(functools.partial(band._variances, architecture), x)[1](q_bar),
+    (image(2), variances(2)),
+  )
 
 
-@pytest.mark.parametrize('architecture', ['convnet', 'myrtle5', 'fc2', {'stages': [{'convs': 1, 'pool': True}], 'hidden': 1}],
-                         ids=['convnet', 'myrtle5', 'fc2', 'hidden'])
+@pytest.mark.parametrize(
+  'architecture',
+  ['convnet', 'myrtle5', 'fc2', {'stages': [{'convs': 1, 'pool': True}], 'hidden': 1}],
+  ids=['convnet', 'myrtle5', 'fc2', 'hidden'],
+)
 def test_no_atomics_and_no_tf32(architecture):
-  """XLA adds up a scatter by atomics, in any order, and takes a float32 product of less than the highest precision to TF32."""
+  """XLA adds up a scatter by atomics, in any order, and takes a float32 product of less than the
+  highest precision to TF32."""
   for name, function, arguments in _programs(architectures.get(architecture)):
     text = export.export(jax.jit(function), platforms=['cuda'])(*arguments).mlir_module()
     assert not re.search(r'scatter|rng|stablehlo\.custom_call @(?!Sharding)', text), name
@@ -41,15 +54,24 @@ def test_no_atomics_and_no_tf32(architecture):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-  """Kernels made now believe that they are on a GPU; on CPU they compute the same, up to rounding."""
+  """Kernels made now believe that they are on a GPU; on CPU they compute the same, up to
+  rounding."""
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   yield
   band._compiler_options.cache_clear()
 
 
-@pytest.mark.parametrize('architecture, size, counts, expected', [
-    ('convnet', (32, 32), (10, 250), (5, 256)), ('convnet', (32, 32), (500, 250), (125, 16)), ('convnet', (32, 32), (50, 50), (25, 64)),
-    ('convnet', (8, 8), (10, 250), (10, 256)), ('myrtle10', (32, 32), (10, 250), (2, 256)), ('fc1', (32, 32), (10, 5000), (10, 8192))])
+@pytest.mark.parametrize(
+  'architecture, size, counts, expected',
+  [
+    ('convnet', (32, 32), (10, 250), (5, 256)),
+    ('convnet', (32, 32), (500, 250), (125, 16)),
+    ('convnet', (32, 32), (50, 50), (25, 64)),
+    ('convnet', (8, 8), (10, 250), (10, 256)),
+    ('myrtle10', (32, 32), (10, 250), (2, 256)),
+    ('fc1', (32, 32), (10, 5000), (10, 8192)),
+  ],
+)
 def test_tiles_fill_a_gpu_within_its_budget(on_gpu, architecture, size, counts, expected):
   kernel = band.JaxKernel(architectures.get(architecture), 'float32', 1)
   images = [ntk.Prepared(np.empty((n, *size, 3), np.float32), [], kernel) for n in counts]
@@ -63,7 +85,11 @@ def test_tiles_fill_a_gpu_within_its_budget(on_gpu, architecture, size, counts, 
 def test_the_same_values_in_a_gpus_tiles(on_gpu, monkeypatch):
   monkeypatch.setattr(band, '_GPU_ENTRIES', 8 * 8 * 128)
   rng = np.random.default_rng(0)
-  x1, x2, cotangent = rng.normal(size=(5, *SHAPE)), rng.normal(size=(33, *SHAPE)), rng.normal(size=(5, 33))
+  x1, x2, cotangent = (
+    rng.normal(size=(5, *SHAPE)),
+    rng.normal(size=(33, *SHAPE)),
+    rng.normal(size=(5, 33)),
+  )
   kernel = ntk.make_kernel('convnet2', implementation='jax', dtype='float64')
   assert kernel._kernel._tile_shape(*(kernel._kernel.prepare(x) for x in (x1, x2))) == (3, 16)
   block, gradient = kernel.block_vjp(x1, x2, lambda block: cotangent)

@@ -1,4 +1,5 @@
-"""What is the CUDA kernel's own: threads and blocks, parts of a block, memory, NVRTC; a CPU plays the GPU's part (see emulator.py)."""
+"""What is the CUDA kernel's own: threads and blocks, parts of a block, memory, NVRTC; a CPU plays
+the GPU's part (see emulator.py)."""
 
 import numpy as np
 import pytest
@@ -23,7 +24,9 @@ compiled = pytest.mark.skipif(not build.compiler(), reason='no C++ compiler')
 def _kernel(monkeypatch, architecture, dtype='float32', **machine):
   monkeypatch.setattr(cuda, '_gpu', lambda: emulator.Emulator(**machine))
   case = kernel_cases.CASES.get(architecture)
-  return ntk.make_kernel(case.architecture if case else architecture, implementation='cuda', dtype=dtype)
+  return ntk.make_kernel(
+    case.architecture if case else architecture, implementation='cuda', dtype=dtype
+  )
 
 
 def _images(shape, *counts):
@@ -36,12 +39,20 @@ def _error(value, expected):
 
 
 @compiled
-@pytest.mark.parametrize('architecture, shape, threads', [*((name, shape, 32) for name, shape in IMAGE.items()), ('convnet2', GROUPS, 64)])
+@pytest.mark.parametrize(
+  'architecture, shape, threads',
+  [*((name, shape, 32) for name, shape in IMAGE.items()), ('convnet2', GROUPS, 64)],
+)
 def test_real_threads_and_blocks_give_the_same(monkeypatch, architecture, shape, threads):
   """A missing barrier would show as another value."""
   x1, x2, cotangent = _images(shape, 2, 3)
   expected = _kernel(monkeypatch, architecture, 'float64').block_vjp(x1, x2, cotangent)
-  results = [_kernel(monkeypatch, architecture, 'float64', threads=threads, blocks=blocks).block_vjp(x1, x2, cotangent) for blocks in (1, 2)]
+  results = [
+    _kernel(monkeypatch, architecture, 'float64', threads=threads, blocks=blocks).block_vjp(
+      x1, x2, cotangent
+    )
+    for blocks in (1, 2)
+  ]
   for one, two, value in zip(*results, expected):
     np.testing.assert_array_equal(one, two)
     assert _error(one, value) <= 1e-12
@@ -67,29 +78,42 @@ def test_parts_of_the_second_images(monkeypatch):
   kernel = _kernel(monkeypatch, 'convnet2')
   expected = kernel.block(x, x), kernel.block(x, y), *kernel.block_vjp(x, y, cotangent)
   monkeypatch.setattr(cuda, '_TABLE_BYTES', 1)  # one at a time
-  for value, whole in zip((kernel.block(x, x), kernel.block(x, y), *kernel.block_vjp(x, y, cotangent)), expected):
+  for value, whole in zip(
+    (kernel.block(x, x), kernel.block(x, y), *kernel.block_vjp(x, y, cotangent)), expected
+  ):
     np.testing.assert_array_equal(value, whole)
 
 
 @compiled
 def test_what_does_not_fit_in_shared_memory_gives_the_same_bits(monkeypatch):
   x1, x2, cotangent = _images(IMAGE['convnet2'], 2, 3)
-  results = [_kernel(monkeypatch, 'convnet2', shared_bytes=size).block_vjp(x1, x2, cotangent) for size in (2 ** 20, 0)]
+  results = [
+    _kernel(monkeypatch, 'convnet2', shared_bytes=size).block_vjp(x1, x2, cotangent)
+    for size in (2**20, 0)
+  ]
   for fits, does_not in zip(*results):
     np.testing.assert_array_equal(fits, does_not)
 
 
 @compiled
-@pytest.mark.parametrize('stages, shape', [
-    ([{'convs': 6, 'pool': True}, {'convs': 1, 'pool': False}], (8, 6, 1)),  # more convolutions than are unrolled
+@pytest.mark.parametrize(
+  'stages, shape',
+  [
+    # More convolutions than are unrolled.
+    ([{'convs': 6, 'pool': True}, {'convs': 1, 'pool': False}], (8, 6, 1)),
     ([{'convs': 1, 'pool': True}], (4, 5, 9)),  # more channels
-])
+  ],
+)
 def test_unusual_networks(monkeypatch, stages, shape):
   x1, x2, cotangent = _images(shape, 2, 3)
   monkeypatch.setattr(cuda, '_gpu', emulator.Emulator)
-  block, gradient = ntk.make_kernel({'stages': stages}, implementation='cuda', dtype='float64').block_vjp(x1, x2, cotangent)
+  block, gradient = ntk.make_kernel(
+    {'stages': stages}, implementation='cuda', dtype='float64'
+  ).block_vjp(x1, x2, cotangent)
   peer = 'native' if build.is_built() else 'jax'
-  expected = ntk.make_kernel({'stages': stages}, implementation=peer, dtype='float64').block_vjp(x1, x2, cotangent)
+  expected = ntk.make_kernel({'stages': stages}, implementation=peer, dtype='float64').block_vjp(
+    x1, x2, cotangent
+  )
   assert _error(block, expected[0]) <= 1e-12
   assert _error(gradient, expected[1]) <= 1e-10
 
@@ -99,7 +123,10 @@ def test_groups_of_threads_that_do_not_fill_a_block(monkeypatch):
   """At 14x14, 49 patches: three groups of 64, and a warp that is idle."""
   x1, x2, cotangent = _images((28, 28, 1), 1, 2)
   network = architectures.get({'stages': [{'convs': 1, 'pool': True}, {'convs': 2, 'pool': True}]})
-  whole, one = (_kernel(monkeypatch, network, 'float64', threads=threads).block_vjp(x1, x2, cotangent) for threads in (224, 1))
+  whole, one = (
+    _kernel(monkeypatch, network, 'float64', threads=threads).block_vjp(x1, x2, cotangent)
+    for threads in (224, 1)
+  )
   for value, expected in zip(whole, one):
     assert _error(value, expected) <= 1e-12
 
@@ -114,7 +141,10 @@ def test_threads_do_not_meet_in_a_bank_of_shared_memory(width):
 def test_without_a_gpu(monkeypatch):
   monkeypatch.setattr(cuda, 'is_available', lambda: False)
   monkeypatch.setattr(cuda, '_gpu', GPU)
-  with pytest.raises(ValueError, match='the CUDA kernel needs CuPy and a GPU with its driver; `make cuda` installs CuPy'):
+  with pytest.raises(
+    ValueError,
+    match='the CUDA kernel needs CuPy and a GPU with its driver; `make cuda` installs CuPy',
+  ):
     ntk.make_kernel('convnet', implementation='cuda')
   assert 'cuda' not in ntk.available()
 
@@ -130,13 +160,24 @@ def test_auto_takes_a_gpu_and_names_it(monkeypatch):
 NVRTC = nvrtc.library()
 
 
-@pytest.mark.skipif(NVRTC is None, reason='NVRTC is not installed (nvidia-cuda-nvrtc-cu12: `make cuda`)')
+@pytest.mark.skipif(
+  NVRTC is None, reason='NVRTC is not installed (nvidia-cuda-nvrtc-cu12: `make cuda`)'
+)
 @pytest.mark.parametrize('gpu', ['sm_75', 'sm_90'])
-@pytest.mark.parametrize('architecture, shape, dtype', [
-    ('convnet', (32, 32, 3), 'float32'), ('myrtle5', (9, 7, 2), 'float64'),
+@pytest.mark.parametrize(
+  'architecture, shape, dtype',
+  [
+    ('convnet', (32, 32, 3), 'float32'),
+    ('myrtle5', (9, 7, 2), 'float64'),
     ('fc2', (8, 8, 1), 'float32'),
-    ({'stages': [{'convs': 1, 'pool': True}], 'hidden': 1, 'b_std': 0.0}, (8, 8, 1), 'float32')])
+    ({'stages': [{'convs': 1, 'pool': True}], 'hidden': 1, 'b_std': 0.0}, (8, 8, 1), 'float32'),
+  ],
+)
 def test_nvrtc_compiles_the_source(architecture, shape, dtype, gpu):
-  plan = planning.make_plan(architectures.get(architecture), shape, dtype, 'ntk', planning.THREADS, 2 ** 16)
-  cubin, log = nvrtc.compile_source(NVRTC, plan.source, [*cuda._OPTIONS, f'--gpu-architecture={gpu}'])
+  plan = planning.make_plan(
+    architectures.get(architecture), shape, dtype, 'ntk', planning.THREADS, 2**16
+  )
+  cubin, log = nvrtc.compile_source(
+    NVRTC, plan.source, [*cuda._OPTIONS, f'--gpu-architecture={gpu}']
+  )
   assert cubin.startswith(b'\x7fELF') and 'warning' not in log

@@ -1,4 +1,5 @@
-"""Finite networks against a network, its gradients and its optimiser written out in NumPy (float64)."""
+"""Finite networks against a network, its gradients and its optimiser written out in NumPy
+(float64)."""
 
 from kernels import precision  # pylint: disable=unused-import
 
@@ -12,23 +13,40 @@ from kernels import reference
 
 FC1 = architectures.get('fc1')
 WIDTH, SHAPE, CLASSES = 12, (2, 3, 1), 3
-PLAIN = dict(width=WIDTH, steps=4, batch=100, loss='mse', learning_rate_factors=(0.5,), l2s=(0.01,), num_seeds=1, seed=7)
+PLAIN = dict(
+  width=WIDTH,
+  steps=4,
+  batch=100,
+  loss='mse',
+  learning_rate_factors=(0.5,),
+  l2s=(0.01,),
+  num_seeds=1,
+  seed=7,
+)
 
 
 def _data(n, seed=0):
   rng = np.random.default_rng(seed)
   classes = np.arange(n) % CLASSES
-  return (rng.normal(size=(n,) + SHAPE) + 3 * np.eye(6)[classes].reshape((n,) + SHAPE)).astype(np.float32), classes
+  return (rng.normal(size=(n,) + SHAPE) + 3 * np.eye(6)[classes].reshape((n,) + SHAPE)).astype(
+    np.float32
+  ), classes
 
 
 def _soft_labels(classes):
   """Learned labels: scaled, shifted by noise that leaves the arg-max."""
-  return (np.eye(CLASSES)[classes] * 0.7 - 0.2 + 0.05 * np.random.default_rng(1).normal(size=(len(classes), CLASSES))).astype(np.float32)
+  return (
+    np.eye(CLASSES)[classes] * 0.7
+    - 0.2
+    + 0.05 * np.random.default_rng(1).normal(size=(len(classes), CLASSES))
+  ).astype(np.float32)
 
 
 def _initial(seed, k):
   weights, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), k))
-  params = reference.network(FC1, width=WIDTH, outputs=CLASSES, parameterization='standard')[0](weights, (-1,) + SHAPE)[1]
+  params = reference.network(FC1, width=WIDTH, outputs=CLASSES, parameterization='standard')[0](
+    weights, (-1,) + SHAPE
+  )[1]
   return [np.asarray(p, np.float64) for p in jax.tree.leaves(params)]
 
 
@@ -46,8 +64,17 @@ def _outputs_and_gradients(params, x, cotangent):
 def _max_rate(params, images):
   """2 n C / lambda_max of the Gram matrix of each image's gradient of sum_c f_c / sqrt(C)."""
   x = images.reshape(len(images), -1).astype(np.float64)
-  rows = [np.concatenate([g.ravel() for g in _outputs_and_gradients(params, x[i:i + 1], lambda f: np.ones_like(f) / CLASSES ** 0.5)[1]])
-          for i in range(len(x))]
+  rows = [
+    np.concatenate(
+      [
+        g.ravel()
+        for g in _outputs_and_gradients(
+          params, x[i : i + 1], lambda f: np.ones_like(f) / CLASSES**0.5
+        )[1]
+      ]
+    )
+    for i in range(len(x))
+  ]
   return 2 * len(x) * CLASSES / np.linalg.eigvalsh(np.stack(rows) @ np.stack(rows).T)[-1]
 
 
@@ -62,6 +89,7 @@ def _trained(images, labels, ntk_images, loss, factor, l2, steps, seed, k):
       return (f - y) / y.size
     e = np.exp(f - f.max(axis=1, keepdims=True))
     return (e / e.sum(axis=1, keepdims=True) - np.eye(CLASSES)[y.argmax(axis=1)]) / len(y)
+
   velocity = [np.zeros_like(p) for p in params]
   for i in range(steps):
     gradients = _outputs_and_gradients(params, x, cotangent)[1]
@@ -72,9 +100,23 @@ def _trained(images, labels, ntk_images, loss, factor, l2, steps, seed, k):
 
 def _ours(images, labels, ntk_images, k, factor, l2, **changes):
   settings = {**PLAIN, **changes}
-  return [np.asarray(p) for p in jax.tree.leaves(finite_network._train(
-      FC1, np.asarray(images), np.asarray(labels), ntk_images, k, factor, l2, check=lambda: None, batch=min(settings['batch'], len(images)),
-      **{name: settings[name] for name in ('width', 'steps', 'loss', 'seed')}))]
+  return [
+    np.asarray(p)
+    for p in jax.tree.leaves(
+      finite_network._train(
+        FC1,
+        np.asarray(images),
+        np.asarray(labels),
+        ntk_images,
+        k,
+        factor,
+        l2,
+        check=lambda: None,
+        batch=min(settings['batch'], len(images)),
+        **{name: settings[name] for name in ('width', 'steps', 'loss', 'seed')},
+      )
+    )
+  ]
 
 
 def _gap(found, expected, initial):
@@ -83,46 +125,77 @@ def _gap(found, expected, initial):
 
 
 @pytest.mark.parametrize('loss', finite_network.LOSSES)
-@pytest.mark.parametrize('k, factor, l2, steps', [(0, 0.5, 0.01, 4), (2, 1.3, 0.0, 7), (1, 0.2, 0.5, 1)])
+@pytest.mark.parametrize(
+  'k, factor, l2, steps', [(0, 0.5, 0.01, 4), (2, 1.3, 0.0, 7), (1, 0.2, 0.5, 1)]
+)
 def test_training_is_that_of_the_papers(loss, k, factor, l2, steps):
   (images, classes), (ntk_images, _) = _data(7), _data(9, seed=1)
   labels = _soft_labels(classes)
   expected = _trained(images, labels, ntk_images, loss, factor, l2, steps, seed=7, k=k)
-  assert _gap(_ours(images, labels, ntk_images, k, factor, l2, loss=loss, steps=steps), expected, _initial(7, k)) < 1e-4
+  assert (
+    _gap(
+      _ours(images, labels, ntk_images, k, factor, l2, loss=loss, steps=steps),
+      expected,
+      _initial(7, k),
+    )
+    < 1e-4
+  )
 
 
 def test_learning_rate_is_set_by_the_first_fifty_held_out_images():
   (images, classes), held_out = _data(6), _data(60, seed=1)
   init_fn, apply_fn = finite_network._apply(FC1, WIDTH, CLASSES)
   params = init_fn(jax.random.key(3), (-1,) + SHAPE)[1]
-  rate = finite_network.max_learning_rate(apply_fn, params, held_out[0][:50].astype(np.float64), CLASSES)
-  assert rate == pytest.approx(_max_rate([np.asarray(p) for p in jax.tree.leaves(params)], held_out[0][:50]), rel=1e-9)
+  rate = finite_network.max_learning_rate(
+    apply_fn, params, held_out[0][:50].astype(np.float64), CLASSES
+  )
+  assert rate == pytest.approx(
+    _max_rate([np.asarray(p) for p in jax.tree.leaves(params)], held_out[0][:50]), rel=1e-9
+  )
   # Whatever comes after the fiftieth changes nothing.
   other = held_out[0].copy()
   other[50:] *= 100
-  results = [finite_network.evaluate(FC1, images, _soft_labels(classes), (x, held_out[1]), _data(200, seed=2), **PLAIN)
-             for x in (held_out[0], other)]
+  results = [
+    finite_network.evaluate(
+      FC1, images, _soft_labels(classes), (x, held_out[1]), _data(200, seed=2), **PLAIN
+    )
+    for x in (held_out[0], other)
+  ]
   assert results[0] == results[1]
 
 
 def test_cross_entropy_sees_the_arg_max_of_labels_only():
   images, classes = _data(7)
   both = _soft_labels(classes), np.eye(CLASSES, dtype=np.float32)[classes]
-  same = {loss: [np.array_equal(a, b) for a, b in zip(*[_ours(images, labels, _data(5, seed=1)[0], 0, 0.5, 0.01, loss=loss) for labels in both])]
-          for loss in finite_network.LOSSES}
+  same = {
+    loss: [
+      np.array_equal(a, b)
+      for a, b in zip(
+        *[_ours(images, labels, _data(5, seed=1)[0], 0, 0.5, 0.01, loss=loss) for labels in both]
+      )
+    ]
+    for loss in finite_network.LOSSES
+  }
   assert all(same['cross_entropy']) and not any(same['mse'])
 
 
 def test_batches_are_of_different_images_and_differ_between_seeds_and_steps():
-  """One update with a batch of 2 of 5 images is the update with some pair of them; which pair depends on the seed."""
+  """One update with a batch of 2 of 5 images is the update with some pair of them; which pair
+  depends on the seed."""
   images, classes = _data(5)
   labels, ntk_images = _soft_labels(classes), _data(6, seed=1)[0]
   pairs = [(i, j) for i in range(5) for j in range(i)]
   found = set()
   for k in range(8):
     ours = _ours(images, labels, ntk_images, k, 0.5, 0.0, steps=1, batch=2)
-    gaps = {pair: _gap(ours, _trained(images[list(pair)], labels[list(pair)], ntk_images, 'mse', 0.5, 0.0, 1, 7, k), _initial(7, k))
-            for pair in pairs}
+    gaps = {
+      pair: _gap(
+        ours,
+        _trained(images[list(pair)], labels[list(pair)], ntk_images, 'mse', 0.5, 0.0, 1, 7, k),
+        _initial(7, k),
+      )
+      for pair in pairs
+    }
     best = min(gaps, key=gaps.get)
     assert gaps[best] < 1e-4
     found.add(best)
@@ -132,41 +205,82 @@ def test_batches_are_of_different_images_and_differ_between_seeds_and_steps():
 def test_several_seeds_give_what_each_gives_and_the_same_again():
   (images, classes), held_out, test = _data(6), _data(30, seed=1), _data(301, seed=2)
   labels = _soft_labels(classes)
-  several = finite_network.evaluate(FC1, images, labels, held_out, test, **{**PLAIN, 'num_seeds': 3})
-  assert several == finite_network.evaluate(FC1, images, labels, held_out, test, **{**PLAIN, 'num_seeds': 3})
+  several = finite_network.evaluate(
+    FC1, images, labels, held_out, test, **{**PLAIN, 'num_seeds': 3}
+  )
+  assert several == finite_network.evaluate(
+    FC1, images, labels, held_out, test, **{**PLAIN, 'num_seeds': 3}
+  )
   assert len(set(several.test_accuracies)) > 1
-  assert several.validation_accuracy is None and (several.learning_rate_factor, several.l2) == (0.5, 0.01)
+  assert several.validation_accuracy is None and (several.learning_rate_factor, several.l2) == (
+    0.5,
+    0.01,
+  )
   for k, accuracy in enumerate(several.test_accuracies):
     params = _trained(images, labels, held_out[0], 'mse', 0.5, 0.01, 4, 7, k)
-    outputs, _ = _outputs_and_gradients(params, test[0].reshape(301, -1).astype(np.float64), np.zeros_like)
+    outputs, _ = _outputs_and_gradients(
+      params, test[0].reshape(301, -1).astype(np.float64), np.zeros_like
+    )
     assert accuracy == pytest.approx(np.mean(outputs.argmax(axis=1) == test[1]), abs=1.5 / 301)
 
 
 def test_the_grid_is_decided_on_held_out_images_even_against_the_test_set():
-  """Untrained (factor 1e-12) or trained: held-out classes choose, and turning those of the test set round changes no choice."""
-  (images, classes), (x_held, held), (x_test, test) = _data(30), _data(90, seed=1), _data(90, seed=2)
+  """Untrained (factor 1e-12) or trained: held-out classes choose, and turning those of the test set
+  round changes no choice."""
+  (images, classes), (x_held, held), (x_test, test) = (
+    _data(30),
+    _data(90, seed=1),
+    _data(90, seed=2),
+  )
   settings = {**PLAIN, 'steps': 60, 'learning_rate_factors': (1e-12, 0.5), 'l2s': (0.0, 1e-3)}
   labels = np.eye(CLASSES, dtype=np.float32)[classes] - 1 / 3
-  right, turned = [finite_network.evaluate(FC1, images, labels, (x_held, held), (x_test, y), **settings)
-                   for y in (test, (test + 1) % CLASSES)]
+  right, turned = [
+    finite_network.evaluate(FC1, images, labels, (x_held, held), (x_test, y), **settings)
+    for y in (test, (test + 1) % CLASSES)
+  ]
   assert right.learning_rate_factor == turned.learning_rate_factor == 0.5 and right.l2 == turned.l2
   assert right.validation_accuracy == turned.validation_accuracy > 0.6
   assert right.test_accuracies[0] > 0.6 and turned.test_accuracies[0] < 0.3
-  # What is reported is the selected network, not the last of the grid, and it is the one that is trained without a grid.
-  assert right.test_accuracies == finite_network.evaluate(
-      FC1, images, labels, (x_held, held), (x_test, test),
-      **{**settings, 'learning_rate_factors': (0.5,), 'l2s': (right.l2,)}).test_accuracies
-  # Held-out classes on which training does harm select the untrained network, though the test set would not.
-  untrained = finite_network.evaluate(FC1, images, labels, (x_held, (held + 1) % CLASSES), (x_test, test), **settings)
-  assert untrained.learning_rate_factor == 1e-12 and untrained.l2 == 0.0  # a tie between the two L2: the first
+  # What is reported is the selected network, not the last of the grid, and it is the one that is
+  # trained without a grid.
+  assert (
+    right.test_accuracies
+    == finite_network.evaluate(
+      FC1,
+      images,
+      labels,
+      (x_held, held),
+      (x_test, test),
+      **{**settings, 'learning_rate_factors': (0.5,), 'l2s': (right.l2,)},
+    ).test_accuracies
+  )
+  # Held-out classes on which training does harm select the untrained network, though the test set
+  # would not.
+  untrained = finite_network.evaluate(
+    FC1, images, labels, (x_held, (held + 1) % CLASSES), (x_test, test), **settings
+  )
+  # A tie between the two L2: the first.
+  assert untrained.learning_rate_factor == 1e-12 and untrained.l2 == 0.0
 
 
 def test_a_network_that_diverges_scores_nothing_and_is_not_selected(caplog):
   (images, classes), held_out, test = _data(9), _data(30, seed=1), _data(30, seed=2)
   settings = {**PLAIN, 'steps': 200, 'learning_rate_factors': (1e9, 0.5)}
-  assert finite_network.evaluate(FC1, images, _soft_labels(classes), held_out, test, **settings).learning_rate_factor == 0.5
+  assert (
+    finite_network.evaluate(
+      FC1, images, _soft_labels(classes), held_out, test, **settings
+    ).learning_rate_factor
+    == 0.5
+  )
   assert 'has diverged: lower system.evaluation.nn_learning_rate_factors (1e+09)' in caplog.text
-  lost = finite_network.evaluate(FC1, images, _soft_labels(classes), held_out, test, **{**settings, 'learning_rate_factors': (1e9,)})
+  lost = finite_network.evaluate(
+    FC1,
+    images,
+    _soft_labels(classes),
+    held_out,
+    test,
+    **{**settings, 'learning_rate_factors': (1e9,)},
+  )
   assert lost.test_accuracies == [0.0]
 
 
@@ -184,9 +298,18 @@ def test_what_check_raises_ends_it():
     calls.append(0)
     if len(calls) == 3:
       raise KeyboardInterrupt
+
   (images, classes), held_out = _data(9), _data(30, seed=1)
   with pytest.raises(KeyboardInterrupt):
-    finite_network.evaluate(FC1, images, _soft_labels(classes), held_out, held_out, **{**PLAIN, 'steps': 10 ** 6}, check=check)
+    finite_network.evaluate(
+      FC1,
+      images,
+      _soft_labels(classes),
+      held_out,
+      held_out,
+      **{**PLAIN, 'steps': 10**6},
+      check=check,
+    )
 
 
 def test_another_architecture_and_ragged_images():
@@ -195,13 +318,30 @@ def test_another_architecture_and_ragged_images():
   classes = np.arange(60) % 3
   images = rng.normal(size=(60, 5, 7, 2)).astype(np.float32)
   images[np.arange(60), 1 + classes, 1 + 2 * classes] += 6
-  result = finite_network.evaluate(architectures.get('convnet1'), images[:30], np.eye(3)[classes[:30]] - 1 / 3, (images[:30], classes[:30]),
-                                   (images[30:], classes[30:]), **{**PLAIN, 'steps': 100, 'batch': 10, 'num_seeds': 2})
+  result = finite_network.evaluate(
+    architectures.get('convnet1'),
+    images[:30],
+    np.eye(3)[classes[:30]] - 1 / 3,
+    (images[:30], classes[:30]),
+    (images[30:], classes[30:]),
+    **{**PLAIN, 'steps': 100, 'batch': 10, 'num_seeds': 2},
+  )
   assert min(result.test_accuracies) > 0.8
 
 
 def test_seeds_and_settings_share_one_compilation():
   (images, classes), held_out = _data(9), _data(30, seed=1)
-  settings = {**PLAIN, 'steps': 11, 'learning_rate_factors': (0.1, 0.5), 'l2s': (0.0, 1e-3), 'num_seeds': 3}
+  settings = {
+    **PLAIN,
+    'steps': 11,
+    'learning_rate_factors': (0.1, 0.5),
+    'l2s': (0.0, 1e-3),
+    'num_seeds': 3,
+  }
   finite_network.evaluate(FC1, images, _soft_labels(classes), held_out, held_out, **settings)
-  assert finite_network._update(finite_network._apply(FC1, WIDTH, CLASSES)[1], 11, 9, 'mse')._cache_size() == 1
+  assert (
+    finite_network._update(
+      finite_network._apply(FC1, WIDTH, CLASSES)[1], 11, 9, 'mse'
+    )._cache_size()
+    == 1
+  )

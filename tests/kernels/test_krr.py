@@ -16,8 +16,12 @@ def _problem(num_support, num_targets, num_classes):
   rng = np.random.default_rng(num_support)
   features = rng.normal(size=(num_support + num_targets, 2 * num_support))
   kernel = features @ features.T / num_support
-  return (kernel[:num_support, :num_support], kernel[:num_support, num_support:], rng.normal(size=(num_support, num_classes)),
-          rng.normal(size=(num_targets, num_classes)))
+  return (
+    kernel[:num_support, :num_support],
+    kernel[:num_support, num_support:],
+    rng.normal(size=(num_support, num_classes)),
+    rng.normal(size=(num_targets, num_classes)),
+  )
 
 
 def _loss(k_ss, k_st, y_s, y_t):
@@ -32,12 +36,19 @@ def test_tiles_add_up_to_the_gradient_of_the_loss(sizes, tile):
   loss, (d_ss, d_st, d_y) = jax.value_and_grad(_loss, argnums=(0, 1, 2))(k_ss, k_st, y_s, y_t)
 
   solution = krr.solve(k_ss, y_s, RIDGE)
-  blocks = [k_st[:, i:i + tile] for i in range(0, len(y_t), tile)]
-  pieces = [krr.residual(krr.predictions(block, solution.alpha), y_t[tile * i:tile * (i + 1)], len(y_t)) for i, block in enumerate(blocks)]
-  cotangent, y_bar = krr.pull_back(solution, sum(krr.alpha_bar(block, piece.scaled) for block, piece in zip(blocks, pieces)))
+  blocks = [k_st[:, i : i + tile] for i in range(0, len(y_t), tile)]
+  pieces = [
+    krr.residual(krr.predictions(block, solution.alpha), y_t[tile * i : tile * (i + 1)], len(y_t))
+    for i, block in enumerate(blocks)
+  ]
+  cotangent, y_bar = krr.pull_back(
+    solution, sum(krr.alpha_bar(block, piece.scaled) for block, piece in zip(blocks, pieces))
+  )
 
   np.testing.assert_allclose(sum(piece.loss for piece in pieces), loss, rtol=1e-12)
-  k_st_bar = np.concatenate([krr.cotangent(solution.alpha, piece.scaled) for piece in pieces], axis=1)
+  k_st_bar = np.concatenate(
+    [krr.cotangent(solution.alpha, piece.scaled) for piece in pieces], axis=1
+  )
   np.testing.assert_allclose(k_st_bar, d_st, rtol=1e-10, atol=1e-14)
   np.testing.assert_allclose(y_bar, d_y, rtol=1e-9, atol=1e-13)
   np.testing.assert_allclose(cotangent, d_ss + d_ss.T, rtol=1e-8, atol=1e-12)
@@ -51,15 +62,22 @@ def test_parts_of_the_support_add_up_to_the_predictions():
 
 def test_accuracy_counts_the_largest_output():
   block = np.eye(3)
-  y = np.array([[1., 0.], [0., 1.], [0., 1.]])
-  assert krr.residual(krr.predictions(block, np.array([[2., 1.], [0., 3.], [1., 0.]])), y, 3).correct == 2
+  y = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+  assert (
+    krr.residual(
+      krr.predictions(block, np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])), y, 3
+    ).correct
+    == 2
+  )
 
 
 def test_a_singular_kernel_is_refused_with_its_smallest_eigenvalue():
-  with pytest.raises(krr.NotPositiveDefiniteError, match=r'smallest eigenvalue -\d.*Raise run.ridge'):
-    krr.solve(np.array([[1., 2.], [2., 1.]]), np.ones((2, 1)), 1e-6)
+  with pytest.raises(
+    krr.NotPositiveDefiniteError, match=r'smallest eigenvalue -\d.*Raise run.ridge'
+  ):
+    krr.solve(np.array([[1.0, 2.0], [2.0, 1.0]]), np.ones((2, 1)), 1e-6)
 
 
 def test_nan_is_refused():
   with pytest.raises(krr.NotPositiveDefiniteError, match='NaN'):
-    krr.solve(np.array([[1., np.nan], [np.nan, 1.]]), np.ones((2, 1)), 1e-6)
+    krr.solve(np.array([[1.0, np.nan], [np.nan, 1.0]]), np.ones((2, 1)), 1e-6)

@@ -24,10 +24,15 @@ def _problem(num_support, num_targets, repeated=()):
 
 
 def _factor(k_ts, y_t, tile):
-  return label_solve.combine([label_solve.factor(k_ts[i:i + tile].T, y_t[i:i + tile]) for i in range(0, len(y_t), tile)])
+  return label_solve.combine(
+    [label_solve.factor(k_ts[i : i + tile].T, y_t[i : i + tile]) for i in range(0, len(y_t), tile)]
+  )
 
 
-@pytest.mark.parametrize('num_support, num_targets', [(1, 1), (7, 40), (20, 301), (20, 21), (30, 13)])  # the last one: many solutions
+# The last one: many solutions.
+@pytest.mark.parametrize(
+  'num_support, num_targets', [(1, 1), (7, 40), (20, 301), (20, 21), (30, 13)]
+)
 @pytest.mark.parametrize('tile', [1, 6, 1000])
 @pytest.mark.parametrize('ridge', [1e-6, 0.1])
 def test_labels_are_the_pseudo_inverse_times_the_targets(num_support, num_targets, tile, ridge):
@@ -38,14 +43,17 @@ def test_labels_are_the_pseudo_inverse_times_the_targets(num_support, num_target
   np.testing.assert_allclose(labels, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize('num_support, num_targets, tile', [(20, 300, 50), (100, 2000, 700), (20, 12, 5)])
+@pytest.mark.parametrize(
+  'num_support, num_targets, tile', [(20, 300, 50), (100, 2000, 700), (20, 12, 5)]
+)
 @pytest.mark.parametrize('ridge', [1e-6, 1e-3])
 def test_a_repeated_support_image_gets_the_same_labels_twice(num_support, num_targets, tile, ridge):
-  """K_ts is blind to the difference of the two; what it sees is solved for without them, in a basis of sums."""
+  """K_ts is blind to the difference of the two; what it sees is solved for without them, in a basis
+  of sums."""
   k_ss, k_ts, y_t = _problem(num_support, num_targets, repeated=(3, 7))
   labels = label_solve.solve(k_ss, _factor(k_ts, y_t, tile), ridge)
   basis = np.delete(np.eye(num_support), 7, axis=1)
-  basis[[3, 7], 3] = 2 ** -0.5
+  basis[[3, 7], 3] = 2**-0.5
   k = krr.regularised(k_ss, ridge)
   expected = basis @ np.linalg.pinv(k_ts @ basis @ np.linalg.inv(basis.T @ k @ basis)) @ y_t
   np.testing.assert_allclose(labels, expected, rtol=0, atol=1e-7 * np.abs(expected).max())

@@ -1,4 +1,5 @@
-"""A library of images gives what the images themselves give, to the bit, whatever was asked for before."""
+"""A library of images gives what the images themselves give, to the bit, whatever was asked for
+before."""
 
 from concurrent import futures
 import time
@@ -24,10 +25,18 @@ class _Counting:
 @pytest.mark.parametrize('architecture', ['convnet2', 'fc2'])
 def test_same_bits_whatever_was_asked_for_before(implementation, architecture):
   rng = np.random.default_rng(0)
-  images, support = rng.normal(size=(53, 9, 7, 2)).astype(np.float32), rng.normal(size=(3, 9, 7, 2)).astype(np.float32)
+  images, support = (
+    rng.normal(size=(53, 9, 7, 2)).astype(np.float32),
+    rng.normal(size=(3, 9, 7, 2)).astype(np.float32),
+  )
   kernel = _Counting(ntk.make_kernel(architecture, implementation=implementation, threads=1))
   library = ntk.Library(kernel, images)
-  for chosen in (np.array([5]), np.array([40, 3, 5, 11, 52, 7, 8]), slice(0, 29), np.arange(53)[::-1]):
+  for chosen in (
+    np.array([5]),
+    np.array([40, 3, 5, 11, 52, 7, 8]),
+    slice(0, 29),
+    np.arange(53)[::-1],
+  ):
     block, gradient = kernel.kernel.block_vjp(support, library[chosen], np.cos)
     expected_block, expected_gradient = kernel.kernel.block_vjp(support, images[chosen], np.cos)
     assert block.tobytes() == expected_block.tobytes()

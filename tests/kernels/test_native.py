@@ -1,4 +1,5 @@
-"""What is the native kernel's own: instruction sets, threads, memory, and what happens where it is not built."""
+"""What is the native kernel's own: instruction sets, threads, memory, and what happens where it is
+not built."""
 
 import hypothesis
 from hypothesis import strategies as st
@@ -27,7 +28,11 @@ def _kernel(architecture, dtype='float32', threads=2):
 
 def _instruction_sets():
   names = list(build.INSTRUCTION_SETS)
-  return names[names.index(native._load('portable').kip_best_instruction_set().decode()):] if build.is_built() else []
+  return (
+    names[names.index(native._load('portable').kip_best_instruction_set().decode()) :]
+    if build.is_built()
+    else []
+  )
 
 
 def _relative_error(value, expected):
@@ -38,10 +43,16 @@ def _relative_error(value, expected):
 @pytest.mark.parametrize('instruction_set', _instruction_sets())
 @pytest.mark.parametrize('architecture', IMAGE)
 def test_instruction_sets_agree(monkeypatch, architecture, instruction_set):
-  x1, x2, cotangent = *_images(architecture, 3, 18), np.random.default_rng(1).standard_normal((3, 18))
+  x1, x2, cotangent = (
+    *_images(architecture, 3, 18),
+    np.random.default_rng(1).standard_normal((3, 18)),
+  )
   expected = _kernel(architecture, 'float64').block_vjp(x1, x2, cotangent)
   monkeypatch.setenv('KIP_INSTRUCTION_SET', instruction_set)
-  for dtype, block_tolerance, gradient_tolerance in (('float32', 1e-6, 5e-6), ('float64', 1e-13, 1e-12)):
+  for dtype, block_tolerance, gradient_tolerance in (
+    ('float32', 1e-6, 5e-6),
+    ('float64', 1e-13, 1e-12),
+  ):
     kernel = _kernel(architecture, dtype)
     assert kernel._kernel.instruction_set == instruction_set
     block, gradient = kernel.block_vjp(x1, x2, cotangent)
@@ -54,7 +65,7 @@ def test_instruction_sets_agree(monkeypatch, architecture, instruction_set):
 @pytest.mark.parametrize('architecture', IMAGE)
 def test_identical_images_do_not_see_the_cusp(monkeypatch, architecture, instruction_set):
   monkeypatch.setenv('KIP_INSTRUCTION_SET', instruction_set)
-  x, = _images(architecture, 17)
+  (x,) = _images(architecture, 17)
   expected = _kernel(architecture, 'float64').block_vjp(x, x.copy(), np.eye(17))
   block, gradient = _kernel(architecture).block_vjp(x, x.copy(), np.eye(17))
   assert _relative_error(block, expected[0]) <= 1e-6
@@ -68,8 +79,14 @@ def test_bits_do_not_depend_on_threads(architecture):
   results = []
   for threads in (1, 2, 3, 8):
     kernel = _kernel(architecture, threads=threads)
-    results.append([kernel.block(x1, x2), kernel.block(x2, x2), *kernel.block_vjp(x1, x2, np.ones((5, 70))),
-                    *kernel.block_vjp(x1, x2, lambda block: np.cos(block))])
+    results.append(
+      [
+        kernel.block(x1, x2),
+        kernel.block(x2, x2),
+        *kernel.block_vjp(x1, x2, np.ones((5, 70))),
+        *kernel.block_vjp(x1, x2, lambda block: np.cos(block)),
+      ]
+    )
   for other in results[1:]:
     for value, expected in zip(other, results[0], strict=True):
       np.testing.assert_array_equal(value, expected)
@@ -89,7 +106,7 @@ def test_blocks_are_the_same_whatever_is_computed_beside_them(architecture):
 @built
 @pytest.mark.parametrize('architecture', IMAGE)
 def test_a_symmetric_block_is_the_block(architecture):
-  x, = _images(architecture, 41)
+  (x,) = _images(architecture, 41)
   kernel = _kernel(architecture)
   block = kernel.block(x, x)
   np.testing.assert_array_equal(block, block.T)
@@ -97,7 +114,7 @@ def test_a_symmetric_block_is_the_block(architecture):
 
 
 @built
-@pytest.mark.parametrize('kept_bytes', [0, 2 ** 30])
+@pytest.mark.parametrize('kept_bytes', [0, 2**30])
 def test_a_cotangent_that_is_a_function(monkeypatch, kept_bytes):
   monkeypatch.setattr(native, '_DERIVATIVES_BYTES', kept_bytes)
   x1, x2 = _images('convnet', 3, 20, dtype='float64')
@@ -110,21 +127,38 @@ def test_a_cotangent_that_is_a_function(monkeypatch, kept_bytes):
 
 @built
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
-@hypothesis.given(height=st.integers(1, 9), width=st.integers(1, 9), depth=st.integers(2, 5), convs=st.lists(st.integers(0, 2), max_size=3),
-                  readout=st.sampled_from(architectures.READOUTS), hidden=st.integers(0, 1), b_std=st.sampled_from([0.0, 0.1]),
-                  blank=st.booleans(), seed=st.integers(0, 2 ** 32 - 1))
+@hypothesis.given(
+  height=st.integers(1, 9),
+  width=st.integers(1, 9),
+  depth=st.integers(2, 5),
+  convs=st.lists(st.integers(0, 2), max_size=3),
+  readout=st.sampled_from(architectures.READOUTS),
+  hidden=st.integers(0, 1),
+  b_std=st.sampled_from([0.0, 0.1]),
+  blank=st.booleans(),
+  seed=st.integers(0, 2**32 - 1),
+)
 def test_any_size_and_network(height, width, depth, convs, readout, hidden, b_std, blank, seed):
-  """Against all pixel pairs in long double; `blank`: one image is zero, where only K is defined without a bias."""
-  hypothesis.assume(b_std or any(convs))  # else the mean of an image, which may be all cancellation, decides alone
+  """Against all pixel pairs in long double; `blank`: one image is zero, where only K is defined
+  without a bias."""
+  # Else the mean of an image, which may be all cancellation, decides alone.
+  hypothesis.assume(b_std or any(convs))
   pools = min(len(convs), min(height, width).bit_length() - 1)
   stages = [{'convs': n, 'pool': i < pools} for i, n in enumerate(convs)]
-  architecture = architectures.get({'stages': stages, 'readout': readout, 'hidden': hidden, 'b_std': b_std})
+  architecture = architectures.get(
+    {'stages': stages, 'readout': readout, 'hidden': hidden, 'b_std': b_std}
+  )
   rng = np.random.default_rng(seed)
-  x1, x2 = rng.standard_normal((2, height, width, depth)), rng.standard_normal((3, height, width, depth))
+  x1, x2 = (
+    rng.standard_normal((2, height, width, depth)),
+    rng.standard_normal((3, height, width, depth)),
+  )
   x2[0] = 0 if blank else x1[0]
   cotangent = rng.standard_normal((2, 3))
   block, gradient = _kernel(architecture, 'float64').block_vjp(x1, x2, cotangent)
-  single_block, single_gradient = _kernel(architecture).block_vjp(x1.astype(np.float32), x2.astype(np.float32), cotangent)
+  single_block, single_gradient = _kernel(architecture).block_vjp(
+    x1.astype(np.float32), x2.astype(np.float32), cotangent
+  )
   expected = np.array([[dense_ntk(architecture, a, b) for b in x2] for a in x1])
   assert _relative_error(block, expected) <= 1e-10
   assert _relative_error(single_block, expected) <= 1e-6
@@ -136,9 +170,13 @@ def test_zero_variances_are_neural_tangents():
   """Without a bias: dot is 1/4 where a variance is 0."""
   x1, x2 = _images('convnet', 1, 2, dtype='float64')
   x1[:, :5], x2[0, :, 3:] = 0, 0
-  architecture = architectures.get({'stages': [{'convs': 2, 'pool': True}, {'convs': 1, 'pool': False}], 'b_std': 0.0})
+  architecture = architectures.get(
+    {'stages': [{'convs': 2, 'pool': True}, {'convs': 1, 'pool': False}], 'b_std': 0.0}
+  )
   cotangent = np.array([[1.0, -0.5]])
-  expected = ntk.make_kernel(architecture, implementation='reference', dtype='float64').block_vjp(x1, x2, cotangent)
+  expected = ntk.make_kernel(architecture, implementation='reference', dtype='float64').block_vjp(
+    x1, x2, cotangent
+  )
   for dtype, tolerances in (('float32', (1e-6, 5e-6)), ('float64', (1e-10, 1e-8))):
     block, gradient = _kernel(architecture, dtype).block_vjp(x1, x2, cotangent)
     assert _relative_error(block, expected[0]) <= tolerances[0]
@@ -147,30 +185,39 @@ def test_zero_variances_are_neural_tangents():
 
 @built
 def test_sums_in_rounds_are_the_sum():
-  """More right images than one round of units takes (64 MB of pieces): the parts' gradients add up."""
+  """More right images than one round of units takes (64 MB of pieces): the parts' gradients add
+  up."""
   kernel = ntk.make_kernel('conv1', implementation='native', dtype='float64', threads=2)
   rng = np.random.default_rng(0)
   x1, x2 = rng.standard_normal((64, 32, 32, 3)), rng.standard_normal((300, 32, 32, 3))
   cotangent = rng.standard_normal((64, 300))
   _, gradient = kernel.block_vjp(x1, x2, cotangent)
-  parts = [kernel.block_vjp(x1, x2[j:j + 100], cotangent[:, j:j + 100])[1] for j in range(0, 300, 100)]
+  parts = [
+    kernel.block_vjp(x1, x2[j : j + 100], cotangent[:, j : j + 100])[1] for j in range(0, 300, 100)
+  ]
   np.testing.assert_allclose(gradient, sum(parts), rtol=0, atol=1e-12 * np.abs(gradient).max())
 
 
 @built
 def test_unknown_instruction_set(monkeypatch):
   monkeypatch.setenv('KIP_INSTRUCTION_SET', 'neon')
-  with pytest.raises(ValueError, match='KIP_INSTRUCTION_SET: expected one of .*portable.*, got .neon.'):
+  with pytest.raises(
+    ValueError, match='KIP_INSTRUCTION_SET: expected one of .*portable.*, got .neon.'
+  ):
     _kernel('convnet')
 
 
 def test_not_built(monkeypatch, tmp_path):
   monkeypatch.setattr(build, 'FOLDER', tmp_path)
   native._load.cache_clear()
-  with pytest.raises(ValueError, match='the native kernel is not built; build it by `python -m kernels.native.build`'):
+  with pytest.raises(
+    ValueError, match='the native kernel is not built; build it by `python -m kernels.native.build`'
+  ):
     _kernel('convnet')
   said = []
-  monkeypatch.setattr(ntk.logging, 'log_first_n', lambda level, message, times: said.append((message, times)))
+  monkeypatch.setattr(
+    ntk.logging, 'log_first_n', lambda level, message, times: said.append((message, times))
+  )
   assert ntk.make_kernel('convnet').implementation == 'jax'
   assert [times for _, times in said] == [1] and 'using the JAX kernel' in said[0][0]
   native._load.cache_clear()

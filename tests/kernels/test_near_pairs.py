@@ -25,20 +25,20 @@ def _noise(epsilon):
 
 # name -> (x1 [3, H, W, D], y and noise, both alike) -> (x1, x2)
 PAIRS = {
-    'independent': lambda x, y, noise: (x, y),
-    'identical': lambda x, y, noise: (x, x),
-    **{f'{epsilon:g} noise': _noise(epsilon) for epsilon in (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.2)},
-    '1.5x': lambda x, y, noise: (x, 1.5 * x),
-    '1.05x': lambda x, y, noise: (x, 1.05 * x),
-    'opposite': lambda x, y, noise: (x, -x),
-    'pixels x 0.01': lambda x, y, noise: (0.01 * x, 0.01 * y),
-    'pixels x 0.001': lambda x, y, noise: (0.001 * x, 0.001 * y),
-    'pixels / 255': lambda x, y, noise: (_pixels(x), _pixels(y)),
-    'one is dim': lambda x, y, noise: (x, 1e-6 * y),
-    'one is bright': lambda x, y, noise: (x, 1e4 * y),
-    'a corner is dim': lambda x, y, noise: (x * _corner(1e-12), y),
-    'constant': lambda x, y, noise: (_constant(x, 0.2), _constant(y, 0.3)),
-    'constant in part': lambda x, y, noise: (_half(x, 0.2), _half(y, 0.3)),
+  'independent': lambda x, y, noise: (x, y),
+  'identical': lambda x, y, noise: (x, x),
+  **{f'{epsilon:g} noise': _noise(epsilon) for epsilon in (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.2)},
+  '1.5x': lambda x, y, noise: (x, 1.5 * x),
+  '1.05x': lambda x, y, noise: (x, 1.05 * x),
+  'opposite': lambda x, y, noise: (x, -x),
+  'pixels x 0.01': lambda x, y, noise: (0.01 * x, 0.01 * y),
+  'pixels x 0.001': lambda x, y, noise: (0.001 * x, 0.001 * y),
+  'pixels / 255': lambda x, y, noise: (_pixels(x), _pixels(y)),
+  'one is dim': lambda x, y, noise: (x, 1e-6 * y),
+  'one is bright': lambda x, y, noise: (x, 1e4 * y),
+  'a corner is dim': lambda x, y, noise: (x * _corner(1e-12), y),
+  'constant': lambda x, y, noise: (_constant(x, 0.2), _constant(y, 0.3)),
+  'constant in part': lambda x, y, noise: (_half(x, 0.2), _half(y, 0.3)),
 }
 
 # Without biases the kernel has a cusp where images are multiples of each other, and no gradient
@@ -74,8 +74,9 @@ def _images(pairs):
 
 @functools.cache
 def _kernel(network, implementation, dtype, kind='ntk'):
-  return ntk.make_kernel(NETWORKS[network], implementation=implementation, dtype=dtype, threads=1,
-                         kind=kind)
+  return ntk.make_kernel(
+    NETWORKS[network], implementation=implementation, dtype=dtype, threads=1, kind=kind
+  )
 
 
 @functools.cache

@@ -1,4 +1,5 @@
-"""All kernel implementations against golden float64 values of Neural Tangents, a dense long-double oracle, and each other's properties."""
+"""All kernel implementations against golden float64 values of Neural Tangents, a dense long-double
+oracle, and each other's properties."""
 
 import functools
 import pathlib
@@ -26,8 +27,9 @@ FAST = tuple(name for name in IMPLEMENTATIONS if name != 'reference')
 
 GOLDEN = np.load(pathlib.Path(__file__).with_name('golden.npz'))
 
-# (block, gradient), relative to the largest entry. On images that coincide, Neural Tangents' own float64 rounds to about 1e-8: the cusp of
-# ReLU's dot at c = 1 turns 1e-16 into 1e-8. There the dense oracle below is the stricter test.
+# (block, gradient), relative to the largest entry. On images that coincide, Neural Tangents' own
+# float64 rounds to about 1e-8: the cusp of ReLU's dot at c = 1 turns 1e-16 into 1e-8. There the
+# dense oracle below is the stricter test.
 TOLERANCES = {'float32': (1e-6, 5e-6), 'float64': (1e-10, 1e-8)}
 CUSP_TOLERANCES = {'float32': (1e-6, 5e-6), 'float64': (5e-8, 5e-8)}
 
@@ -38,7 +40,9 @@ def kernel(implementation, architecture, dtype, threads=1):
 
 
 def case_kernel(implementation, name, dtype, threads=1):
-  return kernel(implementation, architectures.get(kernel_cases.CASES[name].architecture), dtype, threads)
+  return kernel(
+    implementation, architectures.get(kernel_cases.CASES[name].architecture), dtype, threads
+  )
 
 
 def error(value, reference):
@@ -51,7 +55,9 @@ def runs():
     for implementation in IMPLEMENTATIONS:
       for dtype in case.dtypes:
         if implementation != 'reference' or (case.cheap and dtype == 'float64'):
-          every.append(pytest.param(implementation, name, dtype, id=f'{implementation}-{name}-{dtype}'))
+          every.append(
+            pytest.param(implementation, name, dtype, id=f'{implementation}-{name}-{dtype}')
+          )
   return every
 
 
@@ -65,25 +71,35 @@ def test_block_and_gradient_equal_golden_values(implementation, name, dtype):
   assert error(gradient, GOLDEN[f'{name}/gradient']) <= tolerances[1]
 
 
-@pytest.mark.parametrize('name', ['fc2', 'convnet2_odd_flat', 'linear_pool', 'no_bias',
-                                  'pool_first_global_hidden'])
+@pytest.mark.parametrize(
+  'name', ['fc2', 'convnet2_odd_flat', 'linear_pool', 'no_bias', 'pool_first_global_hidden']
+)
 @pytest.mark.parametrize('implementation', FAST)
 def test_nngp_equals_neural_tangents(implementation, name):
   case = kernel_cases.CASES[name]
   x, y, cotangent = kernel_cases.images(case._replace(images='random'))
-  expected = ntk.make_kernel(case.architecture, implementation='reference', dtype='float64', kind='nngp').block_vjp(x, y, cotangent)
+  expected = ntk.make_kernel(
+    case.architecture, implementation='reference', dtype='float64', kind='nngp'
+  ).block_vjp(x, y, cotangent)
   for dtype in ntk.DTYPES:
-    block, gradient = ntk.make_kernel(case.architecture, implementation=implementation, dtype=dtype, kind='nngp').block_vjp(x, y, cotangent)
+    block, gradient = ntk.make_kernel(
+      case.architecture, implementation=implementation, dtype=dtype, kind='nngp'
+    ).block_vjp(x, y, cotangent)
     assert error(block, expected[0]) <= TOLERANCES[dtype][0]
     assert error(gradient, expected[1]) <= TOLERANCES[dtype][1]
 
 
-@pytest.mark.parametrize('name', ['fc2_flat', 'convnet_flat', 'convnet2_odd_flat', 'myrtle5_flat', 'pool_first_global_hidden'])
+@pytest.mark.parametrize(
+  'name',
+  ['fc2_flat', 'convnet_flat', 'convnet2_odd_flat', 'myrtle5_flat', 'pool_first_global_hidden'],
+)
 @pytest.mark.parametrize('implementation', FAST)
 def test_equals_the_dense_oracle_where_images_coincide(implementation, name):
   case = kernel_cases.CASES[name]
   x, y, _ = kernel_cases.images(case._replace(images='flat', counts=(3, 4)))
-  expected = np.array([[dense_ntk(architectures.get(case.architecture), a, b) for b in y] for a in x])
+  expected = np.array(
+    [[dense_ntk(architectures.get(case.architecture), a, b) for b in y] for a in x]
+  )
   assert error(case_kernel(implementation, name, 'float64').block(x, y), expected) <= 1e-10
   assert error(case_kernel(implementation, name, 'float32').block(x, y), expected) <= 1e-6
 
@@ -112,7 +128,9 @@ def test_block_of_parts_is_parts_of_block(implementation, name):
 
 @pytest.mark.parametrize('name', SMALL)
 @pytest.mark.parametrize('implementation', FAST)
-def test_a_function_as_cotangent_sees_the_block_and_gives_the_same_gradient(implementation, name, monkeypatch):
+def test_a_function_as_cotangent_sees_the_block_and_gives_the_same_gradient(
+  implementation, name, monkeypatch
+):
   case = kernel_cases.CASES[name]
   k = case_kernel(implementation, name, 'float32')
   x, y, _ = kernel_cases.images(case)
@@ -121,7 +139,8 @@ def test_a_function_as_cotangent_sees_the_block_and_gives_the_same_gradient(impl
     monkeypatch.setattr(k._kernel, '_budget', band._CPU._replace(kept_bytes=kept), raising=False)
     value, pulled = k.block_vjp(x, y, np.sin)
     assert np.array_equal(value, block)
-    if implementation == 'native':  # it keeps derivatives for a function, and contracts them in another order
+    if implementation == 'native':
+      # It keeps derivatives for a function, and contracts them in another order.
       assert error(pulled, gradient) <= 1e-6
     else:
       assert np.array_equal(pulled, gradient)
@@ -144,10 +163,13 @@ def test_symmetric_block(implementation, name):
 def test_images_that_nearly_coincide_among_others(implementation):
   case = kernel_cases.CASES['convnet2_odd_flat']
   rng = np.random.RandomState(2)
-  x, y = (rng.standard_normal((n,) + case.shape).astype(np.float32) for n in (5, 5))  # one shape: compiled once
+  # One shape: compiled once.
+  x, y = (rng.standard_normal((n,) + case.shape).astype(np.float32) for n in (5, 5))
   x[3] = x[1] + np.float32(1e-3) * rng.standard_normal(case.shape)
   y[0], y[2], y[4] = x[0], x[0] + np.float32(1e-4), x[2] * np.float32(1.01)
-  k, exact = (case_kernel(implementation, 'convnet2_odd_flat', dtype) for dtype in ('float32', 'float64'))
+  k, exact = (
+    case_kernel(implementation, 'convnet2_odd_flat', dtype) for dtype in ('float32', 'float64')
+  )
   for other in (x, y):
     expected = exact.block_vjp(x, other, np.cos)
     block, gradient = k.block_vjp(x, other, np.cos)
@@ -164,8 +186,15 @@ def test_images_that_nearly_coincide_among_others(implementation):
 def test_bits_do_not_depend_on_threads(implementation, name):
   case = kernel_cases.CASES[name]
   rng = np.random.RandomState(2)
-  x, y, cotangent = rng.standard_normal((9,) + case.shape), rng.standard_normal((150,) + case.shape), rng.standard_normal((9, 150))
-  results = [case_kernel(implementation, name, 'float32', threads).block_vjp(x, y, cotangent) for threads in (1, 3)]
+  x, y, cotangent = (
+    rng.standard_normal((9,) + case.shape),
+    rng.standard_normal((150,) + case.shape),
+    rng.standard_normal((9, 150)),
+  )
+  results = [
+    case_kernel(implementation, name, 'float32', threads).block_vjp(x, y, cotangent)
+    for threads in (1, 3)
+  ]
   for one, three in zip(*results):
     assert np.array_equal(one, three)
 
@@ -186,11 +215,15 @@ PROPERTIES = hypothesis.settings(max_examples=5, deadline=None, derandomize=True
 @pytest.mark.parametrize('name', SMALL)
 @pytest.mark.parametrize('implementation', FAST)
 @PROPERTIES
-@hypothesis.given(seed=st.integers(0, 2 ** 32 - 1))
+@hypothesis.given(seed=st.integers(0, 2**32 - 1))
 def test_permuting_images_permutes_the_results(implementation, name, seed):
   case, rng = kernel_cases.CASES[name], np.random.RandomState(seed)
   k = case_kernel(implementation, name, 'float32')
-  x, y, cotangent = rng.standard_normal((4,) + case.shape), rng.standard_normal((9,) + case.shape), rng.standard_normal((4, 9))
+  x, y, cotangent = (
+    rng.standard_normal((4,) + case.shape),
+    rng.standard_normal((9,) + case.shape),
+    rng.standard_normal((4, 9)),
+  )
   p, q = rng.permutation(4), rng.permutation(9)
   block, gradient = k.block_vjp(x, y, cotangent)
   permuted, pulled = k.block_vjp(x[p], y[q], cotangent[np.ix_(p, q)])
@@ -201,28 +234,37 @@ def test_permuting_images_permutes_the_results(implementation, name, seed):
 @pytest.mark.parametrize('name', SMALL + ('no_bias', 'pool_first_global_hidden'))
 @pytest.mark.parametrize('implementation', FAST)
 @PROPERTIES
-@hypothesis.given(seed=st.integers(0, 2 ** 32 - 1))
+@hypothesis.given(seed=st.integers(0, 2**32 - 1))
 def test_vjp_is_finite_differences(implementation, name, seed):
   case, rng = kernel_cases.CASES[name], np.random.RandomState(seed)
   k = case_kernel(implementation, name, 'float64')
   x, y, direction = (rng.standard_normal((n,) + case.shape) for n in (2, 3, 2))
   cotangent, step = rng.standard_normal((2, 3)), 1e-4
-  slope = np.sum((k.block(x + step * direction, y) - k.block(x - step * direction, y)) * cotangent) / (2 * step)
+  slope = np.sum(
+    (k.block(x + step * direction, y) - k.block(x - step * direction, y)) * cotangent
+  ) / (2 * step)
   gradient = k.block_vjp(x, y, cotangent)[1]
   scale = np.linalg.norm(gradient) * np.linalg.norm(direction)
   assert abs(np.sum(gradient * direction) - slope) <= 1e-7 * scale
 
 
-@pytest.mark.parametrize('size, radius, pools', [(8, 7, 0), (9, 8, 2), (32, 15, 3), (7, 1, 1), (28, 7, 3)])
+@pytest.mark.parametrize(
+  'size, radius, pools', [(8, 7, 0), (9, 8, 2), (32, 15, 3), (7, 1, 1), (28, 7, 3)]
+)
 def test_an_axis_holds_every_pixel_pair_of_its_band_once(size, radius, pools):
   sizes = [(size, radius)] + [(size >> i, max(0, radius >> i)) for i in range(1, pools + 1)]
   for axis, (n, r) in zip(band._axes(sizes), sizes):
-    pairs = [(y, partner) for row in axis.partner() for y, partner in enumerate(row) if partner >= 0]
+    pairs = [
+      (y, partner) for row in axis.partner() for y, partner in enumerate(row) if partner >= 0
+    ]
     assert len(pairs) == len(set(pairs))
     assert set(pairs) >= {(y, z) for y in range(n) for z in range(n) if abs(y - z) <= r}
 
 
-@pytest.mark.parametrize('function, coefficients', [(fit_polynomials.angle, band._ANGLE), (fit_polynomials.excess, band._EXCESS)])
+@pytest.mark.parametrize(
+  'function, coefficients',
+  [(fit_polynomials.angle, band._ANGLE), (fit_polynomials.excess, band._EXCESS)],
+)
 def test_polynomials_are_the_fitted_ones(function, coefficients):
   fitted, worst = fit_polynomials.minimax(function, fit_polynomials.DEGREE)
   np.testing.assert_allclose(coefficients, fitted, rtol=1e-6)
@@ -233,10 +275,16 @@ def test_auto_is_a_fast_implementation():
   assert ntk.make_kernel('fc1').implementation in FAST
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (dict(implementation='fast'), r"implementation: expected one of auto, cuda, native, jax, reference, got 'fast'\."),
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (
+      dict(implementation='fast'),
+      r"implementation: expected one of auto, cuda, native, jax, reference, got 'fast'\.",
+    ),
     (dict(dtype='float16'), r"dtype: expected one of float32, float64, got 'float16'\."),
-])
+  ],
+)
 def test_unknown_settings(arguments, message):
   with pytest.raises(ValueError, match=message):
     ntk.make_kernel('fc1', **arguments)
@@ -244,13 +292,21 @@ def test_unknown_settings(arguments, message):
 
 def test_bad_images():
   k, x = kernel('jax', 'convnet', 'float32'), np.zeros((2, 8, 8, 1))
-  with pytest.raises(ValueError, match=r'x1: expected images \[N, H, W, D\] with nothing empty, got shape \(8, 8, 1\)\.'):
+  with pytest.raises(
+    ValueError,
+    match=r'x1: expected images \[N, H, W, D\] with nothing empty, got shape \(8, 8, 1\)\.',
+  ):
     k.block(x[0], x)
   with pytest.raises(ValueError, match=r'x2: contains NaN or infinity in image 1\.'):
     k.block(x, np.array([x[0], x[0] + np.nan]))
-  with pytest.raises(ValueError, match=r'x1 and x2: images must have the same \[H, W, D\], got \(8, 8, 1\) and \(8, 9, 1\)\.'):
+  with pytest.raises(
+    ValueError,
+    match=r'x1 and x2: images must have the same \[H, W, D\], got \(8, 8, 1\) and \(8, 9, 1\)\.',
+  ):
     k.block(x, np.zeros((2, 8, 9, 1)))
-  with pytest.raises(ValueError, match='3 2x2 poolings leave nothing of a 8x7 image; at least 8x8 is needed'):
+  with pytest.raises(
+    ValueError, match='3 2x2 poolings leave nothing of a 8x7 image; at least 8x8 is needed'
+  ):
     k.block(x[:, :, :7], x[:, :, :7])
   with pytest.raises(ValueError, match=r'cotangent: expected shape \(2, 2\), got \(2, 1\)\.'):
     k.block_vjp(x, x, np.zeros((2, 1)))

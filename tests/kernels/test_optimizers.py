@@ -12,15 +12,33 @@ from kernels import optimizers
 COSINE = {'name': 'cosine_decay_schedule', 'init_value': 0.3, 'decay_steps': 3}
 
 
-@pytest.mark.parametrize('optimizer, learning_rate, expected', [
+@pytest.mark.parametrize(
+  'optimizer, learning_rate, expected',
+  [
     ('adam', 0.04, optax.adam(0.04)),
     ('sgd', COSINE, optax.sgd(optax.cosine_decay_schedule(0.3, 3))),
-    ({'name': 'sgd', 'momentum': 0.9, 'nesterov': True}, 1, optax.sgd(1.0, momentum=0.9, nesterov=True)),
-    ({'name': 'adamw', 'weight_decay': 0.1}, COSINE, optax.adamw(optax.cosine_decay_schedule(0.3, 3), weight_decay=0.1)),
+    (
+      {'name': 'sgd', 'momentum': 0.9, 'nesterov': True},
+      1,
+      optax.sgd(1.0, momentum=0.9, nesterov=True),
+    ),
+    (
+      {'name': 'adamw', 'weight_decay': 0.1},
+      COSINE,
+      optax.adamw(optax.cosine_decay_schedule(0.3, 3), weight_decay=0.1),
+    ),
     ('nadam', 0.1, optax.nadam(0.1)),
-    ('lion', {'name': 'piecewise_constant_schedule', 'init_value': 0.1, 'boundaries_and_scales': {'1': 0.5}},
-     optax.lion(optax.piecewise_constant_schedule(0.1, {1: 0.5}))),
-])
+    (
+      'lion',
+      {
+        'name': 'piecewise_constant_schedule',
+        'init_value': 0.1,
+        'boundaries_and_scales': {'1': 0.5},
+      },
+      optax.lion(optax.piecewise_constant_schedule(0.1, {1: 0.5})),
+    ),
+  ],
+)
 def test_updates_are_optaxs(optimizer, learning_rate, expected):
   made = optimizers.make(optimizer, learning_rate)
   rng = np.random.default_rng(0)
@@ -28,26 +46,43 @@ def test_updates_are_optaxs(optimizer, learning_rate, expected):
   states = [made.init(parameters), expected.init(parameters)]
   for _ in range(4):
     gradients = jax.tree.map(lambda p: rng.normal(size=p.shape), parameters)
-    (updates, states[0]), (wanted, states[1]) = (o.update(gradients, s, parameters) for o, s in zip((made, expected), states))
+    (updates, states[0]), (wanted, states[1]) = (
+      o.update(gradients, s, parameters) for o, s in zip((made, expected), states)
+    )
     for name in parameters:
       assert updates[name].dtype == np.float64
       np.testing.assert_array_equal(updates[name], wanted[name])
     parameters = optax.apply_updates(parameters, updates)
 
 
-@pytest.mark.parametrize('optimizer, learning_rate, message', [
+@pytest.mark.parametrize(
+  'optimizer, learning_rate, message',
+  [
     ('adm', 0.1, "optimizer: no 'adm' in optax; known: .*adam, .*sgd"),
     ({'momentum': 0.9}, 0.1, 'optimizer: no None in optax'),
     (7, 0.1, 'optimizer: expected a name or a dict with a name and arguments, got 7'),
-    ({'name': 'adam', 'beta': 1}, 0.1, "optimizer: adam: got an unexpected keyword argument 'beta'; its arguments: b1, b2"),
+    (
+      {'name': 'adam', 'beta': 1},
+      0.1,
+      "optimizer: adam: got an unexpected keyword argument 'beta'; its arguments: b1, b2",
+    ),
     ({'name': 'adam', 'learning_rate': 1}, 0.1, 'optimizer: adam: .*multiple values'),
     ({'name': 'adam', 'b1': 'x'}, 0.1, 'optimizer: cannot be used for this'),
     ('lbfgs', 0.1, 'optimizer: cannot be used for this: .*value_fn'),
-    ('adam', {'name': 'cosine'}, "learning_rate: no 'cosine' in optax; known: .*cosine_decay_schedule"),
-    ('adam', {'name': 'cosine_decay_schedule', 'init_value': 1}, "learning_rate: .*missing a required argument: 'decay_steps'"),
+    (
+      'adam',
+      {'name': 'cosine'},
+      "learning_rate: no 'cosine' in optax; known: .*cosine_decay_schedule",
+    ),
+    (
+      'adam',
+      {'name': 'cosine_decay_schedule', 'init_value': 1},
+      "learning_rate: .*missing a required argument: 'decay_steps'",
+    ),
     ('adam', {**COSINE, 'init_value': float('nan')}, 'learning_rate: gives nan at step 0'),
     ('adam', {**COSINE, 'decay_steps': -1}, 'learning_rate: .*requires positive decay_steps'),
-])
+  ],
+)
 def test_mistakes(optimizer, learning_rate, message):
   with pytest.raises(ValueError, match=message) as error:
     optimizers.make(optimizer, learning_rate)

@@ -15,11 +15,16 @@ def _state(step):
   parameters = {'images': rng.normal(size=(4, 3, 3, 1)), 'labels': rng.normal(size=(4, 2))}
   optimizer = optax.adam(0.1)
   state = optimizer.update(parameters, optimizer.init(parameters), parameters)[1]
-  return checkpoints.SupportState(step, parameters['images'], parameters['labels'], jax.device_get(state))
+  return checkpoints.SupportState(
+    step, parameters['images'], parameters['labels'], jax.device_get(state)
+  )
 
 
 def _same(a, b):
-  return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+  return all(
+    np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  )
 
 
 def _files(folder):

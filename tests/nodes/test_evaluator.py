@@ -1,4 +1,5 @@
-"""What a row holds, the baselines, and the evaluator alone on files of ours, on released ones, and on files that are neither."""
+"""What a row holds, the baselines, and the evaluator alone on files of ours, on released ones, and
+on files that are neither."""
 
 import json
 import os
@@ -30,17 +31,24 @@ NETWORK = {'system.evaluation.nn_steps': 5, 'system.evaluation.nn_width': 8}
 
 def _evaluation(run):
   prepared = store.open_prepared(run.directory.read_config()['data_key'], run.cache)
-  return evaluation.Evaluation(run.config['run'], run.config['system']['evaluation'], prepared, threads=1), prepared
+  return evaluation.Evaluation(
+    run.config['run'], run.config['system']['evaluation'], prepared, threads=1
+  ), prepared
 
 
 def _support(prepared, size=6):
   chosen = sampling.class_balanced(0, sampling.INITIAL_SUPPORT, 0, prepared.train_labels, size)
-  return np.asarray(prepared.train_images[chosen]), sampling.centred_one_hot(prepared.train_labels[chosen], 3)
+  return np.asarray(prepared.train_images[chosen]), sampling.centred_one_hot(
+    prepared.train_labels[chosen], 3
+  )
 
 
 def test_krr_on_ragged_tiles_is_the_formula(make_run, tmp_path):
   """25 test images in tiles of 4, against K_ts (K_ss + ridge)^-1 y in one piece."""
-  run = make_run(tmp_path, {**FC1, 'run.kernel_dtype': 'float64', 'run.ridge': 1e-3, 'system.evaluation.krr_tile': 4})
+  run = make_run(
+    tmp_path,
+    {**FC1, 'run.kernel_dtype': 'float64', 'run.ridge': 1e-3, 'system.evaluation.krr_tile': 4},
+  )
   evaluate, prepared = _evaluation(run)
   images, labels = _support(prepared)
   kernel = evaluate._kernel
@@ -54,29 +62,64 @@ def test_krr_on_ragged_tiles_is_the_formula(make_run, tmp_path):
 
 
 def test_mean_and_deviation_and_what_was_selected_on_what(make_run, tmp_path):
-  changes = {**FC1, **NETWORK, 'system.evaluation.nn_seeds': 3, 'system.evaluation.nn_l2s': (0.0, 1e-3),
-             'system.evaluation.nn_learning_rate_factors': (0.5,), 'system.evaluation.nn_architecture': 'conv1'}
+  changes = {
+    **FC1,
+    **NETWORK,
+    'system.evaluation.nn_seeds': 3,
+    'system.evaluation.nn_l2s': (0.0, 1e-3),
+    'system.evaluation.nn_learning_rate_factors': (0.5,),
+    'system.evaluation.nn_architecture': 'conv1',
+  }
   evaluate, prepared = _evaluation(make_run(tmp_path, changes))
   images, labels = _support(prepared)
   row = evaluate.finite_network(images, labels)
   held_out = prepared.train_images[-9:], prepared.train_labels[-9:]  # a tenth of 96
   result = finite_network.evaluate(
-      architectures.get('conv1'), images, labels, held_out, (prepared.test_images, prepared.test_labels), width=8, steps=5, batch=100,
-      loss='mse', learning_rate_factors=(0.5,), l2s=(0.0, 1e-3), num_seeds=3, seed=0)
+    architectures.get('conv1'),
+    images,
+    labels,
+    held_out,
+    (prepared.test_images, prepared.test_labels),
+    width=8,
+    steps=5,
+    batch=100,
+    loss='mse',
+    learning_rate_factors=(0.5,),
+    l2s=(0.0, 1e-3),
+    num_seeds=3,
+    seed=0,
+  )
   a, b, c = result.test_accuracies
   mean = (a + b + c) / 3
-  assert row == {'nn_test_accuracy': pytest.approx(mean), 'nn_seeds': 3, 'nn_architecture': 'conv1',
-                 'nn_width': 8, 'nn_steps': 5, 'nn_learning_rate_factor': 0.5, 'nn_l2': result.l2,
-                 'nn_test_accuracy_std': pytest.approx((((a - mean) ** 2 + (b - mean) ** 2 + (c - mean) ** 2) / 2) ** 0.5),
-                 'nn_selected_on': 'the last 9 training images', 'nn_validation_accuracy': result.validation_accuracy}
+  assert row == {
+    'nn_test_accuracy': pytest.approx(mean),
+    'nn_seeds': 3,
+    'nn_architecture': 'conv1',
+    'nn_width': 8,
+    'nn_steps': 5,
+    'nn_learning_rate_factor': 0.5,
+    'nn_l2': result.l2,
+    'nn_test_accuracy_std': pytest.approx(
+      (((a - mean) ** 2 + (b - mean) ** 2 + (c - mean) ** 2) / 2) ** 0.5
+    ),
+    'nn_selected_on': 'the last 9 training images',
+    'nn_validation_accuracy': result.validation_accuracy,
+  }
   assert evaluation.network_in_words(row).endswith(' % (conv1, width 8, 5 updates)')
 
 
 def test_one_network_with_one_setting_has_no_deviation_and_no_selection(make_run, tmp_path):
   evaluate, prepared = _evaluation(make_run(tmp_path, {**FC1, **NETWORK}))
   row = evaluate.finite_network(*_support(prepared))
-  assert sorted(row) == ['nn_l2', 'nn_learning_rate_factor', 'nn_seeds', 'nn_selected_on',
-                         'nn_steps', 'nn_test_accuracy', 'nn_width']
+  assert sorted(row) == [
+    'nn_l2',
+    'nn_learning_rate_factor',
+    'nn_seeds',
+    'nn_selected_on',
+    'nn_steps',
+    'nn_test_accuracy',
+    'nn_width',
+  ]
   assert row['nn_selected_on'] is None and row['nn_seeds'] == 1
 
 
@@ -89,8 +132,11 @@ def test_baselines_are_the_images_a_run_starts_from_with_hard_and_solved_labels(
   y_t = sampling.centred_one_hot(prepared.train_labels, prepared.num_classes)
   solved = np.linalg.pinv(k_ts @ np.linalg.inv(k_ss + 1e-3 * np.trace(k_ss) / 6 * np.eye(6))) @ y_t
   rows = evaluate.baselines(6)
-  assert rows[0] == {'kind': 'real images, hard labels', **evaluate.krr(images, labels),
-                     **evaluate.finite_network(images, labels)}
+  assert rows[0] == {
+    'kind': 'real images, hard labels',
+    **evaluate.krr(images, labels),
+    **evaluate.finite_network(images, labels),
+  }
   assert rows[1]['kind'] == 'real images, solved labels'
   found = evaluate.krr(images, solved)
   assert rows[1]['krr_test_mse'] == pytest.approx(found['krr_test_mse'], rel=1e-3)  # float32 kernel
@@ -101,15 +147,29 @@ def test_baselines_are_the_images_a_run_starts_from_with_hard_and_solved_labels(
 
 @pytest.fixture(scope='module', name='distilled')
 def _distilled(tmp_path_factory, npz, cache):
-  """A finished run's directory, with baselines. (A fixture of its own scope: the run is made once.)"""
+  """A finished run's directory, with baselines. (A fixture of its own scope: the run is made
+  once.)"""
   from configs import base
+
   workdir = tmp_path_factory.mktemp('run')
   config = base.get_config()
-  config.update_from_flattened_dict({
-      'run.architecture': 'fc1', 'run.data.name': npz, 'run.num_steps': 2, 'run.images_per_class': 2, 'run.targets_per_step': 33,
-      'system.cache_dir': cache, 'system.evaluation.nn_steps': 5, 'system.evaluation.nn_width': 8, 'system.evaluation.baselines': True,
-      'system.snapshot_steps': (1,), 'system.num_workers': 2})
+  config.update_from_flattened_dict(
+    {
+      'run.architecture': 'fc1',
+      'run.data.name': npz,
+      'run.num_steps': 2,
+      'run.images_per_class': 2,
+      'run.targets_per_step': 33,
+      'system.cache_dir': cache,
+      'system.evaluation.nn_steps': 5,
+      'system.evaluation.nn_width': 8,
+      'system.evaluation.baselines': True,
+      'system.snapshot_steps': (1,),
+      'system.num_workers': 2,
+    }
+  )
   from programs import start
+
   config = config.to_dict()
   prepared = store.prepare(config['run']['data'], cache)
   directory = run_directory.RunDirectory(str(workdir))
@@ -125,10 +185,13 @@ def _rows(workdir):
 
 def test_a_run_evaluates_networks_at_its_ends_and_baselines_once(distilled):
   rows = _rows(distilled)
-  assert sorted(rows) == [0, 1, 2] and [step for step in rows if 'nn_test_accuracy' in rows[step]] == [0, 2]
+  assert sorted(rows) == [0, 1, 2] and [
+    step for step in rows if 'nn_test_accuracy' in rows[step]
+  ] == [0, 2]
   baselines = json.loads((distilled / 'baselines.json').read_text())
   assert baselines[0]['kind'] == 'real images, hard labels'
-  assert baselines[0]['krr_test_accuracy'] == rows[0]['krr_test_accuracy']  # the run starts from those very images
+  # The run starts from those very images.
+  assert baselines[0]['krr_test_accuracy'] == rows[0]['krr_test_accuracy']
   assert baselines[0]['nn_test_accuracy'] == rows[0]['nn_test_accuracy']
 
 
@@ -148,9 +211,14 @@ class _Coordinator:
     self.asked.append(list(done))
     for step, (images, labels) in self.snapshots.items():
       if step not in done:
-        return {'run_id': 'id', 'step': step, 'final': step == self.final,
-                'images': images, 'labels': labels,
-                'metrics': json.dumps({'train_loss': 0.5, 'wall_seconds': 1.0 * step})}
+        return {
+          'run_id': 'id',
+          'step': step,
+          'final': step == self.final,
+          'images': images,
+          'labels': labels,
+          'metrics': json.dumps({'train_loss': 0.5, 'wall_seconds': 1.0 * step}),
+        }
     return {'stop': 'the run is over.'}
 
   def heartbeat(self, name):
@@ -179,6 +247,7 @@ def _follow(make_run, tmp_path):
     export.save(run.directory.distilled, *snapshots[2], 2, run.config, prepared)
     coordinator, stop = _Coordinator(run, snapshots), threading.Event()
     return run, coordinator, _node(run, coordinator, stop), stop
+
   return make
 
 
@@ -211,9 +280,14 @@ def test_a_damaged_first_snapshot_costs_no_row(follow):
   assert os.path.exists(run.directory.picture)
 
 
-@pytest.mark.parametrize('blocked, what, count', [
-    ('tensorboard', "TensorBoard's file of step", 3), ('report', 'report.html', 1),
-    ('picture', 'report.html', 1)])
+@pytest.mark.parametrize(
+  'blocked, what, count',
+  [
+    ('tensorboard', "TensorBoard's file of step", 3),
+    ('report', 'report.html', 1),
+    ('picture', 'report.html', 1),
+  ],
+)
 def test_what_is_made_of_the_rows_may_fail(follow, caplog, blocked, what, count):
   """A folder where a file should be, or a file where a folder should be."""
   run, coordinator, node, _ = follow()
@@ -246,15 +320,32 @@ def test_baselines_that_cannot_be_kept_cost_no_row(follow, caplog, monkeypatch):
 def test_a_run_without_matplotlib_or_a_home_finishes_and_says_what_is_missing(npz, cache, tmp_path):
   """Matplotlib that cannot be imported, as where a library of the system is missing."""
   (tmp_path / 'matplotlib.py').write_text('raise ImportError("libfreetype.so.6: no such file")')
-  flags = {'run.data.name': npz, 'run.architecture': 'fc1', 'run.num_steps': 1,
-           'run.targets_per_step': 33, 'system.cache_dir': cache, 'system.num_workers': 1,
-           'system.evaluation.nn_steps': 0}
+  flags = {
+    'run.data.name': npz,
+    'run.architecture': 'fc1',
+    'run.num_steps': 1,
+    'run.targets_per_step': 33,
+    'system.cache_dir': cache,
+    'system.num_workers': 1,
+    'system.evaluation.nn_steps': 0,
+  }
   home = {'HOME': '/proc/nowhere', 'MPLCONFIGDIR': '/proc/nowhere'}
   done = subprocess.run(
-      [sys.executable, '-m', 'programs.local', '--config=configs/base.py',
-       f'--workdir={tmp_path}/run', *(f'--config.{name}={value}' for name, value in flags.items())],
-      cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,
-      env={**os.environ, 'PYTHONPATH': str(tmp_path), **home})
+    [
+      sys.executable,
+      '-m',
+      'programs.local',
+      '--config=configs/base.py',
+      f'--workdir={tmp_path}/run',
+      *(f'--config.{name}={value}' for name, value in flags.items()),
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=200,
+    check=False,
+    env={**os.environ, 'PYTHONPATH': str(tmp_path), **home},
+  )
   assert done.returncode == 0, done.stderr
   assert sorted(_rows(tmp_path / 'run')) == [0, 1]
   reason = 'ImportError: libfreetype.so.6: no such file'
@@ -277,6 +368,7 @@ def test_what_a_kill_left_out_after_the_last_row_is_made_before_the_run_may_end(
     files = sorted(os.listdir(run.directory.tensorboard))
     asked.append((done, os.path.exists(run.directory.report), files))
     return {'stop': 'the run is over.'}
+
   coordinator.next_snapshot = next_snapshot
   _node(run, coordinator, stop).run()
   assert asked == [([0, 1, 2], True, events)]
@@ -285,9 +377,15 @@ def test_what_a_kill_left_out_after_the_last_row_is_made_before_the_run_may_end(
   assert 'real images, solved labels' in _read(run.directory.report)
 
 
-@pytest.mark.parametrize('change', [
-    lambda images, labels: (images[:, :7], labels), lambda images, labels: (images[:0], labels[:0]),
-    lambda images, labels: (np.nan * images, labels)], ids=['shape', 'empty', 'nan'])
+@pytest.mark.parametrize(
+  'change',
+  [
+    lambda images, labels: (images[:, :7], labels),
+    lambda images, labels: (images[:0], labels[:0]),
+    lambda images, labels: (np.nan * images, labels),
+  ],
+  ids=['shape', 'empty', 'nan'],
+)
 def test_a_snapshot_that_cannot_be_evaluated_is_passed_over(follow, caplog, change):
   run, coordinator, node, _ = follow()
   coordinator.snapshots[1] = change(*coordinator.snapshots[1])
@@ -303,7 +401,7 @@ def test_a_last_snapshot_that_cannot_be_evaluated_is_told(follow, monkeypatch):
   os.truncate(run.directory.distilled, 100)
   with pytest.raises(export.DataError):
     node.run()
-  (_, reason), = coordinator.reasons
+  ((_, reason),) = coordinator.reasons
   assert _steps(run, coordinator) == [0, 1] and 'is not a distilled set' in reason
 
 
@@ -318,6 +416,7 @@ def test_a_full_disk_is_waited_for_without_evaluating_again(follow, monkeypatch,
     if errors:
       raise errors.pop()
     append(self, row)
+
   monkeypatch.setattr(run_directory.RunDirectory, 'append_metrics', full)
   monkeypatch.setattr(evaluation.Evaluation, 'krr', lambda *args: evaluate(*args))
   node.run()
@@ -334,7 +433,7 @@ def test_a_disk_that_stays_full_is_named(follow, monkeypatch):
   run, coordinator, node, _ = follow()
   with pytest.raises(run_directory.RunDirectoryError):
     node.run()
-  (name, reason), = coordinator.reasons
+  ((name, reason),) = coordinator.reasons
   path = run.directory.metrics
   assert name == 'evaluator'
   assert reason == f'the row of step 0 in {path} cannot be written (Read-only file system).'
@@ -343,7 +442,8 @@ def test_a_disk_that_stays_full_is_named(follow, monkeypatch):
 @pytest.mark.parametrize('answer', [None, ConnectionError('lost')], ids=['heard', 'not heard'])
 @pytest.mark.parametrize('fails', [False, True], ids=['ends', 'fails'])
 def test_heartbeats_come_during_a_long_block_and_end_with_the_node(
-    follow, monkeypatch, answer, fails):
+  follow, monkeypatch, answer, fails
+):
   monkeypatch.setattr(evaluator, 'HEARTBEAT_SECONDS', 0.01)
   monkeypatch.setattr(evaluator.time, 'sleep', lambda seconds: None)
   run, coordinator, node, _ = follow()
@@ -353,6 +453,7 @@ def test_heartbeats_come_during_a_long_block_and_end_with_the_node(
     heard.release()
     if answer:
       raise answer
+
   coordinator.heartbeat = heartbeat
 
   def long(self, *args):
@@ -363,6 +464,7 @@ def test_heartbeats_come_during_a_long_block_and_end_with_the_node(
     if fails:
       raise ValueError('no row')
     return krr(self, *args)
+
   monkeypatch.setattr(evaluation.Evaluation, 'krr', long)
   if fails:
     with pytest.raises(ValueError, match='no row'):
@@ -380,6 +482,7 @@ def test_the_evaluator_stops_where_it_is(follow, monkeypatch):
   def stop_after(self, row):
     append(self, row)
     stop.set()
+
   monkeypatch.setattr(run_directory.RunDirectory, 'append_metrics', stop_after)
   node.run()
   assert _steps(run, coordinator) == [0] and not coordinator.reasons
@@ -406,8 +509,14 @@ def test_k_ss_in_tiles(architecture):
   assert kernel.pairs == [(7, 7, True)]
   kernel.pairs.clear()
   tiled = evaluation.support_block(kernel, images, 3)
-  assert kernel.pairs == [(3, 3, True), (3, 3, False), (3, 1, False), (3, 3, True), (3, 1, False),
-                          (1, 1, True)]
+  assert kernel.pairs == [
+    (3, 3, True),
+    (3, 3, False),
+    (3, 1, False),
+    (3, 3, True),
+    (3, 1, False),
+    (1, 1, True),
+  ]
   np.testing.assert_array_equal(tiled, tiled.T)
   np.testing.assert_allclose(tiled, whole, rtol=1e-5)
 
@@ -421,19 +530,39 @@ def test_krr_can_be_interrupted_at_every_tile_of_k_ss(make_run, tmp_path, blocks
   def check():
     if len(kernel.pairs) >= blocks:
       raise remote.Stopping()
+
   with pytest.raises(remote.Stopping):
-    evaluation.krr_test(kernel, images, np.eye(3)[[0, 0, 1, 1, 2, 2]], 1e-3, prepared.test_images,
-                        prepared.test_labels, 3, check)
+    evaluation.krr_test(
+      kernel,
+      images,
+      np.eye(3)[[0, 0, 1, 1, 2, 2]],
+      1e-3,
+      prepared.test_images,
+      prepared.test_labels,
+      3,
+      check,
+    )
   assert len(kernel.pairs) == blocks
 
 
 def _alone(*flags, cache, timeout=200):
   environment = {**os.environ, 'XDG_CACHE_HOME': os.path.dirname(cache)}
-  return subprocess.run([sys.executable, '-m', 'nodes.evaluator', *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
-                        timeout=timeout, env=environment, check=False)
+  return subprocess.run(
+    [sys.executable, '-m', 'nodes.evaluator', *map(str, flags)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+    env=environment,
+    check=False,
+  )
 
 
-CONFIG = ('--config=configs/base.py', '--config.run.architecture=fc1', '--config.system.evaluation.nn_steps=0')
+CONFIG = (
+  '--config=configs/base.py',
+  '--config.run.architecture=fc1',
+  '--config.system.evaluation.nn_steps=0',
+)
 
 
 def test_alone_on_a_file_of_ours_it_says_what_the_run_said(distilled, cache):
@@ -453,8 +582,14 @@ def test_alone_on_a_released_file_it_takes_the_configuration(distilled, npz, cac
   """Same images and labels, without settings; a table with baselines."""
   with np.load(distilled / 'distilled.npz') as file:
     np.savez(tmp_path / 'released.npz', images=file['images'], labels=file['labels'])
-  done = _alone(f'--dataset={tmp_path}/released.npz', '--baselines', *CONFIG, f'--config.run.data.name={npz}',
-                f'--config.system.cache_dir={cache}', cache=cache)
+  done = _alone(
+    f'--dataset={tmp_path}/released.npz',
+    '--baselines',
+    *CONFIG,
+    f'--config.run.data.name={npz}',
+    f'--config.system.cache_dir={cache}',
+    cache=cache,
+  )
   assert done.returncode == 0, done.stderr
   lines = done.stdout.splitlines()
   assert lines[0] == f'Test accuracy of {tmp_path}/released.npz'
@@ -465,33 +600,70 @@ def test_alone_on_a_released_file_it_takes_the_configuration(distilled, npz, cac
 
 def test_alone_on_a_set_that_the_authors_released_by_its_name(released_mnist):
   name, folder, cache = released_mnist
-  flags = f'--dataset={name}', f'--config.run.data.dir={folder}', f'--config.system.cache_dir={cache}', '--json'
-  done = _alone('--config=configs/mnist_ipc1.py', *flags, '--config.system.evaluation.nn_steps=0', cache=cache)
+  flags = (
+    f'--dataset={name}',
+    f'--config.run.data.dir={folder}',
+    f'--config.system.cache_dir={cache}',
+    '--json',
+  )
+  done = _alone(
+    '--config=configs/mnist_ipc1.py', *flags, '--config.system.evaluation.nn_steps=0', cache=cache
+  )
   assert done.returncode == 0, done.stderr
-  row, = json.loads(done.stdout)['rows']
+  (row,) = json.loads(done.stdout)['rows']
   distilled = export.load_released(name, cache, folder)
-  evaluate = evaluation.Evaluation(distilled.settings['run'], distilled.settings['evaluation'],
-                                store.prepare(distilled.settings['run']['data'], cache), threads=1)
+  evaluate = evaluation.Evaluation(
+    distilled.settings['run'],
+    distilled.settings['evaluation'],
+    store.prepare(distilled.settings['run']['data'], cache),
+    threads=1,
+  )
   assert row == {'kind': 'distilled', **evaluate.krr(distilled.images, distilled.labels)}
   done = _alone('--config=configs/cifar10_ipc1.py', *flags, cache=cache)
-  assert done.returncode == 2 and 'was distilled from mnist with other content or preprocessing than that of the cifar10' in done.stderr
+  assert (
+    done.returncode == 2
+    and 'was distilled from mnist with other content or preprocessing than that of the cifar10'
+    in done.stderr
+  )
 
 
-@pytest.mark.parametrize('content, flags, message', [
+@pytest.mark.parametrize(
+  'content, flags, message',
+  [
     (None, (), '--dataset=FILE is missing'),
     ('absent', CONFIG, 'is not a readable .npz file without pickled objects: [Errno 2]'),
     ('text', CONFIG, 'is not a readable .npz file without pickled objects'),
     ('released', (), 'holds no settings: give --config=FILE'),
-    ('released', ('--config=configs/nothing.py',), '--config=configs/nothing.py: there is no such file.'),
-    ('released', ('stray',), "'stray' is no flag; expected --dataset=FILE --config=FILE --baselines --json."),
-    ('no labels', CONFIG, 'holds no array \'labels\'; expected images [S, H, W, D] and labels [S, C].'),
+    (
+      'released',
+      ('--config=configs/nothing.py',),
+      '--config=configs/nothing.py: there is no such file.',
+    ),
+    (
+      'released',
+      ('stray',),
+      "'stray' is no flag; expected --dataset=FILE --config=FILE --baselines --json.",
+    ),
+    (
+      'no labels',
+      CONFIG,
+      "holds no array 'labels'; expected images [S, H, W, D] and labels [S, C].",
+    ),
     ('small images', CONFIG, 'images must be [S, 8, 9, 2] for blobs, got [6, 8, 8, 2].'),
     ('few labels', CONFIG, 'labels must be [6, 3] for blobs, got [5, 3].'),
     ('nan', CONFIG, 'images must be finite floating-point numbers, got NaN or infinity.'),
-    ('seven', (*CONFIG, '--baselines'), 'size must be a multiple of 3 (the classes) from 3 to 96 (the smallest class has 32 images), got 7'),
-])
+    (
+      'seven',
+      (*CONFIG, '--baselines'),
+      'size must be a multiple of 3 (the classes) from 3 to 96 (the smallest class has 32 images), got 7',
+    ),
+  ],
+)
 def test_bad_input_gets_one_line_and_status_2(tmp_path, npz, cache, content, flags, message):
-  arrays = {'images': np.zeros((6, 8, 9, 2), np.float32), 'labels': np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1, 2]]}
+  arrays = {
+    'images': np.zeros((6, 8, 9, 2), np.float32),
+    'labels': np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1, 2]],
+  }
   path = tmp_path / 'set.npz'
   if content == 'text':
     path.write_text('PK or not')
@@ -505,9 +677,16 @@ def test_bad_input_gets_one_line_and_status_2(tmp_path, npz, cache, content, fla
     elif content == 'nan':
       arrays['images'][3, 1] = np.nan
     elif content == 'seven':
-      arrays = {'images': np.random.default_rng(0).normal(size=(7, 8, 9, 2)), 'labels': np.eye(3)[[0, 1, 2, 0, 1, 2, 0]]}
+      arrays = {
+        'images': np.random.default_rng(0).normal(size=(7, 8, 9, 2)),
+        'labels': np.eye(3)[[0, 1, 2, 0, 1, 2, 0]],
+      }
     np.savez(path, **arrays)
-  data = (f'--config.run.data.name={npz}', f'--config.system.cache_dir={cache}') if flags[:1] == CONFIG[:1] else ()
+  data = (
+    (f'--config.run.data.name={npz}', f'--config.system.cache_dir={cache}')
+    if flags[:1] == CONFIG[:1]
+    else ()
+  )
   done = _alone(*([f'--dataset={path}'] if content else []), *flags, *data, cache=cache)
   assert done.returncode == 2, done.stdout + done.stderr
   lines = [line for line in done.stderr.splitlines() if line.startswith('error:')]
@@ -518,6 +697,15 @@ def test_bad_input_gets_one_line_and_status_2(tmp_path, npz, cache, content, fla
 def test_a_file_of_ours_is_not_taken_for_one_of_another_data_set(distilled, npz, cache, tmp_path):
   with np.load(npz) as file:
     np.savez(tmp_path / 'other.npz', **{**file, 'y_test': file['y_test'][::-1]})
-  done = _alone(f'--dataset={distilled}/distilled.npz', *CONFIG, f'--config.run.data.name={tmp_path}/other.npz',
-                f'--config.system.cache_dir={cache}', cache=cache)
-  assert done.returncode == 2 and 'was distilled from blobs with other content or preprocessing than that of the other' in done.stderr
+  done = _alone(
+    f'--dataset={distilled}/distilled.npz',
+    *CONFIG,
+    f'--config.run.data.name={tmp_path}/other.npz',
+    f'--config.system.cache_dir={cache}',
+    cache=cache,
+  )
+  assert (
+    done.returncode == 2
+    and 'was distilled from blobs with other content or preprocessing than that of the other'
+    in done.stderr
+  )

@@ -24,9 +24,19 @@ def saved(request, npz, cache, tmp_path):
   """(path, prepared set, images, labels) of an export."""
   data = {'name': npz, 'dir': '', 'zca': request.param, 'zca_regularisation': 0.1}
   prepared = store.prepare(data, cache)
-  images, labels = prepared.train_images[:6], np.eye(3, dtype=np.float32)[[0, 0, 1, 1, 2, 2]] - np.float32(1 / 3)
+  images, labels = (
+    prepared.train_images[:6],
+    np.eye(3, dtype=np.float32)[[0, 0, 1, 1, 2, 2]] - np.float32(1 / 3),
+  )
   path = str(tmp_path / 'distilled.npz')
-  export.save(path, images, labels, 5, {'run': {'data': data}, 'system': {'evaluation': {'krr_tile': 9}}}, prepared)
+  export.save(
+    path,
+    images,
+    labels,
+    5,
+    {'run': {'data': data}, 'system': {'evaluation': {'krr_tile': 9}}},
+    prepared,
+  )
   return path, prepared, images, labels
 
 
@@ -37,14 +47,22 @@ def test_it_loads_as_it_was_saved(saved):
   np.testing.assert_array_equal(loaded.labels, labels)
   for ours, theirs in zip(loaded.transform, prepared.transform):
     np.testing.assert_array_equal(ours, theirs)
-  assert loaded.settings['step'] == 5 and loaded.settings['evaluation'] == {'krr_tile': 9} and loaded.settings['label_offset'] == -1 / 3
-  assert os.path.exists(os.path.join(os.path.dirname(path), 'transform.npz')) == (prepared.transform.zca is not None)
+  assert (
+    loaded.settings['step'] == 5
+    and loaded.settings['evaluation'] == {'krr_tile': 9}
+    and loaded.settings['label_offset'] == -1 / 3
+  )
+  assert os.path.exists(os.path.join(os.path.dirname(path), 'transform.npz')) == (
+    prepared.transform.zca is not None
+  )
 
 
 def test_the_transform_of_an_export_gives_the_images_that_were_used(saved, npz):
   path, prepared, _, _ = saved
   with np.load(npz) as file:
-    np.testing.assert_array_equal(preprocess.apply(export.load(path).transform, file['x_test']), prepared.test_images)
+    np.testing.assert_array_equal(
+      preprocess.apply(export.load(path).transform, file['x_test']), prepared.test_images
+    )
 
 
 def test_damage(saved, tmp_path):
@@ -73,10 +91,18 @@ def test_a_released_set_is_used_like_our_own(released_mnist, tmp_path):
   run = distilled.settings['run']
   base.validate({**base.get_config().to_dict(), 'run': run})
   prepared = store.prepare(run['data'], cache)
-  assert distilled.settings['data'] == {'name': 'mnist', 'key': prepared.key,
-                                        'class_names': list('0123456789')}
+  assert distilled.settings['data'] == {
+    'name': 'mnist',
+    'key': prepared.key,
+    'class_names': list('0123456789'),
+  }
   assert distilled.settings['label_offset'] == -0.1
-  assert (run['architecture'], run['images_per_class'], run['learn_labels'], run['data']['zca']) == ('convnet', 1, True, False)
+  assert (
+    run['architecture'],
+    run['images_per_class'],
+    run['learn_labels'],
+    run['data']['zca'],
+  ) == ('convnet', 1, True, False)
   np.testing.assert_array_equal(distilled.transform.mean, prepared.transform.mean)
   copy = str(tmp_path / 'distilled.npz')
   config = {'run': run, 'system': {'evaluation': distilled.settings['evaluation']}}
@@ -86,13 +112,29 @@ def test_a_released_set_is_used_like_our_own(released_mnist, tmp_path):
 
 def test_a_released_set_is_written_out_by_its_name(released_mnist, tmp_path):
   name, folder, cache = released_mnist
-  done = subprocess.run([sys.executable, '-m', 'nodes.export', name, f'--to={tmp_path}/out', '--config=configs/mnist_ipc1.py',
-                         f'--config.run.data.dir={folder}', f'--config.system.cache_dir={cache}'],
-                        cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      'nodes.export',
+      name,
+      f'--to={tmp_path}/out',
+      '--config=configs/mnist_ipc1.py',
+      f'--config.run.data.dir={folder}',
+      f'--config.system.cache_dir={cache}',
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=200,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr
   raw = export.raw_images(export.load_released(name, cache, folder))
   for i in range(10):
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'out' / str(i) / f'{i:05d}.png')), raw[i, ..., 0])
+    np.testing.assert_array_equal(
+      np.asarray(Image.open(tmp_path / 'out' / str(i) / f'{i:05d}.png')), raw[i, ..., 0]
+    )
 
 
 @pytest.fixture(name='grey')
@@ -100,9 +142,13 @@ def _grey(tmp_path):
   """A distilled set of 4 images, 2 classes, 5x6 pixels of one channel: (path, distilled)."""
   rng = np.random.default_rng(0)
   transform = preprocess.Transform(np.array([100.0]), np.array([50.0]))
-  images, labels = rng.normal(size=(4, 5, 6, 1)).astype(np.float32), rng.normal(size=(4, 2)).astype(np.float32)
+  images, labels = (
+    rng.normal(size=(4, 5, 6, 1)).astype(np.float32),
+    rng.normal(size=(4, 2)).astype(np.float32),
+  )
   prepared = store.Prepared(*[None] * len(store.Prepared._fields))._replace(
-      key='key', name='grey', transform=transform, num_classes=2, class_names=('a/b', 'c'))
+    key='key', name='grey', transform=transform, num_classes=2, class_names=('a/b', 'c')
+  )
   path = str(tmp_path / 'distilled.npz')
   export.save(path, images, labels, 1, {'run': {}, 'system': {'evaluation': {}}}, prepared)
   return path, export.load(path)
@@ -112,15 +158,20 @@ def test_an_image_folder_holds_raw_pixels_and_labels(grey, tmp_path):
   path, distilled = grey
   assert export.main(['export', path, f'--to={tmp_path}/out']) == 0
   for i, name in enumerate(['a_b/00000.png', 'a_b/00001.png', 'c/00002.png', 'c/00003.png']):
-    expected = np.clip(np.round(100 + 50.0 * distilled.images[i, ..., 0].astype(np.float64)), 0, 255)
+    expected = np.clip(
+      np.round(100 + 50.0 * distilled.images[i, ..., 0].astype(np.float64)), 0, 255
+    )
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'out' / name)), expected)
   header, *lines = (tmp_path / 'out' / 'labels.csv').read_text().splitlines()
   assert header == 'file,label_a/b,label_c' and lines[2].startswith('c/00002.png,')
-  np.testing.assert_array_equal(np.array([line.split(',')[1:] for line in lines], np.float32), distilled.labels)
+  np.testing.assert_array_equal(
+    np.array([line.split(',')[1:] for line in lines], np.float32), distilled.labels
+  )
 
 
 def test_a_dataset_folder_loads_exactly(grey, tmp_path):
   import datasets
+
   export.write_dataset(grey[1], str(tmp_path / 'out'))
   rows = datasets.load_dataset(str(tmp_path / 'out'), cache_dir=str(tmp_path / 'cache'))['train']
   np.testing.assert_array_equal(np.array(rows['pixels'], np.float32), grey[1].images)
@@ -150,7 +201,9 @@ def test_a_file_without_names_has_numbers(grey, tmp_path):
   assert (tmp_path / 'out' / 'labels.csv').read_text().splitlines()[0] == 'file,label_0,label_1'
 
 
-@pytest.mark.parametrize('names, folders', [
+@pytest.mark.parametrize(
+  'names, folders',
+  [
     (('cat', 'dog'), ['cat', 'dog']),
     (('10', '-1.5'), ['10', '-1.5']),
     (('T-shirt/top', 'Ankle boot'), ['T-shirt_top', 'Ankle boot']),
@@ -161,7 +214,9 @@ def test_a_file_without_names_has_numbers(grey, tmp_path):
     (('con', '..'), ['0_con', '1_']),  # reserved on Windows; nothing left
     (('labels.csv', 'x' * 300), ['0_labels.csv', 'x' * 60]),
     (('größe', '猫\n犬'), ['größe', '猫_犬']),
-    (('a,b', '"c"'), ['a_b', '_c_'])])
+    (('a,b', '"c"'), ['a_b', '_c_']),
+  ],
+)
 def test_folders_are_named_after_the_classes(grey, tmp_path, names, folders):
   distilled = grey[1]._replace(settings={'data': {'class_names': list(names)}})
   export.write_images(distilled, str(tmp_path / 'out'))
@@ -176,4 +231,7 @@ def test_folders_are_named_after_the_classes(grey, tmp_path, names, folders):
 def test_channels_that_png_cannot_hold(grey, tmp_path):
   distilled = grey[1]._replace(images=np.zeros((4, 5, 6, 2), np.float32))
   with pytest.raises(DataError, match='PNG files hold 1 or 3 channels; these images have 2'):
-    export.write_images(distilled._replace(transform=preprocess.Transform(np.zeros(2), np.ones(2))), str(tmp_path / 'out'))
+    export.write_images(
+      distilled._replace(transform=preprocess.Transform(np.zeros(2), np.ones(2))),
+      str(tmp_path / 'out'),
+    )

@@ -22,9 +22,12 @@ def _make(run):
 
 
 def test_noise_has_the_deviation_of_the_training_images(make_run, tmp_path):
-  images, labels = _make(make_run(tmp_path / 'a', {'run.initial_images': 'noise', 'run.images_per_class': 20}))
+  images, labels = _make(
+    make_run(tmp_path / 'a', {'run.initial_images': 'noise', 'run.images_per_class': 20})
+  )
   assert images.shape == (60, 8, 9, 2) and images.dtype == np.float64
-  assert abs(images.mean()) < 0.03 and images.std() == pytest.approx(1, abs=0.03)  # they are standardised
+  # They are standardised.
+  assert abs(images.mean()) < 0.03 and images.std() == pytest.approx(1, abs=0.03)
   assert np.abs(np.corrcoef(images.reshape(60, -1))[np.triu_indices(60, 1)]).max() < 0.4
   assert np.array_equal(labels, np.repeat(np.eye(3), 20, axis=0) - 1 / 3)
   fewer, _ = _make(make_run(tmp_path / 'b', {'run.initial_images': 'noise'}))
@@ -33,19 +36,28 @@ def test_noise_has_the_deviation_of_the_training_images(make_run, tmp_path):
 
 
 def test_a_distilled_set_goes_on(make_run, tmp_path):
-  """With its images and labels, whoever wrote them: our file, and one with nothing else in it, as the papers' authors released theirs."""
+  """With its images and labels, whoever wrote them: our file, and one with nothing else in it, as
+  the papers' authors released theirs."""
   first = make_run(tmp_path / 'first', FC1)
   local.distil(first, threading.Event())
   with np.load(first.directory.distilled) as file:
     images, labels = file['images'], file['labels']
   np.savez(tmp_path / 'released.npz', images=images, labels=labels)
-  for name, path in (('ours', first.directory.distilled), ('theirs', str(tmp_path / 'released.npz'))):
+  for name, path in (
+    ('ours', first.directory.distilled),
+    ('theirs', str(tmp_path / 'released.npz')),
+  ):
     run = make_run(tmp_path / name, {**FC1, 'run.initial_images': path, 'run.learn_labels': False})
     local.distil(run, threading.Event())
     assert run.directory.read_status()['state'] == 'finished'
     with np.load(run.directory.snapshot(0)) as start, np.load(run.directory.distilled) as end:
-      assert start['images'].tobytes() == images.tobytes() and start['labels'].tobytes() == labels.tobytes()
-      assert end['labels'].tobytes() == labels.tobytes() and not np.array_equal(end['images'], images)
+      assert (
+        start['images'].tobytes() == images.tobytes()
+        and start['labels'].tobytes() == labels.tobytes()
+      )
+      assert end['labels'].tobytes() == labels.tobytes() and not np.array_equal(
+        end['images'], images
+      )
 
 
 def test_a_released_set_goes_on(make_run, tmp_path, monkeypatch):
@@ -57,31 +69,53 @@ def test_a_released_set_goes_on(make_run, tmp_path, monkeypatch):
   prepared = store.open_prepared(run.directory.read_config()['data_key'], run.cache)
   settings = {**run.config['run'], 'data': {'name': 'blobs', 'zca': False}}
   start = initial_support.make(settings, prepared, run.cache)
-  assert np.array_equal(start[0], images) and np.array_equal(start[1], labels) and start[0].dtype == start[1].dtype == np.float64
+  assert (
+    np.array_equal(start[0], images)
+    and np.array_equal(start[1], labels)
+    and start[0].dtype == start[1].dtype == np.float64
+  )
   for data in ({'name': 'blobs', 'zca': True}, {'name': 'mnist', 'zca': False}):
     with pytest.raises(DataError, match='needs run.data.name=blobs and run.data.zca=False; got'):
       initial_support.make({**settings, 'data': data}, prepared, run.cache)
 
 
 def _file(**changes):
-  arrays = {'images': np.zeros((6, 8, 9, 2), np.float32), 'labels': np.zeros((6, 3), np.float32), **changes}
+  arrays = {
+    'images': np.zeros((6, 8, 9, 2), np.float32),
+    'labels': np.zeros((6, 3), np.float32),
+    **changes,
+  }
   return {name: array for name, array in arrays.items() if array is not None}
 
 
-@pytest.mark.parametrize('arrays, message', [
+@pytest.mark.parametrize(
+  'arrays, message',
+  [
     (_file(labels=None), "has no array 'labels'; expected images .* and labels"),
-    (_file(images=np.zeros((5, 8, 9, 2))), r'images must be \[6, 8, 9, 2\] for blobs and run.images_per_class=2, got \[5, 8, 9, 2\]'),
+    (
+      _file(images=np.zeros((5, 8, 9, 2))),
+      r'images must be \[6, 8, 9, 2\] for blobs and run.images_per_class=2, got \[5, 8, 9, 2\]',
+    ),
     (_file(images=np.zeros((6, 8, 9, 1))), r'images must be \[6, 8, 9, 2\].*got \[6, 8, 9, 1\]'),
     (_file(labels=np.zeros((6, 10))), r'labels must be \[6, 3\]'),
-    (_file(images=np.zeros((6, 8, 9, 2), np.uint8)), 'images must be finite floating-point numbers'),
+    (
+      _file(images=np.zeros((6, 8, 9, 2), np.uint8)),
+      'images must be finite floating-point numbers',
+    ),
     (_file(labels=np.full((6, 3), np.nan)), 'labels must be finite'),
-    (_file(settings=json.dumps({'data': {'key': 'other', 'name': 'mnist'}})), 'was distilled from other data, or'),
+    (
+      _file(settings=json.dumps({'data': {'key': 'other', 'name': 'mnist'}})),
+      'was distilled from other data, or',
+    ),
     (_file(settings=json.dumps([1])), 'must be real, noise, or an .npz file of a distilled set'),
-    (_file(settings=json.dumps({'data': 'mnist'})),
-     'must be real, noise, or an .npz file of a distilled set'),
+    (
+      _file(settings=json.dumps({'data': 'mnist'})),
+      'must be real, noise, or an .npz file of a distilled set',
+    ),
     (_file(settings='{'), 'must be real, noise, or an .npz file of a distilled set'),
     (None, 'run.initial_images=.* must be real, noise, or an .npz file of a distilled set'),
-])
+  ],
+)
 def test_files_that_do_not_fit(make_run, tmp_path, arrays, message):
   path = str(tmp_path / 'set.npz')
   if arrays is not None:
@@ -105,7 +139,8 @@ def test_a_set_of_classes_with_other_names_is_other_data(make_run, tmp_path, npz
   start = {**FC1, 'run.initial_images': first.directory.distilled}
   images, _ = _make(make_run(tmp_path / 'same', {**start, 'run.data.name': paths[0]}))
   assert images.shape == (6, 8, 9, 2)
-  message = ('was distilled from other data, or data with other class names or preprocessing, '
-             'than set here')
+  message = (
+    'was distilled from other data, or data with other class names or preprocessing, than set here'
+  )
   with pytest.raises(DataError, match=message):
     _make(make_run(tmp_path / 'other', {**start, 'run.data.name': paths[1]}))

@@ -15,10 +15,13 @@ S, T, H, W, D, C = 2, 3, 4, 4, 1, 2
 
 class _Kernel:
   """One whose blocks are of ones, and keeps as much as is asked."""
-  dtype, kept_bytes = np.dtype('float32'), 10 ** 9
+
+  dtype, kept_bytes = np.dtype('float32'), 10**9
 
   def linearise(self, x1, x2):
-    return ntk.Linearised(np.ones((S, T)), lambda cotangent: np.full((S, H, W, D), cotangent.sum()), 8)
+    return ntk.Linearised(
+      np.ones((S, T)), lambda cotangent: np.full((S, H, W, D), cotangent.sum()), 8
+    )
 
 
 def _task(step, phase, generation=1):
@@ -26,7 +29,8 @@ def _task(step, phase, generation=1):
 
 
 class _Meeting(int):
-  """A number that, when it is compared, lets another thread go first, for as long as that one may need."""
+  """A number that, when it is compared, lets another thread go first, for as long as that one may
+  need."""
 
   def __new__(cls, value, reached, over):
     number = super().__new__(cls, value)
@@ -42,7 +46,8 @@ class _Meeting(int):
 
 
 def test_one_thread_forgets_while_another_uses():
-  """The thread that fetches a task's inputs drops what is of other steps, while the kernel's is busy with it."""
+  """The thread that fetches a task's inputs drops what is of other steps, while the kernel's is
+  busy with it."""
   worker = kernel_worker.KernelWorker(None, 'w', 1, '', threading.Event())
   worker._kernel, worker._augment = _Kernel(), False
   worker._run = {'plan': {'target_tile': T}, 'seed': 0, 'targets_per_step': T}

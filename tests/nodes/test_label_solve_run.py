@@ -1,4 +1,5 @@
-"""Label Solve as a run: against the dense pseudo-inverse of the whole problem, before and after KIP, and its bits against itself."""
+"""Label Solve as a run: against the dense pseudo-inverse of the whole problem, before and after
+KIP, and its bits against itself."""
 
 import os
 import threading
@@ -15,7 +16,12 @@ from nodes import coordinator as coordinator_node
 from nodes import export
 from programs import local
 
-FC1 = {'run.architecture': 'fc1', 'run.kernel_dtype': 'float64', 'run.method': 'label_solve', 'run.num_steps': 1}
+FC1 = {
+  'run.architecture': 'fc1',
+  'run.kernel_dtype': 'float64',
+  'run.method': 'label_solve',
+  'run.num_steps': 1,
+}
 
 
 def _distil(run):
@@ -27,27 +33,46 @@ def _distil(run):
 
 
 def _oracle(run, images):
-  """Labels by the dense pseudo-inverse, and a function from labels to ½ mean((P - y)²) over the training set."""
+  """Labels by the dense pseudo-inverse, and a function from labels to ½ mean((P - y)²) over the
+  training set."""
   prepared = store.open_prepared(run.directory.read_config()['data_key'], run.cache)
-  kernel = ntk.make_kernel(run.config['run']['architecture'], implementation='reference', dtype='float64')
+  kernel = ntk.make_kernel(
+    run.config['run']['architecture'], implementation='reference', dtype='float64'
+  )
   k = krr.regularised(kernel.block(images, images), run.config['run']['ridge'])
   predict = kernel.block(prepared.train_images, images) @ np.linalg.inv(k)
   y_t = sampling.centred_one_hot(prepared.train_labels, prepared.num_classes)
-  return np.linalg.pinv(predict, rcond=1e-12) @ y_t, lambda labels: 0.5 * np.mean((predict @ labels - y_t) ** 2)
+  return np.linalg.pinv(
+    predict, rcond=1e-12
+  ) @ y_t, lambda labels: 0.5 * np.mean((predict @ labels - y_t) ** 2)
 
 
-@pytest.mark.parametrize('architecture, per_step, target_tile, per_task', [
-    ('convnet2', 33, 5, 2), ('fc1', 96, 96, 1), ('fc1', 3, 7, 1), ('fc1', 0, 7, 1)])
-def test_the_whole_training_set_is_fitted_as_by_the_pseudo_inverse(make_run, tmp_path, architecture, per_step, target_tile, per_task):
-  """Rounds and tasks that divide the 96 training images, that do not, and that are smaller than S + C."""
-  run = make_run(tmp_path, {**FC1, 'run.architecture': architecture, 'run.targets_per_step': per_step,
-                            'run.plan.target_tile': target_tile, 'run.plan.target_tiles_per_task': per_task})
+@pytest.mark.parametrize(
+  'architecture, per_step, target_tile, per_task',
+  [('convnet2', 33, 5, 2), ('fc1', 96, 96, 1), ('fc1', 3, 7, 1), ('fc1', 0, 7, 1)],
+)
+def test_the_whole_training_set_is_fitted_as_by_the_pseudo_inverse(
+  make_run, tmp_path, architecture, per_step, target_tile, per_task
+):
+  """Rounds and tasks that divide the 96 training images, that do not, and that are smaller than S +
+  C."""
+  run = make_run(
+    tmp_path,
+    {
+      **FC1,
+      'run.architecture': architecture,
+      'run.targets_per_step': per_step,
+      'run.plan.target_tile': target_tile,
+      'run.plan.target_tiles_per_task': per_task,
+    },
+  )
   rows, distilled = _distil(run)
   with np.load(run.directory.snapshot(0)) as start:
     images, hard = start['images'], start['labels']
   assert distilled.images.tobytes() == images.tobytes()
   labels, loss = _oracle(run, images)
-  np.testing.assert_allclose(distilled.labels, labels, rtol=0, atol=1e-6 * np.abs(labels).max())  # the export is float32
+  # The export is float32.
+  np.testing.assert_allclose(distilled.labels, labels, rtol=0, atol=1e-6 * np.abs(labels).max())
   assert rows[0]['train_loss'] == pytest.approx(loss(hard.astype(np.float64)), rel=1e-6)
   assert rows[1]['train_loss'] == pytest.approx(loss(labels), rel=1e-9)
   assert rows[1]['train_loss'] < 0.9 * rows[0]['train_loss']
@@ -59,9 +84,19 @@ def test_the_whole_training_set_is_fitted_as_by_the_pseudo_inverse(make_run, tmp
 def test_same_bits_whoever_computes(make_run, tmp_path, architecture):
   results = []
   for workers, threads in ((1, 2), (2, 1), (5, 1)):
-    run = make_run(tmp_path / f'{workers}x{threads}', {
-        **FC1, 'run.architecture': architecture, 'run.kernel_dtype': 'float32', 'run.images_per_class': 5, 'run.targets_per_step': 36,
-        'run.plan.target_tiles_per_task': 1, 'system.num_workers': workers, 'system.worker_threads': threads})
+    run = make_run(
+      tmp_path / f'{workers}x{threads}',
+      {
+        **FC1,
+        'run.architecture': architecture,
+        'run.kernel_dtype': 'float32',
+        'run.images_per_class': 5,
+        'run.targets_per_step': 36,
+        'run.plan.target_tiles_per_task': 1,
+        'system.num_workers': workers,
+        'system.worker_threads': threads,
+      },
+    )
     rows, distilled = _distil(run)
     results.append((distilled.labels.tobytes(), [rows[step]['train_loss'] for step in (0, 1)]))
   assert results[1] == results[0] and results[2] == results[0]
@@ -79,6 +114,7 @@ def test_a_stopped_run_goes_on_at_the_round_where_it_was(make_run, tmp_path, mon
         stop.set()
         raise coordinator_node._Stopped()
     return phase(self, name, num_support, targets)
+
   monkeypatch.setattr(coordinator_node.Coordinator, '_phase', counted)
   for stop_at in ((36, 48), (84, 96), None):
     stop = threading.Event()
@@ -96,9 +132,19 @@ def test_a_stopped_run_goes_on_at_the_round_where_it_was(make_run, tmp_path, mon
 @pytest.mark.parametrize('method, solved', [('label_solve+kip', 1), ('kip+label_solve', 4)])
 @pytest.mark.parametrize('learn', [True, False])
 def test_before_and_after_kip(make_run, tmp_path, method, solved, learn):
-  """One update of the four solves for the labels of the images of its moment and leaves the images alone; the others are KIP's."""
-  run = make_run(tmp_path, {**FC1, 'run.method': method, 'run.num_steps': 4, 'run.learn_labels': learn, 'run.learning_rate': 0.01,
-                            'system.snapshot_steps': (1, 2, 3)})
+  """One update of the four solves for the labels of the images of its moment and leaves the images
+  alone; the others are KIP's."""
+  run = make_run(
+    tmp_path,
+    {
+      **FC1,
+      'run.method': method,
+      'run.num_steps': 4,
+      'run.learn_labels': learn,
+      'run.learning_rate': 0.01,
+      'system.snapshot_steps': (1, 2, 3),
+    },
+  )
   rows, distilled = _distil(run)
   images, labels = {}, {}
   for step in range(5):
@@ -109,21 +155,32 @@ def test_before_and_after_kip(make_run, tmp_path, method, solved, learn):
     assert np.array_equal(labels[step + 1], labels[step]) == (step + 1 != solved and not learn)
   expected, _ = _oracle(run, images[solved])
   np.testing.assert_allclose(labels[solved], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-  assert sorted(step for step, row in rows.items() if 'train_accuracy' not in row) == ([0] if solved == 1 else [3, 4])
+  assert sorted(step for step, row in rows.items() if 'train_accuracy' not in row) == (
+    [0] if solved == 1 else [3, 4]
+  )
   assert distilled.labels.tobytes() == labels[4].tobytes()
-  assert sum(counts['pairs'] for counts in run.directory.read_status()['workers'].values()) == run.directory.read_status()['pairs']
+  assert (
+    sum(counts['pairs'] for counts in run.directory.read_status()['workers'].values())
+    == run.directory.read_status()['pairs']
+  )
 
 
 def test_rounds_about_other_images_are_not_in_the_way(make_run, tmp_path):
   """More rounds of another Label Solve in the directory: the run's own are kept all the same."""
   run = make_run(tmp_path, {**FC1, 'run.targets_per_step': 12})
-  other = checkpoints.SupportState(7, np.ones((6, 8, 9, 2)), np.ones((6, 3)), {'factor': np.ones((9, 9))})
+  other = checkpoints.SupportState(
+    7, np.ones((6, 8, 9, 2)), np.ones((6, 3)), {'factor': np.ones((9, 9))}
+  )
   for folder in (run.directory.label_solve, os.path.join(run.directory.label_solve, 'another')):
     os.makedirs(folder, exist_ok=True)
     checkpoints.Checkpoints(folder).save(other, {'wall_seconds': 5.0})
   _, distilled = _distil(run)
   _, expected = _distil(make_run(tmp_path / 'alone', {**FC1, 'run.targets_per_step': 12}))
   assert distilled.labels.tobytes() == expected.labels.tobytes()
-  rounds = [int(step) for folder in os.scandir(run.directory.label_solve)
-            for step in os.listdir(folder.path) if step.isdigit()]
+  rounds = [
+    int(step)
+    for folder in os.scandir(run.directory.label_solve)
+    for step in os.listdir(folder.path)
+    if step.isdigit()
+  ]
   assert max(rounds) == 8  # 96 training images, 12 a round

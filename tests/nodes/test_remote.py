@@ -9,7 +9,6 @@ from nodes import remote
 
 
 class _Flaky:
-
   def __init__(self, failures):
     self.failures, self.calls = failures, 0
 
@@ -41,14 +40,15 @@ def test_a_lost_call_is_repeated():
 def test_it_gives_up_after_the_timeout():
   start = time.monotonic()
   with pytest.raises(remote.CoordinatorLost, match='has not answered for 0 s: gone'):
-    remote.Retrying(_Flaky(10 ** 9), 0.2, threading.Event(), _is_connection).add(1, 1)
+    remote.Retrying(_Flaky(10**9), 0.2, threading.Event(), _is_connection).add(1, 1)
   assert time.monotonic() - start < 5
 
 
 def test_it_says_where_it_looked():
   with pytest.raises(remote.CoordinatorLost, match='has not answered for 0 s at here:1: gone'):
-    remote.Retrying(_Flaky(10**9), 0.1, threading.Event(), _is_connection,
-                    address='here:1').add(1, 1)
+    remote.Retrying(_Flaky(10**9), 0.1, threading.Event(), _is_connection, address='here:1').add(
+      1, 1
+    )
 
 
 def test_no_try_is_wasted_while_nobody_listens():
@@ -57,15 +57,18 @@ def test_no_try_is_wasted_while_nobody_listens():
   def listening():
     looks.append(target.calls)
     return len(looks) > 3
+
   assert remote.Retrying(target, 5, threading.Event(), _is_connection, listening).add(2, 3) == 5
   assert target.calls == 2 and looks == [1, 1, 1, 1]
 
 
 def test_one_that_was_there_is_given_up_sooner():
   target, methods = _Flaky(0), []
-  retrying = remote.Retrying(target, 1.0, threading.Event(), _is_connection, answered=methods.append)
+  retrying = remote.Retrying(
+    target, 1.0, threading.Event(), _is_connection, answered=methods.append
+  )
   retrying.add(1, 1)
-  target.failures = 10 ** 9
+  target.failures = 10**9
   start = time.monotonic()
   with pytest.raises(remote.CoordinatorLost) as error:
     retrying.add(1, 1)
@@ -81,4 +84,4 @@ def test_it_stops_waiting_when_told_to():
   stop = threading.Event()
   stop.set()
   with pytest.raises(remote.Stopping):
-    remote.Retrying(_Flaky(10 ** 9), 60, stop, _is_connection).add(1, 1)
+    remote.Retrying(_Flaky(10**9), 60, stop, _is_connection).add(1, 1)

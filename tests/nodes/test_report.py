@@ -1,4 +1,5 @@
-"""The report holds what the run says and needs no network; the pictures have the size and content that their arguments ask for."""
+"""The report holds what the run says and needs no network; the pictures have the size and content
+that their arguments ask for."""
 
 import base64
 import html.parser
@@ -37,9 +38,19 @@ def _make_small(npz, cache, tmp_path_factory):
 
   def make(changes):
     config = base.get_config()
-    config.update_from_flattened_dict({'run.architecture': 'fc1', 'run.data.name': npz, 'run.num_steps': 2, 'run.images_per_class': 2,
-                                       'run.targets_per_step': 33, 'system.cache_dir': cache, 'system.evaluation.nn_steps': 0,
-                                       'system.num_workers': 2, **changes})
+    config.update_from_flattened_dict(
+      {
+        'run.architecture': 'fc1',
+        'run.data.name': npz,
+        'run.num_steps': 2,
+        'run.images_per_class': 2,
+        'run.targets_per_step': 33,
+        'system.cache_dir': cache,
+        'system.evaluation.nn_steps': 0,
+        'system.num_workers': 2,
+        **changes,
+      }
+    )
     config = config.to_dict()
     prepared = store.prepare(config['run']['data'], cache)
     directory = run_directory.RunDirectory(str(tmp_path_factory.mktemp('run')))
@@ -48,12 +59,15 @@ def _make_small(npz, cache, tmp_path_factory):
     local.distil(start.Run(config, directory, cache), threading.Event())
     assert directory.read_status()['state'] == run_directory.FINISHED
     return directory
+
   return make
 
 
 @pytest.fixture(scope='module', name='finished')
 def _finished(make_small):
-  return make_small({'run.data.zca': True, 'system.evaluation.baselines': True, 'system.snapshot_steps': (0, 1)})
+  return make_small(
+    {'run.data.zca': True, 'system.evaluation.baselines': True, 'system.snapshot_steps': (0, 1)}
+  )
 
 
 class _Page(html.parser.HTMLParser):
@@ -81,25 +95,53 @@ def test_the_report_is_complete_in_itself(finished):
   with open(finished.report, encoding='utf-8') as file:
     content = file.read()
   page = _Page(content)
-  assert all(source.startswith('data:') for source in page.sources) and 'http' not in content and '<script' not in content
-  names = ['images.png', 'images_whitened.png', 'labels.png', 'label_covariance.png', 'accuracy.png']
-  embedded = [base64.b64decode(source.partition(',')[2]) for source in page.sources if source.startswith('data:image/png')]
+  assert (
+    all(source.startswith('data:') for source in page.sources)
+    and 'http' not in content
+    and '<script' not in content
+  )
+  names = [
+    'images.png',
+    'images_whitened.png',
+    'labels.png',
+    'label_covariance.png',
+    'accuracy.png',
+  ]
+  embedded = [
+    base64.b64decode(source.partition(',')[2])
+    for source in page.sources
+    if source.startswith('data:image/png')
+  ]
   assert embedded == [open(os.path.join(finished.path, name), 'rb').read() for name in names]
   first, *_, last = finished.read_metrics()
-  for expected in (f'{100 * first["krr_test_accuracy"]:.2f} %', f'{100 * last["krr_test_accuracy"]:.2f} %', 'real images, solved labels',
-                   "launch.py '--workdir=a b'", 'run.targets_per_step', 'The papers publish no row', f'jax {jax.__version__}'):
+  for expected in (
+    f'{100 * first["krr_test_accuracy"]:.2f} %',
+    f'{100 * last["krr_test_accuracy"]:.2f} %',
+    'real images, solved labels',
+    "launch.py '--workdir=a b'",
+    'run.targets_per_step',
+    'The papers publish no row',
+    f'jax {jax.__version__}',
+  ):
     assert expected in page.text
 
 
 def test_tensorboard_has_a_file_a_row(finished):
-  assert [int(name.rpartition('.')[2]) for name in sorted(os.listdir(finished.tensorboard))] == [0, 1, 2]
+  assert [int(name.rpartition('.')[2]) for name in sorted(os.listdir(finished.tensorboard))] == [
+    0,
+    1,
+    2,
+  ]
 
 
 def test_the_report_of_another_step_shows_its_images(finished):
   before = open(finished.picture, 'rb').read()
   report.write(finished, finished.read_metrics(), step=1)
   assert open(finished.picture, 'rb').read() != before
-  with pytest.raises(report.DataError, match='the snapshot of step 7 cannot be read .* there are those of steps 0, 1, 2'):
+  with pytest.raises(
+    report.DataError,
+    match='the snapshot of step 7 cannot be read .* there are those of steps 0, 1, 2',
+  ):
     report.write(finished, finished.read_metrics(), step=7)
   report.write(finished, finished.read_metrics())
   assert open(finished.picture, 'rb').read() == before
@@ -118,6 +160,7 @@ NAMES = ['cat', 'dog', '<b>cow</b> & calf, much too long']
 def _named(finished, tmp_path):
   """A copy of a finished run, whose classes have names."""
   from nodes import run_directory
+
   directory = run_directory.RunDirectory(str(shutil.copytree(finished.path, tmp_path / 'run')))
   with numpy.load(directory.distilled) as file:
     arrays = {name: file[name] for name in file}
@@ -135,6 +178,7 @@ def _drawn(monkeypatch):
   def savefig(figure, *args, **kwargs):
     save(figure, *args, **kwargs)
     found.extend(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
   monkeypatch.setattr(matplotlib.figure.Figure, 'savefig', savefig)
   return found
 
@@ -152,12 +196,16 @@ def _content(directory):
     return file.read()
 
 
-@pytest.mark.parametrize('names, expected', [
+@pytest.mark.parametrize(
+  'names, expected',
+  [
     (['ant', 'bee', 'US$ $1'], ['ant', 'bee', r'US\$ \$1']),
     (['a very long name', 'a very long one', 'x'], ['0 a very lo…', '1 a very lo…', '2 x']),
     (['two\nlines', 'b', 'c'], ['two lines', 'b', 'c']),
     (['猫', '犬', '牛'], ['0', '1', '2']),  # which Matplotlib's own font has not
-    ([f'class {c}' for c in range(100)], [str(c) for c in range(10)])])
+    ([f'class {c}' for c in range(100)], [str(c) for c in range(10)]),
+  ],
+)
 def test_names_in_pictures_are_readable(drawn, names, expected):
   labels = numpy.eye(len(names))
   pictures.label_bars(labels, labels, names, ('', ''))
@@ -187,11 +235,18 @@ def test_a_finite_network_stands_beside_its_width_and_updates(named, drawn, monk
   assert 'finite network, width 128, 1000 updates; width not recorded' in drawn
 
 
-@pytest.mark.parametrize('rows', [
-    [{'step': 0}, {'step': 2}], [{'step': 2}],
+@pytest.mark.parametrize(
+  'rows',
+  [
+    [{'step': 0}, {'step': 2}],
+    [{'step': 2}],
     [{'step': 1, 'krr_test_accuracy': 0.25, 'wall_seconds': None}],
-    [{'step': 0, 'krr_test_accuracy': 'high', 'nn_test_accuracy': None},
-     {'step': 2, 'nn_test_accuracy': 0.5}]])
+    [
+      {'step': 0, 'krr_test_accuracy': 'high', 'nn_test_accuracy': None},
+      {'step': 2, 'nn_test_accuracy': 0.5},
+    ],
+  ],
+)
 @pytest.mark.parametrize('baselines', ['[', '{"kind": "x"}', '[{"kind": "x"}]'])
 def test_rows_that_lack_something_are_reported_without_it(named, rows, baselines):
   with open(named.baselines, 'w', encoding='utf-8') as file:
@@ -221,7 +276,7 @@ def test_a_first_snapshot_that_is_damaged_is_named(named, drawn, damage):
   for step in (1, 2):
     os.remove(named.snapshot(step))
   report.write(named, named.read_metrics())
-  assert 'there is no other.' in _content(named) and 'step 1' not in drawn[len(drawn) // 2:]
+  assert 'there is no other.' in _content(named) and 'step 1' not in drawn[len(drawn) // 2 :]
 
 
 @pytest.mark.parametrize('blocked', ['picture', 'report', 'tensorboard'])
@@ -238,8 +293,14 @@ def test_a_run_directory_that_cannot_be_written(named, blocked):
 
 def _command(directory):
   """`python -m nodes.report` on a run's directory."""
-  return subprocess.run([sys.executable, '-m', 'nodes.report', f'--workdir={directory.path}'],
-                        cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+  return subprocess.run(
+    [sys.executable, '-m', 'nodes.report', f'--workdir={directory.path}'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=100,
+    check=False,
+  )
 
 
 def test_the_report_command_makes_what_is_missing(named):
@@ -251,9 +312,12 @@ def test_the_report_command_makes_what_is_missing(named):
   assert os.path.exists(named.report) and sorted(os.listdir(named.tensorboard)) == events
 
 
-@pytest.mark.parametrize('images_per_class, num_classes, grid', [(1, 3, (2, 3)), (2, 3, (3, 5)), (12, 2, (2, 21))])
+@pytest.mark.parametrize(
+  'images_per_class, num_classes, grid', [(1, 3, (2, 3)), (2, 3, (3, 5)), (12, 2, (2, 21))]
+)
 def test_a_row_a_class_or_a_column_with_one_image(images_per_class, num_classes, grid):
-  """A class's images are of one grey; the picture's rows (columns) show each class's grey, and ten images a class at most."""
+  """A class's images are of one grey; the picture's rows (columns) show each class's grey, and ten
+  images a class at most."""
   greys = numpy.linspace(0.0, 1.0, num_classes)
   images = numpy.repeat(greys, images_per_class)[:, None, None, None] * numpy.ones((1, 4, 4, 3))
   names = [str(c) for c in range(num_classes)]
@@ -282,9 +346,13 @@ def test_published_rows():
   run = base.get_config().to_dict()['run']
   assert published.find(run) is None
   run['data'].update(name='cifar10', zca=True)
-  assert published.find(run) == {'kind': 'published at convergence (NeurIPS 2021, Table 1)',
-                                 'krr': '63.4-64.7', 'network': '49.9', 'nn_width': 1024,
-                                 'nn_steps': 5000}
+  assert published.find(run) == {
+    'kind': 'published at convergence (NeurIPS 2021, Table 1)',
+    'krr': '63.4-64.7',
+    'network': '49.9',
+    'nn_width': 1024,
+    'nn_steps': 5000,
+  }
   run['data'].update(zca=False)
   assert published.find(run) is None
   run.update(method='label_solve', architecture='fc1', images_per_class=50)

@@ -109,9 +109,14 @@ def test_the_deadline_follows_the_usual_time(board, clock):
 def test_three_errors_stop_the_run_with_the_message(board):
   board.post(_tasks(2))
   for attempt in range(3):
-    lease = next(lease for lease in iter(lambda: board.lease('w', 0), None) if lease.task.index == 0)
+    lease = next(
+      lease for lease in iter(lambda: board.lease('w', 0), None) if lease.task.index == 0
+    )
     board.fail(lease.task, lease.id, f'ValueError: attempt {attempt}')
-  with pytest.raises(task_board.TaskFailed, match=r'step 0: the targets task 0 failed 3 times, last in worker w: ValueError: attempt 2'):
+  with pytest.raises(
+    task_board.TaskFailed,
+    match=r'step 0: the targets task 0 failed 3 times, last in worker w: ValueError: attempt 2',
+  ):
     _collect(board)
 
 
@@ -140,7 +145,8 @@ def test_a_worker_that_asks_again_holds_nothing_any_more(board):
   lost = board.lease('a', 0)
   again = board.lease('a', 0)
   assert again.task == lost.task and again.id != lost.id
-  assert board.complete(lost.task, lost.id, 'a', _piece(1))  # a duplicated request: the first lease's answer is as good
+  # A duplicated request: the first lease's answer is as good.
+  assert board.complete(lost.task, lost.id, 'a', _piece(1))
   assert board.lease('b', 0).task.index == 1
   assert board.counters()['lost_leases'] == 1 and board.counters()['expired_leases'] == 0
 
@@ -194,7 +200,10 @@ def test_a_task_that_kills_every_worker_stops_the_run(board):
     assert _collect(board) is None
     assert board.lease('a', 0).task.index == 0
   board.lease('a', 0)
-  with pytest.raises(task_board.TaskFailed, match='step 0: the targets task 0 was given to workers 20 times, last to a, and never'):
+  with pytest.raises(
+    task_board.TaskFailed,
+    match='step 0: the targets task 0 was given to workers 20 times, last to a, and never',
+  ):
     _collect(board)
 
 
@@ -250,9 +259,13 @@ def test_each_task_wakes_a_worker(names):
       time.sleep(0.01)
     start = time.monotonic()
     board.post(_tasks(num_workers))
-    leases = [future.result() for _, future in zip(range(num_workers), futures.as_completed(waiting))]
+    leases = [
+      future.result() for _, future in zip(range(num_workers), futures.as_completed(waiting))
+    ]
     assert time.monotonic() - start < 2  # long before their calls are over
-  assert {lease.worker for lease in leases} == set(names) and {lease.task.index for lease in leases} == set(range(num_workers))
+  assert {lease.worker for lease in leases} == set(names) and {
+    lease.task.index for lease in leases
+  } == set(range(num_workers))
 
 
 def _done(board, worker):
@@ -297,7 +310,8 @@ def test_who_holds_a_task_gets_another_ahead_while_there_is_one_for_everybody(bo
   ahead = board.lease('a', 0, holding=[a.id])
   assert ahead.task.index == 2
   assert board.lease('b', 0, holding=[b.id]).task.index == 3
-  assert board.lease('a', 0, holding=[a.id, ahead.id]) is None  # the last one is for who has nothing to do
+  # The last one is for who has nothing to do.
+  assert board.lease('a', 0, holding=[a.id, ahead.id]) is None
   assert board.lease('c', 0).task.index == 4
   assert board.counters()['lost_leases'] == 0
 
@@ -318,7 +332,11 @@ def test_a_second_half_is_ahead_of_its_owner_alone(board):
   a = board.lease('a', 0)
   assert board.lease('a', 0, holding=[a.id]).task.index == 1
   b = board.lease('b', 0)
-  assert b.task.index == 2 and board.lease('b', 0, holding=[b.id]) is None and board.lease('c', 0) is None
+  assert (
+    b.task.index == 2
+    and board.lease('b', 0, holding=[b.id]) is None
+    and board.lease('c', 0) is None
+  )
 
 
 def test_a_task_ahead_that_a_worker_says_nothing_of_is_given_to_others(board):
@@ -345,14 +363,17 @@ def test_a_task_ahead_is_in_work_when_the_one_before_is_done(board, clock):
   assert board.counters()['workers']['a']['seconds'] == 4 + 31
 
 
-@pytest.mark.parametrize('num_support, num_targets, tile, group, part', [
-    (1, 1, 1, 1, 1), (7, 33, 3, 10, 5), (10, 100, 50, 7, 10), (12, 5, 4, 9, 7)])
+@pytest.mark.parametrize(
+  'num_support, num_targets, tile, group, part',
+  [(1, 1, 1, 1, 1), (7, 33, 3, 10, 5), (10, 100, 50, 7, 10), (12, 5, 4, 9, 7)],
+)
 def test_the_plan_covers_every_pair_once(num_support, num_targets, tile, group, part):
   def covered(phase, columns):
     count = np.zeros((num_support, columns), int)
     for (t0, t1), (s0, s1) in tasks.plan(phase, num_support, (0, num_targets), tile, group, part):
       count[s0:s1, t0:t1] += 1
     return count
+
   for phase in (tasks.TARGETS, tasks.TARGET_BLOCKS, tasks.TARGET_VJP):
     assert (covered(phase, num_targets) == 1).all()
   for part in (part, 0):
@@ -363,7 +384,11 @@ def test_the_plan_covers_every_pair_once(num_support, num_targets, tile, group, 
 
 @pytest.mark.parametrize('size', [1, 1000, 2 * tasks.PART_BYTES // 8 + 5])
 def test_pieces_survive_the_wire(size):
-  piece = {'gradient': np.arange(size, dtype=np.float32), 'alpha_bar': np.random.default_rng(0).normal(size=size), 'loss': np.float64(0.1)}
+  piece = {
+    'gradient': np.arange(size, dtype=np.float32),
+    'alpha_bar': np.random.default_rng(0).normal(size=size),
+    'loss': np.float64(0.1),
+  }
   parts, checksum = tasks.encode(piece)
   assert all(len(part) <= tasks.PART_BYTES for part in parts)
   back = tasks.decode(parts, checksum)

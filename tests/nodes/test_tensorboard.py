@@ -15,13 +15,21 @@ from data import store
 from nodes import run_directory
 from nodes import tensorboard
 
-ROW = {'step': 3, 'krr_test_accuracy': 0.75, 'nn_selected_on': None, 'nn_seeds': 2, 'train_loss': 0.125, 'wall_seconds': 7.0}
+ROW = {
+  'step': 3,
+  'krr_test_accuracy': 0.75,
+  'nn_selected_on': None,
+  'nn_seeds': 2,
+  'train_loss': 0.125,
+  'wall_seconds': 7.0,
+}
 
 
 def _prepared(images, transform, class_names):
   """Two classes of training images [N, H, W, D]."""
-  return store.Prepared('', '', '', images, None, images, None, 2, transform,
-                        class_names=class_names)
+  return store.Prepared(
+    '', '', '', images, None, images, None, 2, transform, class_names=class_names
+  )
 
 
 def _events(path):
@@ -49,18 +57,30 @@ def test_a_row_and_its_set_once(tmp_path):
   train = np.linspace(-0.5, 1.5, 2 * 4 * 4, dtype=np.float32).reshape(2, 4, 4, 1)
   transform = preprocess.Transform(np.array([10.0]), np.array([20.0]))
   prepared = _prepared(train, transform, ('cat', 'dog'))
-  images = np.array([0.5, 1.0], np.float32)[:, None, None, None] * np.ones((2, 4, 4, 1), np.float32)  # pixels 20 and 30
+  # Pixels 20 and 30.
+  images = np.array([0.5, 1.0], np.float32)[:, None, None, None] * np.ones((2, 4, 4, 1), np.float32)
   labels = np.array([[0.9, -0.1], [-0.4, 0.2]])
   for step in (3, 12, 3):
     tensorboard.write(directory, {**ROW, 'step': step}, images, labels, prepared)
-  assert sorted(os.listdir(directory.tensorboard)) == ['events.out.tfevents.0000000003', 'events.out.tfevents.0000000012']
+  assert sorted(os.listdir(directory.tensorboard)) == [
+    'events.out.tfevents.0000000003',
+    'events.out.tfevents.0000000012',
+  ]
   found = _values(directory)
-  assert {tag for tag, _ in found} == {'test/krr_test_accuracy', 'train/train_loss',
-                                       'run/wall_seconds', 'images', 'labels',
-                                       'classes/text_summary'}
+  assert {tag for tag, _ in found} == {
+    'test/krr_test_accuracy',
+    'train/train_loss',
+    'run/wall_seconds',
+    'images',
+    'labels',
+    'classes/text_summary',
+  }
   assert found['classes/text_summary', 12][0].tensor.string_val == [b'0 cat, 1 dog']
   assert all(len(values) == 1 and step in (3, 12) for (_, step), values in found.items())
-  assert found['test/krr_test_accuracy', 12][0].simple_value == 0.75 and found['train/train_loss', 3][0].simple_value == 0.125
+  assert (
+    found['test/krr_test_accuracy', 12][0].simple_value == 0.75
+    and found['train/train_loss', 3][0].simple_value == 0.125
+  )
   picture = np.asarray(Image.open(io.BytesIO(found['images', 3][0].image.encoded_image_string)))
   height, width = picture.shape[:2]
   assert abs(int(picture[height // 2, width // 4, 0]) - 255 * 20 / 40) <= 1
@@ -76,10 +96,10 @@ def test_the_accuracy_of_a_finite_network_says_of_which(tmp_path):
   row = {**ROW, 'nn_test_accuracy': 0.5, 'nn_width': 128, 'nn_steps': 1000, 'train_accuracy': None}
   tensorboard.write(directory, row, images, np.eye(2), prepared)
   found = _values(directory)
-  value, = found['test/nn_test_accuracy', 3]
+  (value,) = found['test/nn_test_accuracy', 3]
   assert value.simple_value == 0.5
   assert value.metadata.summary_description == 'width 128, 1000 updates'
-  text, = found['finite network/text_summary', 3]
+  (text,) = found['finite network/text_summary', 3]
   assert text.tensor.string_val == [b'50.00 % (width 128, 1000 updates)']
   assert ('train/train_accuracy', 3) not in found and ('classes/text_summary', 3) not in found
 
@@ -124,5 +144,7 @@ def test_whitened_images_are_shown_as_kernels_see_them_too(tmp_path):
   prepared = _prepared(images, preprocess.fit(images, 0.1), ('0', '1'))
   tensorboard.write(directory, ROW, images, np.eye(2)[[0, 0, 1, 1]] - 0.5, prepared)
   found = _values(directory)
-  images, whitened = (found[tag, 3][0].image.encoded_image_string for tag in ('images', 'images_whitened'))
+  images, whitened = (
+    found[tag, 3][0].image.encoded_image_string for tag in ('images', 'images_whitened')
+  )
   assert images != whitened

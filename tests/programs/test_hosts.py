@@ -19,17 +19,31 @@ from programs import hosts
 from programs import local
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-SMALL = ('--config.run.architecture=fc1', '--config.run.images_per_class=2', '--config.run.targets_per_step=33',
-         '--config.run.plan.support_tile=4', '--config.run.plan.target_tile=5', '--config.run.plan.target_tiles_per_task=2',
-         '--config.system.evaluation.nn_steps=0', '--config.system.log_seconds=0.1', '--config.system.snapshot_steps=0,1')
+SMALL = (
+  '--config.run.architecture=fc1',
+  '--config.run.images_per_class=2',
+  '--config.run.targets_per_step=33',
+  '--config.run.plan.support_tile=4',
+  '--config.run.plan.target_tile=5',
+  '--config.run.plan.target_tiles_per_task=2',
+  '--config.system.evaluation.nn_steps=0',
+  '--config.system.log_seconds=0.1',
+  '--config.system.snapshot_steps=0,1',
+)
 
 
 @contextlib.contextmanager
 def _started(log, *flags, env=None):
   """A process of launch.py in a session of its own, which does not outlive the test."""
   with open(log, 'wb') as output:
-    process = subprocess.Popen([sys.executable, 'launch.py', *flags], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
-                               env={**os.environ, **(env or {})}, start_new_session=True)
+    process = subprocess.Popen(
+      [sys.executable, 'launch.py', *flags],
+      cwd=ROOT,
+      stdout=output,
+      stderr=subprocess.STDOUT,
+      env={**os.environ, **(env or {})},
+      start_new_session=True,
+    )
   try:
     yield process
   finally:
@@ -56,14 +70,23 @@ def _assert_same_bits(workdir, reference):
 
 
 def test_coordinator_workers_and_evaluator_by_role(tmp_path, npz, make_run, cache):
-  """A worker that shares the run directory and was there first; one with an address alone and a cache of its own; the coordinator, stopped
-  in mid-run and started again at another address."""
+  """A worker that shares the run directory and was there first; one with an address alone and a
+  cache of its own; the coordinator, stopped in mid-run and started again at another address."""
   workdir = tmp_path / 'run'
   where = f'--workdir={workdir}'
-  coordinator = ('--role=coordinator', '--config=configs/base.py', where, *SMALL, '--host=localhost', f'--config.run.data.name={npz}',
-                 f'--config.system.cache_dir={cache}')
+  coordinator = (
+    '--role=coordinator',
+    '--config=configs/base.py',
+    where,
+    *SMALL,
+    '--host=localhost',
+    f'--config.run.data.name={npz}',
+    f'--config.system.cache_dir={cache}',
+  )
   with contextlib.ExitStack() as stack:
-    start = lambda name, *flags, **kwargs: stack.enter_context(_started(tmp_path / name, *flags, **kwargs))
+    start = lambda name, *flags, **kwargs: stack.enter_context(
+      _started(tmp_path / name, *flags, **kwargs)
+    )
     output = lambda name: (tmp_path / name).read_text()
     early = start('early', '--role=worker', where, '--name=early')
     _wait(lambda: f'Waiting for the coordinator to write {workdir}/address.' in output('early'))
@@ -85,11 +108,22 @@ def test_coordinator_workers_and_evaluator_by_role(tmp_path, npz, make_run, cach
       elsewhere.bind(('', int(address.rpartition(':')[2])))  # nobody listens there any more
       second = start('second', *coordinator, f'--config.run.num_steps={num_steps}')
       _wait(lambda: run_directory.read_address(str(workdir / 'address')) != address)
-      late = start('late', '--role=worker', f'--coordinator={run_directory.read_address(str(workdir / "address"))}', '--name=late',
-                   '--threads=1', env={'XDG_CACHE_HOME': str(tmp_path / 'elsewhere')})
+      late = start(
+        'late',
+        '--role=worker',
+        f'--coordinator={run_directory.read_address(str(workdir / "address"))}',
+        '--name=late',
+        '--threads=1',
+        env={'XDG_CACHE_HOME': str(tmp_path / 'elsewhere')},
+      )
       assert second.wait(300) == 0, output('second') + output('early')
-      assert [process.wait(120) for process in (early, late, evaluator)] == [0, 0, 0], output('early') + output('late') + output('evaluator')
-  assert f'the coordinator is at {run_directory.read_address(str(workdir / "address"))} now' in output('early')
+      assert [process.wait(120) for process in (early, late, evaluator)] == [0, 0, 0], (
+        output('early') + output('late') + output('evaluator')
+      )
+  assert (
+    f'the coordinator is at {run_directory.read_address(str(workdir / "address"))} now'
+    in output('early')
+  )
   assert 'early joined' in output('first')
   assert set(_status(workdir)['workers']) <= {'early', 'late'}
   assert len(os.listdir(tmp_path / 'elsewhere' / 'kip')) == 1  # the data, from the coordinator
@@ -101,93 +135,134 @@ def test_coordinator_workers_and_evaluator_by_role(tmp_path, npz, make_run, cach
   assert [row['step'] for row in rows] == [0, 1, num_steps]
 
 
-@pytest.mark.parametrize('flags, message', [
+@pytest.mark.parametrize(
+  'flags, message',
+  [
     (('--role=worker',), 'a worker needs --workdir=DIR'),
-    (('--role=worker', '--coordinator=somewhere'), "--coordinator must be HOST:PORT, got 'somewhere'"),
+    (
+      ('--role=worker', '--coordinator=somewhere'),
+      "--coordinator must be HOST:PORT, got 'somewhere'",
+    ),
     (('--role=evaluator', '--coordinator=localhost:1'), '--workdir=DIR is missing'),
-    (('--role=evaluator', '--coordinator=localhost:1', '--workdir=/nowhere'), '--workdir=/nowhere holds no run'),
-    (('--role=coordinator', '--coordinator=localhost:1'), '--coordinator=HOST:PORT is for workers and the evaluator'),
+    (
+      ('--role=evaluator', '--coordinator=localhost:1', '--workdir=/nowhere'),
+      '--workdir=/nowhere holds no run',
+    ),
+    (
+      ('--role=coordinator', '--coordinator=localhost:1'),
+      '--coordinator=HOST:PORT is for workers and the evaluator',
+    ),
     (('--role=coordinator', '--workdir=/nowhere'), '--config=FILE is missing'),
-    (('--role=boss',), "value should be one of <coordinator|worker|evaluator>"),
-])
+    (('--role=boss',), 'value should be one of <coordinator|worker|evaluator>'),
+  ],
+)
 def test_bad_input_gets_one_line_and_status_2(flags, message):
-  done = subprocess.run([sys.executable, 'launch.py', *flags], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+  done = subprocess.run(
+    [sys.executable, 'launch.py', *flags],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
+  )
   lines = [line for line in done.stderr.splitlines() if line.startswith('error:')]
   assert done.returncode == 2 and len(lines) == 1 and message in lines[0], done.stderr
 
 
 def test_a_worker_without_a_coordinator_gives_up(tmp_path):
-  (tmp_path / 'short.py').write_text('from configs import base\n\n\ndef get_config():\n  config = base.get_config()\n'
-                                     '  config.system.coordinator_timeout = 2.0\n  return config\n')
+  (tmp_path / 'short.py').write_text(
+    'from configs import base\n\n\ndef get_config():\n  config = base.get_config()\n'
+    '  config.system.coordinator_timeout = 2.0\n  return config\n'
+  )
   with socket.socket() as taken:
     taken.bind(('', 0))
     address = f'localhost:{taken.getsockname()[1]}'
-    with _started(tmp_path / 'log', '--role=worker', f'--config={tmp_path}/short.py',
-                  f'--coordinator={address}') as process:
+    with _started(
+      tmp_path / 'log', '--role=worker', f'--config={tmp_path}/short.py', f'--coordinator={address}'
+    ) as process:
       assert process.wait(60) == 1
-  assert re.search(f'Giving up: the coordinator has not answered for \\d s at {address}: ',
-                   (tmp_path / 'log').read_text())
+  assert re.search(
+    f'Giving up: the coordinator has not answered for \\d s at {address}: ',
+    (tmp_path / 'log').read_text(),
+  )
 
 
 def test_a_proxy_in_the_environment_is_not_for_the_nodes(tmp_path, npz, cache):
   proxies = {
-      name: 'http://127.0.0.1:9'
-      for lower in ('http_proxy', 'https_proxy', 'grpc_proxy', 'all_proxy')
-      for name in (lower, lower.upper())
+    name: 'http://127.0.0.1:9'
+    for lower in ('http_proxy', 'https_proxy', 'grpc_proxy', 'all_proxy')
+    for name in (lower, lower.upper())
   }
   where = f'--workdir={tmp_path}/run'
   with contextlib.ExitStack() as stack:
     start = lambda name, *flags: stack.enter_context(_started(tmp_path / name, *flags, env=proxies))
     processes = [
-        start('coordinator', '--role=coordinator', '--config=configs/base.py', where, *SMALL,
-              f'--config.run.data.name={npz}', f'--config.system.cache_dir={cache}',
-              '--config.run.num_steps=2', '--config.system.coordinator_timeout=20'),
-        start('worker', '--role=worker', where),
-        start('evaluator', '--role=evaluator', where)
+      start(
+        'coordinator',
+        '--role=coordinator',
+        '--config=configs/base.py',
+        where,
+        *SMALL,
+        f'--config.run.data.name={npz}',
+        f'--config.system.cache_dir={cache}',
+        '--config.run.num_steps=2',
+        '--config.system.coordinator_timeout=20',
+      ),
+      start('worker', '--role=worker', where),
+      start('evaluator', '--role=evaluator', where),
     ]
-    assert [process.wait(120) for process in processes] == [0, 0,
-                                                            0], (tmp_path / 'worker').read_text()
+    assert [process.wait(120) for process in processes] == [0, 0, 0], (
+      tmp_path / 'worker'
+    ).read_text()
   assert _status(tmp_path / 'run')['state'] == 'finished'
-  assert run_directory.read_address(str(tmp_path / 'run' /
-                                        'address')).rpartition(':')[0] == hosts.own_host()
+  assert (
+    run_directory.read_address(str(tmp_path / 'run' / 'address')).rpartition(':')[0]
+    == hosts.own_host()
+  )
 
 
 @pytest.mark.parametrize(
-    'names, addresses, by_route, expected',
-    [
-        (('node7.cluster', 'node7'), {
-            'node7.cluster': ['10.0.0.7'],
-            'node7': ['10.0.0.7']
-        }, '10.0.0.7', 'node7.cluster'),
-        (('localhost', 'node7'), {
-            'localhost': ['127.0.0.1', '::1'],
-            'node7': ['10.0.0.7', 'fe80::1']
-        }, '10.0.0.7', 'node7'),
-        (('node7', 'node7'), {
-            'node7': ['127.0.1.1']
-        }, '10.0.0.7', '10.0.0.7'),  # as Debian has it
-        (('node7', 'node7'), {
-            'node7': ['127.0.1.1', '10.0.0.7']
-        }, '10.0.0.7', '10.0.0.7'),
-        (('localhost.localdomain', 'node7'), {
-            'localhost.localdomain': ['::1']
-        }, '10.0.0.7', '10.0.0.7'),  # nobody knows node7
-        (('localhost', 'node7'), {
-            'localhost': ['127.0.0.1'],
-            'node7': ['127.0.1.1']
-        }, None, 'localhost'),  # no route
-        (('localhost', 'localhost'), {
-            'localhost': ['127.0.0.1']
-        }, '127.0.0.1', 'localhost'),
-    ])
-def test_others_are_never_sent_to_a_loopback_address(monkeypatch, caplog, names, addresses,
-                                                     by_route, expected):
+  'names, addresses, by_route, expected',
+  [
+    (
+      ('node7.cluster', 'node7'),
+      {'node7.cluster': ['10.0.0.7'], 'node7': ['10.0.0.7']},
+      '10.0.0.7',
+      'node7.cluster',
+    ),
+    (
+      ('localhost', 'node7'),
+      {'localhost': ['127.0.0.1', '::1'], 'node7': ['10.0.0.7', 'fe80::1']},
+      '10.0.0.7',
+      'node7',
+    ),
+    (('node7', 'node7'), {'node7': ['127.0.1.1']}, '10.0.0.7', '10.0.0.7'),  # as Debian has it
+    (('node7', 'node7'), {'node7': ['127.0.1.1', '10.0.0.7']}, '10.0.0.7', '10.0.0.7'),
+    (
+      ('localhost.localdomain', 'node7'),
+      {'localhost.localdomain': ['::1']},
+      '10.0.0.7',
+      '10.0.0.7',
+    ),  # nobody knows node7
+    (
+      ('localhost', 'node7'),
+      {'localhost': ['127.0.0.1'], 'node7': ['127.0.1.1']},
+      None,
+      'localhost',
+    ),  # no route
+    (('localhost', 'localhost'), {'localhost': ['127.0.0.1']}, '127.0.0.1', 'localhost'),
+  ],
+)
+def test_others_are_never_sent_to_a_loopback_address(
+  monkeypatch, caplog, names, addresses, by_route, expected
+):
 
   def resolve(name, port):
     if name not in addresses:
       raise socket.gaierror(-2, 'Name or service not known')
-    return [(socket.AF_INET, socket.SOCK_STREAM, 6, '', (address, 0)) for address in addresses[name]
-           ]
+    return [
+      (socket.AF_INET, socket.SOCK_STREAM, 6, '', (address, 0)) for address in addresses[name]
+    ]
 
   class Probe:
     __enter__ = lambda self: self
@@ -200,13 +275,16 @@ def test_others_are_never_sent_to_a_loopback_address(monkeypatch, caplog, names,
     def connect(self, address):
       if by_route is None:
         raise OSError(101, 'Network is unreachable')
+
   monkeypatch.setattr(socket, 'getfqdn', lambda: names[0])
   monkeypatch.setattr(socket, 'gethostname', lambda: names[1])
   monkeypatch.setattr(socket, 'getaddrinfo', resolve)
   monkeypatch.setattr(socket, 'socket', Probe)
   assert hosts.own_host() == expected
-  said = ('This host has no name or address that others could reach: '
-          'only processes of its own can join, unless --host=NAME tells one.')
+  said = (
+    'This host has no name or address that others could reach: '
+    'only processes of its own can join, unless --host=NAME tells one.'
+  )
   assert caplog.messages == [said] * (expected == 'localhost')
 
 

@@ -1,4 +1,5 @@
-"""What each process of a launch is told about GPUs, on a machine that has none: nvidia-smi and the CUDA packages are stood in for."""
+"""What each process of a launch is told about GPUs, on a machine that has none: nvidia-smi and the
+CUDA packages are stood in for."""
 
 import os
 import subprocess
@@ -17,19 +18,22 @@ from programs import start
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LISTING = 'GPU {0}: NVIDIA H100 80GB HBM3 (UUID: GPU-{0}aaa)\n'
 ON_CPU = {
-    'NPROC': '1',
-    'JAX_PLATFORMS': 'cpu',
-    'CUDA_VISIBLE_DEVICES': '',
-    'OMP_NUM_THREADS': '1',
-    'OPENBLAS_NUM_THREADS': '1',
-    'grpc_proxy': ''
+  'NPROC': '1',
+  'JAX_PLATFORMS': 'cpu',
+  'CUDA_VISIBLE_DEVICES': '',
+  'OMP_NUM_THREADS': '1',
+  'OPENBLAS_NUM_THREADS': '1',
+  'grpc_proxy': '',
 }
-SLICES = '  MIG 3g.40gb     Device  0: (UUID: MIG-b0)\n  MIG 3g.40gb     Device  1: (UUID: MIG-b1)\n'
+SLICES = (
+  '  MIG 3g.40gb     Device  0: (UUID: MIG-b0)\n  MIG 3g.40gb     Device  1: (UUID: MIG-b1)\n'
+)
 
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-  """A function that gives this machine the GPUs of a listing of nvidia-smi (None: no driver), a CUDA_VISIBLE_DEVICES, and packages."""
+  """A function that gives this machine the GPUs of a listing of nvidia-smi (None: no driver), a
+  CUDA_VISIBLE_DEVICES, and packages."""
 
   def make(listing, visible=None, packages=('jax_cuda12_plugin', 'cupy')):
     if listing is not None:
@@ -37,32 +41,100 @@ def machine(monkeypatch, tmp_path):
       program.write_text(f'#!/bin/sh\n[ "$1" = -L ] && printf "{listing}"\n')
       program.chmod(0o755)
     monkeypatch.setenv('PATH', f'{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin')
-    monkeypatch.setattr(placement, '_has_any', lambda needed: any(name in packages for name in needed))
+    monkeypatch.setattr(
+      placement, '_has_any', lambda needed: any(name in packages for name in needed)
+    )
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
     if visible is not None:
       monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+
   return make
 
 
-@pytest.mark.parametrize('listing, visible, packages, implementation, names, remark', [
+@pytest.mark.parametrize(
+  'listing, visible, packages, implementation, names, remark',
+  [
     (None, None, (), 'auto', (), 'No NVIDIA GPU was found: kernels are computed on CPU.'),
     (None, '0', ('cupy',), 'auto', (), 'No NVIDIA GPU was found: kernels are computed on CPU.'),
-    ('No devices found.\n', None, ('cupy',), 'auto', (), 'No NVIDIA GPU was found: kernels are computed on CPU.'),
-    (LISTING.format(0), None, ('cupy',), 'auto', ('GPU-0aaa',), 'Kernels are computed on 1 GPU: GPU-0aaa.'),
-    (LISTING.format(0) + LISTING.format(1), None, ('jax_cuda13_plugin',), 'auto', ('GPU-0aaa', 'GPU-1aaa'),
-     'Kernels are computed on 2 GPUs: GPU-0aaa, GPU-1aaa.'),
-    (LISTING.format(0) + SLICES + LISTING.format(1), None, ('cupy',), 'auto', ('MIG-b0', 'MIG-b1', 'GPU-1aaa'), '3 GPUs'),
-    (LISTING.format(0), '2,3', ('cupy',), 'auto', ('2', '3'), 'Kernels are computed on 2 GPUs: 2, 3.'),
+    (
+      'No devices found.\n',
+      None,
+      ('cupy',),
+      'auto',
+      (),
+      'No NVIDIA GPU was found: kernels are computed on CPU.',
+    ),
+    (
+      LISTING.format(0),
+      None,
+      ('cupy',),
+      'auto',
+      ('GPU-0aaa',),
+      'Kernels are computed on 1 GPU: GPU-0aaa.',
+    ),
+    (
+      LISTING.format(0) + LISTING.format(1),
+      None,
+      ('jax_cuda13_plugin',),
+      'auto',
+      ('GPU-0aaa', 'GPU-1aaa'),
+      'Kernels are computed on 2 GPUs: GPU-0aaa, GPU-1aaa.',
+    ),
+    (
+      LISTING.format(0) + SLICES + LISTING.format(1),
+      None,
+      ('cupy',),
+      'auto',
+      ('MIG-b0', 'MIG-b1', 'GPU-1aaa'),
+      '3 GPUs',
+    ),
+    (
+      LISTING.format(0),
+      '2,3',
+      ('cupy',),
+      'auto',
+      ('2', '3'),
+      'Kernels are computed on 2 GPUs: 2, 3.',
+    ),
     (LISTING.format(0), 'GPU-1aaa, MIG-b1', ('cupy',), 'auto', ('GPU-1aaa', 'MIG-b1'), '2 GPUs'),
     (LISTING.format(0), '1,-1,0', ('cupy',), 'auto', ('1',), '1 GPU'),
-    (LISTING.format(0), '', ('cupy',), 'auto', (), 'CUDA_VISIBLE_DEVICES= hides all GPUs: kernels are computed on CPU.'),
-    (LISTING.format(0), 'NoDevFiles', ('cupy',), 'auto', (), 'CUDA_VISIBLE_DEVICES=NoDevFiles hides all GPUs'),
-    (LISTING.format(0), None, (), 'auto', (), '1 GPU found, but nothing to compute on them with: `make cuda` installs it.'),
+    (
+      LISTING.format(0),
+      '',
+      ('cupy',),
+      'auto',
+      (),
+      'CUDA_VISIBLE_DEVICES= hides all GPUs: kernels are computed on CPU.',
+    ),
+    (
+      LISTING.format(0),
+      'NoDevFiles',
+      ('cupy',),
+      'auto',
+      (),
+      'CUDA_VISIBLE_DEVICES=NoDevFiles hides all GPUs',
+    ),
+    (
+      LISTING.format(0),
+      None,
+      (),
+      'auto',
+      (),
+      '1 GPU found, but nothing to compute on them with: `make cuda` installs it.',
+    ),
     (LISTING.format(0), None, ('cupy',), 'jax', (), '`make cuda` installs it'),
     (LISTING.format(0), None, ('jax_cuda12_plugin',), 'cuda', (), '`make cuda` installs it'),
     (LISTING.format(0), None, ('jax_cuda12_plugin',), 'reference', ('GPU-0aaa',), '1 GPU'),
-    (LISTING.format(0), None, ('cupy',), 'native', (), '1 GPU found, but run.implementation=native computes on CPU.'),
-])
+    (
+      LISTING.format(0),
+      None,
+      ('cupy',),
+      'native',
+      (),
+      '1 GPU found, but run.implementation=native computes on CPU.',
+    ),
+  ],
+)
 def test_gpus_of_the_machine(machine, listing, visible, packages, implementation, names, remark):
   machine(listing, visible, packages)
   found = placement.find_gpus(implementation)
@@ -70,19 +142,30 @@ def test_gpus_of_the_machine(machine, listing, visible, packages, implementation
   assert placement.find_gpus(implementation, at_most=1).names == names[:1]
 
 
-@pytest.mark.parametrize('configured, gpus, expected', [(0, 0, 2), (0, 1, 1), (0, 8, 8), (3, 0, 3), (3, 8, 3), (9, 2, 9)])
+@pytest.mark.parametrize(
+  'configured, gpus, expected', [(0, 0, 2), (0, 1, 1), (0, 8, 8), (3, 0, 3), (3, 8, 3), (9, 2, 9)]
+)
 def test_one_worker_a_gpu_unless_configured(configured, gpus, expected):
   assert placement.num_workers(configured, ['0'] * gpus) == expected
 
 
-@pytest.mark.parametrize('workers, gpus, of_workers, of_evaluator, fractions', [
+@pytest.mark.parametrize(
+  'workers, gpus, of_workers, of_evaluator, fractions',
+  [
     (1, ['0'], ['0'], '0', {'0': '0.450'}),
     (2, ['2', '3'], ['2', '3'], '3', {'2': '0.900', '3': '0.450'}),
-    (4, ['a', 'b', 'c', 'd'], ['a', 'b', 'c', 'd'], 'd', {'a': '0.900', 'b': '0.900', 'c': '0.900', 'd': '0.450'}),
+    (
+      4,
+      ['a', 'b', 'c', 'd'],
+      ['a', 'b', 'c', 'd'],
+      'd',
+      {'a': '0.900', 'b': '0.900', 'c': '0.900', 'd': '0.450'},
+    ),
     (7, list('abcdefgh'), list('abcdefg'), 'h', dict.fromkeys('abcdefgh', '0.900')),
     (1, ['GPU-7f', 'MIG-9'], ['GPU-7f'], 'MIG-9', {'GPU-7f': '0.900', 'MIG-9': '0.900'}),
     (5, ['2', '3'], ['2', '3', '2', '3', '2'], '3', {'2': '0.300', '3': '0.300'}),
-])
+  ],
+)
 def test_workers_and_evaluator_on_gpus(machine, workers, gpus, of_workers, of_evaluator, fractions):
   machine(None)
   placed = placement.place(workers, gpus)
@@ -106,21 +189,40 @@ def test_jax_keeps_off_the_gpu_where_it_has_no_cuda(machine):
 
 
 def test_a_process_of_its_own_is_placed_before_its_libraries_start(tmp_path):
-  """programs/local.py: BLAS gets one thread, what is imported at once leaves JAX alone, and `start.ready` asks for the GPU first."""
-  code = ("import os, sys\nfrom programs import local, placement, start\nplacement._gpus_of_the_machine = lambda: ('a', 'b')\n"
-          "placement._has_any = lambda packages: True\n"
-          "import threadpoolctl\nthreads = {library['num_threads'] for library in threadpoolctl.threadpool_info()}\n"
-          "def stop(config): print('jax' in sys.modules, threads, os.environ['CUDA_VISIBLE_DEVICES'], os.environ['JAX_PLATFORMS']); os._exit(0)\n"
-          "start.base.validate = stop\nlocal.main(sys.argv)\n")
+  """programs/local.py: BLAS gets one thread, what is imported at once leaves JAX alone, and
+  `start.ready` asks for the GPU first."""
+  code = (
+    "import os, sys\nfrom programs import local, placement, start\nplacement._gpus_of_the_machine = lambda: ('a', 'b')\n"
+    'placement._has_any = lambda packages: True\n'
+    "import threadpoolctl\nthreads = {library['num_threads'] for library in threadpoolctl.threadpool_info()}\n"
+    "def stop(config): print('jax' in sys.modules, threads, os.environ['CUDA_VISIBLE_DEVICES'], os.environ['JAX_PLATFORMS']); os._exit(0)\n"
+    'start.base.validate = stop\nlocal.main(sys.argv)\n'
+  )
   for implementation, expected in (('auto', 'False {1} a cuda,cpu'), ('native', 'False {1}  cpu')):
     environment = {name: value for name, value in os.environ.items() if name not in ON_CPU}
-    done = subprocess.run([sys.executable, '-uc', code, '--config=configs/digits.py', f'--config.run.implementation={implementation}',
-                           f'--workdir={tmp_path}'], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+      [
+        sys.executable,
+        '-uc',
+        code,
+        '--config=configs/digits.py',
+        f'--config.run.implementation={implementation}',
+        f'--workdir={tmp_path}',
+      ],
+      cwd=ROOT,
+      env=environment,
+      capture_output=True,
+      text=True,
+      timeout=120,
+      check=False,
+    )
     assert done.stdout == expected + '\n', done.stderr
 
 
 def test_the_launcher_may_still_look_for_gpus():
-  assert placement.launcher_environment() == {name: value for name, value in ON_CPU.items() if name != 'CUDA_VISIBLE_DEVICES'}
+  assert placement.launcher_environment() == {
+    name: value for name, value in ON_CPU.items() if name != 'CUDA_VISIBLE_DEVICES'
+  }
 
 
 def test_cpu_threads_are_divided(monkeypatch):
@@ -133,31 +235,69 @@ def test_every_process_of_the_program_has_its_environment(machine, npz, cache, t
   machine(LISTING.format(0) + LISTING.format(1))
   config = base.get_config().to_dict()
   config['run']['data']['name'] = npz
-  run = start.Run({**config, 'system': {**config['system'], 'num_workers': 3, 'worker_threads': 2}},
-                  run_directory.RunDirectory(str(tmp_path)), cache, gpus=placement.find_gpus('auto'))
+  run = start.Run(
+    {**config, 'system': {**config['system'], 'num_workers': 3, 'worker_threads': 2}},
+    run_directory.RunDirectory(str(tmp_path)),
+    cache,
+    gpus=placement.find_gpus('auto'),
+  )
   environments = {label: process.env for label, process in distill.local_resources(run).items()}
   assert {label: env['CUDA_VISIBLE_DEVICES'] for label, env in environments.items()} == {
-      'coordinator': '', 'evaluator': 'GPU-1aaa',
-      'kernel_worker_0': 'GPU-0aaa', 'kernel_worker_1': 'GPU-1aaa', 'kernel_worker_2': 'GPU-0aaa'}
+    'coordinator': '',
+    'evaluator': 'GPU-1aaa',
+    'kernel_worker_0': 'GPU-0aaa',
+    'kernel_worker_1': 'GPU-1aaa',
+    'kernel_worker_2': 'GPU-0aaa',
+  }
   assert set(distill.make_program(run).groups) == set(environments)
 
 
-@pytest.mark.parametrize('flags, of', [
-    ((), {'coordinator': '', 'kernel_worker_0': 'GPU-0aaa', 'kernel_worker_1': 'GPU-1aaa', 'evaluator': 'GPU-1aaa'}),
+@pytest.mark.parametrize(
+  'flags, of',
+  [
+    (
+      (),
+      {
+        'coordinator': '',
+        'kernel_worker_0': 'GPU-0aaa',
+        'kernel_worker_1': 'GPU-1aaa',
+        'evaluator': 'GPU-1aaa',
+      },
+    ),
     (('--role=worker', '--coordinator=localhost:1'), {'worker': 'GPU-0aaa'}),
-], ids=['local', 'role'])
+  ],
+  ids=['local', 'role'],
+)
 def test_environments_reach_the_processes_that_compute(tmp_path, npz, cache, flags, of):
-  """launch.py restarts itself in a network of its own, its processes are started by Launchpad, and each of them starts a child."""
-  (tmp_path / 'nvidia-smi').write_text('#!/bin/sh\nprintf "' + LISTING.format(0) + LISTING.format(1) + '"\n')
+  """launch.py restarts itself in a network of its own, its processes are started by Launchpad, and
+  each of them starts a child."""
+  (tmp_path / 'nvidia-smi').write_text(
+    '#!/bin/sh\nprintf "' + LISTING.format(0) + LISTING.format(1) + '"\n'
+  )
   (tmp_path / 'nvidia-smi').chmod(0o755)
   (tmp_path / 'cupy').mkdir()
   (tmp_path / 'cupy' / '__init__.py').write_text('')
-  environment = {name: value for name, value in os.environ.items() if name != 'CUDA_VISIBLE_DEVICES'}
+  environment = {
+    name: value for name, value in os.environ.items() if name != 'CUDA_VISIBLE_DEVICES'
+  }
   environment.update(PATH=f'{tmp_path}{os.pathsep}{environment["PATH"]}', PYTHONPATH=str(tmp_path))
-  local = ('--config=configs/base.py', f'--workdir={tmp_path}/run', f'--config.run.data.name={npz}', f'--config.system.cache_dir={cache}',
-           '--config.run.architecture=fc1', '--config.run.targets_per_step=33', '--config.system.evaluation.nn_steps=0')
-  process = subprocess.Popen([sys.executable, 'launch.py', *(flags or local)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.DEVNULL, start_new_session=True)
+  local = (
+    '--config=configs/base.py',
+    f'--workdir={tmp_path}/run',
+    f'--config.run.data.name={npz}',
+    f'--config.system.cache_dir={cache}',
+    '--config.run.architecture=fc1',
+    '--config.run.targets_per_step=33',
+    '--config.system.evaluation.nn_steps=0',
+  )
+  process = subprocess.Popen(
+    [sys.executable, 'launch.py', *(flags or local)],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+    start_new_session=True,
+  )
   try:
     end, found = time.monotonic() + 120, {}
     while len(found) < len(of):

@@ -17,10 +17,19 @@ from programs import local
 from programs import status
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-FIELDS = {'step': 3, 'num_steps': 9, 'wall_seconds': 61.0, 'updated': '2026-01-01T00:00:00+00:00', 'train_loss': 0.25, 'seconds_to_go': 7.0,
-          'kernel_pairs_per_second': 50.0,
-          'workers': {'a': {'tasks': 2, 'pairs': 60, 'seconds': 3.0, 'alive': False},
-                      'b': {'tasks': 0, 'pairs': 0, 'seconds': 0.0, 'alive': True}}}
+FIELDS = {
+  'step': 3,
+  'num_steps': 9,
+  'wall_seconds': 61.0,
+  'updated': '2026-01-01T00:00:00+00:00',
+  'train_loss': 0.25,
+  'seconds_to_go': 7.0,
+  'kernel_pairs_per_second': 50.0,
+  'workers': {
+    'a': {'tasks': 2, 'pairs': 60, 'seconds': 3.0, 'alive': False},
+    'b': {'tasks': 0, 'pairs': 0, 'seconds': 0.0, 'alive': True},
+  },
+}
 
 
 def test_a_run_that_goes_on_and_one_that_was_cut_off(tmp_path):
@@ -29,13 +38,23 @@ def test_a_run_that_goes_on_and_one_that_was_cut_off(tmp_path):
   directory.write_status(run_directory.RUNNING, **FIELDS)
   os.makedirs(os.path.join(directory.checkpoints, '00000002'))
   found = status.read(other)
-  assert found['state'] == 'running' and found['step'] == 3 and found['checkpoint_step'] == 2 and 0 <= found['checkpoint_age'] < 60
-  assert found['workers'] == {'a': {'tasks': 2, 'pairs': 60, 'seconds': 3.0, 'pairs_per_second': 20.0, 'alive': False},
-                              'b': {'tasks': 0, 'pairs': 0, 'seconds': 0.0, 'pairs_per_second': 0.0, 'alive': True}}
+  assert (
+    found['state'] == 'running'
+    and found['step'] == 3
+    and found['checkpoint_step'] == 2
+    and 0 <= found['checkpoint_age'] < 60
+  )
+  assert found['workers'] == {
+    'a': {'tasks': 2, 'pairs': 60, 'seconds': 3.0, 'pairs_per_second': 20.0, 'alive': False},
+    'b': {'tasks': 0, 'pairs': 0, 'seconds': 0.0, 'pairs_per_second': 0.0, 'alive': True},
+  }
   assert 'loss 0.25000, 50 pairs/s, 0:00:07 to go' in status.in_words(found)
   directory._lock.close()
   found = status.read(other)
-  assert found['state'] == 'failed' and found['message'] == 'the launcher has exited without recording why'
+  assert (
+    found['state'] == 'failed'
+    and found['message'] == 'the launcher has exited without recording why'
+  )
   assert not found['workers']['b']['alive'] and '0:00:07 to go' not in status.in_words(found)
 
 
@@ -44,16 +63,26 @@ def test_a_finished_run(make_run, tmp_path):
   local.distil(run, threading.Event())
   found = status.read(run.directory)
   assert (found['state'], found['step'], found['checkpoint_step']) == ('finished', 2, 2)
-  assert found['rows'] == run.directory.read_metrics() and [row['step'] for row in found['rows']] == [0, 1, 2]
+  assert found['rows'] == run.directory.read_metrics() and [
+    row['step'] for row in found['rows']
+  ] == [0, 1, 2]
   assert sum(counts['pairs'] for counts in found['workers'].values()) == found['pairs']
-  assert f'evaluated step      2  KRR  {100 * found["rows"][-1]["krr_test_accuracy"]:.2f} %' in status.in_words(found)
+  assert (
+    f'evaluated step      2  KRR  {100 * found["rows"][-1]["krr_test_accuracy"]:.2f} %'
+    in status.in_words(found)
+  )
 
 
 def test_a_run_whose_coordinator_could_not_start(make_run, tmp_path):
   run = make_run(tmp_path, {'run.num_steps': 7})
   run.directory.begin()
   found = status.read(run.directory)
-  assert (found['state'], found['step'], found['num_steps'], found['workers']) == ('starting', 0, 7, {})
+  assert (found['state'], found['step'], found['num_steps'], found['workers']) == (
+    'starting',
+    0,
+    7,
+    {},
+  )
   run.directory.write_status(run_directory.FAILED, message='no luck', generation=1)
   assert status.in_words(status.read(run.directory)).startswith('failed: no luck\n  step 0 of ')
   assert run.directory.has_ended(run.directory.read_status())
@@ -69,7 +98,8 @@ def test_a_stopped_run_names_the_command_that_goes_on(make_run, tmp_path):
 
 
 def test_the_last_evaluation_is_told_and_is_no_computing(make_run, tmp_path):
-  """An evaluator that takes its time: the run evaluates, is fresh, and its wall time stands still."""
+  """An evaluator that takes its time: the run evaluates, is fresh, and its wall time stands
+  still."""
   run = make_run(tmp_path, {'run.architecture': 'fc1', 'run.num_steps': 2})
   stop = threading.Event()
   coordinator = coordinator_node.Coordinator(run.directory.path, run.cache, stop)
@@ -81,7 +111,15 @@ def test_the_last_evaluation_is_told_and_is_no_computing(make_run, tmp_path):
   try:
     _wait(lambda: coordinator.next_snapshot([0, 1]))
     for i, rows in enumerate((1, 2)):
-      run.directory.append_metrics({'step': i, 'krr_test_accuracy': 0.5, 'krr_test_mse': 0.1, 'train_loss': 0.1, 'wall_seconds': 1.0})
+      run.directory.append_metrics(
+        {
+          'step': i,
+          'krr_test_accuracy': 0.5,
+          'krr_test_mse': 0.1,
+          'train_loss': 0.1,
+          'wall_seconds': 1.0,
+        }
+      )
       _wait(lambda: status.read(run.directory).get('evaluated') == rows)
       found[i] = status.read(run.directory)
   finally:
@@ -112,6 +150,7 @@ def test_looking_keeps_no_launch_from_starting(tmp_path):
   def look():
     while not stop.is_set():
       directory.is_in_use()
+
   lookers = [threading.Thread(target=look) for _ in range(2)]
   for looker in lookers:
     looker.start()
@@ -126,16 +165,35 @@ def test_looking_keeps_no_launch_from_starting(tmp_path):
       looker.join()
 
 
-@pytest.mark.parametrize('flags, code, expected', [
-    (('--status=true', '--config=configs/digits.py', '--workdir=/nowhere'), 2, 'error: --workdir=/nowhere holds no run'),
-    (('--json', '--config=configs/digits.py', '--workdir=/nowhere'), 2, 'error: --json is for --status: give both.'),
+@pytest.mark.parametrize(
+  'flags, code, expected',
+  [
+    (
+      ('--status=true', '--config=configs/digits.py', '--workdir=/nowhere'),
+      2,
+      'error: --workdir=/nowhere holds no run',
+    ),
+    (
+      ('--json', '--config=configs/digits.py', '--workdir=/nowhere'),
+      2,
+      'error: --json is for --status: give both.',
+    ),
     (('--status',), 2, 'error: --workdir=DIR is missing'),
     (('--status', '--workdir=/nowhere'), 2, 'error: --workdir=/nowhere holds no run'),
     (('--status', '--work=/nowhere'), 2, 'error: Unknown command line flag'),
     (('--help',), 0, '--workdir: Run directory'),
-    (('--help',), 0, '--role: <coordinator|worker|evaluator>')])
+    (('--help',), 0, '--role: <coordinator|worker|evaluator>'),
+  ],
+)
 def test_from_the_command_line(flags, code, expected):
-  done = subprocess.run([sys.executable, 'launch.py', *flags], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+  done = subprocess.run(
+    [sys.executable, 'launch.py', *flags],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
   assert done.returncode == code and expected in done.stdout + done.stderr
 
 
@@ -143,7 +201,16 @@ def test_one_line_of_json(tmp_path):
   directory = run_directory.RunDirectory(str(tmp_path))
   directory.open({'run': {}, 'system': {}}, 'key')
   directory.write_status(run_directory.STOPPED, **FIELDS)
-  done = subprocess.run([sys.executable, 'launch.py', '--status', f'--workdir={tmp_path}', '--json'], cwd=ROOT, capture_output=True,
-                        text=True, timeout=120, check=False)
+  done = subprocess.run(
+    [sys.executable, 'launch.py', '--status', f'--workdir={tmp_path}', '--json'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
   assert done.returncode == 0 and done.stdout.count('\n') == 1
-  assert json.loads(done.stdout)['state'] == 'stopped' and json.loads(done.stdout)['checkpoint_step'] is None
+  assert (
+    json.loads(done.stdout)['state'] == 'stopped'
+    and json.loads(done.stdout)['checkpoint_step'] is None
+  )

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-NODE = '''
+NODE = """
 import os, signal, sys, threading, time
 from programs import supervisor
 supervisor._FIRST_PAUSE = supervisor._LONGEST_PAUSE = 0.01
@@ -24,21 +24,29 @@ with open(sys.argv[1], 'a') as file:
   life = file.tell()
   file.write('.')
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-'''
+"""
 
 
 @pytest.fixture
 def node(tmp_path):
-  """A function (what a child does after counting its life, **environment) -> the parent's Popen; its `lives()` so far."""
+  """A function (what a child does after counting its life, **environment) -> the parent's Popen;
+  its `lives()` so far."""
   started = []
 
   def start(work, **environment):
     (tmp_path / 'node.py').write_text(NODE + work)
-    process = subprocess.Popen([sys.executable, str(tmp_path / 'node.py'), str(tmp_path / 'lives')], stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, 'PYTHONPATH': ROOT, **environment})
-    process.lives = lambda: (tmp_path / 'lives').stat().st_size if (tmp_path / 'lives').exists() else 0
+    process = subprocess.Popen(
+      [sys.executable, str(tmp_path / 'node.py'), str(tmp_path / 'lives')],
+      stderr=subprocess.PIPE,
+      text=True,
+      env={**os.environ, 'PYTHONPATH': ROOT, **environment},
+    )
+    process.lives = lambda: (
+      (tmp_path / 'lives').stat().st_size if (tmp_path / 'lives').exists() else 0
+    )
     started.append(process)
     return process
+
   yield start
   for process in started:
     process.kill()
@@ -54,7 +62,9 @@ def _wait(condition):
 def test_it_is_started_again_until_it_ends_by_itself(node):
   process = node('supervisor.progressed()\nif life < 5: die()\n')
   assert process.wait(60) == 0 and process.lives() == 6
-  assert process.stderr.read().count('node was killed by SIGKILL; it is started again in 0.0 s') == 5
+  assert (
+    process.stderr.read().count('node was killed by SIGKILL; it is started again in 0.0 s') == 5
+  )
 
 
 def test_it_is_started_afresh_if_it_asks(node):
@@ -67,18 +77,25 @@ def test_an_error_of_its_own_is_final(node):
   assert process.wait(60) == 1 and process.lives() == 1
 
 
-@pytest.mark.parametrize('work, lives, said', [
+@pytest.mark.parametrize(
+  'work, lives, said',
+  [
     ('die()', 3, 3),
     ('if life == 1: supervisor.progressed()\ndie()', 5, 3),
     ('if life == 1: supervisor.progressed(lasting=False)\ndie()', 5, 3),
     ('supervisor.progressed(lasting=False)\ndie()', 8, 8),
     ('supervisor.progressed(life == 3)\nsupervisor.progressed(False)\ndie()', 12, 8),
     ('supervisor.progressed(False)\nif life == 3: supervisor.progressed()\ndie()', 12, 8),
-],
-                         ids=[
-                             'none', 'a life that lasts', 'a life that does not last',
-                             'never any that lasts', 'once', 'first one, then the other'
-                         ])
+  ],
+  ids=[
+    'none',
+    'a life that lasts',
+    'a life that does not last',
+    'never any that lasts',
+    'once',
+    'first one, then the other',
+  ],
+)
 def test_lives_without_progress_are_limited(node, work, lives, said):
   process = node(work + '\n')
   assert process.wait(60) == 1 and process.lives() == lives

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-PROGRAM = '''
+PROGRAM = """
 import os, sys, time
 from nodes import run_directory
 from programs import terminal
@@ -27,13 +27,19 @@ with terminal.shown(directory):
   if sys.argv[2:]:
     os._exit(130)
 print('after')
-'''
+"""
 
 
 def _on_terminal(*arguments):
   master, slave = pty.openpty()
-  process = subprocess.Popen([sys.executable, '-c', PROGRAM, *arguments], cwd=ROOT, stdin=slave, stdout=slave, stderr=slave,
-                             env={**os.environ, 'TERM': 'xterm', 'COLUMNS': '80'})
+  process = subprocess.Popen(
+    [sys.executable, '-c', PROGRAM, *arguments],
+    cwd=ROOT,
+    stdin=slave,
+    stdout=slave,
+    stderr=slave,
+    env={**os.environ, 'TERM': 'xterm', 'COLUMNS': '80'},
+  )
   os.close(slave)
   output = b''
   while True:
@@ -51,9 +57,22 @@ def _on_terminal(*arguments):
 def test_a_bar_below_the_lines(tmp_path):
   code, output = _on_terminal(str(tmp_path))
   assert code == 0
-  for expected in ('starting', 'step 30/120', '0:01:01 to go', 'loss 0.25000', 'test 50.00 % at step 10', '5e+03 pairs/s', 'workers: 2'):
+  for expected in (
+    'starting',
+    'step 30/120',
+    '0:01:01 to go',
+    'loss 0.25000',
+    'test 50.00 % at step 10',
+    '5e+03 pairs/s',
+    'workers: 2',
+  ):
     assert expected in output
-  assert output.index('starting') < output.index('from here') < output.index('from a child') < output.rindex('after')
+  assert (
+    output.index('starting')
+    < output.index('from here')
+    < output.index('from a child')
+    < output.rindex('after')
+  )
   assert 'step 30/120: loss' not in output  # the bar says so
   assert output.rindex('\x1b[?25h') > output.rindex('\x1b[?25l')  # the cursor is back
 
@@ -66,7 +85,9 @@ def test_the_cursor_is_there_whoever_ends_it(tmp_path):
 
 def test_nobody_waits_for_a_reader_that_is_gone(tmp_path):
   program = PROGRAM.replace('time.sleep(1.2)', 'os.system("seq 100000"); os._exit(0)')
-  process = subprocess.Popen([sys.executable, '-c', program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+  process = subprocess.Popen(
+    [sys.executable, '-c', program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
+  )
   assert process.stdout.readline() == b'from here\n'
   process.stdout.close()
   assert process.wait(60) == 0
@@ -74,7 +95,17 @@ def test_nobody_waits_for_a_reader_that_is_gone(tmp_path):
 
 @pytest.mark.parametrize('stderr', [subprocess.STDOUT, subprocess.PIPE])
 def test_plain_lines_elsewhere(tmp_path, stderr):
-  done = subprocess.run([sys.executable, '-c', PROGRAM, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True,
-                        timeout=60, check=True)
-  assert done.stdout == 'from here\nfrom a child\n[coordinator/0] 10:00:00 step 30/120: loss 0.2\n[b/0] end\n\nafter\n'
+  done = subprocess.run(
+    [sys.executable, '-c', PROGRAM, str(tmp_path)],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=stderr,
+    text=True,
+    timeout=60,
+    check=True,
+  )
+  assert (
+    done.stdout
+    == 'from here\nfrom a child\n[coordinator/0] 10:00:00 step 30/120: loss 0.2\n[b/0] end\n\nafter\n'
+  )
   assert not done.stderr

@@ -1,5 +1,5 @@
-"""--cluster=slurm on a real Slurm of several nodes on this machine: jobs that are cancelled, requeued and added, and a node that is lost;
-steps of an allocation; and each worker's GPU."""
+"""--cluster=slurm on a real Slurm of several nodes on this machine: jobs that are cancelled,
+requeued and added, and a node that is lost; steps of an allocation; and each worker's GPU."""
 
 import json
 import os
@@ -25,7 +25,9 @@ from programs import start
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CLUSTER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'cluster.sh')
 CIFAR = os.path.join(ROOT, '..', 'shared', 'data', 'cifar10')
-NEEDS_CIFAR = pytest.mark.skipif(not os.path.isdir(CIFAR), reason='CIFAR-10 is not beside this checkout (../shared/data)')
+NEEDS_CIFAR = pytest.mark.skipif(
+  not os.path.isdir(CIFAR), reason='CIFAR-10 is not beside this checkout (../shared/data)'
+)
 
 if 'KIP_TEST_SLURM' not in os.environ:
   pytest.skip('takes minutes; run it by make test-slurm', allow_module_level=True)
@@ -55,7 +57,10 @@ def _wait(condition, seconds, told=lambda: ''):
 
 
 def _logs(workdir):
-  return ''.join(f'\n{path.name}:\n{path.read_text()[-1500:]}' for path in sorted((workdir / 'logs').glob('*.log')))
+  return ''.join(
+    f'\n{path.name}:\n{path.read_text()[-1500:]}'
+    for path in sorted((workdir / 'logs').glob('*.log'))
+  )
 
 
 def _assert_as_local(tmp_path, workdir, cache, snapshots):
@@ -66,35 +71,74 @@ def _assert_as_local(tmp_path, workdir, cache, snapshots):
   directory = run_directory.RunDirectory(str(tmp_path / 'local'))
   directory.open(config, prepared.key)
   local.distil(start.Run(config, directory, cache), threading.Event())
-  with np.load(workdir / 'distilled.npz') as there, np.load(tmp_path / 'local' / 'distilled.npz') as here:
+  with (
+    np.load(workdir / 'distilled.npz') as there,
+    np.load(tmp_path / 'local' / 'distilled.npz') as here,
+  ):
     for name in ('images', 'labels'):
       assert there[name].tobytes() == here[name].tobytes()
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   assert [row['step'] for row in rows] == snapshots
 
 
-@pytest.mark.parametrize('config, num_steps, options', [
+@pytest.mark.parametrize(
+  'config, num_steps, options',
+  [
     ('digits', 80, ['--config.run.plan.target_tile=25', '--config.system.evaluation.nn_steps=0']),
-    pytest.param('cifar10_fc1', 150, [f'--config.run.data.dir={CIFAR}'], marks=NEEDS_CIFAR)])
-def test_jobs_survive_all_and_end_in_the_same_bits(tmp_path, cluster, cache, config, num_steps, options):
+    pytest.param('cifar10_fc1', 150, [f'--config.run.data.dir={CIFAR}'], marks=NEEDS_CIFAR),
+  ],
+)
+def test_jobs_survive_all_and_end_in_the_same_bits(
+  tmp_path, cluster, cache, config, num_steps, options
+):
   """A worker cancelled, workers added, a node lost, the coordinator requeued."""
   workdir = tmp_path / 'run'
   done = subprocess.run(
-      [sys.executable, 'launch.py', '--cluster=slurm', f'--config=configs/{config}.py', f'--workdir={workdir}', '--host=localhost',
-       f'--config.system.cache_dir={cache}', f'--config.run.num_steps={num_steps}', '--config.system.num_workers=4',
-       '--config.system.snapshot_steps=0,1', '--config.system.log_seconds=0.1', '--config.system.checkpoint_seconds=1',
-       '--config.system.lease_seconds=20', '--slurm_worker_options=--cpus-per-task=1', *options],
-      cwd=ROOT, capture_output=True, text=True, check=False)
+    [
+      sys.executable,
+      'launch.py',
+      '--cluster=slurm',
+      f'--config=configs/{config}.py',
+      f'--workdir={workdir}',
+      '--host=localhost',
+      f'--config.system.cache_dir={cache}',
+      f'--config.run.num_steps={num_steps}',
+      '--config.system.num_workers=4',
+      '--config.system.snapshot_steps=0,1',
+      '--config.system.log_seconds=0.1',
+      '--config.system.checkpoint_seconds=1',
+      '--config.system.lease_seconds=20',
+      '--slurm_worker_options=--cpus-per-task=1',
+      *options,
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 0, done.stdout + done.stderr
   coordinator, array = re.search(r'coordinator (\d+), .* workers (\d+)\.', done.stdout).groups()
-  status = lambda: run_directory.RunDirectory(str(workdir)).read_status() or {'step': -1, 'generation': 0, 'state': None}
+  status = lambda: (
+    run_directory.RunDirectory(str(workdir)).read_status()
+    or {'step': -1, 'generation': 0, 'state': None}
+  )
 
   def goes_on(generation=1):
     step = status()['step'] if status()['generation'] == generation else -1
-    _wait(lambda: status()['generation'] == generation and status()['step'] > max(step, 0) + 3, 200, lambda: _logs(workdir))
+    _wait(
+      lambda: status()['generation'] == generation and status()['step'] > max(step, 0) + 3,
+      200,
+      lambda: _logs(workdir),
+    )
+
   goes_on()
   subprocess.run(['scancel', f'{array}_1'], check=True)
-  added = subprocess.run(shlex.split(re.search('add workers: (.*)', done.stdout)[1]), capture_output=True, text=True, check=True).stdout
+  added = subprocess.run(
+    shlex.split(re.search('add workers: (.*)', done.stdout)[1]),
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
   assert added.strip().isdigit()
   goes_on()
   home = _output('squeue', '--noheader', f'--jobs={coordinator}', '--format=%N').strip()
@@ -105,8 +149,13 @@ def test_jobs_survive_all_and_end_in_the_same_bits(tmp_path, cluster, cache, con
   subprocess.run([CLUSTER, 'node', cluster, lost[-1]], check=True)
   assert status()['state'] == 'running'
   subprocess.run(['scontrol', 'requeue', coordinator], check=True)
-  again = ['scontrol', 'update', f'JobId={coordinator}', 'StartTime=now']  # Slurm waits two minutes before it starts a job again
-  _wait(lambda: subprocess.run(again, capture_output=True, check=False) and status()['generation'] == 2, 150, lambda: _logs(workdir))
+  # Slurm waits two minutes before it starts a job again.
+  again = ['scontrol', 'update', f'JobId={coordinator}', 'StartTime=now']
+  _wait(
+    lambda: subprocess.run(again, capture_output=True, check=False) and status()['generation'] == 2,
+    150,
+    lambda: _logs(workdir),
+  )
   _wait(lambda: status()['state'] == 'finished', 300, lambda: _logs(workdir))
   _wait(lambda: not _output('squeue', '--noheader', '--states=running,pending'), 60)
   assert len(status()['workers']) > 4
@@ -115,17 +164,35 @@ def test_jobs_survive_all_and_end_in_the_same_bits(tmp_path, cluster, cache, con
 
 @NEEDS_CIFAR
 def test_steps_of_an_allocation_end_in_the_same_bits(tmp_path, cluster, cache):
-  """FC1 on CIFAR-10, stopped in mid-run and gone on with; each time the command's status is the run's."""
+  """FC1 on CIFAR-10, stopped in mid-run and gone on with; each time the command's status is the
+  run's."""
   workdir, num_steps = tmp_path / 'run', 12
   data = {**cifar10_fc1.get_config().run.data.to_dict(), 'dir': CIFAR}
   store.prepare(data, cache)  # here, so that no time limit below has to allow for it
-  command = ['salloc', '--ntasks=6', sys.executable, 'launch.py', '--cluster=slurm', '--config=configs/cifar10_fc1.py',
-             f'--workdir={workdir}', '--host=localhost', f'--config.run.data.dir={CIFAR}', f'--config.system.cache_dir={cache}',
-             f'--config.run.num_steps={num_steps}', '--config.system.num_workers=4', '--config.system.snapshot_steps=0,1',
-             '--config.system.log_seconds=0.1', '--slurm_worker_options=--cpus-per-task=1']
+  command = [
+    'salloc',
+    '--ntasks=6',
+    sys.executable,
+    'launch.py',
+    '--cluster=slurm',
+    '--config=configs/cifar10_fc1.py',
+    f'--workdir={workdir}',
+    '--host=localhost',
+    f'--config.run.data.dir={CIFAR}',
+    f'--config.system.cache_dir={cache}',
+    f'--config.run.num_steps={num_steps}',
+    '--config.system.num_workers=4',
+    '--config.system.snapshot_steps=0,1',
+    '--config.system.log_seconds=0.1',
+    '--slurm_worker_options=--cpus-per-task=1',
+  ]
   directory = run_directory.RunDirectory(str(workdir))
-  with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as first:
-    _wait(lambda: (directory.read_status() or {'step': 0})['step'] >= 3, 200, lambda: _logs(workdir))
+  with subprocess.Popen(
+    command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  ) as first:
+    _wait(
+      lambda: (directory.read_status() or {'step': 0})['step'] >= 3, 200, lambda: _logs(workdir)
+    )
     _descendant(first.pid, 'allocation.sh').terminate()
     assert first.wait(60) == 75, first.stdout.read() + _logs(workdir)
   stopped = directory.read_status()
@@ -139,31 +206,86 @@ def test_steps_of_an_allocation_end_in_the_same_bits(tmp_path, cluster, cache):
 
 
 def _descendant(pid, name):
-  return next(child for child in psutil.Process(pid).children(recursive=True) if any(name in word for word in child.cmdline()))
+  return next(
+    child
+    for child in psutil.Process(pid).children(recursive=True)
+    if any(name in word for word in child.cmdline())
+  )
 
 
 def test_bad_input_in_an_allocation_is_told_before_anything_starts(tmp_path, cluster):
-  done = subprocess.run(['salloc', '--ntasks=1', sys.executable, 'launch.py', '--cluster=slurm', '--config=configs/digits.py',
-                         f'--workdir={tmp_path}', '--config.run.num_steps=0'],
-                        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-  assert done.returncode == 2 and 'error: run.num_steps must be a whole number from 1' in done.stderr
+  done = subprocess.run(
+    [
+      'salloc',
+      '--ntasks=1',
+      sys.executable,
+      'launch.py',
+      '--cluster=slurm',
+      '--config=configs/digits.py',
+      f'--workdir={tmp_path}',
+      '--config.run.num_steps=0',
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
+  )
+  assert (
+    done.returncode == 2 and 'error: run.num_steps must be a whole number from 1' in done.stderr
+  )
 
 
 def test_each_worker_has_the_gpu_that_slurm_gave_it(tmp_path, cluster, cache):
-  """Two workers on one node, jobs and steps alike: launch.py starts with the CUDA_VISIBLE_DEVICES of its own worker."""
+  """Two workers on one node, jobs and steps alike: launch.py starts with the CUDA_VISIBLE_DEVICES
+  of its own worker."""
   script = tmp_path / 'python'  # in place of Python: tells what launch.py would see
-  script.write_text(f'#!/bin/sh\necho "$*" | grep -o "role=[a-z]*" | tr "\\n" " " >> {tmp_path}/seen.$$\n'
-                    f'echo "$SLURMD_NODENAME ${{CUDA_VISIBLE_DEVICES-none}}" >> {tmp_path}/seen.$$\nsleep 5\n')
+  script.write_text(
+    f'#!/bin/sh\necho "$*" | grep -o "role=[a-z]*" | tr "\\n" " " >> {tmp_path}/seen.$$\n'
+    f'echo "$SLURMD_NODENAME ${{CUDA_VISIBLE_DEVICES-none}}" >> {tmp_path}/seen.$$\nsleep 5\n'
+  )
   script.chmod(0o755)
-  environment = {**os.environ, 'KIP_ROOT': ROOT, 'KIP_PYTHON': str(script), 'KIP_WORKDIR': str(tmp_path), 'KIP_WORKERS': '2',
-                 'KIP_OPTIONS': '--nodelist=node1', 'KIP_WORKER_OPTIONS': '--gpus-per-task=1'}
+  environment = {
+    **os.environ,
+    'KIP_ROOT': ROOT,
+    'KIP_PYTHON': str(script),
+    'KIP_WORKDIR': str(tmp_path),
+    'KIP_WORKERS': '2',
+    'KIP_OPTIONS': '--nodelist=node1',
+    'KIP_WORKER_OPTIONS': '--gpus-per-task=1',
+  }
   os.makedirs(tmp_path / 'logs')
-  subprocess.run(['salloc', '--nodelist=node1', '--ntasks=4', '--gpus=2', f'{ROOT}/programs/slurm/allocation.sh'],
-                 env=environment, timeout=100, capture_output=True, check=True)
+  subprocess.run(
+    [
+      'salloc',
+      '--nodelist=node1',
+      '--ntasks=4',
+      '--gpus=2',
+      f'{ROOT}/programs/slurm/allocation.sh',
+    ],
+    env=environment,
+    timeout=100,
+    capture_output=True,
+    check=True,
+  )
   seen = [path.read_text().split() for path in tmp_path.glob('seen.*')]
   gpus = sorted(line[2] for line in seen if line[0] == 'role=worker')
   assert gpus == ['0', '1'] and all(line[1] == 'node1' for line in seen)
-  subprocess.run(['sbatch', '--wait', '--nodelist=node1', '--array=1-2', '--gpus=1', '--output=/dev/null',
-                  f'{ROOT}/programs/slurm/client.sh', '--role=worker'], env=environment, timeout=100, capture_output=True, check=True)
+  subprocess.run(
+    [
+      'sbatch',
+      '--wait',
+      '--nodelist=node1',
+      '--array=1-2',
+      '--gpus=1',
+      '--output=/dev/null',
+      f'{ROOT}/programs/slurm/client.sh',
+      '--role=worker',
+    ],
+    env=environment,
+    timeout=100,
+    capture_output=True,
+    check=True,
+  )
   later = [path.read_text().split() for path in tmp_path.glob('seen.*')]
   assert sorted(line[2] for line in later if line[0] == 'role=worker') == ['0', '0', '1', '1']

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-LAUNCH = f'''
+LAUNCH = f"""
 import os, sys
 sys.path.insert(0, {ROOT!r})
 from nodes import run_directory
@@ -19,7 +19,7 @@ directory = run_directory.RunDirectory(workdir)
 os.makedirs(directory.path, exist_ok=True)
 directory.write_command([os.path.basename(sys.executable), *sys.orig_argv[1:]])  # as launches do
 open(os.path.join(directory.path, 'ran'), 'a').write('.')
-'''
+"""
 
 
 @pytest.fixture
@@ -31,22 +31,25 @@ def make(tmp_path):
     shutil.copy(os.path.join(ROOT, name), copy / name)
   (copy / 'tools' / 'setup.sh').write_text('#!/bin/sh\n')
   (copy / 'python').write_text(
-      f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\n')  # nothing is built
+    f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\n'
+  )  # nothing is built
   (copy / 'launch.py').write_text(LAUNCH)
   for name in ('tools/setup.sh', 'python'):
     (copy / name).chmod(0o755)
   environment = {
-      name: value
-      for name, value in os.environ.items()
-      if not name.startswith('MAKE') and name != 'DEMO_DIR'
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith('MAKE') and name != 'DEMO_DIR'
   }
-  return lambda *arguments: subprocess.run(['make', 'PYTHON=./python', *arguments],
-                                           cwd=copy,
-                                           env=environment,
-                                           capture_output=True,
-                                           text=True,
-                                           timeout=60,
-                                           check=False)
+  return lambda *arguments: subprocess.run(
+    ['make', 'PYTHON=./python', *arguments],
+    cwd=copy,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
+  )
 
 
 def _content(folder):
@@ -56,8 +59,9 @@ def _content(folder):
 def test_help_is_the_default_and_has_a_line_for_each_target(make, tmp_path):
   before = _content(tmp_path)
   done = make()
-  assert done.returncode == 0 and done.stdout == make('help').stdout and _content(
-      tmp_path) == before
+  assert (
+    done.returncode == 0 and done.stdout == make('help').stdout and _content(tmp_path) == before
+  )
   with open(os.path.join(ROOT, 'Makefile'), encoding='utf-8') as file:
     lines = file.read().replace('\\\n', '')
   targets = re.search(r'^\.PHONY: (.*)$', lines, re.MULTILINE)[1].split()
@@ -87,35 +91,38 @@ def test_an_empty_folder_is_taken(make, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'kind',
-    ['files', 'a run', 'a demo that went on', 'a file', 'a link', 'above', 'root', 'nothing'])
+  'kind', ['files', 'a run', 'a demo that went on', 'a file', 'a link', 'above', 'root', 'nothing']
+)
 def test_what_is_not_a_demo_is_refused_and_stays(make, tmp_path, kind):
   folder = tmp_path / 'mine'
   folder.mkdir()
   (folder / 'precious').write_text('years of work')
   command = 'python launch.py --config=configs/digits.py --workdir=mine --lp_launch_type=local_mp'
   if kind == 'a run':
-    (folder /
-     'command.txt').write_text('python launch.py --config=configs/digits.py --workdir=mine\n')
+    (folder / 'command.txt').write_text(
+      'python launch.py --config=configs/digits.py --workdir=mine\n'
+    )
   elif kind == 'a demo that went on':
-    (folder /
-     'command.txt').write_text(command.replace(' --lp', ' --config.run.num_steps=500 --lp') + '\n')
+    (folder / 'command.txt').write_text(
+      command.replace(' --lp', ' --config.run.num_steps=500 --lp') + '\n'
+    )
   elif kind == 'a link':
     (tmp_path / 'link').symlink_to(folder)
   elif kind == 'above':
     (folder / 'demo').mkdir()
     (folder / 'demo' / 'command.txt').write_text(command + '\n')
   named = {
-      'a file': folder / 'precious',
-      'a link': tmp_path / 'link',
-      'root': '/',
-      'nothing': ''
+    'a file': folder / 'precious',
+    'a link': tmp_path / 'link',
+    'root': '/',
+    'nothing': '',
   }.get(kind, folder)
   before = _content(tmp_path)
   done = make('demo', f'DEMO_DIR={named}')
   lines = [line for line in done.stderr.splitlines() if not line.startswith('make')]
-  assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith(
-      f'demo: DEMO_DIR={named} '), done.stderr
+  assert (
+    done.returncode == 2 and len(lines) == 1 and lines[0].startswith(f'demo: DEMO_DIR={named} ')
+  ), done.stderr
   assert ('names no folder' if kind == 'nothing' else "is not an earlier demo's") in lines[0]
   assert _content(tmp_path) == before and (folder / 'precious').read_text() == 'years of work'
 

@@ -7,10 +7,10 @@ import subprocess
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-UV = '''#!/bin/sh
+UV = """#!/bin/sh
 mkdir -p .venv
 echo "$1 ${UV_CACHE_DIR:-none} ${UV_PYTHON_INSTALL_DIR:-none}" >> told
-'''
+"""
 
 
 @pytest.mark.parametrize('home, usable', [('home', True), ('file', False), ('file/below', False)])
@@ -25,8 +25,15 @@ def test_uv_has_a_place_for_its_files(tmp_path, home, usable):
   (tmp_path / 'uv').write_text(UV)
   (tmp_path / 'uv').chmod(0o755)
   environment = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'HOME': str(tmp_path / home)}
-  done = subprocess.run(['tools/setup.sh'], cwd=copy, env=environment, capture_output=True,
-                        text=True, timeout=60, check=True)
+  done = subprocess.run(
+    ['tools/setup.sh'],
+    cwd=copy,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=True,
+  )
   told = (copy / 'told').read_text().splitlines()
   assert [line.partition(' ')[0] for line in told] == ['venv', 'pip']
   places = 'none none' if usable else f'{copy}/.uv-home/cache {copy}/.uv-home/python'
