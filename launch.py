@@ -20,27 +20,17 @@ resumes).
 import os
 import sys
 
-from programs import isolation
-from programs import placement
-from programs import supervisor
+from programs import isolation, placement, supervisor
 
 isolation.enter_if_restarted()
 if not supervisor.is_child():  # else its parent has seen to it
   os.environ.update(placement.launcher_environment())  # before NumPy and JAX start
 
-# pylint: disable=wrong-import-position
-from absl import flags
-from absl import logging
 import launchpad as lp
+from absl import flags, logging
 
-from nodes import command_line
-from nodes import run_directory
-from programs import distill
-from programs import hosts
-from programs import slurm_cluster
-from programs import start
-from programs import status
-from programs import terminal
+from artifacts import run_directory
+from programs import command_line, distill, hosts, slurm_cluster, start, status, terminal
 
 flags.FLAGS.set_default('lp_launch_type', lp.LaunchType.LOCAL_MULTI_PROCESSING.value)
 flags.FLAGS.set_default('lp_termination_notice_secs', supervisor.LAUNCHER_NOTICE)

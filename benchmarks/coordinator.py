@@ -20,29 +20,26 @@ import tempfile
 import threading
 import time
 
+import kernels.precision  # noqa: F401
 from programs import placement
 
 os.environ.update(placement.environment())  # before NumPy and JAX start
 
-# pylint: disable=wrong-import-position
-from kernels import precision  # pylint: disable=unused-import
 
-from absl import logging
 import courier
-from launchpad.nodes.courier import courier_utils
 import numpy as np
 import portpicker
+from absl import logging
+from launchpad.nodes.courier import courier_utils
 
+from artifacts import run_directory
 from benchmarks import steps
 from data import sampling
-from kernels import architectures
-from kernels import krr
-from kernels import ntk
+from distillation import krr
+from kernels import architectures, ntk
 from nodes import coordinator as coordinator_node
-from nodes import kernel_worker
-from nodes import remote
-from nodes import run_directory
-from nodes import tasks
+from nodes import kernel_worker, tasks
+from nodes.client import Retrying
 
 TARGETS = 5000
 # Images a class, target tile, tiles a task.
@@ -163,9 +160,7 @@ def work(port: int, cache: str, microseconds: float, answer) -> None:
     courier.Client(f'localhost:{port}', call_timeout=_TIMEOUT, wait_for_ready=False), clock
   )
   stop = threading.Event()
-  client = remote.Retrying(
-    client, _TIMEOUT, stop, lambda error: type(error).__name__ == 'StatusNotOk'
-  )
+  client = Retrying(client, _TIMEOUT, stop, lambda error: type(error).__name__ == 'StatusNotOk')
   kernel_worker.KernelWorker(client, 'worker', 1, cache, stop).run()
   answer.send(clock.medians(WARM_UP))
 

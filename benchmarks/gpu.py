@@ -15,24 +15,21 @@ import sys
 import tempfile
 import threading
 
+import kernels.precision  # noqa: F401
 from programs import placement
 
 if __name__ == '__main__':
   FOUND = placement.take_gpu('auto')  # before NumPy and JAX start
 
-# pylint: disable=wrong-import-position
-from kernels import precision  # pylint: disable=unused-import
 
-from absl import logging
 import jax
+from absl import logging
 
-from benchmarks import kernels
-from benchmarks import steps
+from artifacts import run_directory
+from benchmarks import kernels, steps
 from kernels import ntk
-from nodes import coordinator
-from nodes import kernel_worker
-from nodes import remote
-from nodes import run_directory
+from nodes import coordinator, kernel_worker
+from nodes.client import Retrying
 
 CASES = ('1x250x1', '1x1250x1', '50x250x5')  # images a class x target tile x target tiles a task
 TARGETS, NUM_IMAGES = 5000, 10_000
@@ -107,7 +104,7 @@ def measure_step(
 
   node._solution = solved
   worker = kernel_worker.KernelWorker(
-    remote.Retrying(node, 60.0, stop), 'worker', placement.worker_threads(0, 1), folder, stop
+    Retrying(node, 60.0, stop), 'worker', placement.worker_threads(0, 1), folder, stop
   )
   thread = threading.Thread(target=worker.run, daemon=True)
   thread.start()

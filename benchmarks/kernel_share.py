@@ -20,7 +20,7 @@ import time
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [_ROOT]  # workers run this file itself
 
-from nodes import run_directory  # pylint: disable=wrong-import-position
+from artifacts import run_directory
 
 _NOTES = 'KIP_KERNEL_NOTES'  # environment: folder where workers note what they do
 _FIRST = 2  # the step from whose end on is measured
@@ -64,14 +64,12 @@ class _Timed:
 
 def _work() -> int:
   """A worker's process: as launch.py's, but for the notes."""
-  from programs import placement
-  from programs import supervisor
+  from programs import placement, supervisor
 
   if not supervisor.is_child():
     os.environ.update(placement.launcher_environment())
   from kernels import ntk
-  from programs import hosts
-  from programs import start
+  from programs import hosts, start
 
   make = ntk.for_run
   ntk.for_run = lambda *arguments: _Timed(

@@ -14,7 +14,6 @@ The whole table takes long, most of it Neural Tangents' compilation. Parts of it
 """
 
 import argparse
-from concurrent import futures
 import dataclasses
 import functools
 import importlib.util
@@ -23,19 +22,18 @@ import multiprocessing
 import os
 import statistics
 import time
+from concurrent import futures
 from typing import Callable
 
 os.environ['OPENBLAS_NUM_THREADS'] = '1'  # before NumPy starts, as in a run
 
-# pylint: disable=wrong-import-position
-from kernels import precision  # pylint: disable=unused-import
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import architectures
-from kernels import ntk
+import kernels.precision  # noqa: F401
+from kernels import architectures, ntk
 
 # Of the entries compared with float64, the first rows and columns of a block.
 COTANGENT = np.array([[1, -0.5], [0.25, 2]])

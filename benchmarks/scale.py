@@ -34,16 +34,14 @@ from programs import placement
 
 os.environ.update(placement.environment())  # before NumPy and JAX start
 
-# pylint: disable=wrong-import-position
 import numpy as np
 
+from artifacts import run_directory
 from configs import base
 from data import store
 from kernels import ntk
-from nodes import kernel_worker
-from nodes import run_directory
-from nodes import tasks
-from nodes.remote import Retrying
+from nodes import kernel_worker, tasks
+from nodes.client import Retrying
 
 IMAGE, CLASSES, IMAGES = (32, 32, 3), 10, 50_000  # CIFAR-10
 WARM_UP, STEPS = 2, 3  # steps that are not counted, and that are at least
@@ -268,6 +266,7 @@ def _piece(
 def _serve(workdir: str, cache: str, port: int, seconds: float, out: Any) -> None:
   """The coordinator's process: tells (seconds, CPU seconds) a step."""
   import courier
+
   from nodes import coordinator
 
   stop, seen = threading.Event(), []

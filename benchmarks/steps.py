@@ -5,14 +5,13 @@ import os
 import statistics
 import time
 
-from kernels import precision  # pylint: disable=unused-import
-
 import numpy as np
 
+import kernels.precision  # noqa: F401
+from artifacts import run_directory
 from configs import base
 from data import store
 from nodes import coordinator
-from nodes import run_directory
 
 IMAGE, CLASSES = (32, 32, 3), 10
 

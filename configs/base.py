@@ -11,8 +11,7 @@ from typing import Any, Mapping
 
 import ml_collections
 
-from kernels import architectures
-from kernels import ntk
+from kernels import architectures, ntk
 
 # Fields that take a name or number, or a dict which stays whole.
 _SPECS = (
@@ -261,7 +260,7 @@ def validate(config: Mapping[str, Any]) -> None:
   _among('run.parameterization', fields, ntk.PARAMETERIZATIONS)
   _among('system.evaluation.nn_loss', fields, _NN_LOSSES)
   # Here: optax takes a second to import, and every node imports this module.
-  from kernels import optimizers
+  from distillation import optimizers
 
   try:
     ntk.check_variant(

@@ -12,9 +12,7 @@ from typing import Any, Mapping, NamedTuple
 
 import numpy as np
 
-from data import preprocess
-from data import sampling
-from data import store
+from data import preprocess, sampling, store
 
 
 class Changes(NamedTuple):

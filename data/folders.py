@@ -5,9 +5,7 @@ import os
 import re
 from typing import NamedTuple
 
-from data import classes
-from data import DataError
-from data import images
+from data import DataError, classes, images
 
 TEST_NAMES = ('test', 'val', 'valid', 'validation')  # the first that is there is the test set
 EXPECTED = (

@@ -5,8 +5,7 @@ import struct
 from typing import Sequence
 
 import numpy as np
-from PIL import Image
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from data import DataError
 

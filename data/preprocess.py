@@ -1,15 +1,15 @@
 """Raw pixels -> what kernels see: per-channel standardisation, and ZCA whitening where asked,
 fitted on the training images (K1, K2)."""
 
-from concurrent import futures
 import hashlib
 import time
+from concurrent import futures
 from typing import Callable, Iterator, NamedTuple
 
-from absl import logging
 import numpy as np
 import scipy.linalg
 import threadpoolctl
+from absl import logging
 
 from data import DataError
 

@@ -7,15 +7,14 @@ import http.client
 import os
 import re
 import tempfile
-from typing import NamedTuple
 import urllib.error
 import urllib.request
+from typing import NamedTuple
 
-from absl import logging
 import numpy as np
+from absl import logging
 
-from data import DataError
-from data import NPZ_ERRORS
+from data import NPZ_ERRORS, DataError
 
 BUCKET = 'https://storage.googleapis.com/kip-datasets'
 _NAME = re.compile(

@@ -9,11 +9,7 @@ from typing import Any, NamedTuple, Sequence
 
 import numpy as np
 
-from data import classes
-from data import DataError
-from data import folders
-from data import images
-from data import NPZ_ERRORS
+from data import NPZ_ERRORS, DataError, classes, folders, images
 
 # Hub repository, its configuration, and its revision.
 HUB = {

@@ -15,14 +15,10 @@ import tempfile
 import time
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
-from absl import logging
 import numpy as np
+from absl import logging
 
-from data import DataError
-from data import NPZ_ERRORS
-from data import home
-from data import preprocess
-from data import sources
+from data import NPZ_ERRORS, DataError, home, preprocess, sources
 
 _VERSION = 4
 _META, _CONTENT = 'meta.json', 'content'

@@ -24,15 +24,13 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
-from kernels import precision  # pylint: disable=unused-import
-
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from kernels import architectures
-from kernels import ntk
+import kernels.precision  # noqa: F401
+from kernels import architectures, ntk
 
 
 class _Budget(NamedTuple):

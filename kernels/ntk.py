@@ -1,16 +1,16 @@
 """Kernel blocks and their gradients: `make_kernel` picks an implementation; all obey the contract
 of `Kernel`."""
 
-from concurrent import futures
 import dataclasses
 import functools
 import importlib
 import os
 import threading
+from concurrent import futures
 from typing import Any, Callable, Mapping, NamedTuple, Protocol
 
-from absl import logging
 import numpy as np
+from absl import logging
 
 from kernels import architectures
 
@@ -234,6 +234,7 @@ def _fastest() -> str:
   if cuda.is_available():
     return 'cuda'
   import jax
+
   from kernels.native import build
 
   if jax.default_backend() != 'cpu':

@@ -6,8 +6,6 @@ import functools
 import sys
 import types
 
-from kernels import precision  # pylint: disable=unused-import
-
 import jax
 import numpy as np
 
@@ -16,11 +14,10 @@ import numpy as np
 sys.modules.setdefault(
   'neural_tangents.experimental', types.ModuleType('neural_tangents.experimental')
 )
-import neural_tangents as nt  # pylint: disable=wrong-import-position
-from neural_tangents import stax  # pylint: disable=wrong-import-position
+import neural_tangents as nt
 
-from kernels import architectures  # pylint: disable=wrong-import-position
-from kernels import ntk  # pylint: disable=wrong-import-position
+import kernels.precision  # noqa: F401
+from kernels import architectures, ntk
 
 # Neural Tangents holds about this many [H, W, H, W] arrays a pair of images, forward and backward
 # together.
@@ -53,14 +50,14 @@ def network(
   layers = []
   for stage in architecture.stages:
     for _ in range(stage.convs):
-      layers += [stax.Conv(width, (3, 3), padding='SAME', **scale), stax.Relu()]
+      layers += [nt.stax.Conv(width, (3, 3), padding='SAME', **scale), nt.stax.Relu()]
     if stage.pool:
-      layers.append(stax.AvgPool((2, 2), strides=(2, 2)))
-  layers.append(stax.Flatten() if architecture.readout == 'flatten' else stax.GlobalAvgPool())
+      layers.append(nt.stax.AvgPool((2, 2), strides=(2, 2)))
+  layers.append(nt.stax.Flatten() if architecture.readout == 'flatten' else nt.stax.GlobalAvgPool())
   for _ in range(architecture.hidden):
-    layers += [stax.Dense(width, **scale), stax.Relu()]
-  layers.append(stax.Dense(outputs, **scale))
-  return stax.serial(*layers)
+    layers += [nt.stax.Dense(width, **scale), nt.stax.Relu()]
+  layers.append(nt.stax.Dense(outputs, **scale))
+  return nt.stax.serial(*layers)
 
 
 class ReferenceKernel:

@@ -11,31 +11,20 @@ import threading
 import time
 from typing import Any, Callable, NamedTuple
 
-from kernels import precision  # pylint: disable=unused-import
-
-from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 
+import kernels.precision  # noqa: F401
+from artifacts import distilled_set, run_directory
+from artifacts.checkpoints import Checkpoints, NoGoodCheckpoint, SupportState
 from configs import base
-from data import DataError
-from data import NPZ_ERRORS
-from data import sampling
-from data import store
-from kernels import krr
-from kernels import label_solve
-from kernels import optimizers
-from nodes import export
-from nodes import initial_support
-from nodes import run_directory
+from data import NPZ_ERRORS, DataError, sampling, store
+from distillation import initial_support, krr, label_solve, optimizers
 from nodes import tasks
-from nodes.checkpoints import Checkpoints
-from nodes.checkpoints import NoGoodCheckpoint
-from nodes.checkpoints import SupportState
-from nodes.task_board import TaskBoard
-from nodes.task_board import TaskFailed
+from nodes.task_board import TaskBoard, TaskFailed
 
 _POLL = 0.5  # seconds between looks at the stop event while a phase runs
 _LONG_POLL = 2.0  # seconds a request for work may wait for some
@@ -817,7 +806,7 @@ class Coordinator:
     if state.step == self._run['num_steps']:
       self._persist(
         self._directory.distilled,
-        lambda: export.save(
+        lambda: distilled_set.save(
           self._directory.distilled, images, labels, state.step, self._config, self._prepared
         ),
       )

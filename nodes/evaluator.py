@@ -24,22 +24,15 @@ import threading
 import time
 from typing import Any, Callable, Sequence
 
-from absl import flags
-from absl import logging
 import numpy as np
+from absl import flags, logging
 
+from artifacts import distilled_set, run_directory
 from configs import base
-from data import DataError
-from data import NPZ_ERRORS
-from data import released
-from data import store
-from kernels import krr
-from nodes import command_line
-from nodes import evaluation
-from nodes import export
-from nodes import run_directory
-from nodes.remote import CoordinatorLost
-from nodes.remote import Stopping
+from data import NPZ_ERRORS, DataError, released, store
+from distillation import evaluation, krr
+from nodes.client import CoordinatorLost, Stopping
+from programs import command_line
 
 # Of evaluating, before the coordinator hears that it is no use; seconds between them.
 _TRIES, _PAUSE = 3, 2.0
@@ -56,7 +49,7 @@ class Evaluator:
   ):
     """
     Args:
-      coordinator: a `remote.Retrying` coordinator.
+      coordinator: a `client.Retrying` coordinator.
       workdir: the run directory.
       threads: CPU threads for the kernel.
       cache: this machine's folder of prepared data.
@@ -178,7 +171,9 @@ class Evaluator:
   def _evaluate(self, snapshot: dict[str, Any]) -> dict[str, Any]:
     step, images, labels = snapshot['step'], snapshot['images'], snapshot['labels']
     if snapshot['final']:
-      distilled = export.load(self._directory.distilled)  # what the user gets is what is reported
+      distilled = distilled_set.load(
+        self._directory.distilled
+      )  # what the user gets is what is reported
       images, labels = distilled.images, distilled.labels
     row = {'step': step, **self._evaluation.krr(images, labels), **json.loads(snapshot['metrics'])}
     if step == 0 or snapshot['final'] or step in self._settings['nn_snapshots']:
@@ -221,7 +216,7 @@ class Evaluator:
     except Stopping:
       raise
     except Exception as error:  # Matplotlib, fonts, folders, damaged files: the rows are written
-      remedy = remedy or f'python -m nodes.report --workdir={shlex.quote(self._directory.path)}'
+      remedy = remedy or f'python -m artifacts.report --workdir={shlex.quote(self._directory.path)}'
       logging.error(
         '%s is not written (%s: %s). The results are whole; to make it again: %s',
         what,
@@ -231,12 +226,14 @@ class Evaluator:
       )
 
   def _write_events(self, row: dict[str, Any], images: np.ndarray, labels: np.ndarray) -> None:
-    from nodes import tensorboard  # here and below: Matplotlib takes seconds, and may not be there
+    from artifacts import (
+      tensorboard,  # here and below: Matplotlib takes seconds, and may not be there
+    )
 
     tensorboard.write(self._directory, row, images, labels, self._prepared)
 
   def _write_missing_events(self) -> None:
-    from nodes import tensorboard
+    from artifacts import tensorboard
 
     tensorboard.write_missing(self._directory, self._directory.read_metrics(), self._prepared)
 
@@ -248,7 +245,7 @@ class Evaluator:
     )
 
   def _write_report(self) -> None:
-    from nodes import report
+    from artifacts import report
 
     report.write(self._directory, self._directory.read_metrics())
 
@@ -335,9 +332,9 @@ def _load(
   path: str, cache: str, folder: str
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any] | None]:
   """Images, labels and the settings, of a file that has none None; `cache` and `folder` as for
-  `export.load_released`. Raises DataError."""
+  `distilled_set.load_released`. Raises DataError."""
   if released.is_name(path):
-    distilled = export.load_released(path, cache, folder)
+    distilled = distilled_set.load_released(path, cache, folder)
     return distilled.images, distilled.labels, distilled.settings
   try:
     with open(path, 'rb') as stream, np.lib.npyio.NpzFile(stream, allow_pickle=False) as file:
@@ -351,7 +348,7 @@ def _load(
     raise DataError(
       f'{path!r} is not a readable .npz file without pickled objects: {error}'
     ) from error
-  distilled = export.load(path)
+  distilled = distilled_set.load(path)
   return distilled.images, distilled.labels, distilled.settings
 
 

@@ -1,26 +1,22 @@
 """Leases tasks, computes kernel blocks and their cotangent pieces, and hands them back."""
 
-from concurrent import futures
 import functools
 import itertools
 import json
 import platform
 import threading
 import time
+from concurrent import futures
 from typing import Any, Callable, NamedTuple
 
-from absl import logging
 import numpy as np
+from absl import logging
 
-from data import augment
-from data import sampling
-from data import store
-from kernels import krr
-from kernels import label_solve
+from data import augment, sampling, store
+from distillation import krr, label_solve
 from kernels import ntk
 from nodes import tasks
-from nodes.remote import CoordinatorLost
-from nodes.remote import Stopping
+from nodes.client import CoordinatorLost, Stopping
 
 _CALIBRATION_SECONDS = 80.0  # by the rate so far, which a single pair makes look far too slow
 
@@ -50,7 +46,7 @@ class KernelWorker:
   def __init__(self, coordinator: Any, name: str, threads: int, cache: str, stop: threading.Event):
     """
     Args:
-      coordinator: a `remote.Retrying` coordinator.
+      coordinator: a `client.Retrying` coordinator.
       name: unique among the run's workers.
       threads: CPU threads for the kernel.
       cache: this machine's folder of prepared data.

@@ -10,9 +10,7 @@ from typing import Callable, Container, NamedTuple
 
 import numpy as np
 
-from nodes.tasks import Range
-from nodes.tasks import SUPPORT_PHASES
-from nodes.tasks import Task
+from nodes.tasks import SUPPORT_PHASES, Range, Task
 
 MAX_ERRORS = 3
 MAX_LOST = 20  # leases of one task that came to nothing

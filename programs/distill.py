@@ -8,14 +8,11 @@ import socket
 from typing import Callable, Sequence
 
 import launchpad as lp
+import psutil
 from launchpad.launch import worker_manager
 from launchpad.nodes.python.local_multi_processing import PythonProcess
-import psutil
 
-from programs import placement
-from programs import processes
-from programs import start
-from programs import supervisor
+from programs import placement, processes, start, supervisor
 
 COORDINATOR = 'coordinator'
 _CALL_TIMEOUT = 60  # seconds: no answer of the coordinator's takes longer

@@ -13,21 +13,14 @@ import socket
 import threading
 import time
 
-from absl import flags
-from absl import logging
+from absl import flags, logging
 from launchpad import context
 from launchpad.launch import worker_manager
 
+from artifacts import run_directory
 from configs import base
 from data import store
-from nodes import command_line
-from nodes import run_directory
-from programs import distill
-from programs import placement
-from programs import processes
-from programs import start
-from programs import supervisor
-from programs import terminal
+from programs import command_line, distill, placement, processes, start, supervisor, terminal
 
 _WORKER = 'worker'
 ROLE = flags.DEFINE_enum(

@@ -13,13 +13,10 @@ from programs import placement
 # Before NumPy starts, with as many threads as it finds here.
 os.environ.update(placement.launcher_environment())
 
-# pylint: disable=wrong-import-position
 from absl import logging
 
-from nodes import command_line
-from nodes import run_directory
-from programs import start
-from programs import terminal
+from artifacts import run_directory
+from programs import command_line, start, terminal
 
 
 def main(argv: list[str]) -> int:
@@ -46,9 +43,8 @@ def distil(run, stop: threading.Event) -> None:
     stop: set it to stop the run with a checkpoint.
   """
   from nodes import coordinator as coordinator_node  # here and below: they start JAX
-  from nodes import evaluator
-  from nodes import kernel_worker
-  from nodes.remote import Retrying
+  from nodes import evaluator, kernel_worker
+  from nodes.client import Retrying
 
   system = run.config['system']
   try:

@@ -6,8 +6,7 @@ from typing import Any, Iterator, NamedTuple
 import psutil
 
 from data import store
-from kernels import architectures
-from kernels import ntk
+from kernels import architectures, ntk
 from kernels.native import build
 from nodes import tasks
 

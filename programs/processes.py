@@ -7,17 +7,15 @@ import socket
 import sys
 from typing import Any
 
-from absl import logging
 import launchpad as lp
+from absl import logging
 from launchpad import address as lp_address
 from launchpad import context
 from launchpad.launch import worker_manager
 
-from nodes import run_directory
-from nodes.remote import CoordinatorLost
-from nodes.remote import Retrying
-from programs import start
-from programs import supervisor
+from artifacts import run_directory
+from nodes.client import CoordinatorLost, Retrying
+from programs import start, supervisor
 
 _EVALUATOR_NICENESS = 10  # where cores are few, evaluation must not hold distillation up
 _CONNECT_SECONDS = 5.0

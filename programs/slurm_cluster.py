@@ -12,10 +12,9 @@ import subprocess
 import sys
 from typing import Sequence
 
-from absl import flags
-from absl import logging
+from absl import flags, logging
 
-from nodes import run_directory
+from artifacts import run_directory
 from programs import start
 
 CLUSTER = flags.DEFINE_enum(

@@ -10,19 +10,14 @@ import threading
 from typing import Any, Callable, NamedTuple, Sequence
 
 from absl import flags
+
+from artifacts import run_directory
 from configs import base
-from data import classes
-from data import DataError
-from data import store
-from nodes import command_line
-from nodes import evaluation
-from nodes import initial_support
-from nodes import run_directory
+from data import DataError, classes, store
+from distillation import evaluation, initial_support
 from nodes import tasks
-from nodes.command_line import BadInput
-from nodes.command_line import log_plainly
-from programs import memory
-from programs import placement
+from programs import command_line, memory, placement
+from programs.command_line import BadInput, log_plainly
 
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Run directory: made if missing; one that holds a checkpoint resumes from it.'

@@ -9,9 +9,9 @@ from typing import Any
 
 from absl import flags
 
-from nodes import command_line
-from nodes import evaluation
-from nodes import run_directory
+from artifacts import run_directory
+from distillation import evaluation
+from programs import command_line
 
 STATUS = flags.DEFINE_bool(
   'status', False, 'Tell how the run in --workdir is doing, and start nothing.'

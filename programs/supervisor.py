@@ -15,8 +15,8 @@ import sys
 import threading
 import time
 
-from absl import logging
 import psutil
+from absl import logging
 
 RESTART_STATUS = 76  # a node's wish to be started afresh
 LAUNCHER = 'KIP_LAUNCHER'  # environment: process id; when that process is gone, so are its nodes

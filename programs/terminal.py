@@ -11,14 +11,13 @@ import sys
 import threading
 import tty
 
-from rich.console import Console
-from rich.console import Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from nodes import run_directory
+from artifacts import run_directory
 
 _COLOUR = re.compile(rb'\x1b\[[0-9;]*m')
 # The coordinator's lines, of which the bar tells.

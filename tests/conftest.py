@@ -7,14 +7,13 @@ from programs import placement
 # Before NumPy and JAX start, as in the program's own processes.
 os.environ.update(placement.launcher_environment())
 
-# pylint: disable=wrong-import-position
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
+from artifacts import run_directory
 from configs import base
 from data import store
-from nodes import run_directory
 from programs import start
 
 

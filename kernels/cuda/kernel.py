@@ -19,8 +19,7 @@ import pathlib
 
 import numpy as np
 
-from kernels import architectures
-from kernels import ntk
+from kernels import architectures, ntk
 from kernels.cuda import plan as planning
 
 _TABLE_BYTES = 2**29  # of one part of the second images' tables

@@ -4,14 +4,12 @@ import ctypes
 import functools
 import os
 
-from kernels import precision  # pylint: disable=unused-import
-
 import jax
 import jax.ffi
 import numpy as np
 
-from kernels import architectures
-from kernels import ntk
+import kernels.precision  # noqa: F401
+from kernels import architectures, ntk
 from kernels.native import build
 
 # Below this, the derivatives of all pairs are kept until the cotangent is known; above, the forward

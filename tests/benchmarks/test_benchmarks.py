@@ -7,9 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import gpu
-from benchmarks import kernels
-from benchmarks import steps
+from benchmarks import gpu, kernels, steps
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 

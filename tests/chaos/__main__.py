@@ -220,9 +220,10 @@ def launch(
 
 def compare(peace: str, fire: str) -> list[str]:
   """What differs between two run directories."""
-  from nodes import checkpoints  # here, because it imports JAX
   import jax
   import optax
+
+  from artifacts import checkpoints  # here, because it imports JAX
 
   found = []
   states = []

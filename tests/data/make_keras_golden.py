@@ -6,8 +6,8 @@ keras-preprocessing 1.1.2, SciPy 1.15.3:
 
 import os
 
-from keras_preprocessing.image import ImageDataGenerator
 import numpy as np
+from keras_preprocessing.image import ImageDataGenerator
 
 
 def main():

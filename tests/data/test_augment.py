@@ -7,10 +7,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from data import augment
-from data import preprocess
-from data import sampling
-from data import store
+from data import augment, preprocess, sampling, store
 
 ALL = {
   'fraction': 0.5,

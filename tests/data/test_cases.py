@@ -7,14 +7,12 @@ import io
 import threading
 
 import numpy as np
-from PIL import Image
 import pyarrow
-from pyarrow import parquet
 import pytest
+from PIL import Image
+from pyarrow import parquet
 
-from data import DataError
-from data import sources
-from data import store
+from data import DataError, sources, store
 from programs import local
 
 NAMES = ('zero', 'one', 'two', 'three')

@@ -4,18 +4,14 @@ places."""
 import os
 
 import datasets
-from hypothesis import given
-from hypothesis import HealthCheck
-from hypothesis import settings
-from hypothesis import strategies as st
 import numpy as np
-from PIL import Image
 import pytest
-
-from data import DataError
-from data import sources
-from data import store
 from damage import damaged
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data import DataError, sources, store
 
 QUIETLY = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 

@@ -12,8 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from data import home
-from data import store
+from data import home, store
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 VARIABLES = (
@@ -196,8 +195,8 @@ def test_every_program_runs_for_a_user_without_a_home(strangers, parquet, home_i
     '--config.system.num_workers=1',
   )
   if home_is is None:
-    run('nodes.export', 'run/distilled.npz', '--to=dataset', '--format=dataset')
-    run('nodes.report', '--workdir=run')
+    run('artifacts.distilled_set', 'run/distilled.npz', '--to=dataset', '--format=dataset')
+    run('artifacts.report', '--workdir=run')
     assert 'distilled ' in run('nodes.evaluator', '--dataset=run/distilled.npz')
   assert {'matplotlib', *([] if configured else ['kip'])} <= set(os.listdir(folder))
   expected = {'run', *(['dataset'] if home_is is None else []), *(['mine'] if configured else [])}

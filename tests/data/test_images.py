@@ -1,15 +1,12 @@
 """Pictures become the pixels that are meant: upright, on white, alike in channels, of one size."""
 
-from hypothesis import given
-from hypothesis import settings
 import numpy as np
-from PIL import Image
 import pytest
-
 from damage import damaged
-from data import DataError
-from data import images
-from data import sources
+from hypothesis import given, settings
+from PIL import Image
+
+from data import DataError, images, sources
 
 ORIENTATION = 0x0112
 # What a viewer does with the pixels of a file of that orientation.

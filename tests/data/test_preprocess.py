@@ -7,8 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from data import DataError
-from data import preprocess
+from data import DataError, preprocess
 
 ROOT = os.path.join(os.path.dirname(__file__), '..', '..')
 

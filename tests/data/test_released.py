@@ -10,8 +10,7 @@ import threading
 import numpy as np
 import pytest
 
-from data import DataError
-from data import released
+from data import DataError, released
 
 KIP = 'kip/cifar10/ConvNet_ssize100_zca_nol_noaug_ckpt1000.npz'
 LS = 'ls/fashion_mnist/ConvNet3_ssize10_nozca.npz'

@@ -5,14 +5,12 @@ import os
 
 import datasets
 import numpy as np
-from PIL import Image
 import pyarrow
-from pyarrow import parquet
 import pytest
+from PIL import Image
+from pyarrow import parquet
 
-from data import classes
-from data import DataError
-from data import sources
+from data import DataError, classes, sources
 
 SHARED = os.path.join(os.path.dirname(__file__), '..', '..', '..', 'shared', 'data')
 

@@ -5,9 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from data import DataError
-from data import preprocess
-from data import store
+from data import DataError, preprocess, store
 
 
 def _write_npz(path, seed=0):

@@ -3,10 +3,10 @@ tests/kernels/make_golden.py`."""
 
 import pathlib
 
+import kernel_cases
 import numpy as np
 
 from kernels import ntk
-import kernel_cases
 
 PATH = pathlib.Path(__file__).with_name('golden.npz')
 

@@ -5,13 +5,11 @@ import functools
 import re
 
 import jax
-from jax import export
 import numpy as np
 import pytest
+from jax import export
 
-from kernels import architectures
-from kernels import band
-from kernels import ntk
+from kernels import architectures, band, ntk
 
 SHAPE = (8, 8, 2)
 

@@ -1,17 +1,16 @@
 """What is the CUDA kernel's own: threads and blocks, parts of a block, memory, NVRTC; a CPU plays
 the GPU's part (see emulator.py)."""
 
+import emulator
+import kernel_cases
 import numpy as np
+import nvrtc
 import pytest
 
-from kernels import architectures
-from kernels import ntk
+from kernels import architectures, ntk
 from kernels.cuda import kernel as cuda
 from kernels.cuda import plan as planning
 from kernels.native import build
-import emulator
-import kernel_cases
-import nvrtc
 
 IMAGE = {'convnet2': (9, 7, 2), 'fc2': (5, 4, 2), 'pool_first_global_hidden': (6, 5, 1)}
 GROUPS = (14, 15, 1)  # 64 threads, of which 32 are enough for the second level

@@ -1,8 +1,8 @@
 """A library of images gives what the images themselves give, to the bit, whatever was asked for
 before."""
 
-from concurrent import futures
 import time
+from concurrent import futures
 
 import numpy as np
 import pytest

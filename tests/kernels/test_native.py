@@ -2,15 +2,14 @@
 not built."""
 
 import hypothesis
-from hypothesis import strategies as st
 import numpy as np
 import pytest
+from dense_oracle import dense_ntk
+from hypothesis import strategies as st
 
-from kernels import architectures
-from kernels import ntk
+from kernels import architectures, ntk
 from kernels.native import build
 from kernels.native import kernel as native
-from dense_oracle import dense_ntk
 
 IMAGE = {'convnet': (9, 8, 3), 'myrtle5': (8, 9, 1), 'fc2': (5, 4, 2)}
 

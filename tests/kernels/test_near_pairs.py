@@ -6,13 +6,12 @@ Each network against Neural Tangents in float64, by the tolerances that README s
 
 import functools
 
+import kernel_cases
 import numpy as np
 import pytest
-
-from kernels import architectures
-from kernels import ntk
-import kernel_cases
 from test_ntk import FAST, TOLERANCES, error
+
+from kernels import architectures, ntk
 
 NETWORKS = kernel_cases.NEAR_NETWORKS
 SHAPE = (8, 8, 2)

@@ -4,20 +4,17 @@ oracle, and each other's properties."""
 import functools
 import pathlib
 
+import emulator
 import hypothesis
-from hypothesis import strategies as st
+import kernel_cases
 import numpy as np
 import pytest
+from dense_oracle import dense_ntk
+from hypothesis import strategies as st
 
-from kernels import architectures
-from kernels import band
-from kernels import fit_polynomials
-from kernels import ntk
+from kernels import architectures, band, fit_polynomials, ntk
 from kernels.cuda import kernel as cuda
 from kernels.native import build
-from dense_oracle import dense_ntk
-import emulator
-import kernel_cases
 
 IMPLEMENTATIONS = ntk.available()
 if 'cuda' not in IMPLEMENTATIONS and build.compiler():

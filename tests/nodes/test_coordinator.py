@@ -8,18 +8,13 @@ import threading
 import numpy as np
 import pytest
 
+from artifacts import checkpoints, run_directory
 from data import store
-from kernels import optimizers
-from nodes import checkpoints
+from distillation import evaluation, optimizers
 from nodes import coordinator as coordinator_node
-from nodes import evaluation
-from nodes import kernel_worker
-from nodes import run_directory
-from nodes import task_board
-from nodes import tasks
-from nodes.remote import CoordinatorLost
-from programs import local
-from programs import start
+from nodes import kernel_worker, task_board, tasks
+from nodes.client import CoordinatorLost
+from programs import local, start
 
 FC1 = {'run.architecture': 'fc1', 'run.num_steps': 2}
 
@@ -516,11 +511,11 @@ def test_pairs_to_go(method, step, pairs):
 
 @pytest.mark.parametrize('labels', ['learned', 'fixed'])
 def test_the_export_says_what_was_made(make_run, tmp_path, labels):
-  from nodes import export
+  from artifacts import distilled_set
 
   run = make_run(tmp_path, {**FC1, 'run.learn_labels': labels == 'learned'})
   local.distil(run, threading.Event())
-  distilled = export.load(run.directory.distilled)
+  distilled = distilled_set.load(run.directory.distilled)
   assert distilled.images.shape == (6, 8, 9, 2) and distilled.labels.shape == (6, 3)
   one_hot = np.float32(np.eye(3)[[0, 0, 1, 1, 2, 2]] - 1 / 3)
   assert np.array_equal(distilled.labels, one_hot) == (labels == 'fixed')

@@ -5,19 +5,16 @@ import json
 import os
 import threading
 
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
 import jax
 import numpy as np
 import optax
 import pytest
-
-from data import DataError
-from nodes import checkpoints
-from nodes import export
-from nodes import run_directory
 from damage import damaged
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from artifacts import checkpoints, distilled_set, run_directory
+from data import DataError
 
 ROWS = [{'step': step, 'krr_test_accuracy': step / 7} for step in range(4)]
 ROW = st.sampled_from(ROWS)
@@ -155,7 +152,7 @@ def test_a_distilled_set_is_read_or_refused(tmp_path):
   def check(content):
     path.write_bytes(content)
     try:
-      found = export.load(str(path))
+      found = distilled_set.load(str(path))
     except DataError as error:
       assert 'is not a distilled set' in str(error)
     else:

@@ -12,16 +12,12 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from data import sampling
-from data import store
-from kernels import architectures
-from kernels import finite_network
-from kernels import ntk
-from nodes import evaluation
+from artifacts import distilled_set, run_directory
+from data import sampling, store
+from distillation import evaluation, finite_network
+from kernels import architectures, ntk
 from nodes import evaluator
-from nodes import export
-from nodes import remote
-from nodes import run_directory
+from nodes.client import Retrying, Stopping
 from programs import local
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -244,7 +240,7 @@ def _follow(make_run, tmp_path):
     snapshots = {step: (images + np.float32(0.1 * step), labels) for step in range(3)}
     for step, (images, labels) in snapshots.items():
       np.savez(run.directory.snapshot(step), images=images, labels=labels)
-    export.save(run.directory.distilled, *snapshots[2], 2, run.config, prepared)
+    distilled_set.save(run.directory.distilled, *snapshots[2], 2, run.config, prepared)
     coordinator, stop = _Coordinator(run, snapshots), threading.Event()
     return run, coordinator, _node(run, coordinator, stop), stop
 
@@ -252,7 +248,7 @@ def _follow(make_run, tmp_path):
 
 
 def _node(run, coordinator, stop):
-  client = remote.Retrying(coordinator, 10.0, stop)
+  client = Retrying(coordinator, 10.0, stop)
   return evaluator.Evaluator(client, run.directory.path, 1, run.cache, stop)
 
 
@@ -302,7 +298,7 @@ def test_what_is_made_of_the_rows_may_fail(follow, caplog, blocked, what, count)
   assert len(found) == count
   for message in found:
     assert re.search(r' is not written \((FileExists|IsADirectory)Error: .*\)\. The ', message)
-    assert message.endswith(f': python -m nodes.report --workdir={run.directory.path}')
+    assert message.endswith(f': python -m artifacts.report --workdir={run.directory.path}')
     assert '\n' not in message
   assert os.path.isfile(run.directory.report) == (blocked == 'tensorboard')
 
@@ -350,7 +346,7 @@ def test_a_run_without_matplotlib_or_a_home_finishes_and_says_what_is_missing(np
   assert sorted(_rows(tmp_path / 'run')) == [0, 1]
   reason = 'ImportError: libfreetype.so.6: no such file'
   assert f'report.html is not written ({reason})' in done.stderr
-  assert f'python -m nodes.report --workdir={tmp_path}/run' in done.stderr
+  assert f'python -m artifacts.report --workdir={tmp_path}/run' in done.stderr
 
 
 def test_what_a_kill_left_out_after_the_last_row_is_made_before_the_run_may_end(follow):
@@ -399,7 +395,7 @@ def test_a_last_snapshot_that_cannot_be_evaluated_is_told(follow, monkeypatch):
   monkeypatch.setattr(evaluator.time, 'sleep', lambda seconds: None)
   run, coordinator, node, _ = follow()
   os.truncate(run.directory.distilled, 100)
-  with pytest.raises(export.DataError):
+  with pytest.raises(distilled_set.DataError):
     node.run()
   ((_, reason),) = coordinator.reasons
   assert _steps(run, coordinator) == [0, 1] and 'is not a distilled set' in reason
@@ -529,9 +525,9 @@ def test_krr_can_be_interrupted_at_every_tile_of_k_ss(make_run, tmp_path, blocks
 
   def check():
     if len(kernel.pairs) >= blocks:
-      raise remote.Stopping()
+      raise Stopping()
 
-  with pytest.raises(remote.Stopping):
+  with pytest.raises(Stopping):
     evaluation.krr_test(
       kernel,
       images,
@@ -611,7 +607,7 @@ def test_alone_on_a_set_that_the_authors_released_by_its_name(released_mnist):
   )
   assert done.returncode == 0, done.stderr
   (row,) = json.loads(done.stdout)['rows']
-  distilled = export.load_released(name, cache, folder)
+  distilled = distilled_set.load_released(name, cache, folder)
   evaluate = evaluation.Evaluation(
     distilled.settings['run'],
     distilled.settings['evaluation'],

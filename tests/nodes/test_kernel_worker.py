@@ -1,14 +1,13 @@
 """What a worker's threads share."""
 
-from concurrent import futures
 import threading
 import types
+from concurrent import futures
 
 import numpy as np
 
 from kernels import ntk
-from nodes import kernel_worker
-from nodes import tasks
+from nodes import kernel_worker, tasks
 
 S, T, H, W, D, C = 2, 3, 4, 4, 1, 2
 

@@ -7,13 +7,11 @@ import threading
 import numpy as np
 import pytest
 
-from data import sampling
-from data import store
-from kernels import krr
+from artifacts import checkpoints, distilled_set
+from data import sampling, store
+from distillation import krr
 from kernels import ntk
-from nodes import checkpoints
 from nodes import coordinator as coordinator_node
-from nodes import export
 from programs import local
 
 FC1 = {
@@ -29,7 +27,7 @@ def _distil(run):
   assert run.directory.read_status()['state'] == 'finished', run.directory.read_status()
   run.directory._lock.close()
   rows = {row['step']: row for row in run.directory.read_metrics()}
-  return rows, export.load(run.directory.distilled)
+  return rows, distilled_set.load(run.directory.distilled)
 
 
 def _oracle(run, images):
@@ -126,7 +124,7 @@ def test_a_stopped_run_goes_on_at_the_round_where_it_was(make_run, tmp_path, mon
   found = {row['step']: row for row in run.directory.read_metrics()}
   for step in (0, 1):
     assert found[step]['train_loss'] == rows[step]['train_loss']
-  assert export.load(run.directory.distilled).labels.tobytes() == distilled.labels.tobytes()
+  assert distilled_set.load(run.directory.distilled).labels.tobytes() == distilled.labels.tobytes()
 
 
 @pytest.mark.parametrize('method, solved', [('label_solve+kip', 1), ('kip+label_solve', 4)])

@@ -5,25 +5,20 @@ import contextlib
 import json
 import threading
 
-from kernels import precision  # pylint: disable=unused-import
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from data import augment
-from data import sampling
-from data import store
-from kernels import architectures
-from kernels import ntk
-from kernels import optimizers
-from kernels import reference
-from nodes import checkpoints
+import kernels.precision  # noqa: F401
+from artifacts import checkpoints
+from data import augment, sampling, store
+from distillation import optimizers
+from kernels import architectures, ntk, reference
 from nodes import coordinator as coordinator_node
 from nodes import kernel_worker
-from nodes.remote import Retrying
+from nodes.client import Retrying
 from programs import local
 
 STOP_TIMEOUT = 60

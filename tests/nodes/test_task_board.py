@@ -1,14 +1,13 @@
 """The board with a fake clock: leases, expiry, duplicates, errors, order."""
 
-from concurrent import futures
 import threading
 import time
+from concurrent import futures
 
 import numpy as np
 import pytest
 
-from nodes import task_board
-from nodes import tasks
+from nodes import task_board, tasks
 
 
 class Clock:

@@ -3,22 +3,20 @@ out, in float64."""
 
 import threading
 
-from kernels import precision  # pylint: disable=unused-import
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_step import working
 
+import kernels.precision  # noqa: F401
+from artifacts import distilled_set
 from configs import own_architecture
 from data import sampling
-from kernels import architectures
-from kernels import reference
+from kernels import architectures, reference
 from nodes import coordinator as coordinator_node
-from nodes import export
 from programs import local
-from test_step import working
 
 STEPS = 2
 
@@ -171,7 +169,9 @@ def test_an_own_architecture_through_the_whole_program(make_run, tmp_path):
     and rows[2]['train_loss'] < rows[0]['train_loss']
     and 0 <= rows[2]['nn_test_accuracy'] <= 1
   )
-  saved = architectures.get(export.load(run.directory.distilled).settings['run']['architecture'])
+  saved = architectures.get(
+    distilled_set.load(run.directory.distilled).settings['run']['architecture']
+  )
   assert (
     saved.stages == ((2, True), (1, False))
     and saved.readout == 'global_average_pool'

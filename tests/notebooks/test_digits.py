@@ -6,11 +6,10 @@ import threading
 
 import numpy as np
 
+from artifacts import run_directory
 from configs import digits
 from data import store
-from nodes import run_directory
-from programs import local
-from programs import start
+from programs import local, start
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -39,7 +38,7 @@ def test_from_a_demo_to_a_network_that_reads_real_digits(tmp_path, cache, monkey
     ]
   found = {}
   for cell in cells:
-    exec(cell, found)  # pylint: disable=exec-used
+    exec(cell, found)
   with np.load(directory.distilled) as file:
     np.testing.assert_array_equal(found['images'], file['images'])
   first, *_, last = directory.read_metrics()

@@ -14,9 +14,8 @@ import time
 import numpy as np
 import pytest
 
-from nodes import run_directory
-from programs import hosts
-from programs import local
+from artifacts import run_directory
+from programs import hosts, local
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SMALL = (

@@ -18,8 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
-from programs import distill
-from programs import local
+from programs import distill, local
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 

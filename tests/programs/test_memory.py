@@ -5,12 +5,9 @@ import psutil
 import pytest
 
 from configs import base
-from data import preprocess
-from data import store
-from kernels import architectures
-from kernels import ntk
-from programs import memory
-from programs import start
+from data import preprocess, store
+from kernels import architectures, ntk
+from programs import memory, start
 
 GIB, MIB = 2**30, 2**20
 V2 = '30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n'

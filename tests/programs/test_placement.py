@@ -9,11 +9,9 @@ import time
 import psutil
 import pytest
 
+from artifacts import run_directory
 from configs import base
-from nodes import run_directory
-from programs import distill
-from programs import placement
-from programs import start
+from programs import distill, placement, start
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LISTING = 'GPU {0}: NVIDIA H100 80GB HBM3 (UUID: GPU-{0}aaa)\n'

@@ -7,9 +7,8 @@ import sys
 
 import pytest
 
-from nodes import run_directory
-from programs import slurm_cluster
-from programs import status
+from artifacts import run_directory
+from programs import slurm_cluster, status
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 

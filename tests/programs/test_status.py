@@ -9,12 +9,11 @@ import time
 
 import pytest
 
+from artifacts import run_directory
 from configs import base
 from nodes import coordinator as coordinator_node
 from nodes import kernel_worker
-from nodes import run_directory
-from programs import local
-from programs import status
+from programs import local, status
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 FIELDS = {

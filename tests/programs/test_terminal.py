@@ -10,7 +10,7 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 PROGRAM = """
 import os, sys, time
-from nodes import run_directory
+from artifacts import run_directory
 from programs import terminal
 directory = run_directory.RunDirectory(sys.argv[1])
 with terminal.shown(directory):

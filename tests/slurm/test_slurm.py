@@ -16,11 +16,10 @@ import numpy as np
 import psutil
 import pytest
 
+from artifacts import run_directory
 from configs import cifar10_fc1
 from data import store
-from nodes import run_directory
-from programs import local
-from programs import start
+from programs import local, start
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CLUSTER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'cluster.sh')

@@ -13,7 +13,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 LAUNCH = f"""
 import os, sys
 sys.path.insert(0, {ROOT!r})
-from nodes import run_directory
+from artifacts import run_directory
 [workdir] = [flag.partition('=')[2] for flag in sys.argv if flag.startswith('--workdir=')]
 directory = run_directory.RunDirectory(workdir)
 os.makedirs(directory.path, exist_ok=True)

@@ -4,7 +4,7 @@ plus all it takes to use it again.
 A whitening matrix is far larger than the set (75 MB for 32 x 32 x 3), so it lies beside:
 `transform.npz`, known by its hash. Written out:
 
-    python -m nodes.export DIR/distilled.npz --to=FOLDER --format=images
+    python -m artifacts.distilled_set DIR/distilled.npz --to=FOLDER --format=images
 
 makes FOLDER/CLASS/FILE.png (raw pixel values, rounded to 8 bits) and labels.csv; --format=dataset
 a Hugging Face dataset folder: `datasets.load_dataset(FOLDER)` gives `image` (the same PNG), `label`
@@ -24,17 +24,13 @@ import re
 import sys
 from typing import Any, NamedTuple, Sequence
 
-from absl import flags
 import numpy as np
+from absl import flags
 
+from artifacts import run_directory
 from configs import base
-from data import DataError
-from data import NPZ_ERRORS
-from data import preprocess
-from data import released
-from data import store
-from nodes import command_line
-from nodes import run_directory
+from data import NPZ_ERRORS, DataError, preprocess, released, store
+from programs import command_line
 
 _SETTINGS = 'settings'
 _TRANSFORM = 'transform.npz'

@@ -7,14 +7,12 @@ import subprocess
 import sys
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
+from artifacts import distilled_set
 from configs import base
-from data import DataError
-from data import preprocess
-from data import store
-from nodes import export
+from data import DataError, preprocess, store
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -29,7 +27,7 @@ def saved(request, npz, cache, tmp_path):
     np.eye(3, dtype=np.float32)[[0, 0, 1, 1, 2, 2]] - np.float32(1 / 3),
   )
   path = str(tmp_path / 'distilled.npz')
-  export.save(
+  distilled_set.save(
     path,
     images,
     labels,
@@ -42,7 +40,7 @@ def saved(request, npz, cache, tmp_path):
 
 def test_it_loads_as_it_was_saved(saved):
   path, prepared, images, labels = saved
-  loaded = export.load(path)
+  loaded = distilled_set.load(path)
   np.testing.assert_array_equal(loaded.images, images)
   np.testing.assert_array_equal(loaded.labels, labels)
   for ours, theirs in zip(loaded.transform, prepared.transform):
@@ -61,7 +59,7 @@ def test_the_transform_of_an_export_gives_the_images_that_were_used(saved, npz):
   path, prepared, _, _ = saved
   with np.load(npz) as file:
     np.testing.assert_array_equal(
-      preprocess.apply(export.load(path).transform, file['x_test']), prepared.test_images
+      preprocess.apply(distilled_set.load(path).transform, file['x_test']), prepared.test_images
     )
 
 
@@ -71,23 +69,23 @@ def test_damage(saved, tmp_path):
   if prepared.transform.zca is not None:
     np.savez(beside, zca=prepared.transform.zca + 1)
     with pytest.raises(DataError, match='is not the matrix that .* their hashes differ'):
-      export.load(path)
+      distilled_set.load(path)
     beside.write_bytes(b'PK no zip')
     with pytest.raises(DataError, match='which cannot be read'):
-      export.load(path)
+      distilled_set.load(path)
     beside.unlink()
     with pytest.raises(DataError, match='which cannot be read: .*No such file'):
-      export.load(path)
+      distilled_set.load(path)
   content = open(path, 'rb').read()
   for damaged in (b'', content[:200], b'PK no zip'):
     open(path, 'wb').write(damaged)
     with pytest.raises(DataError, match='is not a distilled set'):
-      export.load(path)
+      distilled_set.load(path)
 
 
 def test_a_released_set_is_used_like_our_own(released_mnist, tmp_path):
   name, folder, cache = released_mnist
-  distilled = export.load_released(name, cache, folder)
+  distilled = distilled_set.load_released(name, cache, folder)
   run = distilled.settings['run']
   base.validate({**base.get_config().to_dict(), 'run': run})
   prepared = store.prepare(run['data'], cache)
@@ -106,8 +104,8 @@ def test_a_released_set_is_used_like_our_own(released_mnist, tmp_path):
   np.testing.assert_array_equal(distilled.transform.mean, prepared.transform.mean)
   copy = str(tmp_path / 'distilled.npz')
   config = {'run': run, 'system': {'evaluation': distilled.settings['evaluation']}}
-  export.save(copy, distilled.images, distilled.labels, 0, config, prepared)
-  np.testing.assert_array_equal(export.load(copy).images, distilled.images)
+  distilled_set.save(copy, distilled.images, distilled.labels, 0, config, prepared)
+  np.testing.assert_array_equal(distilled_set.load(copy).images, distilled.images)
 
 
 def test_a_released_set_is_written_out_by_its_name(released_mnist, tmp_path):
@@ -116,7 +114,7 @@ def test_a_released_set_is_written_out_by_its_name(released_mnist, tmp_path):
     [
       sys.executable,
       '-m',
-      'nodes.export',
+      'artifacts.distilled_set',
       name,
       f'--to={tmp_path}/out',
       '--config=configs/mnist_ipc1.py',
@@ -130,7 +128,7 @@ def test_a_released_set_is_written_out_by_its_name(released_mnist, tmp_path):
     check=False,
   )
   assert done.returncode == 0, done.stderr
-  raw = export.raw_images(export.load_released(name, cache, folder))
+  raw = distilled_set.raw_images(distilled_set.load_released(name, cache, folder))
   for i in range(10):
     np.testing.assert_array_equal(
       np.asarray(Image.open(tmp_path / 'out' / str(i) / f'{i:05d}.png')), raw[i, ..., 0]
@@ -150,13 +148,13 @@ def _grey(tmp_path):
     key='key', name='grey', transform=transform, num_classes=2, class_names=('a/b', 'c')
   )
   path = str(tmp_path / 'distilled.npz')
-  export.save(path, images, labels, 1, {'run': {}, 'system': {'evaluation': {}}}, prepared)
-  return path, export.load(path)
+  distilled_set.save(path, images, labels, 1, {'run': {}, 'system': {'evaluation': {}}}, prepared)
+  return path, distilled_set.load(path)
 
 
 def test_an_image_folder_holds_raw_pixels_and_labels(grey, tmp_path):
   path, distilled = grey
-  assert export.main(['export', path, f'--to={tmp_path}/out']) == 0
+  assert distilled_set.main(['export', path, f'--to={tmp_path}/out']) == 0
   for i, name in enumerate(['a_b/00000.png', 'a_b/00001.png', 'c/00002.png', 'c/00003.png']):
     expected = np.clip(
       np.round(100 + 50.0 * distilled.images[i, ..., 0].astype(np.float64)), 0, 255
@@ -172,12 +170,14 @@ def test_an_image_folder_holds_raw_pixels_and_labels(grey, tmp_path):
 def test_a_dataset_folder_loads_exactly(grey, tmp_path):
   import datasets
 
-  export.write_dataset(grey[1], str(tmp_path / 'out'))
+  distilled_set.write_dataset(grey[1], str(tmp_path / 'out'))
   rows = datasets.load_dataset(str(tmp_path / 'out'), cache_dir=str(tmp_path / 'cache'))['train']
   np.testing.assert_array_equal(np.array(rows['pixels'], np.float32), grey[1].images)
   np.testing.assert_array_equal(np.array(rows['soft_label'], np.float32), grey[1].labels)
   assert list(rows['label']) == [0, 0, 1, 1] and rows.features['label'].names == ['a/b', 'c']
-  np.testing.assert_array_equal(np.asarray(rows[3]['image']), export.raw_images(grey[1])[3, ..., 0])
+  np.testing.assert_array_equal(
+    np.asarray(rows[3]['image']), distilled_set.raw_images(grey[1])[3, ..., 0]
+  )
 
 
 def test_names_of_classes_are_in_the_file_and_need_no_pickle(grey):
@@ -195,8 +195,8 @@ def test_a_file_without_names_has_numbers(grey, tmp_path):
   settings = json.loads(str(arrays['settings']))
   del settings['data']['class_names']
   np.savez(tmp_path / 'old.npz', **{**arrays, 'settings': json.dumps(settings)})
-  assert export.load(str(tmp_path / 'old.npz')).class_names == ['0', '1']
-  export.write_images(export.load(str(tmp_path / 'old.npz')), str(tmp_path / 'out'))
+  assert distilled_set.load(str(tmp_path / 'old.npz')).class_names == ['0', '1']
+  distilled_set.write_images(distilled_set.load(str(tmp_path / 'old.npz')), str(tmp_path / 'out'))
   assert sorted(os.listdir(tmp_path / 'out')) == ['0', '1', 'labels.csv']
   assert (tmp_path / 'out' / 'labels.csv').read_text().splitlines()[0] == 'file,label_0,label_1'
 
@@ -219,7 +219,7 @@ def test_a_file_without_names_has_numbers(grey, tmp_path):
 )
 def test_folders_are_named_after_the_classes(grey, tmp_path, names, folders):
   distilled = grey[1]._replace(settings={'data': {'class_names': list(names)}})
-  export.write_images(distilled, str(tmp_path / 'out'))
+  distilled_set.write_images(distilled, str(tmp_path / 'out'))
   with open(tmp_path / 'out' / 'labels.csv', encoding='utf-8', newline='') as file:
     header, *lines = csv.reader(file)
   assert header == ['file', *(f'label_{name}' for name in names)]
@@ -231,7 +231,7 @@ def test_folders_are_named_after_the_classes(grey, tmp_path, names, folders):
 def test_channels_that_png_cannot_hold(grey, tmp_path):
   distilled = grey[1]._replace(images=np.zeros((4, 5, 6, 2), np.float32))
   with pytest.raises(DataError, match='PNG files hold 1 or 3 channels; these images have 2'):
-    export.write_images(
+    distilled_set.write_images(
       distilled._replace(transform=preprocess.Transform(np.zeros(2), np.ones(2))),
       str(tmp_path / 'out'),
     )

@@ -1,13 +1,12 @@
 """KRR's explicit formulas against JAX's derivatives of the whole problem, in float64."""
 
-from kernels import precision  # pylint: disable=unused-import
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import krr
+import kernels.precision  # noqa: F401
+from distillation import krr
 
 RIDGE = 1e-3
 

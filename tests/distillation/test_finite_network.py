@@ -1,15 +1,13 @@
 """Finite networks against a network, its gradients and its optimiser written out in NumPy
 (float64)."""
 
-from kernels import precision  # pylint: disable=unused-import
-
 import jax
 import numpy as np
 import pytest
 
-from kernels import architectures
-from kernels import finite_network
-from kernels import reference
+import kernels.precision  # noqa: F401
+from distillation import finite_network
+from kernels import architectures, reference
 
 FC1 = architectures.get('fc1')
 WIDTH, SHAPE, CLASSES = 12, (2, 3, 1), 3

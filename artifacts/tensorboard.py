@@ -9,18 +9,15 @@ import os
 import tempfile
 from typing import Any, Sequence
 
-from absl import logging
 import numpy as np
-from PIL import Image
 import tensorboardX
+from absl import logging
+from PIL import Image
 
-from data import DataError
-from data import store
+from artifacts import distilled_set, pictures, run_directory
+from data import DataError, store
 from data.classes import are_numbers
-from nodes import evaluation
-from nodes import export
-from nodes import pictures
-from nodes import run_directory
+from distillation import evaluation
 
 _SCALARS = {
   'krr_test_accuracy': 'test',
@@ -96,7 +93,7 @@ def write_missing(
     if os.path.exists(_path(directory, row['step'])):
       continue
     try:
-      images, labels = export.load_snapshot(directory, row['step'], size, num_classes)
+      images, labels = distilled_set.load_snapshot(directory, row['step'], size, num_classes)
     except DataError as error:
       logging.warning(
         'TensorBoard has the numbers of step %d, but no pictures: %s', row['step'], error

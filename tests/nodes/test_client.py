@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from nodes import remote
+from nodes import client
 
 
 class _Flaky:
@@ -28,25 +28,25 @@ def _is_connection(error):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-  monkeypatch.setattr(remote, '_PAUSE', 0.01)
+  monkeypatch.setattr(client, '_PAUSE', 0.01)
 
 
 def test_a_lost_call_is_repeated():
   target = _Flaky(3)
-  assert remote.Retrying(target, 5, threading.Event(), _is_connection).add(2, 3) == 5
+  assert client.Retrying(target, 5, threading.Event(), _is_connection).add(2, 3) == 5
   assert target.calls == 4
 
 
 def test_it_gives_up_after_the_timeout():
   start = time.monotonic()
-  with pytest.raises(remote.CoordinatorLost, match='has not answered for 0 s: gone'):
-    remote.Retrying(_Flaky(10**9), 0.2, threading.Event(), _is_connection).add(1, 1)
+  with pytest.raises(client.CoordinatorLost, match='has not answered for 0 s: gone'):
+    client.Retrying(_Flaky(10**9), 0.2, threading.Event(), _is_connection).add(1, 1)
   assert time.monotonic() - start < 5
 
 
 def test_it_says_where_it_looked():
-  with pytest.raises(remote.CoordinatorLost, match='has not answered for 0 s at here:1: gone'):
-    remote.Retrying(_Flaky(10**9), 0.1, threading.Event(), _is_connection, address='here:1').add(
+  with pytest.raises(client.CoordinatorLost, match='has not answered for 0 s at here:1: gone'):
+    client.Retrying(_Flaky(10**9), 0.1, threading.Event(), _is_connection, address='here:1').add(
       1, 1
     )
 
@@ -58,30 +58,30 @@ def test_no_try_is_wasted_while_nobody_listens():
     looks.append(target.calls)
     return len(looks) > 3
 
-  assert remote.Retrying(target, 5, threading.Event(), _is_connection, listening).add(2, 3) == 5
+  assert client.Retrying(target, 5, threading.Event(), _is_connection, listening).add(2, 3) == 5
   assert target.calls == 2 and looks == [1, 1, 1, 1]
 
 
 def test_one_that_was_there_is_given_up_sooner():
   target, methods = _Flaky(0), []
-  retrying = remote.Retrying(
+  retrying = client.Retrying(
     target, 1.0, threading.Event(), _is_connection, answered=methods.append
   )
   retrying.add(1, 1)
   target.failures = 10**9
   start = time.monotonic()
-  with pytest.raises(remote.CoordinatorLost) as error:
+  with pytest.raises(client.CoordinatorLost) as error:
     retrying.add(1, 1)
   assert 0.5 <= time.monotonic() - start < 1.0 and error.value.was_there and methods == ['add']
 
 
 def test_other_errors_are_passed_on():
   with pytest.raises(ValueError, match='bad argument'):
-    remote.Retrying(_Flaky(0), 5, threading.Event(), _is_connection).broken()
+    client.Retrying(_Flaky(0), 5, threading.Event(), _is_connection).broken()
 
 
 def test_it_stops_waiting_when_told_to():
   stop = threading.Event()
   stop.set()
-  with pytest.raises(remote.Stopping):
-    remote.Retrying(_Flaky(10**9), 60, stop, _is_connection).add(1, 1)
+  with pytest.raises(client.Stopping):
+    client.Retrying(_Flaky(10**9), 60, stop, _is_connection).add(1, 1)

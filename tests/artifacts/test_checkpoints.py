@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from nodes import checkpoints
+from artifacts import checkpoints
 
 
 def _state(step):

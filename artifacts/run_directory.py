@@ -8,8 +8,8 @@ import os
 import shlex
 import threading
 import time
-from typing import Any, BinaryIO, Callable, Mapping
 import uuid
+from typing import Any, BinaryIO, Callable, Mapping
 
 from absl import logging
 

@@ -5,11 +5,7 @@ from typing import Any, Mapping
 
 import numpy as np
 
-from data import DataError
-from data import NPZ_ERRORS
-from data import released
-from data import sampling
-from data import store
+from data import NPZ_ERRORS, DataError, released, sampling, store
 
 REAL, NOISE = 'real', 'noise'
 _DEVIATION_IMAGES = 5000  # training images whose deviation noise has

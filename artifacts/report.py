@@ -1,7 +1,7 @@
 """`report.html`: one page, complete in itself, that tells what a run was and what came of it. Made
 at a run's end, and again by
 
-    python -m nodes.report --workdir=DIR [--step=N]
+    python -m artifacts.report --workdir=DIR [--step=N]
 
 whose pictures show the snapshot of step N instead of the distilled set. TensorBoard's files that
 are missing are made again too.
@@ -18,20 +18,15 @@ import platform
 import sys
 from typing import Any, Sequence
 
-from absl import flags
-from absl import logging
 import numpy as np
 import psutil
+from absl import flags, logging
 
+from artifacts import distilled_set, paper_results, run_directory
 from configs import base
-from data import classes
-from data import DataError
-from data import store
-from nodes import command_line
-from nodes import evaluation
-from nodes import export
-from nodes import published
-from nodes import run_directory
+from data import DataError, classes, store
+from distillation import evaluation
+from programs import command_line
 
 _COLUMNS = (
   'step',
@@ -73,10 +68,10 @@ def write(
     OSError: the files cannot be written.
     ImportError: Matplotlib is not there.
   """
-  from nodes import pictures  # here: so that its lack is told in one line
+  from artifacts import pictures  # here: so that its lack is told in one line
 
   config = directory.read_config()
-  distilled = export.load(directory.distilled)
+  distilled = distilled_set.load(directory.distilled)
   names = distilled.class_names
   shown_step, images, labels = distilled.settings['step'], distilled.images, distilled.labels
   if step is not None:
@@ -123,7 +118,7 @@ def write(
 
 def _snapshot(directory, step, distilled) -> tuple[np.ndarray, np.ndarray]:
   size, num_classes = distilled.images.shape[1:], distilled.labels.shape[1]
-  return export.load_snapshot(directory, step, size, num_classes)
+  return distilled_set.load_snapshot(directory, step, size, num_classes)
 
 
 def _first_snapshot(directory, distilled) -> tuple[int, np.ndarray, np.ndarray, list[str]]:
@@ -162,7 +157,8 @@ def _page(directory, config, distilled, rows, drawn, damage) -> str:
       f'<p><code>distilled.npz</code>: images [{num_images}, {shape}] in the preprocessed space, labels '
       f'[{num_images}, {num_classes}] (one-hot − 1/{num_classes} where neither learned nor solved for).</p>'
       + ''.join(
-        f'<p>{name}</p><pre>{html.escape(code)}</pre>' for name, code in export.LOADING.items()
+        f'<p>{name}</p><pre>{html.escape(code)}</pre>'
+        for name, code in distilled_set.LOADING.items()
       ),
     ),
     (
@@ -215,7 +211,7 @@ def _results(directory, run, step, rows) -> str:
     )
     for kind, name, row in lines
   ]
-  expected = published.find(run)
+  expected = paper_results.find(run)
   if expected:
     network = ''
     if 'network' in expected:
@@ -305,7 +301,7 @@ def _processor() -> str:
 
 
 def _write_events(directory, rows, config) -> None:
-  from nodes import tensorboard  # here, because a report needs none
+  from artifacts import tensorboard  # here, because a report needs none
 
   cache = store.cache_folder(config['system']['cache_dir'])
   prepared = store.open_prepared(config['data_key'], cache)

@@ -2,15 +2,12 @@
 
 from typing import Any, Callable, Sequence
 
-from absl import logging
 import numpy as np
+from absl import logging
 
-from data import sampling
-from data import store
-from kernels import architectures
-from kernels import krr
-from kernels import label_solve
-from kernels import ntk
+from data import sampling, store
+from distillation import krr, label_solve
+from kernels import architectures, ntk
 from nodes import tasks
 
 _WORDS = {
@@ -134,7 +131,7 @@ class Evaluation:
     if not settings['nn_steps']:
       return {}
     # Here, because it imports Neural Tangents, and not every run trains a network.
-    from kernels import finite_network
+    from distillation import finite_network
 
     count = max(1, min(_HELD_OUT, len(prepared.train_images) // 10))
     held_out = slice(len(prepared.train_images) - count, None)

@@ -8,7 +8,6 @@ from data import home
 
 home.settle()  # before Matplotlib looks for its folder
 
-# pylint: disable=wrong-import-position
 import matplotlib.figure
 import matplotlib.font_manager
 import matplotlib.ticker
@@ -16,7 +15,7 @@ import numpy as np
 
 from data import preprocess
 from data.classes import are_numbers
-from nodes import evaluation
+from distillation import evaluation
 
 _MOST_COLUMNS, _MOST_ROWS = 10, 20  # of a grid of images
 _FEW_CLASSES = 20  # more of them need wider axes for their bars, and numbers instead of names

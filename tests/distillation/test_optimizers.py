@@ -1,13 +1,12 @@
 """Optimisers by name are optax's own; what cannot work is refused in one line."""
 
-from kernels import precision  # pylint: disable=unused-import
-
 import jax
 import numpy as np
 import optax
 import pytest
 
-from kernels import optimizers
+import kernels.precision  # noqa: F401
+from distillation import optimizers
 
 COSINE = {'name': 'cosine_decay_schedule', 'init_value': 0.3, 'decay_steps': 3}
 

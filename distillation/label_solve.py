@@ -13,7 +13,7 @@ from typing import Sequence
 import numpy as np
 import threadpoolctl
 
-from kernels import krr
+from distillation import krr
 
 _CUT_OFF = 1e-12  # relative to the largest singular value of K_ts
 

@@ -6,17 +6,15 @@ import itertools
 import time
 from typing import Any, Callable, NamedTuple, Sequence
 
-from kernels import precision  # pylint: disable=unused-import
-
-from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.linalg
+from absl import logging
 
-from kernels import architectures
-from kernels import reference
+import kernels.precision  # noqa: F401
+from kernels import architectures, reference
 
 LOSSES = ('mse', 'cross_entropy')
 _MOMENTUM = 0.9

@@ -8,8 +8,7 @@ import sys
 import textwrap
 from typing import Callable, Sequence
 
-from absl import flags
-from absl import logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 from configs import base

@@ -11,13 +11,12 @@ import re
 import shutil
 from typing import Any, NamedTuple
 
-from kernels import precision  # pylint: disable=unused-import
-
-from absl import logging
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
-from nodes import run_directory
+import kernels.precision  # noqa: F401
+from artifacts import run_directory
 
 _KEEP = 3
 _DIGESTS = 'digests.json'

@@ -15,15 +15,12 @@ import jax
 import matplotlib.figure
 import matplotlib.text
 import numpy
-from PIL import Image
 import pytest
+from PIL import Image
 
+from artifacts import distilled_set, paper_results, pictures, report
 from configs import base
-from nodes import evaluation
-from nodes import export
-from nodes import pictures
-from nodes import published
-from nodes import report
+from distillation import evaluation
 from programs import local
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -32,8 +29,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 @pytest.fixture(scope='module', name='make_small')
 def _make_small(npz, cache, tmp_path_factory):
   """A function (changes) -> directory of a finished run of two updates on blobs."""
+  from artifacts import run_directory
   from data import store
-  from nodes import run_directory
   from programs import start
 
   def make(changes):
@@ -159,7 +156,7 @@ NAMES = ['cat', 'dog', '<b>cow</b> & calf, much too long']
 @pytest.fixture(name='named')
 def _named(finished, tmp_path):
   """A copy of a finished run, whose classes have names."""
-  from nodes import run_directory
+  from artifacts import run_directory
 
   directory = run_directory.RunDirectory(str(shutil.copytree(finished.path, tmp_path / 'run')))
   with numpy.load(directory.distilled) as file:
@@ -216,14 +213,14 @@ def test_names_in_pictures_are_readable(drawn, names, expected):
     assert len(names) == 100 or set(expected) <= set(drawn)
   drawn.clear()
   images = numpy.zeros((len(names), 4, 4, 3))
-  transform = report.export.preprocess.Transform(numpy.zeros(3), numpy.ones(3))
+  transform = report.distilled_set.preprocess.Transform(numpy.zeros(3), numpy.ones(3))
   pictures.support_images(images, images, names, ('', ''), transform)
   assert ('0–9' if len(names) == 100 else expected[1]) in drawn
 
 
 def test_a_finite_network_stands_beside_its_width_and_updates(named, drawn, monkeypatch):
   row = {'kind': 'published', 'krr': '75.5', 'network': '62.7', 'nn_width': 1024, 'nn_steps': 5000}
-  monkeypatch.setattr(published, 'find', lambda run: row)
+  monkeypatch.setattr(paper_results, 'find', lambda run: row)
   ours = {'nn_test_accuracy': 0.5, 'nn_test_accuracy_std': 0.01}
   first, *others = named.read_metrics()
   first = {**first, **ours, 'nn_width': 128, 'nn_steps': 1000}
@@ -292,9 +289,9 @@ def test_a_run_directory_that_cannot_be_written(named, blocked):
 
 
 def _command(directory):
-  """`python -m nodes.report` on a run's directory."""
+  """`python -m artifacts.report` on a run's directory."""
   return subprocess.run(
-    [sys.executable, '-m', 'nodes.report', f'--workdir={directory.path}'],
+    [sys.executable, '-m', 'artifacts.report', f'--workdir={directory.path}'],
     cwd=ROOT,
     capture_output=True,
     text=True,
@@ -321,7 +318,7 @@ def test_a_row_a_class_or_a_column_with_one_image(images_per_class, num_classes,
   greys = numpy.linspace(0.0, 1.0, num_classes)
   images = numpy.repeat(greys, images_per_class)[:, None, None, None] * numpy.ones((1, 4, 4, 3))
   names = [str(c) for c in range(num_classes)]
-  transform = report.export.preprocess.Transform(numpy.zeros(3), numpy.ones(3))
+  transform = report.distilled_set.preprocess.Transform(numpy.zeros(3), numpy.ones(3))
   png = pictures.support_images(images, images[::-1], names, ('', ''), transform)
   picture = numpy.asarray(Image.open(io.BytesIO(png)).convert('L'))
   rows, columns = grid
@@ -335,8 +332,8 @@ def test_a_row_a_class_or_a_column_with_one_image(images_per_class, num_classes,
 def test_the_documented_lines_load_the_set(finished, monkeypatch, library):
   monkeypatch.chdir(finished.path)
   found = {'numpy': numpy, 'jax': jax}
-  exec(export.LOADING[library], found)  # pylint: disable=exec-used
-  expected = export.load(finished.distilled)
+  exec(distilled_set.LOADING[library], found)
+  expected = distilled_set.load(finished.distilled)
   assert isinstance(found['images'], {'NumPy': numpy.ndarray, 'JAX': jax.Array}[library])
   numpy.testing.assert_array_equal(found['images'], expected.images)
   numpy.testing.assert_array_equal(found['labels'], expected.labels)
@@ -344,9 +341,9 @@ def test_the_documented_lines_load_the_set(finished, monkeypatch, library):
 
 def test_published_rows():
   run = base.get_config().to_dict()['run']
-  assert published.find(run) is None
+  assert paper_results.find(run) is None
   run['data'].update(name='cifar10', zca=True)
-  assert published.find(run) == {
+  assert paper_results.find(run) == {
     'kind': 'published at convergence (NeurIPS 2021, Table 1)',
     'krr': '63.4-64.7',
     'network': '49.9',
@@ -354,15 +351,15 @@ def test_published_rows():
     'nn_steps': 5000,
   }
   run['data'].update(zca=False)
-  assert published.find(run) is None
+  assert paper_results.find(run) is None
   run.update(method='label_solve', architecture='fc1', images_per_class=50)
-  assert published.find(run)['krr'] == '46.99'
-  assert published.find({**run, 'initial_images': 'noise'}) is None
+  assert paper_results.find(run)['krr'] == '46.99'
+  assert paper_results.find({**run, 'initial_images': 'noise'}) is None
 
 
 def test_the_readme_has_the_lines_that_load_a_set():
   root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
   with open(os.path.join(root, 'README.md'), encoding='utf-8') as file:
     content = file.read()
-  for line in export.LOADING.values():
+  for line in distilled_set.LOADING.values():
     assert f'\n    {line}\n' in content

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from kernels import krr
-from kernels import label_solve
+from distillation import krr, label_solve
 
 C = 3
 

@@ -5,11 +5,11 @@ import inspect
 import types
 from typing import Any, Callable, Mapping
 
-from kernels import precision  # pylint: disable=unused-import
-
 import jax
 import numpy as np
 import optax
+
+import kernels.precision  # noqa: F401
 
 Spec = str | Mapping[str, Any]
 

@@ -7,10 +7,8 @@ import threading
 import numpy as np
 import pytest
 
-from data import DataError
-from data import released
-from data import store
-from nodes import initial_support
+from data import DataError, released, store
+from distillation import initial_support
 from programs import local
 
 FC1 = {'run.architecture': 'fc1', 'run.num_steps': 2}

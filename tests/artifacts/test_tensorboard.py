@@ -6,14 +6,12 @@ import os
 import struct
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from data import preprocess
-from data import store
-from nodes import run_directory
-from nodes import tensorboard
+from artifacts import run_directory, tensorboard
+from data import preprocess, store
 
 ROW = {
   'step': 3,
