@@ -17,7 +17,16 @@ def _sources():
   """All code, with strings that go on in the next line put together."""
   names = [
     path
-    for room in ('configs', 'data', 'kernels', 'nodes', 'programs', 'tools')
+    for room in (
+      'artifacts',
+      'configs',
+      'data',
+      'distillation',
+      'kernels',
+      'nodes',
+      'programs',
+      'tools',
+    )
     for pattern in ('*.py', '*/*.py', '*.sh')
     for path in glob.glob(os.path.join(ROOT, room, pattern))
   ]
@@ -46,7 +55,8 @@ def test_flags_and_files_of_the_documents_exist(document):
   ):
     base.check_path(field)
   for name in re.findall(
-    r'`((?:configs|tests|data|kernels|nodes|programs|notebooks|docs)/[\w/.]*)`', text
+    r'`((?:artifacts|configs|tests|data|distillation|kernels|nodes|programs|notebooks|docs)/[\w/.]*)`',
+    text,
   ):
     assert os.path.exists(os.path.join(ROOT, name)), name
   for name in re.findall(r'\]\(([\w/.]+)\)', text):
