@@ -7,12 +7,15 @@ import importlib
 import os
 import threading
 from concurrent import futures
-from typing import Any, Callable, Mapping, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Protocol
 
 import numpy as np
 from absl import logging
 
 from kernels import architectures
+
+if TYPE_CHECKING:
+  from configs import schema
 
 # Module and class of each; imported when asked for, because Neural Tangents takes seconds to import
 # and only one of them needs it.
@@ -191,16 +194,16 @@ def make_kernel(
   return Checked(make(dtype), lambda: Checked(make('float64')), is_delicate)
 
 
-def for_run(run: Mapping[str, Any], threads: int) -> Kernel:
+def for_run(run: 'schema.Run', threads: int) -> Kernel:
   """The kernel that a run's configuration asks for."""
   return make_kernel(
-    run['architecture'],
-    implementation=run['implementation'],
-    dtype=run['kernel_dtype'],
+    run.architecture,
+    implementation=run.implementation,
+    dtype=run.kernel_dtype,
     threads=threads,
-    kind=run['kernel'],
-    parameterization=run['parameterization'],
-    width=run['standard_width'],
+    kind=run.kernel,
+    parameterization=run.parameterization,
+    width=run.standard_width,
   )
 
 
