@@ -11,7 +11,7 @@ from typing import Any, Mapping
 
 import ml_collections
 
-from kernels import architectures, ntk
+from kernels import architectures, contract, registry
 
 # Fields that take a name or number, or a dict which stays whole.
 _SPECS = (
@@ -45,7 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
   run.num_steps = 1000  # updates; the one that solves for the labels counts as one
   run.images_per_class = 1  # support images of each class
   run.architecture = 'convnet'  # name (kernels/architectures.py) or dict of stages
-  run.implementation = 'auto'  # of the kernel: see kernels/ntk.py
+  run.implementation = 'auto'  # of the kernel: see kernels/registry.py
   run.kernel_dtype = 'float32'  # of kernel blocks; everything else is float64
   run.kernel = 'ntk'  # or 'nngp'
   run.parameterization = 'ntk'  # of the network: or 'standard'
@@ -254,16 +254,16 @@ def validate(config: Mapping[str, Any]) -> None:
       f'run.num_steps must be 1 where run.method is label_solve; got {fields["run.num_steps"]}.'
     )
   _check_augmentation(fields)
-  _among('run.implementation', fields, ntk.IMPLEMENTATIONS)
-  _among('run.kernel_dtype', fields, ntk.DTYPES)
-  _among('run.kernel', fields, ntk.KINDS)
-  _among('run.parameterization', fields, ntk.PARAMETERIZATIONS)
+  _among('run.implementation', fields, contract.IMPLEMENTATIONS)
+  _among('run.kernel_dtype', fields, contract.DTYPES)
+  _among('run.kernel', fields, contract.KINDS)
+  _among('run.parameterization', fields, contract.PARAMETERIZATIONS)
   _among('system.evaluation.nn_loss', fields, _NN_LOSSES)
   # Here: optax takes a second to import, and every node imports this module.
   from distillation import optimizers
 
   try:
-    ntk.check_variant(
+    registry.check_variant(
       fields['run.implementation'], fields['run.kernel'], fields['run.parameterization']
     )
     optimizers.make(fields['run.optimizer'], fields['run.learning_rate'])

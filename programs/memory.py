@@ -6,7 +6,7 @@ from typing import Any, Iterator, NamedTuple
 import psutil
 
 from data import store
-from kernels import architectures, ntk
+from kernels import architectures, contract
 from kernels.native import build
 from nodes import tasks
 
@@ -69,7 +69,7 @@ def needs(config: dict[str, Any], prepared: store.Prepared) -> Needs:
     worker += len(prepared.train_images) * table  # in the end, of all of them
   if tasks.support_per_task(run, support):
     coordinator += 2 * 8 * support * targets
-    worker += ntk.KEPT_BYTES
+    worker += contract.KEPT_BYTES
   if run['method'] != 'kip':
     columns = support + prepared.num_classes
     rows = min(targets, tasks.targets_per_task(run))
@@ -89,7 +89,7 @@ def needs(config: dict[str, Any], prepared: store.Prepared) -> Needs:
 def table_bytes(
   architecture: architectures.Architecture, height: int, width: int, size: int
 ) -> int:
-  """Bytes that a kernel keeps of an image on its own (`ntk.Kernel.prepare`), at most.
+  """Bytes that a kernel keeps of an image on its own (`contract.Kernel.prepare`), at most.
 
   They are the native kernel's: the variance of every convolution's ReLU input and two numbers for
   every pooled pixel, `size` bytes each, and two of the readout in float64.

@@ -10,7 +10,7 @@ import pytest
 from artifacts import checkpoints, distilled_set
 from data import sampling, store
 from distillation import krr
-from kernels import ntk
+from kernels import registry
 from nodes import coordinator as coordinator_node
 from programs import local
 
@@ -34,7 +34,7 @@ def _oracle(run, images):
   """Labels by the dense pseudo-inverse, and a function from labels to ½ mean((P - y)²) over the
   training set."""
   prepared = store.open_prepared(run.directory.read_config()['data_key'], run.cache)
-  kernel = ntk.make_kernel(
+  kernel = registry.make_kernel(
     run.config['run']['architecture'], implementation='reference', dtype='float64'
   )
   k = krr.regularised(kernel.block(images, images), run.config['run']['ridge'])
