@@ -40,7 +40,7 @@ import numpy as np
 from artifacts import run_directory
 from configs import base, validation
 from data import store
-from kernels import ntk
+from kernels import registry
 from nodes import kernel_worker, tasks
 from nodes.client import Retrying
 
@@ -112,7 +112,7 @@ CASES = [
 def measured_costs(microseconds: float) -> Costs:
   """Shares and spread of the native kernel's own work on a ConvNet, on one thread, scaled to
   `microseconds` a pair, forward and vjp."""
-  kernel = ntk.make_kernel('convnet', implementation='native', threads=1)
+  kernel = registry.make_kernel('convnet', implementation='native', threads=1)
   rng = np.random.default_rng(0)
   x1, x2 = (kernel.prepare(rng.normal(size=(n, *IMAGE)).astype(np.float32)) for n in PAIRS)
   cotangent = np.ones(PAIRS)

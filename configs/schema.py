@@ -11,7 +11,7 @@ makes a `Config` of it.
 import dataclasses
 from typing import Any, Mapping, TypeVar
 
-from kernels import ntk
+from kernels import contract
 
 METHODS = ('kip', 'label_solve', 'label_solve+kip', 'kip+label_solve')
 NN_LOSSES = ('mse', 'cross_entropy')
@@ -138,14 +138,14 @@ class Run:
     'convnet', 'Name (kernels/architectures.py) or dict of stages.', spec=True
   )
   implementation: str = _field(
-    'auto', 'Of the kernel: see kernels/registry.py.', choices=ntk.IMPLEMENTATIONS
+    'auto', 'Of the kernel: see kernels/registry.py.', choices=contract.IMPLEMENTATIONS
   )
   kernel_dtype: str = _field(
-    'float32', 'Of kernel blocks; everything else is float64.', choices=ntk.DTYPES
+    'float32', 'Of kernel blocks; everything else is float64.', choices=contract.DTYPES
   )
-  kernel: str = _field('ntk', 'ntk or nngp.', choices=ntk.KINDS)
+  kernel: str = _field('ntk', 'ntk or nngp.', choices=contract.KINDS)
   parameterization: str = _field(
-    'ntk', 'Of the network: ntk or standard.', choices=ntk.PARAMETERIZATIONS
+    'ntk', 'Of the network: ntk or standard.', choices=contract.PARAMETERIZATIONS
   )
   standard_width: int = _count(
     1024, 'Of every hidden layer; matters to the NTK in standard parameterisation alone.'

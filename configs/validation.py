@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from configs import schema
-from kernels import architectures, ntk
+from kernels import architectures, registry
 
 _TARGETS = 5000  # a step, where the set has so many (the papers)
 _ARCHITECTURES = ('run.architecture', 'system.evaluation.nn_architecture')
@@ -57,7 +57,7 @@ def validate(config: Mapping[str, Any]) -> schema.Config:
   from distillation import optimizers  # here: optax takes a second to import
 
   try:
-    ntk.check_variant(run.implementation, run.kernel, run.parameterization)
+    registry.check_variant(run.implementation, run.kernel, run.parameterization)
     optimizers.make(run.optimizer, run.learning_rate)
   except ValueError as error:
     raise ConfigError(f'run.{error}') from error

@@ -8,7 +8,7 @@ from absl import logging
 from configs import schema
 from data import sampling, store
 from distillation import krr, label_solve
-from kernels import architectures, ntk
+from kernels import architectures, contract, library, registry
 from nodes import tasks
 
 _WORDS = {
@@ -24,11 +24,11 @@ _HELD_OUT = 5000
 
 
 def krr_test(
-  kernel: ntk.Kernel,
+  kernel: contract.Kernel,
   images: np.ndarray,
   labels: np.ndarray,
   ridge: float,
-  test: ntk.Library,
+  test: library.Library,
   classes: np.ndarray,
   tile: int,
   check: Callable[[], None] = lambda: None,
@@ -61,7 +61,10 @@ def krr_test(
 
 
 def support_block(
-  kernel: ntk.Kernel, support: ntk.Prepared, tile: int, check: Callable[[], None] = lambda: None
+  kernel: contract.Kernel,
+  support: contract.Prepared,
+  tile: int,
+  check: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
   """K_ss, float64 [S, S], symmetric: tiles on and above the diagonal, mirrored below it.
 
@@ -101,8 +104,8 @@ class Evaluation:
       check: called every second or so; what it raises ends the evaluation.
     """
     self._run, self._settings, self._prepared, self._check = run, settings, prepared, check
-    self._kernel = ntk.for_run(run, threads)
-    self._test = ntk.Library(self._kernel, prepared.test_images)
+    self._kernel = registry.for_run(run, threads)
+    self._test = library.Library(self._kernel, prepared.test_images)
 
   def krr(self, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """`krr_test_accuracy` and `krr_test_mse` of images [S, H, W, D] with labels [S, C]."""

@@ -15,7 +15,7 @@ from absl import logging
 from artifacts import run_directory
 from data import augment, sampling, store
 from distillation import krr, label_solve
-from kernels import ntk
+from kernels import contract, library, registry
 from nodes import tasks
 from nodes.client import CoordinatorLost, Stopping
 
@@ -25,7 +25,7 @@ _CALIBRATION_SECONDS = 80.0  # by the rate so far, which a single pair makes loo
 class _Targets(NamedTuple):
   """A tile of the step's targets: images [b, H, W, D], centred labels [b, C]."""
 
-  images: ntk.Images
+  images: contract.Images
   labels: np.ndarray
 
 
@@ -65,7 +65,7 @@ class KernelWorker:
     self._lock = threading.RLock()  # of `_inputs` and `_kept`, which the threads share
     self._inputs: dict[Any, Any] = {}  # (generation, step, name) -> value
     # (generation, step, ranges) -> of a first half, tile by tile.
-    self._kept: dict[Any, list[ntk.Linearised | None]] = {}
+    self._kept: dict[Any, list[contract.Linearised | None]] = {}
     # Step, start, stop: with which this worker began its last step.
     self._first_tile: tuple[int, int, int] | None = None
     self._foreseen: tuple[Any, Any] = (None, None)  # that tile of the next step, and its targets
@@ -120,10 +120,10 @@ class KernelWorker:
     self._prepared = store.fetch(
       saved.data_key, self._cache, self._coordinator.read_data, raw=self._augment
     )
-    self._kernel = ntk.for_run(self._run, self._threads)
+    self._kernel = registry.for_run(self._run, self._threads)
     self._num_support = self._run.images_per_class * self._prepared.num_classes
     self._two_halves = self._run.plan.split_support(self._num_support) > 0
-    self._train = ntk.Library(self._kernel, self._prepared.train_images)
+    self._train = library.Library(self._kernel, self._prepared.train_images)
     return json.dumps({'fingerprint': self._fingerprint(), 'pairs_per_second': self._calibrate()})
 
   def _hand_in(
@@ -227,7 +227,7 @@ class KernelWorker:
 
   def _support(
     self, task: tasks.Task, images: tasks.Range, given: np.ndarray | None = None
-  ) -> ntk.Prepared:
+  ) -> contract.Prepared:
     """Support images, in the form that spares their variances being computed for every block. Where
     tasks are about parts of the support, this worker fetches no others, and none that are
     `given`."""
@@ -294,7 +294,7 @@ class KernelWorker:
       targets = coming and coming.result()
 
   def _targets(
-    self, task: tasks.Task, support: ntk.Prepared, first: _Targets
+    self, task: tasks.Task, support: contract.Prepared, first: _Targets
   ) -> dict[str, np.ndarray]:
     """Rows of K_ts, their residual and their cotangent in one pass, tile by tile, summed in order
     in float64."""
@@ -322,7 +322,7 @@ class KernelWorker:
     }
 
   def _first_half(
-    self, task: tasks.Task, support: ntk.Prepared, first: _Targets | None
+    self, task: tasks.Task, support: contract.Prepared, first: _Targets | None
   ) -> np.ndarray:
     """The block of a task; what its derivatives need is kept for the second half, as far as there
     is room."""
@@ -344,7 +344,7 @@ class KernelWorker:
     return np.concatenate(blocks, axis=1)
 
   def _second_half(
-    self, task: tasks.Task, support: ntk.Prepared, inputs: dict[str, np.ndarray]
+    self, task: tasks.Task, support: contract.Prepared, inputs: dict[str, np.ndarray]
   ) -> np.ndarray:
     """The gradient by the task's support images, tile by tile, summed in order in float64."""
     gradient, first = np.zeros(support.images.shape, np.float64), task.target_range[0]
@@ -379,7 +379,7 @@ class KernelWorker:
       task.support_range,
     )
 
-  def _factor(self, target_range: tasks.Range, images: ntk.Prepared) -> np.ndarray:
+  def _factor(self, target_range: tasks.Range, images: contract.Prepared) -> np.ndarray:
     """R of the rows of [K_ts, y_t] of training images, never augmented."""
     first, last = target_range
     blocks = [

@@ -7,7 +7,7 @@ import psutil
 
 from configs import schema
 from data import store
-from kernels import architectures, ntk
+from kernels import architectures, contract
 from kernels.native import build
 from nodes import tasks
 
@@ -70,7 +70,7 @@ def needs(config: schema.Config, prepared: store.Prepared) -> Needs:
     worker += len(prepared.train_images) * table  # in the end, of all of them
   if run.plan.split_support(support):
     coordinator += 2 * 8 * support * targets
-    worker += ntk.KEPT_BYTES
+    worker += contract.KEPT_BYTES
   if run.method != 'kip':
     columns = support + prepared.num_classes
     rows = min(targets, run.plan.targets_per_task)
@@ -90,7 +90,7 @@ def needs(config: schema.Config, prepared: store.Prepared) -> Needs:
 def table_bytes(
   architecture: architectures.Architecture, height: int, width: int, size: int
 ) -> int:
-  """Bytes that a kernel keeps of an image on its own (`ntk.Kernel.prepare`), at most.
+  """Bytes that a kernel keeps of an image on its own (`contract.Kernel.prepare`), at most.
 
   They are the native kernel's: the variance of every convolution's ReLU input and two numbers for
   every pooled pixel, `size` bytes each, and two of the readout in float64.

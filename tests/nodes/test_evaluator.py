@@ -16,7 +16,7 @@ from artifacts import distilled_set, run_directory
 from configs import schema, validation
 from data import sampling, store
 from distillation import evaluation, finite_network
-from kernels import architectures, ntk
+from kernels import architectures, registry
 from nodes import evaluator
 from nodes.client import Retrying, Stopping
 from programs import local
@@ -124,7 +124,7 @@ def test_baselines_are_the_images_a_run_starts_from_with_hard_and_solved_labels(
   changes = {**FC1, **NETWORK, 'run.ridge': 1e-3, 'system.evaluation.krr_tile': 5}
   evaluate, prepared = _evaluation(make_run(tmp_path, changes))
   images, labels = _support(prepared)
-  kernel = ntk.make_kernel('fc1', dtype='float64')
+  kernel = registry.make_kernel('fc1', dtype='float64')
   k_ss, k_ts = kernel.block(images, images), kernel.block(prepared.train_images, images)
   y_t = sampling.centred_one_hot(prepared.train_labels, prepared.num_classes)
   solved = np.linalg.pinv(k_ts @ np.linalg.inv(k_ss + 1e-3 * np.trace(k_ss) / 6 * np.eye(6))) @ y_t
@@ -499,9 +499,9 @@ class _Counting:
 
 @pytest.mark.parametrize('architecture', ['fc1', 'convnet2'])
 def test_k_ss_in_tiles(architecture):
-  kernel = _Counting(ntk.make_kernel(architecture))
+  kernel = _Counting(registry.make_kernel(architecture))
   images = kernel.prepare(np.random.default_rng(0).normal(size=(7, 8, 9, 2)))
-  whole = ntk.make_kernel(architecture).block(images.images, images.images)
+  whole = registry.make_kernel(architecture).block(images.images, images.images)
   np.testing.assert_array_equal(evaluation.support_block(kernel, images, 7), whole)
   assert kernel.pairs == [(7, 7, True)]
   kernel.pairs.clear()
@@ -522,7 +522,7 @@ def test_k_ss_in_tiles(architecture):
 def test_krr_can_be_interrupted_at_every_tile_of_k_ss(make_run, tmp_path, blocks):
   run = make_run(tmp_path, {**FC1, 'system.evaluation.krr_tile': 3})
   prepared = store.open_prepared(run.directory.read_saved().data_key, run.cache)
-  kernel, images = _Counting(ntk.make_kernel('fc1')), _support(prepared)[0]
+  kernel, images = _Counting(registry.make_kernel('fc1')), _support(prepared)[0]
 
   def check():
     if len(kernel.pairs) >= blocks:

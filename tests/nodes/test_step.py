@@ -16,7 +16,7 @@ from artifacts import checkpoints
 from configs import schema
 from data import augment, sampling, store
 from distillation import optimizers
-from kernels import architectures, ntk, reference
+from kernels import architectures, contract, reference, registry
 from nodes import coordinator as coordinator_node
 from nodes import kernel_worker
 from nodes.client import Retrying
@@ -115,7 +115,7 @@ PLANS = [
 @pytest.mark.parametrize(
   'implementation, architecture, support_tile, target_tile, per_task, more',
   [
-    *((name, *case) for name in ntk.available() for case in EVERYWHERE),
+    *((name, *case) for name in registry.available() for case in EVERYWHERE),
     *(('auto', *case) for case in PLANS),
   ],
 )
@@ -209,8 +209,8 @@ def test_target_tasks_of_parts_of_the_support_add_up_to_those_in_one_pass(
   """Ragged parts; workers that keep nothing between the halves give the same bits as those that
   do."""
   results = []
-  for per_task, kept in ((0, 0), (part, ntk.KEPT_BYTES), (part, 0)):
-    monkeypatch.setattr(ntk, 'KEPT_BYTES', kept)
+  for per_task, kept in ((0, 0), (part, contract.KEPT_BYTES), (part, 0)):
+    monkeypatch.setattr(contract, 'KEPT_BYTES', kept)
     run = make_run(
       tmp_path / f'{per_task} {kept}',
       {

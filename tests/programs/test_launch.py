@@ -453,13 +453,13 @@ else:
 def test_a_worker_that_cannot_start_stops_the_run_with_its_message(tmp_path, npz, cache):
   (tmp_path / 'sitecustomize.py').write_text("""
 try:
-  from kernels import ntk
+  from kernels import registry
 except ImportError:
   pass
 else:
   def make_kernel(*args, **kwargs):
     raise RuntimeError('no kernel today')
-  ntk.make_kernel = make_kernel
+  registry.make_kernel = make_kernel
 """)
   done = _run(
     _command(tmp_path / 'run', *SMALL, f'--config.run.data.name={npz}', cache=cache),

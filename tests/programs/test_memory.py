@@ -6,7 +6,7 @@ import pytest
 
 from configs import base, schema
 from data import preprocess, store
-from kernels import architectures, ntk
+from kernels import architectures, registry
 from programs import memory, start
 
 GIB, MIB = 2**30, 2**20
@@ -127,9 +127,9 @@ def test_without_limits_it_is_the_machines(system, mounts, groups):
   ],
 )
 def test_what_a_kernel_keeps_of_an_image(name, shape, implementation):
-  if implementation not in ntk.available():
+  if implementation not in registry.available():
     pytest.skip('not built')
-  kernel = ntk.make_kernel(name, implementation=implementation)
+  kernel = registry.make_kernel(name, implementation=implementation)
   kept = sum(q.nbytes for q in kernel.prepare(np.ones((1, *shape), np.float32)).variances)
   estimate = memory.table_bytes(architectures.get(name), *shape[:2], 4)
   assert kept == estimate if implementation == 'native' else kept <= estimate + 64
