@@ -96,7 +96,7 @@ def tasks(
     places = [(other, tile) for tile in rows for other in rows]
   else:
     first, last = targets or (0, run.targets_per_step)
-    split = part if phase in (TARGET_BLOCKS, TARGET_VJP) else num_support
+    split = part if part and phase in (TARGET_BLOCKS, TARGET_VJP) else num_support
     places = [
       ((first + start, first + stop), tile)
       for start, stop in ranges(last - first, run.plan.targets_per_task)

@@ -116,20 +116,20 @@ class Coordinator:
     self.prepared, self._life = prepared, Life(_run_id(self._saved), generation)
     num_support = run.images_per_class * prepared.num_classes
     in_halves = run.plan.split_support(num_support) > 0
-    self._board = TaskBoard(system.lease_seconds, system.num_workers, in_halves)
+    self.board = TaskBoard(system.lease_seconds, system.num_workers, in_halves)
     self._admission = Admission(system, lambda *new: self._progress.log_joined(*new))
-    self._stall = StallWatch(self._board, self._admission, system, self._timing.stall)
+    self._stall = StallWatch(self.board, self._admission, system, self._timing.stall)
     self._progress = Progress(
       self._directory,
       generation,
-      self._board,
+      self.board,
       self._admission,
       num_support,
       len(prepared.train_images),
       self._timing.stall,
     )
     self.exchange = Served(
-      self._board, self._life, np.dtype(run.kernel_dtype), in_halves, self._watch, self._timing.poll
+      self.board, self._life, np.dtype(run.kernel_dtype), in_halves, self._watch, self._timing.poll
     )
     optimizer = optimizers.make(run.optimizer, run.learning_rate)
     self._update = state.Update(run, optimizer)
@@ -207,9 +207,9 @@ class Coordinator:
     piece = messages.decode(received, checksum)
     bad = [name for name, array in piece.items() if not np.isfinite(array).all()]
     if bad:
-      self._board.report_error(done, lease, f'{bad[0]} contains NaN or infinity')
+      self.board.report_error(done, lease, f'{bad[0]} contains NaN or infinity')
       return None
-    if self._board.complete(done, lease, worker, piece):
+    if self.board.complete(done, lease, worker, piece):
       self._progressed(False)
     may_go_on = self._admission.is_admitted(worker) and not self._over
     return self._lease(worker, holding) if may_go_on else None
@@ -217,7 +217,7 @@ class Coordinator:
   def report_task_error(self, worker: str, task: list[Any], lease: int, message: str) -> None:
     """Records that computing a task raised in a worker."""
     logging.warning('%s: %s', worker, message)
-    self._board.report_error(messages.task_from(task), lease, message)
+    self.board.report_error(messages.task_from(task), lease, message)
 
   def report_unusable(self, name: str, message: str) -> None:
     """Records that a worker cannot start, or that the evaluator cannot go on."""
@@ -317,7 +317,7 @@ class Coordinator:
     """The metrics of a state, and what makes the next one; None at the last."""
     run, solve_step = self._run, self._run.label_solve_step
     is_last, num_steps = current.step == run.num_steps, run.num_steps
-    began, pairs = time.monotonic(), self._board.pairs_taken
+    began, pairs = time.monotonic(), self.board.pairs_taken
     data, following = (current, run, self.prepared, self.exchange), None
     # Of a run that ends with Label Solve, the last state has the loss that was solved for.
     if current.step == solve_step or (is_last and num_steps == solve_step + 1):
@@ -338,7 +338,7 @@ class Coordinator:
       'train_loss': metrics.loss,
       **accuracy,
       'wall_seconds': self._progress.reached_seconds,
-      'kernel_pairs_per_second': (self._board.pairs_taken - pairs) / (time.monotonic() - began),
+      'kernel_pairs_per_second': (self.board.pairs_taken - pairs) / (time.monotonic() - began),
     }, following
 
   def _checked(self, step: int, function: Callable[[], T]) -> T:
@@ -368,7 +368,7 @@ class Coordinator:
 
     Raises Stopped, and RunFailed where the evaluation has failed.
     """
-    self._board.clear()
+    self.board.clear()
     self._progress.end()
     silence = EvaluatorWatch(self._admission, self._timing.stall)
     began, timeout = time.monotonic(), self._system.final_evaluation_timeout

@@ -42,10 +42,10 @@ GAP = {
 
 
 @contextlib.contextmanager
-def working(run, workers=2, threads=1):
+def working(run, workers=2, threads=1, timing=coordinator_node.TIMING):
   """A coordinator with workers around it, and no program running."""
   stop = threading.Event()
-  coordinator = coordinator_node.Coordinator(run.directory.path, run.cache, stop)
+  coordinator = coordinator_node.Coordinator(run.directory.path, run.cache, stop, timing=timing)
   nodes = [
     kernel_worker.KernelWorker(Retrying(coordinator, 5, stop), f'w{i}', threads, run.cache, stop)
     for i in range(workers)
@@ -64,9 +64,7 @@ def working(run, workers=2, threads=1):
 
 def _stepped(run, coordinator, state):
   """Loss and gradient of a step by the coordinator's workers."""
-  return step.loss_and_gradient(
-    state, run.config.run, coordinator.prepared, coordinator.exchange
-  )
+  return step.loss_and_gradient(state, run.config.run, coordinator.prepared, coordinator.exchange)
 
 
 _KNOWN = {}  # what the oracle said, by what is asked: neither implementation nor plan matters
