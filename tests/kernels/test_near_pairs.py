@@ -9,9 +9,9 @@ import functools
 import kernel_cases
 import numpy as np
 import pytest
-from test_ntk import FAST, TOLERANCES, error
+from implementations import FAST, TOLERANCES, error, make
 
-from kernels import architectures, contract, registry
+from kernels import architectures, contract
 
 NETWORKS = kernel_cases.NEAR_NETWORKS
 SHAPE = (8, 8, 2)
@@ -73,9 +73,7 @@ def _images(pairs):
 
 @functools.cache
 def _kernel(network, implementation, dtype, kind='ntk'):
-  return registry.make_kernel(
-    NETWORKS[network], implementation=implementation, dtype=dtype, threads=1, kind=kind
-  )
+  return make(implementation, NETWORKS[network], dtype, kind=kind)
 
 
 @functools.cache
