@@ -9,7 +9,8 @@ and Nguyen et al. 2021b (NeurIPS, https://arxiv.org/abs/2107.13034).
 
 import dataclasses
 import re
-from typing import Any, Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 READOUTS = ('flatten', 'global_average_pool')
 KNOWN_NAMES = (

@@ -1,8 +1,8 @@
 """Checks around an implementation, and float64 where float32 is not enough."""
 
 import functools
+from collections.abc import Callable
 from concurrent import futures
-from typing import Callable
 
 import numpy as np
 

@@ -5,7 +5,8 @@ images on the two sides of a block, N images, of H x W pixels and D channels.
 """
 
 import dataclasses
-from typing import Callable, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 

@@ -6,7 +6,7 @@ With r = 1 - |c|, both functions below are smooth on [0, 1]; their square-root f
 multiplied back by the caller.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 

@@ -7,6 +7,7 @@ import concurrent.futures
 import functools
 import sys
 import types
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ def network(
   width: int = 1,
   outputs: int = 1,
   parameterization: str = 'ntk',
-):
+) -> tuple[Callable, Callable, Callable]:
   """The architecture as Neural Tangents layers.
 
   Args:

@@ -1,12 +1,16 @@
 """The implementations by name; `make_kernel` picks one. All obey the contract."""
 
 import os
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
 from kernels import architectures, checked
 from kernels.contract import DTYPES, IMPLEMENTATIONS, KINDS, PARAMETERIZATIONS, Kernel
+
+if TYPE_CHECKING:
+  from configs import schema
 
 
 def make_kernel(
@@ -70,16 +74,16 @@ def make_kernel(
   return checked.wrap(make, dtype)
 
 
-def for_run(run: Mapping[str, Any], threads: int) -> Kernel:
+def for_run(run: 'schema.Run', threads: int) -> Kernel:
   """The kernel that a run's configuration asks for."""
   return make_kernel(
-    run['architecture'],
-    implementation=run['implementation'],
-    dtype=run['kernel_dtype'],
+    run.architecture,
+    implementation=run.implementation,
+    dtype=run.kernel_dtype,
     threads=threads,
-    kind=run['kernel'],
-    parameterization=run['parameterization'],
-    width=run['standard_width'],
+    kind=run.kernel,
+    parameterization=run.parameterization,
+    width=run.standard_width,
   )
 
 

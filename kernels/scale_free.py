@@ -1,6 +1,6 @@
 """Kernels without biases, for images whose values may be of any size."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 
@@ -29,11 +29,8 @@ class ScaleFree(Wrapper):
   ) -> tuple[np.ndarray, np.ndarray]:
     """See `Kernel.block_vjp`."""
     (x1, e1), (x2, e2) = self._pair(x1, x2)
-    if callable(cotangent):
-      inner = _of_scaled(cotangent, e1, e2)
-    else:
-      inner = np.ldexp(cotangent, e2)
-    block, gradient = self.inner.block_vjp(x1, x2, inner)
+    scaled = _of_scaled(cotangent, e1, e2) if callable(cotangent) else np.ldexp(cotangent, e2)
+    block, gradient = self.inner.block_vjp(x1, x2, scaled)
     return np.ldexp(block, e1[:, None] + e2), gradient
 
   def linearise(self, x1: Images, x2: Images) -> Linearised:

@@ -12,6 +12,7 @@ from typing import Any, Callable, NamedTuple
 import numpy as np
 from absl import logging
 
+from artifacts import run_directory
 from data import augment, sampling, store
 from distillation import krr, label_solve
 from kernels import contract, library, registry
@@ -113,14 +114,15 @@ class KernelWorker:
   def _prepare(self) -> str:
     """Data and kernel; gives what `Coordinator.lease` wants to know."""
     description = json.loads(self._coordinator.describe())
-    self._run, self._run_id = description['run'], description['run_id']
-    self._augment = self._run['augmentation']['fraction'] > 0
+    saved = run_directory.Saved.from_dict(description)
+    self._run, self._run_id = saved.config.run, description['run_id']
+    self._augment = self._run.augmentation.is_on
     self._prepared = store.fetch(
-      description['data_key'], self._cache, self._coordinator.read_data, raw=self._augment
+      saved.data_key, self._cache, self._coordinator.read_data, raw=self._augment
     )
     self._kernel = registry.for_run(self._run, self._threads)
-    self._num_support = self._run['images_per_class'] * self._prepared.num_classes
-    self._two_halves = tasks.support_per_task(self._run, self._num_support) > 0
+    self._num_support = self._run.images_per_class * self._prepared.num_classes
+    self._two_halves = self._run.plan.split_support(self._num_support) > 0
     self._train = library.Library(self._kernel, self._prepared.train_images)
     return json.dumps({'fingerprint': self._fingerprint(), 'pairs_per_second': self._calibrate()})
 
@@ -251,7 +253,7 @@ class KernelWorker:
     first, last = task.target_range
     return [
       (first + start, first + stop)
-      for start, stop in tasks.ranges(last - first, self._run['plan']['target_tile'])
+      for start, stop in tasks.ranges(last - first, self._run.plan.target_tile)
     ]
 
   def _first_targets(self, *tile: int) -> _Targets:
@@ -305,7 +307,7 @@ class KernelWorker:
       def cotangent(block, y_t=y_t):
         nonlocal residual, alpha_bar
         block = block.astype(np.float64)
-        residual = krr.residual(krr.predictions(block, alpha), y_t, self._run['targets_per_step'])
+        residual = krr.residual(krr.predictions(block, alpha), y_t, self._run.targets_per_step)
         alpha_bar += krr.alpha_bar(block, residual.scaled)
         return krr.cotangent(alpha, residual.scaled)
 
@@ -382,7 +384,7 @@ class KernelWorker:
     first, last = target_range
     blocks = [
       self._kernel.block(images, self._prepared.train_images[first + start : first + stop])
-      for start, stop in tasks.ranges(last - first, self._run['plan']['target_tile'])
+      for start, stop in tasks.ranges(last - first, self._run.plan.target_tile)
     ]
     y_t = sampling.centred_one_hot(
       self._prepared.train_labels[first:last], self._prepared.num_classes
@@ -391,7 +393,7 @@ class KernelWorker:
 
   def _sampled(self, step: int) -> np.ndarray:
     return sampling.targets(
-      self._run['seed'], step, self._prepared.train_labels, self._run['targets_per_step']
+      self._run.seed, step, self._prepared.train_labels, self._run.targets_per_step
     )
 
   def _fetch(self, task: tasks.Task, name: str, rows: tasks.Range) -> np.ndarray:
@@ -432,12 +434,12 @@ class KernelWorker:
     """Pairs a second, of a single pair, of a few, of a full tile: as far as they are cheap.
     Compiles on the way."""
     images = self._prepared.train_images
-    if self._run['method'] == 'label_solve':
+    if self._run.method == 'label_solve':
       compute = self._kernel.block
     else:
       compute = lambda x1, x2: self._kernel.block_vjp(x1, x2, lambda block: block)
-    rows = tasks.support_per_task(self._run, self._num_support) or self._num_support
-    columns = min(self._run['plan']['target_tile'], len(images))
+    rows = self._run.plan.split_support(self._num_support) or self._num_support
+    columns = min(self._run.plan.target_tile, len(images))
     rate = 0.0
     for a, b in ((1, 1), (rows, min(16, columns)), (rows, columns)):
       if rate and a * b > rate * _CALIBRATION_SECONDS:

@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import functools
-from typing import Any, Callable
+import itertools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -154,7 +156,7 @@ class _Grid:
     self.x1, self.rows, self.columns = x1, rows, columns
     self._tiles1, self._tiles2 = _prepared_tiles(x1, rows), _prepared_tiles(x2, columns)
     self.shape = len(self._tiles1), len(self._tiles2)
-    self.places = list(np.ndindex(self.shape))
+    self.places = list(itertools.product(range(self.shape[0]), range(self.shape[1])))
 
   def images(self, place: tuple[int, int]) -> tuple:
     """(x1, q1, x2, q2) of a tile."""

@@ -62,9 +62,9 @@ class Side(NamedTuple):
       counts as rounding; else empty.
   """
 
-  s: list
+  s: list[jax.Array]
   ghosts: list
-  spread: tuple
+  spread: tuple[jax.Array, ...]
 
 
 def convolutions(
@@ -114,7 +114,7 @@ _from_distance.defvjp(
 )
 
 
-def ratio(x, s12):
+def ratio(x: jax.Array, s12: jax.Array) -> jax.Array:
   """x / s12, and 1 where a deviation is 0.
 
   As 1 - c that gives Neural Tangents' value of the ReLU's derivative there, 1/4.
@@ -145,7 +145,7 @@ def _relu_forward(n, r, t, s1, s2):
 
 
 def _relu_backward(saved, cotangents):
-  n, r, t, s1, s2 = saved
+  _, r, t, s1, s2 = saved
   n_bar, t_bar = cotangents
   s12 = s1 * s2
   near, angle, _ = _angle_excess(r)

@@ -163,10 +163,11 @@ class _Bodies:
   def side2(self, k) -> Side:
     return jax.tree_util.tree_map(lambda gathered: self.shifted(gathered, k), self._side2)
 
-  def entering(self, k):
+  def entering(self, k) -> tuple[jax.Array, jax.Array | None]:
     """(m or n, t) at offset k."""
     if not self.from_images:
-      v, t = (None if v is None else v[k] for v in self.source)
+      v: jax.Array = self.source[0][k]
+      t = None if self.source[1] is None else self.source[1][k]
       if self.side1.spread:
         (half1, rounding1), (half2, rounding2) = self.side1.spread, self.side2(k).spread
         v = v - (half1 + half2)
@@ -183,7 +184,7 @@ class _Bodies:
 
   def pool(self, slots, v, k):
     """Adds offset k, v [R, Q, ...], to the slots that it feeds."""
-    (i, j), (rows, columns) = self.split(k), (axis.rows for axis in self.level.above)
+    (i, j), (rows, columns) = self.split(k), slots.shape[2:4]
     parities = v[: 2 * rows, : 2 * columns].reshape((rows, 2, columns, 2) + v.shape[2:])
     block = self._fed(slots, k)
     for p in (0, 1):

@@ -3,6 +3,9 @@
 q1 and q2 are the images' lists of `variances`.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -74,17 +77,20 @@ class _Sweeps:
       sources.append(source)
     return sources
 
-  def backward(self, sources: list, cotangents: tuple) -> tuple[jax.Array, list]:
+  def backward(self, sources: list, cotangents: Any) -> tuple[jax.Array, list]:
     """The cotangents of x1 [a, H, W, D] and of q1 (but for hidden layers), from the readout's."""
     q1_bar = [jnp.zeros_like(q) for q in self._q1]
     for i in reversed(range(len(self._levels))):
       level, source = self._levels[i], sources[i - 1] if i else self._images
       sides = self._side1(i, self._q1), self._side2(i)
       cotangents, s1_bar = sweep_vjp(level, self._network, i == 0, source, *sides, cotangents)
-      _, pull_back = jax.vjp(lambda q1: self._side1(i, q1).s, self._q1)
+      _, pull_back = jax.vjp(functools.partial(self._deviations1, i), self._q1)
       q1_bar = jax.tree_util.tree_map(jnp.add, q1_bar, pull_back(s1_bar)[0])
     height, width = (axis.size for axis in self._levels[0].axes)
     return jnp.moveaxis(cotangents[:height, :width, :, :, 0], -1, 0), q1_bar
+
+  def _deviations1(self, i: int, q1: list) -> list:
+    return self._side1(i, q1).s
 
   def _side1(self, i: int, q1: list) -> Side:
     return self._side(i, False, [jnp.moveaxis(q, 0, -1)[..., None] for q in q1])
@@ -116,13 +122,13 @@ def _head(architecture: Architecture, kind: str, dtype, readout: tuple, q1: list
     return _dense(architecture, kind, n, t, None, None)
   if not architecture.is_convolutional:
     return _dense(architecture, kind, n, t, q1[-1], q2[-1])
-  (*_, q1, spread1), (*_, q2, spread2) = q1, q2
+  (mean1, spread1), (mean2, spread2) = q1[-2:], q2[-2:]
   spreads = lax.stop_gradient(spread1[:, None] + spread2)
-  variances = lax.stop_gradient(q1[:, None] + q2)
+  variances = lax.stop_gradient(mean1[:, None] + mean2)
   m = lax.stop_gradient(n) - spreads / 2
   m = jnp.where(m < ROUNDING[dtype] / 2 * jnp.sqrt(spreads * (spreads + variances)), 0, m)
   n = variances / 2 - m + (lax.stop_gradient(n) - n)  # The derivative by m, rounding or not.
-  return _dense(architecture, kind, n, t, q1, q2)
+  return _dense(architecture, kind, n, t, mean1, mean2)
 
 
 def _dense(architecture: Architecture, kind: str, n, t, q1, q2):

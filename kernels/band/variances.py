@@ -11,7 +11,7 @@ import kernels.precision  # noqa: F401
 from kernels import architectures
 from kernels.band.layers import ROUNDING, Network, Side, sqrt, sums_of_three
 from kernels.band.offsets import Level, lay_out, plan
-from kernels.band.sweep import sweep, sweep_vjp
+from kernels.band.sweep import Source, sweep, sweep_vjp
 
 
 def variances(architecture: architectures.Architecture, x: jax.Array) -> list[jax.Array]:
@@ -125,12 +125,15 @@ def _self_sweep(level: Level, network: Network, from_images: bool, source, s, co
   return sweep(level, network, from_images, *arguments)[0]
 
 
-def _self_arguments(level: Level, from_images: bool, source, s, constants):
+def _self_arguments(
+  level: Level, from_images: bool, source, s, constants
+) -> tuple[Source, Side, Side]:
   if from_images:
-    source = tuple(lay_out(source, level.axes, shift, 0) for shift in (False, True))
+    axes = level.axes
+    pair = lay_out(source, axes, False, 0), lay_out(source, axes, True, 0)
   else:
-    source = source, None
-  return source, *(side(level, shift, s, *constants) for shift in (False, True))
+    pair = source, None
+  return pair, side(level, False, s, *constants), side(level, True, s, *constants)
 
 
 def _self_sweep_backward(level: Level, network: Network, from_images: bool, saved, n_bar):

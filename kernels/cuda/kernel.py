@@ -76,7 +76,7 @@ class Gpu(Device):
 
   def __init__(self):
     _load_nvrtc()
-    import cupy
+    import cupy  # pyright: ignore[reportMissingImports]
 
     self._cupy = cupy
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
@@ -134,7 +134,7 @@ def is_available() -> bool:
   if importlib.util.find_spec('cupy') is None:
     return False
   _load_nvrtc()
-  import cupy
+  import cupy  # pyright: ignore[reportMissingImports]
 
   try:
     return cupy.cuda.runtime.getDeviceCount() > 0

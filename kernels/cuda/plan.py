@@ -5,8 +5,10 @@ It is one text: a plan of constants, then the files of `src`.
 
 import dataclasses
 import functools
+import itertools
 import pathlib
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from kernels import architectures
 
@@ -285,7 +287,7 @@ def _with_bands(levels: list[Level], has_ntk: bool) -> tuple[list[Level], int]:
     has_ntk: whether a band holds the NTK beside the NNGP, once there is one.
   """
   placed, bands = levels[:1], 0
-  for below, level in zip(levels, levels[1:]):
+  for below, level in itertools.pairwise(levels):
     # A thread may read, though not use, a row of offsets before a band or behind.
     margin = (2 * level.radius_x + 3) * level.plane
     placed.append(dataclasses.replace(level, band=bands + margin))

@@ -13,16 +13,36 @@ import platform
 import shutil
 import subprocess
 
-_AVX512 = '-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx2 -mfma -mprefer-vector-width=512'
 # The best one first.
-INSTRUCTION_SETS = {'avx512': tuple(_AVX512.split()), 'avx2': ('-mavx2', '-mfma'), 'portable': ()}
+INSTRUCTION_SETS = {
+  'avx512': (
+    '-mavx512f',
+    '-mavx512dq',
+    '-mavx512vl',
+    '-mavx512bw',
+    '-mavx2',
+    '-mfma',
+    '-mprefer-vector-width=512',
+  ),
+  'avx2': ('-mavx2', '-mfma'),
+  'portable': (),
+}
 SOURCES = pathlib.Path(__file__).parent / 'src'
 FOLDER = pathlib.Path(__file__).parent / 'build'
 
 # -ffast-math would switch subnormal numbers off for the whole process that loads the library.
-_FLAGS = tuple(
-  '-std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fPIC -shared -pthread '
-  '-fno-gnu-unique -Wl,-Bsymbolic -Wno-psabi'.split()
+_FLAGS = (
+  '-std=c++17',
+  '-O3',
+  '-fno-math-errno',
+  '-fno-trapping-math',
+  '-ffp-contract=fast',
+  '-fPIC',
+  '-shared',
+  '-pthread',
+  '-fno-gnu-unique',
+  '-Wl,-Bsymbolic',
+  '-Wno-psabi',
 )
 
 

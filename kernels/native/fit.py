@@ -1,7 +1,9 @@
 """Fits the polynomial of the arc-cosine kernels: `python -m kernels.native.fit`.
 
-Prints src/arc_cosine_coefficients.h. Both kernels of a ReLU layer (Cho and Saul 2009) need acos(c)
-and sqrt(1 - c^2). With one square root s = sqrt(1 - c^2) / pi,
+Prints src/arc_cosine_coefficients.h, for `clang-format --assume-filename=x.h` to break its lines.
+
+Both kernels of a ReLU layer (Cho and Saul 2009) need acos(c) and sqrt(1 - c^2). With one square
+root s = sqrt(1 - c^2) / pi,
 
     acos(c) / 2 pi = s * p(c),    p(c) = acos(c) / (2 sqrt(1 - c^2)),    0 <= c <= 1,
 
@@ -9,8 +11,6 @@ where p is analytic (its singularity is at -1), so that interpolation at Chebysh
 by a factor 5.8 a degree. The error of p itself must be rounding, not only that of s * p: near c = 1
 it is what half squared distances are good to.
 """
-
-import textwrap
 
 import numpy as np
 
@@ -29,8 +29,7 @@ _STRUCT = """
 // Degree {degree} in {variable}; largest error: {error:.1e}.
 template <>
 struct ArcCosine<{scalar}> {{
-  static constexpr {scalar} powers[] = {{
-{values}}};
+  static constexpr {scalar} powers[] = {{{values}}};
 }};
 """
 
@@ -58,9 +57,7 @@ def main():
       variable, form = '(1 - c) / pi', '{:.9g}f'
     else:
       variable, form = '2c - 1', '{:.17g}'
-    values = textwrap.fill(
-      ', '.join(map(form.format, powers)), 98, initial_indent=' ' * 6, subsequent_indent=' ' * 6
-    )
+    values = ', '.join(map(form.format, powers))
     header += _STRUCT.format(
       degree=degree, variable=variable, error=error, scalar=scalar, values=values
     )

@@ -187,7 +187,7 @@ class NativeKernel(Kernel):
     with jax.default_device(self._cpu):
       results = list(map(jax.ShapeDtypeStruct, shapes, dtypes or [self.dtype] * len(shapes)))
       call = jax.ffi.ffi_call(f'kip_{self.instruction_set}_{name}', results)
-      return list(call(*arguments, **self._network, **attributes))
+      return list(call(*arguments, **self._network, **attributes))  # pyright: ignore[reportCallIssue]
 
 
 def _arrays(x: Prepared) -> tuple[np.ndarray, ...]:
