@@ -131,16 +131,17 @@ class Kernel(Protocol):
 
     return Linearised(self.block(x1, x2), pull_back, pixels(x2).nbytes)
 
-  def prepared(self, x1: Images, x2: Images) -> tuple[Prepared, Prepared]:
-    """Both sides of a block, prepared where they are not; one object where x1 is x2."""
-    first = x1 if isinstance(x1, Prepared) else self.prepare(x1)
-    if x2 is x1:
-      return first, first
-    return first, x2 if isinstance(x2, Prepared) else self.prepare(x2)
+
+def prepared(kernel: Kernel, x1: Images, x2: Images) -> tuple[Prepared, Prepared]:
+  """Both sides of a block, prepared where they are not; one object where x1 is x2."""
+  first = x1 if isinstance(x1, Prepared) else kernel.prepare(x1)
+  if x2 is x1:
+    return first, first
+  return first, x2 if isinstance(x2, Prepared) else kernel.prepare(x2)
 
 
 class Wrapper(Kernel):
-  """A kernel around another, `inner`, with the attributes of that one."""
+  """A kernel around another, `inner`, whose attributes it has and to whose methods it passes on."""
 
   def __init__(self, inner: Kernel):
     self.inner = inner
@@ -150,3 +151,17 @@ class Wrapper(Kernel):
     self.instruction_set = inner.instruction_set
     self.device = inner.device
     self.kept_bytes = inner.kept_bytes
+
+  def prepare(self, x: np.ndarray) -> Prepared:
+    return self.inner.prepare(x)
+
+  def block(self, x1: Images, x2: Images) -> np.ndarray:
+    return self.inner.block(x1, x2)
+
+  def block_vjp(
+    self, x1: Images, x2: Images, cotangent: Cotangent
+  ) -> tuple[np.ndarray, np.ndarray]:
+    return self.inner.block_vjp(x1, x2, cotangent)
+
+  def linearise(self, x1: Images, x2: Images) -> Linearised:
+    return self.inner.linearise(x1, x2)

@@ -13,7 +13,7 @@ import kernels.precision  # noqa: F401
 from kernels import architectures
 from kernels.band import budget as budgets
 from kernels.band import tile, variances
-from kernels.contract import Cotangent, Images, Kernel, Prepared
+from kernels.contract import Cotangent, Images, Kernel, Prepared, prepared
 from kernels.tiling import tiles
 
 # No algorithm whose sums have no fixed order, and none chosen by timing it.
@@ -62,7 +62,7 @@ class JaxKernel(Kernel):
   def block(self, x1: Images, x2: Images) -> np.ndarray:
     """See `Kernel.block`."""
     symmetric = x1 is x2
-    x1, x2 = self.prepared(x1, x2)
+    x1, x2 = prepared(self, x1, x2)
     grid = _Grid(x1, x2, *self.tile_shape(x1, x2))
     places = [
       (i, j) for i, j in grid.places if not symmetric or (j + 1) * grid.columns > i * grid.rows
@@ -81,7 +81,7 @@ class JaxKernel(Kernel):
 
     Where the cotangent is a function, tiles keep what they need for it, up to a budget.
     """
-    x1, x2 = self.prepared(x1, x2)
+    x1, x2 = prepared(self, x1, x2)
     grid = _Grid(x1, x2, *self.tile_shape(x1, x2))
     value, padded = grid.zeros(self.dtype), grid.zeros(self.dtype)
     kept = {}

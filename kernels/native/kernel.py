@@ -10,7 +10,7 @@ import numpy as np
 
 import kernels.precision  # noqa: F401
 from kernels import architectures
-from kernels.contract import Cotangent, Images, Kernel, Linearised, Prepared
+from kernels.contract import Cotangent, Images, Kernel, Linearised, Prepared, prepared
 from kernels.native import build
 
 # Below this, the derivatives of all pairs are kept until the cotangent is known; above, the forward
@@ -122,7 +122,7 @@ class NativeKernel(Kernel):
 
   def block(self, x1: Images, x2: Images) -> np.ndarray:
     """See `Kernel.block`."""
-    left, right = self.prepared(x1, x2)
+    left, right = prepared(self, x1, x2)
     shape = len(left), len(right)
     symmetric = np.int64(left.images is right.images)
     (block,) = self._call('block', [shape], *_arrays(left), *_arrays(right), symmetric=symmetric)
@@ -132,7 +132,7 @@ class NativeKernel(Kernel):
     self, x1: Images, x2: Images, cotangent: Cotangent
   ) -> tuple[np.ndarray, np.ndarray]:
     """See `Kernel.block_vjp`."""
-    left, right = self.prepared(x1, x2)
+    left, right = prepared(self, x1, x2)
     if callable(cotangent):
       block, pull_back, _ = self.linearise(left, right)
       return block, pull_back(cotangent(block))
@@ -146,7 +146,7 @@ class NativeKernel(Kernel):
     The derivatives by x1 are kept pair by pair (20 kB a pair for a ConvNet on 32x32x3), unless they
     are too many, or forming them again is cheap.
     """
-    left, right = self.prepared(x1, x2)
+    left, right = prepared(self, x1, x2)
     tiles = -(-len(right) // self._lanes)
     variances = self._table_size(*left.images.shape[1:3])[0] + self.architecture.hidden
     shape = len(left), tiles, left.images[0].size + variances, self._lanes

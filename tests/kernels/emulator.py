@@ -35,7 +35,7 @@ class Emulator:
 
   def load(self, plan):
     source = _SHIM.read_text(encoding='utf-8') + plan.source
-    command = [*build.compiler(), *_FLAGS]
+    command = [*(build.compiler() or ['c++']), *_FLAGS]
     path = _FOLDER / f'cuda-{hashlib.sha256((source + repr(command)).encode()).hexdigest()[:20]}.so'
     if not path.exists():
       _FOLDER.mkdir(exist_ok=True)

@@ -37,8 +37,11 @@ def _programs(architecture):
   ids=['convnet', 'myrtle5', 'fc2', 'hidden'],
 )
 def test_no_atomics_and_no_tf32(architecture):
-  """XLA adds up a scatter by atomics, in any order, and takes a float32 product of less than the
-  highest precision to TF32."""
+  """Nothing whose bits may vary on a GPU.
+
+  XLA adds up a scatter by atomics, in any order, and takes a float32 product of less than the
+  highest precision to TF32.
+  """
   for name, function, arguments in _programs(architectures.get(architecture)):
     text = export.export(jax.jit(function), platforms=['cuda'])(*arguments).mlir_module()
     assert not re.search(r'scatter|rng|stablehlo\.custom_call @(?!Sharding)', text), name
@@ -63,7 +66,7 @@ def test_tiles_fill_a_gpu_within_its_budget(architecture, size, counts, expected
   assert (a, b) == expected
   if architecture != 'fc1':
     assert a * b * size[0] * size[1] <= budget.GPU.entries
-  assert a * b * budget.bytes_per_pair(network, *size, 4) <= budget.GPU.tile_bytes
+  assert a * b * budget.bytes_per_pair(network, size[0], size[1], 4) <= budget.GPU.tile_bytes
 
 
 def test_the_same_values_in_a_gpus_tiles():

@@ -163,6 +163,7 @@ def test_nvrtc_compiles_the_source(architecture, shape, dtype, gpu):
   plan = planning.make_plan(
     architectures.get(architecture), shape, dtype, 'ntk', planning.THREADS, 2**16
   )
+  assert NVRTC is not None
   cubin, log = nvrtc.compile_source(
     NVRTC, plan.source, [*cuda.OPTIONS, f'--gpu-architecture={gpu}']
   )

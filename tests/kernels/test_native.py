@@ -130,8 +130,10 @@ def test_a_cotangent_that_is_a_function(kept_bytes):
   seed=st.integers(0, 2**32 - 1),
 )
 def test_any_size_and_network(height, width, depth, convs, readout, hidden, b_std, blank, seed):
-  """Against all pixel pairs in long double; `blank`: one image is zero, where only K is defined
-  without a bias."""
+  """Against all pixel pairs in long double.
+
+  `blank`: one image is zero, where only K is defined without a bias.
+  """
   # Else the mean of an image, which may be all cancellation, decides alone.
   hypothesis.assume(b_std or any(convs))
   pools = min(len(convs), min(height, width).bit_length() - 1)
@@ -176,8 +178,7 @@ def test_zero_variances_are_neural_tangents():
 
 @built
 def test_sums_in_rounds_are_the_sum():
-  """More right images than one round of units takes (64 MB of pieces): the parts' gradients add
-  up."""
+  """The parts' gradients add up where one round of units (64 MB of pieces) does not do."""
   kernel = registry.make_kernel('conv1', implementation='native', dtype='float64', threads=2)
   rng = np.random.default_rng(0)
   x1, x2 = rng.standard_normal((64, 32, 32, 3)), rng.standard_normal((300, 32, 32, 3))

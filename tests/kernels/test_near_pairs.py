@@ -1,5 +1,4 @@
-"""Float32 where it is hardest: images that nearly coincide, are multiples of each other, dim, or
-very unequal.
+"""Float32 where it is hardest: images that nearly coincide, are multiples, dim, or very unequal.
 
 Each network against Neural Tangents in float64, by the tolerances that README states.
 """

@@ -1,5 +1,4 @@
-"""All kernel implementations against golden float64 values of Neural Tangents, a dense long-double
-oracle, and each other's properties."""
+"""All implementations by golden values of Neural Tangents, by a dense oracle, and by properties."""
 
 import functools
 import pathlib
