@@ -62,7 +62,7 @@ PARTS = (
 _TIMEOUT = 60.0
 
 
-class NoKernel:
+class NoKernel(contract.Kernel):
   """In place of an implementation: K_ss the identity, K_ts and all gradients constant."""
 
   implementation, architecture, dtype = 'none', architectures.get('convnet'), np.dtype('float32')

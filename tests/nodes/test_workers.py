@@ -190,7 +190,7 @@ def test_target_tasks_of_parts_of_the_support_add_up_to_those_in_one_pass(
   do."""
   results = []
   for per_task, kept in ((0, 0), (part, contract.KEPT_BYTES), (part, 0)):
-    monkeypatch.setattr(contract, 'KEPT_BYTES', kept)
+    monkeypatch.setattr(contract.Kernel, 'kept_bytes', kept)
     run = make_run(
       tmp_path / f'{per_task} {kept}',
       {
