@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from configs import base
+from configs import validation
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ROOMS = ('artifacts', 'configs', 'data', 'distillation', 'kernels', 'nodes', 'programs', 'tools')
@@ -87,7 +87,7 @@ def test_fields_of_the_documents_exist(document):
   text = _read(document)
   for pattern in (r'--config\.((?:run|system)[\w.]*\w)', r'`((?:run|system)\.[\w.]*\w)'):
     for field in re.findall(pattern, text):
-      base.check_path(field)
+      validation.check_path(field)
 
 
 @pytest.mark.parametrize('document', DOCUMENTS)

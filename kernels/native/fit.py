@@ -1,5 +1,5 @@
 """Fits the polynomial of the arc-cosine kernels; prints src/arc_cosine_coefficients.h (python -m
-kernels.native.fit > that file).
+kernels.native.fit | clang-format --assume-filename=x.h > that file).
 
 Both kernels of a ReLU layer need acos(c) and sqrt(1 - c^2). With one square root s = sqrt(1 - c^2)
 / pi,
@@ -10,8 +10,6 @@ where p is analytic (its singularity is at -1), so that interpolation at Chebysh
 by a factor 5.8 a degree. The error of p itself must be rounding, not only that of s * p: near c = 1
 it is what half squared distances are good to.
 """
-
-import textwrap
 
 import numpy as np
 
@@ -45,9 +43,8 @@ def main():
     print(f'// Degree {degree} in {variable}; largest error: {error:.1e}.')
     suffix = 'f' if scalar == 'float' else ''
     values = ', '.join(f'{c:.9g}{suffix}' if suffix else f'{c:.17g}' for c in powers)
-    lines = textwrap.fill(values, 138, initial_indent=' ' * 6, subsequent_indent=' ' * 6)
     print(
-      f'template <>\nstruct ArcCosine<{scalar}> {{\n  static constexpr {scalar} powers[] = {{\n{lines}}};\n}};\n'
+      f'template <>\nstruct ArcCosine<{scalar}> {{\n  static constexpr {scalar} powers[] = {{{values}}};\n}};\n'
     )
   print('}  // namespace kip')
 

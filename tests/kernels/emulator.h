@@ -1,4 +1,5 @@
-// The machine that kernels/cuda/src asks for, played by a CPU: a thread of a block is one that calls the kernel, after `kip_be`.
+// The machine that kernels/cuda/src asks for, played by a CPU: a thread of a block is one that
+// calls the kernel, after `kip_be`.
 #define KIP_EMULATED
 #define KIP_KERNEL(blocks) extern "C" void
 #define KIP_SHARED(name) double* name = me.shared

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 
 from artifacts import run_directory
-from configs import digits
+from configs import digits, validation
 from data import store
 from programs import local, start
 
@@ -18,9 +18,9 @@ def test_from_a_demo_to_a_network_that_reads_real_digits(tmp_path, cache, monkey
   config = digits.get_config()
   config.run.num_steps, config.system.snapshot_steps = 30, (0, 30)
   config.system.num_workers, config.system.evaluation.nn_steps = 2, 0
-  config = config.to_dict()
+  config = validation.validate(config.to_dict())
   directory = run_directory.RunDirectory(str(tmp_path))
-  directory.open(config, store.prepare(config['run']['data'], cache).key)
+  directory.open(config, store.prepare(config.run.data, cache).key)
   local.distil(start.Run(config, directory, cache), threading.Event())
 
   monkeypatch.setenv('DEMO_DIR', str(tmp_path))

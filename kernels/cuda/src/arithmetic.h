@@ -1,8 +1,10 @@
-// What every part uses: the constants of the plan that `plan.py` writes before this, and the arc-cosine kernels of a ReLU layer.
+// What every part uses: the constants of the plan that `plan.py` writes before this, and the
+// arc-cosine kernels of a ReLU layer.
 //
-// All of kernels/cuda/src is one program: `kernel.py` puts a plan, native/src/arc_cosine_coefficients.h and these files together, in order.
-// It has no #include, so that NVRTC needs no header, and asks of the machine only what the first lines below name; a CPU can play that part
-// (tests/kernels/emulator.h).
+// All of kernels/cuda/src is one program: `kernel.py` puts a plan,
+// native/src/arc_cosine_coefficients.h and these files together, in order. It has no #include, so
+// that NVRTC needs no header, and asks of the machine only what the first lines below name; a CPU
+// can play that part (tests/kernels/emulator.h).
 #ifndef KIP_EMULATED
 #define KIP_KERNEL(blocks) extern "C" __global__ void __launch_bounds__(kThreads, blocks)
 #define KIP_SHARED(name) extern __shared__ double name[]
@@ -35,12 +37,14 @@ namespace kip {
 
 inline constexpr double kPi = 3.14159265358979324;
 
-// What is no more than rounding, relative to what it is the difference of: identical images must not see the cusp of acos at c = 1.
+// What is no more than rounding, relative to what it is the difference of: identical images must
+// not see the cusp of acos at c = 1.
 template <class T>
 inline constexpr T kRounding = sizeof(T) == 4 ? T(5e-7) : T(4e-15);
 
-inline constexpr double kReadoutShare = 1.0 / double(kReadoutCount);  // of each entry in the readout's mean
-inline constexpr Real kScale = Real(kWeight / 9);                     // of a convolution
+inline constexpr double kReadoutShare =
+    1.0 / double(kReadoutCount);                   // of each entry in the readout's mean
+inline constexpr Real kScale = Real(kWeight / 9);  // of a convolution
 
 template <class T>
 inline T larger(T a, T b) {
@@ -58,14 +62,16 @@ struct Angle {
   T dot_slope;  // -d(dot)/d(gap), and 0 where the sine is 0
 };
 
-// As in native/src/relu.h: gap = (1 - c) / pi, dot = (pi - acos c) / 2 pi. is_signed: whether the cosine can be negative.
+// As in native/src/relu.h: gap = (1 - c) / pi, dot = (pi - acos c) / 2 pi. is_signed: whether the
+// cosine can be negative.
 template <class T>
 inline Angle<T> angle(T gap, bool is_signed) {
   constexpr int degree = sizeof(ArcCosine<T>::powers) / sizeof(T) - 1;
   const T far = T(2 / kPi) - gap;
   const T sine2 = is_signed ? larger(gap * far, T(0)) : gap * far;
   const T inverse = sine2 > 0 ? inverse_root(sine2) : T(0);
-  const T near = is_signed ? smaller(far, gap) : gap, z = sizeof(T) == 8 ? 1 - T(2 * kPi) * near : near;
+  const T near = is_signed ? smaller(far, gap) : gap,
+          z = sizeof(T) == 8 ? 1 - T(2 * kPi) * near : near;
   T value = ArcCosine<T>::powers[degree];
 #pragma unroll
   for (int i = degree - 1; i >= 0; --i) value = value * z + ArcCosine<T>::powers[i];
@@ -74,9 +80,11 @@ inline Angle<T> angle(T gap, bool is_signed) {
   return {sine, obtuse ? part : other, obtuse ? other : part, inverse * T(0.5 / kPi)};
 }
 
-// The adjoint of a ReLU at one point: nt_bar = n_bar + t_bar and t_bar of its input; adds s1 s1_bar to sigma.
+// The adjoint of a ReLU at one point: nt_bar = n_bar + t_bar and t_bar of its input; adds s1 s1_bar
+// to sigma.
 template <class T>
-inline void pull_back(T n_bar, T t_bar, T n, T dot, T dot_slope, T sine_slope, T& nt_bar_in, T& t_bar_in, T& sigma) {
+inline void pull_back(T n_bar, T t_bar, T n, T dot, T dot_slope, T sine_slope, T& nt_bar_in,
+                      T& t_bar_in, T& sigma) {
   const T slope = t_bar * dot_slope;
   nt_bar_in = (n_bar + t_bar) * dot + slope;
   t_bar_in = t_bar * dot;
@@ -109,7 +117,8 @@ struct Head {
       const double gap = 1 / kPi - n * inverse;
       const Angle<double> a =
           angle<double>(larger(gap, -gap) < kRounding<double> / 8 ? 0 : gap, true);
-      saved[l][0] = n, saved[l][1] = a.dot, saved[l][2] = t * (a.dot_slope * inverse), saved[l][3] = square_root(product) / 2 * a.sine;
+      saved[l][0] = n, saved[l][1] = a.dot, saved[l][2] = t * (a.dot_slope * inverse),
+      saved[l][3] = square_root(product) / 2 * a.sine;
       q1 /= 2, q2 /= 2;
       n = n * a.dot + saved[l][3], t = t * a.dot;
     }
@@ -119,7 +128,8 @@ struct Head {
     for (int l = kHidden - 1; l >= 0; --l) {
       double nt_bar_in, t_bar_in;
       sigma[l] = 0;
-      pull_back(n_bar, t_bar, saved[l][0], saved[l][1], saved[l][2], saved[l][3], nt_bar_in, t_bar_in, sigma[l]);
+      pull_back(n_bar, t_bar, saved[l][0], saved[l][1], saved[l][2], saved[l][3], nt_bar_in,
+                t_bar_in, sigma[l]);
       n_bar = nt_bar_in * kWeight, t_bar = t_bar_in * kWeight;
     }
   }

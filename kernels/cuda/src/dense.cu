@@ -1,9 +1,9 @@
-// Fully-connected networks: no convolution and no pooling, so that the readout is a dot product of images. All in double: one rounding
-// would be seen at the cusp of a hidden layer.
+// Fully-connected networks: no convolution and no pooling, so that the readout is a dot product of
+// images. All in double: one rounding would be seen at the cusp of a hidden layer.
 namespace kip {
 
-// Of x and y [kPixels], the latter's entries `stride` apart, in order: the covariance of identical images must equal their variance to the
-// bit.
+// Of x and y [kPixels], the latter's entries `stride` apart, in order: the covariance of identical
+// images must equal their variance to the bit.
 inline double dot_product(const Real* x, const Real* y, long long stride) {
   double sum = 0;
   for (int e = 0; e < kPixels; ++e) sum += double(x[e]) * double(y[e * stride]);
@@ -13,7 +13,9 @@ inline double dot_product(const Real* x, const Real* y, long long stride) {
 // Calls f for each of `count` numbers, spread over all threads.
 template <class F>
 inline void for_each_of(long long count, F f) {
-  for (long long k = (long long)block() * kThreads + thread(); k < count; k += (long long)blocks() * kThreads) f(k);
+  for (long long k = (long long)block() * kThreads + thread(); k < count;
+       k += (long long)blocks() * kThreads)
+    f(k);
 }
 
 // Variances [count] of images [count, H, W, D].
@@ -25,13 +27,17 @@ KIP_KERNEL(1) kip_dense_tables(const Real* images, double* tables, int count) {
 
 // [kPixels, count], for the loads of the next kernel.
 KIP_KERNEL(1) kip_dense_transpose(const Real* images, Real* transposed, int count) {
-  for_each_of((long long)count * kPixels, [&](long long e) { transposed[e] = images[e % count * kPixels + e / count]; });
+  for_each_of((long long)count * kPixels,
+              [&](long long e) { transposed[e] = images[e % count * kPixels + e / count]; });
 }
 
-// block [rows, columns], and each pair's derivatives [1 + kHidden, rows, columns] by n and by the deviations, each times the deviation.
-KIP_KERNEL(1) kip_dense_block(const Real* __restrict__ left, const double* __restrict__ left_tables,
-                        const Real* __restrict__ right_transposed, const double* __restrict__ right_tables, int rows, int columns,
-                        Real* __restrict__ values, double* __restrict__ derivatives) {
+// block [rows, columns], and each pair's derivatives [1 + kHidden, rows, columns] by n and by the
+// deviations, each times the deviation.
+KIP_KERNEL(1)
+kip_dense_block(const Real* __restrict__ left, const double* __restrict__ left_tables,
+                const Real* __restrict__ right_transposed, const double* __restrict__ right_tables,
+                int rows, int columns, Real* __restrict__ values,
+                double* __restrict__ derivatives) {
   const long long pairs = (long long)rows * columns;
   for_each_of(pairs, [&](long long pair) {
     const long long i = pair / columns, j = pair % columns;
@@ -44,8 +50,9 @@ KIP_KERNEL(1) kip_dense_block(const Real* __restrict__ left, const double* __res
 }
 
 // The cotangent [rows] of each left image's variance.
-KIP_KERNEL(1) kip_dense_variances_vjp(const double* tables, const double* derivatives, const Real* cotangent, int rows, int columns,
-                                double* variances_bar) {
+KIP_KERNEL(1)
+kip_dense_variances_vjp(const double* tables, const double* derivatives, const Real* cotangent,
+                        int rows, int columns, double* variances_bar) {
   const long long pairs = (long long)rows * columns;
   for_each_of(rows, [&](long long i) {
     double q_bar = 0, q[kHidden + 1];
@@ -61,14 +68,17 @@ KIP_KERNEL(1) kip_dense_variances_vjp(const double* tables, const double* deriva
 }
 
 // The gradient [rows, H, W, D] by the left images.
-KIP_KERNEL(1) kip_dense_vjp(const Real* __restrict__ left, const Real* __restrict__ right, const double* __restrict__ derivatives,
-                      const Real* __restrict__ cotangent, const double* __restrict__ variances_bar, int rows, int columns,
-                      double* __restrict__ gradient) {
+KIP_KERNEL(1)
+kip_dense_vjp(const Real* __restrict__ left, const Real* __restrict__ right,
+              const double* __restrict__ derivatives, const Real* __restrict__ cotangent,
+              const double* __restrict__ variances_bar, int rows, int columns,
+              double* __restrict__ gradient) {
   for_each_of((long long)rows * kPixels, [&](long long e) {
     const long long i = e / kPixels;
     double sum = 2 * variances_bar[i] * left[e];
     for (int j = 0; j < columns; ++j)
-      sum += double(cotangent[i * columns + j]) * derivatives[i * columns + j] * double(right[(long long)j * kPixels + e % kPixels]);
+      sum += double(cotangent[i * columns + j]) * derivatives[i * columns + j] *
+             double(right[(long long)j * kPixels + e % kPixels]);
     gradient[e] = sum / kPixels;
   });
 }

@@ -13,7 +13,8 @@ struct Shared {
   Real *exchange, *table;
 
   Shared(double* shared, Real* workspace) : sums(shared), seeds(shared + 2 * kThreads) {
-    exchange = kExchangeShared ? reinterpret_cast<Real*>(shared + 2 * kThreads + 2) : workspace + kWorkspace - kExchangeSize;
+    exchange = kExchangeShared ? reinterpret_cast<Real*>(shared + 2 * kThreads + 2)
+                               : workspace + kWorkspace - kExchangeSize;
     table = exchange + kExchangeSize + kMargin;
   }
 
@@ -44,7 +45,8 @@ struct Shared {
 };
 
 template <int p>
-inline void pair_forward(const Real* left, const Real* right, const Shared& shared, Real* bands, double& n, double& t) {
+inline void pair_forward(const Real* left, const Real* right, const Shared& shared, Real* bands,
+                         double& n, double& t) {
   if constexpr (p < kPairCount) {
     using Level = Sweep<false, p>;
     Level sweep(left, right, shared.exchange, bands);
@@ -59,8 +61,8 @@ inline void pair_forward(const Real* left, const Real* right, const Shared& shar
 }
 
 template <int p>
-inline void pair_backward(const Real* left, const Real* right, const Shared& shared, Real* bands, Real n_bar, Real t_bar,
-                          Real* derivatives) {
+inline void pair_backward(const Real* left, const Real* right, const Shared& shared, Real* bands,
+                          Real n_bar, Real t_bar, Real* derivatives) {
   if constexpr (p >= 0) {
     {
       Sweep<false, p> sweep(left, right, shared.exchange, bands);
@@ -81,7 +83,8 @@ inline double covariance(double m, const double* left, const double* right) {
          (m < double(kRounding<Real>) / 4 * square_root(spreads * (spreads + variances)) ? 0 : m);
 }
 
-// Pairs i, j of left images [rows] and right ones [columns], but for those with j < i - diagonal: values[i, j].
+// Pairs i, j of left images [rows] and right ones [columns], but for those with j < i - diagonal:
+// values[i, j].
 template <bool kBackward>
 inline void for_each_pair(const Real* left, const double* left_readouts, const Real* right,
                           const double* right_readouts, int rows, int columns, int diagonal,
@@ -91,7 +94,8 @@ inline void for_each_pair(const Real* left, const double* left_readouts, const R
   for (long long unit = block(); unit < (long long)rows * columns; unit += blocks()) {
     const int i = int(unit / columns), j = int(unit % columns);
     if (j < i - diagonal) continue;
-    const Real *x1 = left + (long long)i * kTable, *x2 = right + (long long)j * kTable, *held = shared.hold(x2);
+    const Real *x1 = left + (long long)i * kTable, *x2 = right + (long long)j * kTable,
+               *held = shared.hold(x2);
     double n = 0, t = 0;
     pair_forward<0>(x1, held, shared, bands, n, t);
     if (!thread()) {  // the others may hold the next pair's table already
@@ -102,11 +106,13 @@ inline void for_each_pair(const Real* left, const double* left_readouts, const R
       values[unit] = Real(head.kernel);
       n = head.n_bar * kReadoutShare, t = head.t_bar * kReadoutShare;
       if constexpr (kBackward)
-        for (int l = 0; l < kHidden; ++l) derivatives[unit * kDerivatives + kDerivatives - kHidden + l] = Real(head.sigma[l]);
+        for (int l = 0; l < kHidden; ++l)
+          derivatives[unit * kDerivatives + kDerivatives - kHidden + l] = Real(head.sigma[l]);
     }
     if constexpr (kBackward) {
       shared.spread(n, t);
-      pair_backward<kPairCount - 1>(x1, held, shared, bands, Real(n), Real(t), derivatives + unit * kDerivatives);
+      pair_backward<kPairCount - 1>(x1, held, shared, bands, Real(n), Real(t),
+                                    derivatives + unit * kDerivatives);
     }
   }
 }
@@ -127,7 +133,8 @@ inline void self_forward(Real* table, const Shared& shared, Real* bands, double&
 }
 
 template <int p>
-inline void self_backward(const Real* table, const Shared& shared, Real* bands, Real n_bar, const double* sums, double* gradient) {
+inline void self_backward(const Real* table, const Shared& shared, Real* bands, Real n_bar,
+                          const double* sums, double* gradient) {
   if constexpr (p >= 0) {
     {
       Sweep<true, p> sweep(table, table, shared.exchange, bands);
@@ -149,7 +156,8 @@ kip_tables(const Real* images, Real* tables, double* readouts, int count, Real* 
     Real* table = tables + (long long)image * kTable;
     for (int e = thread(); e < kHeight * kWidth; e += kThreads) {
       Real* to = table + at(kWidth, e / kWidth, e % kWidth);
-      for (int c = 0; c < kChannels; ++c) to[c * plane_size(kHeight, kWidth)] = pixels[e * kChannels + c];
+      for (int c = 0; c < kChannels; ++c)
+        to[c * plane_size(kHeight, kWidth)] = pixels[e * kChannels + c];
     }
     sync();
     double m = 0, q = 0;
@@ -184,20 +192,25 @@ kip_derivatives(const Real* __restrict__ left, const double* __restrict__ left_r
                       derivatives, workspace, memory);
 }
 
-// Adds sum_j cotangent[i, j] derivatives[i, j] to sums [rows, kDerivatives]: j in order, whatever part of a block this is.
-KIP_KERNEL(1) kip_contract(const Real* __restrict__ derivatives, const Real* __restrict__ cotangent, int rows, int columns,
-                     double* __restrict__ sums) {
-  for (long long e = (long long)block() * kThreads + thread(); e < (long long)rows * kDerivatives; e += (long long)blocks() * kThreads) {
+// Adds sum_j cotangent[i, j] derivatives[i, j] to sums [rows, kDerivatives]: j in order, whatever
+// part of a block this is.
+KIP_KERNEL(1)
+kip_contract(const Real* __restrict__ derivatives, const Real* __restrict__ cotangent, int rows,
+             int columns, double* __restrict__ sums) {
+  for (long long e = (long long)block() * kThreads + thread(); e < (long long)rows * kDerivatives;
+       e += (long long)blocks() * kThreads) {
     const long long i = e / kDerivatives;
     const Real* from = derivatives + i * columns * kDerivatives + e % kDerivatives;
     double sum = sums[e];
 #pragma unroll 8
-    for (int j = 0; j < columns; ++j) sum += double(cotangent[i * columns + j]) * double(from[j * (long long)kDerivatives]);
+    for (int j = 0; j < columns; ++j)
+      sum += double(cotangent[i * columns + j]) * double(from[j * (long long)kDerivatives]);
     sums[e] = sum;
   }
 }
 
-// gradient [count, D planes] by the images: what `sums` has by their pixels, and through their tables.
+// gradient [count, D planes] by the images: what `sums` has by their pixels, and through their
+// tables.
 KIP_KERNEL(1)
 kip_tables_vjp(Real* tables, const double* readouts, const double* sums, double* gradient,
                int count, Real* workspace) {

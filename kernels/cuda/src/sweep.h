@@ -19,9 +19,11 @@ struct Offset {
   int dy, dx;
 };
 
-// Where pixel (y, x) of a plane in global memory is: the even columns of a row, then the odd ones, so that neighbouring threads, which are
-// two columns apart, touch neighbouring words.
-constexpr int at(int width, int y, int x) { return (2 * y + (x & 1)) * ((width + 1) / 2) + (x >> 1); }
+// Where pixel (y, x) of a plane in global memory is: the even columns of a row, then the odd ones,
+// so that neighbouring threads, which are two columns apart, touch neighbouring words.
+constexpr int at(int width, int y, int x) {
+  return (2 * y + (x & 1)) * ((width + 1) / 2) + (x >> 1);
+}
 
 constexpr int plane_size(int height, int width) { return 2 * height * ((width + 1) / 2); }
 
@@ -53,32 +55,44 @@ class Sweep {
   static constexpr Level kNext = level<kSelf>(kLast ? p : p + 1);
   static constexpr bool kNtk = !kSelf, kHasNtk = kNtk && kLevel.has_ntk;
   static constexpr bool kDistancesOut = kLast ? kHidden > 0 : kNext.distances;
-  static constexpr int kHeight = kLevel.height, kWidth = kLevel.width, kConvs = kLevel.convs, kRows = kLevel.rows;
+  static constexpr int kHeight = kLevel.height, kWidth = kLevel.width, kConvs = kLevel.convs,
+                       kRows = kLevel.rows;
   static constexpr int kPlane = plane_size(kHeight, kWidth), kHalf = (kWidth + 1) / 2;
   static constexpr int kPatchRows = (kHeight + kRows - 1) / kRows, kPatches = kPatchRows * kHalf;
   static constexpr int kGroups = kLevel.groups, kMembers = kLevel.members;
   static constexpr int kTimes = (kPatches + kMembers - 1) / kMembers, kOwn = kTimes * kRows * 2;
-  static constexpr int kBusy = kGroups == 1 && kPatches < kThreads ? kPatches : kThreads;  // threads that may have sums
-  static constexpr int kLayers = kConvs ? kConvs : 1;  // arrays may not be empty
+  static constexpr int kBusy =
+      kGroups == 1 && kPatches < kThreads ? kPatches : kThreads;  // threads that may have sums
+  static constexpr int kLayers = kConvs ? kConvs : 1;             // arrays may not be empty
   static constexpr int kUnroll = kOwn <= 16 && kConvs <= 4 ? kLayers : 1;
-  static constexpr bool kWhole = kHeight % kRows == 0 && kWidth % 2 == 0;  // patches cover the plane exactly
+  static constexpr bool kWhole =
+      kHeight % kRows == 0 && kWidth % 2 == 0;  // patches cover the plane exactly
   static constexpr int kStride = kLevel.stride, kExchange = (kPatchRows * kRows + 2) * 2 * kStride;
-  static constexpr int kRing = 2 * (kHeight + kWidth) + 4, kRingTimes = (kRing + kMembers - 1) / kMembers;
+  static constexpr int kRing = 2 * (kHeight + kWidth) + 4,
+                       kRingTimes = (kRing + kMembers - 1) / kMembers;
   static constexpr bool kPositive = kBias > 1e-30;  // whether no variance can vanish
 
   // left, right: the images' tables. exchange: 6 planes a group. bands: the workspace.
   Sweep(const Real* left, const Real* right, Real* exchange, Real* bands)
-      : left_(left), right_(right), exchange_(exchange), band_(bands + kLevel.band), next_band_(bands + kNext.band) {
+      : left_(left),
+        right_(right),
+        exchange_(exchange),
+        band_(bands + kLevel.band),
+        next_band_(bands + kNext.band) {
     const bool is_member = kGroups * kMembers == kThreads || group() < kGroups;
     for (int k = 0; k < kTimes; ++k) {
       const int patch = member() + k * kMembers;
       const bool exists = is_member && (kPatches % kMembers == 0 || patch < kPatches);
       y_[k] = exists ? patch / kHalf * kRows : kNowhere, x_[k] = patch % kHalf * 2;
-      own_[k] = exists ? at(kWidth, y_[k], x_[k]) : 0, place_[k] = exists ? position(y_[k], x_[k]) : 0;
+      own_[k] = exists ? at(kWidth, y_[k], x_[k]) : 0,
+      place_[k] = exists ? position(y_[k], x_[k]) : 0;
     }
     for (int k = 0; k < kRingTimes; ++k) {
       const int e = member() + k * kMembers, side = e - 2 * (kWidth + 2);
-      ring_y_[k] = !is_member || e >= kRing ? kNowhere : side >= 0 ? side / 2 : e < kWidth + 2 ? -1 : kHeight;
+      ring_y_[k] = !is_member || e >= kRing ? kNowhere
+                   : side >= 0              ? side / 2
+                   : e < kWidth + 2         ? -1
+                                            : kHeight;
       ring_x_[k] = side >= 0 ? (side % 2 ? kWidth : -1) : e % (kWidth + 2) - 1;
     }
     sync();
@@ -111,25 +125,30 @@ class Sweep {
     sync();
   }
 
-  // Cotangents of the pixels (at the first level) and of the deviations, each times the deviation, to their places in `derivatives`.
+  // Cotangents of the pixels (at the first level) and of the deviations, each times the deviation,
+  // to their places in `derivatives`.
   void store(Real* derivatives) {
     if constexpr (kGroups > 1) add_up_sigma();
     if (group()) return;
     for_each_pixel([&](int i, int y, int x) {
       if (p == 0)
-        for (int c = 0; c < kChannels; ++c) derivatives[c * kPlane + at(kWidth, y, x)] = pixel_bar_[c][i];
-      for (int l = 0; l < kConvs; ++l) derivatives[kLevel.sigma + l * kPlane + at(kWidth, y, x)] = sigma_[l][i];
+        for (int c = 0; c < kChannels; ++c)
+          derivatives[c * kPlane + at(kWidth, y, x)] = pixel_bar_[c][i];
+      for (int l = 0; l < kConvs; ++l)
+        derivatives[kLevel.sigma + l * kPlane + at(kWidth, y, x)] = sigma_[l][i];
     });
   }
 
   // Adds the pixels' cotangents, which `backward_self` halved.
   void add_pixels(double* gradient) const {
     for_each_pixel([&](int i, int y, int x) {
-      for (int c = 0; c < kChannels; ++c) gradient[c * kPlane + at(kWidth, y, x)] += 2 * double(pixel_bar_[c][i]);
+      for (int c = 0; c < kChannels; ++c)
+        gradient[c * kPlane + at(kWidth, y, x)] += 2 * double(pixel_bar_[c][i]);
     });
   }
 
-  // An image with itself: fills `table`, which is `left` and `right`, with what the level adds to it. diagonals: two planes.
+  // An image with itself: fills `table`, which is `left` and `right`, with what the level adds to
+  // it. diagonals: two planes.
   void forward_self(Real* table, Real* diagonals) {
     if (!kLast) clear_next();
     sync();
@@ -141,12 +160,15 @@ class Sweep {
         for (int c = 0; c < kChannels; ++c) q[i] += left_[c * kPlane + e] * left_[c * kPlane + e];
         q[i] *= Real(1.0 / kChannels);
       } else if (kLevel.distances) {
-        // The variance of a mean is the mean variance less the spread, which the band holds at offset 0.
+        // The variance of a mean is the mean variance less the spread, which the band holds at
+        // offset 0.
         constexpr int below = level<kSelf>(p ? p - 1 : 0).width;
         const Real* from = diagonals + (p - 1) % 2 * kDiagonal;
         const Real spread = band_[offset_index({0, 0}) * kPlane + e];
         q[i] = (from[at(below, 2 * y, 2 * x)] + from[at(below, 2 * y, 2 * x + 1)] +
-                (from[at(below, 2 * y + 1, 2 * x)] + from[at(below, 2 * y + 1, 2 * x + 1)])) * Real(0.25) - spread;
+                (from[at(below, 2 * y + 1, 2 * x)] + from[at(below, 2 * y + 1, 2 * x + 1)])) *
+                   Real(0.25) -
+               spread;
         table[kLevel.halves + kPlane + e] = spread / 2;
       } else {
         q[i] = band_[offset_index({0, 0}) * kPlane + e];
@@ -174,8 +196,8 @@ class Sweep {
     sync();
   }
 
-  // The adjoint, halved: the part of the pair (x, x) through its left image. sums: the cotangents of the table's deviations, each times the
-  // deviation, where `store` would put them.
+  // The adjoint, halved: the part of the pair (x, x) through its left image. sums: the cotangents
+  // of the table's deviations, each times the deviation, where `store` would put them.
   void backward_self(Real n_bar, const double* sums) {
     n_bar_ = n_bar, t_bar_ = 0;
     clear_own();
@@ -190,7 +212,9 @@ class Sweep {
     for (int l = kConvs - 1; l >= 0; --l) {
       for_each_pixel([&](int i, int y, int x) {
         const Real q = 2 * s1_[l][i] * s1_[l][i];
-        const Real outer = q > 0 ? Real(sums[kLevel.sigma + l * kPlane + at(kWidth, y, x)] / (2 * double(q))) : Real(0);
+        const Real outer =
+            q > 0 ? Real(sums[kLevel.sigma + l * kPlane + at(kWidth, y, x)] / (2 * double(q)))
+                  : Real(0);
         q_bar[i] = q_bar[i] / 2 + outer + (q > 0 ? sigma_[l][i] / q : Real(0));
       });
       convolve_plain(q_bar);
@@ -198,7 +222,9 @@ class Sweep {
     for_each_pixel([&](int i, int y, int x) {
       if (p > 0) band_[offset_index({0, 0}) * kPlane + at(kWidth, y, x)] = q_bar[i] / 16;
       if (p == 0)
-        for (int c = 0; c < kChannels; ++c) pixel_bar_[c][i] += q_bar[i] * left_[c * kPlane + at(kWidth, y, x)] * Real(1.0 / kChannels);
+        for (int c = 0; c < kChannels; ++c)
+          pixel_bar_[c][i] +=
+              q_bar[i] * left_[c * kPlane + at(kWidth, y, x)] * Real(1.0 / kChannels);
     });
     sync();
   }
@@ -209,14 +235,17 @@ class Sweep {
   static int group() { return kGroups > 1 ? thread() / kMembers : 0; }
   static int member() { return kGroups > 1 ? thread() % kMembers : thread(); }
 
-  // Calls f(offset) for each offset of this thread's group, as often as any group has one: for what is missing with one that has no pixel.
+  // Calls f(offset) for each offset of this thread's group, as often as any group has one: for what
+  // is missing with one that has no pixel.
   template <class F>
   static void for_each_offset(F f) {
     constexpr int columns = 2 * kLevel.radius_x + 1;
     if constexpr (kGroups > 1) {
       for (int first = 0; first < offsets(kLevel); first += kGroups) {
         const int index = first + group();
-        f(index < offsets(kLevel) ? Offset{index / columns - kLevel.radius_y, index % columns - kLevel.radius_x} : Offset{kHeight, 0});
+        f(index < offsets(kLevel)
+              ? Offset{index / columns - kLevel.radius_y, index % columns - kLevel.radius_x}
+              : Offset{kHeight, 0});
       }
     } else {
       for (int dy = -kLevel.radius_y; dy <= kLevel.radius_y; ++dy)
@@ -250,23 +279,33 @@ class Sweep {
     });
   }
 
-  static bool contains(int y, int x) { return unsigned(y) < unsigned(kHeight) && unsigned(x) < unsigned(kWidth); }
+  static bool contains(int y, int x) {
+    return unsigned(y) < unsigned(kHeight) && unsigned(x) < unsigned(kWidth);
+  }
 
   // In a plane, from a patch's first pixel to the one at (r, c).
   static constexpr int step(int r, int c) { return 2 * kHalf * r + kHalf * c; }
 
-  static int offset_index(Offset d) { return (d.dy + kLevel.radius_y) * (2 * kLevel.radius_x + 1) + d.dx + kLevel.radius_x; }
-  static constexpr int offsets(Level level) { return (2 * level.radius_y + 1) * (2 * level.radius_x + 1); }
-  static constexpr int kNextT = (2 * kNext.radius_y + 1) * (2 * kNext.radius_x + 1) * plane_size(kNext.height, kNext.width);
-  static constexpr int kNextSize = kNextT * (kNtk && kNext.has_ntk ? 2 : 1);  // of the next band, of n and then t
+  static int offset_index(Offset d) {
+    return (d.dy + kLevel.radius_y) * (2 * kLevel.radius_x + 1) + d.dx + kLevel.radius_x;
+  }
+  static constexpr int offsets(Level level) {
+    return (2 * level.radius_y + 1) * (2 * level.radius_x + 1);
+  }
+  static constexpr int kNextT =
+      (2 * kNext.radius_y + 1) * (2 * kNext.radius_x + 1) * plane_size(kNext.height, kNext.width);
+  static constexpr int kNextSize =
+      kNextT * (kNtk && kNext.has_ntk ? 2 : 1);  // of the next band, of n and then t
 
   // An offset, as this thread's pixels see it.
   struct View {
     Offset d;
-    bool live[kTimes];             // whether a patch has a pixel y for which y + d exists
-    bool valid[kOwn];              // whether a pixel is one
-    int right[kTimes][2];          // where the second table has y + d (or something else), for the first pixel of a patch's columns
-    int ring[kRingTimes];          // where it has y + d for the places around the plane, -1 where it has none
+    bool live[kTimes];     // whether a patch has a pixel y for which y + d exists
+    bool valid[kOwn];      // whether a pixel is one
+    int right[kTimes][2];  // where the second table has y + d (or something else), for the first
+                           // pixel of a patch's columns
+    int ring[kRingTimes];  // where it has y + d for the places around the plane, -1 where it has
+                           // none
   };
 
   View view(Offset d) const {
@@ -280,7 +319,9 @@ class Sweep {
       });
 #pragma unroll
       for (int c = 0; c < 2; ++c)
-        v.right[k][c] = own_[k] + (v.live[k] ? 2 * kHalf * d.dy + ((c + d.dx) & 1) * kHalf + ((c + d.dx) >> 1) : 0);
+        v.right[k][c] =
+            own_[k] +
+            (v.live[k] ? 2 * kHalf * d.dy + ((c + d.dx) & 1) * kHalf + ((c + d.dx) >> 1) : 0);
     });
     for (int k = 0; k < kRingTimes; ++k) {
       const int y = ring_y_[k] + d.dy, x = ring_x_[k] + d.dx;
@@ -300,7 +341,8 @@ class Sweep {
     for_each_pixel([&](int i, int y, int x) {
       if (p == 0)
         for (int c = 0; c < kChannels; ++c) x1_[c][i] = left_[c * kPlane + at(kWidth, y, x)];
-      for (int l = 0; l < kConvs; ++l) s1_[l][i] = left_[kLevel.deviations + l * kPlane + at(kWidth, y, x)];
+      for (int l = 0; l < kConvs; ++l)
+        s1_[l][i] = left_[kLevel.deviations + l * kPlane + at(kWidth, y, x)];
       if (kLevel.distances) halves_[i] = left_[kLevel.halves + at(kWidth, y, x)];
     });
   }
@@ -319,8 +361,11 @@ class Sweep {
 
   // Planes of neighbours.
 
-  // which: 0 has ghosts around it, 1 and 2 have zeros. Two sets take turns: to write one, none need wait for all to have read the other.
-  Real* plane(int which, int group) const { return exchange_ + (6 * group + 3 * set_ + which) * kExchange; }
+  // which: 0 has ghosts around it, 1 and 2 have zeros. Two sets take turns: to write one, none need
+  // wait for all to have read the other.
+  Real* plane(int which, int group) const {
+    return exchange_ + (6 * group + 3 * set_ + which) * kExchange;
+  }
   Real* plane(int which) const { return plane(which, group()); }
 
   static int position(int y, int x) { return (2 * (y + 1) + (x & 1)) * kStride + ((x + 1) >> 1); }
@@ -387,9 +432,9 @@ class Sweep {
     set_ ^= 1;
   }
 
-  // Hands layer l's input round; v and t become its box sums, with which it calls f(index) for each pixel. A tap that only one image has
-  // counts q / 2 of it: a variance that enters the level is halved in the table, a later one is twice the deviation's square, halved by the
-  // ReLU.
+  // Hands layer l's input round; v and t become its box sums, with which it calls f(index) for each
+  // pixel. A tap that only one image has counts q / 2 of it: a variance that enters the level is
+  // halved in the table, a later one is twice the deviation's square, halved by the ReLU.
   template <class F>
   void exchange(int l, const View& view, Real (&v)[kOwn], Real (&t)[kOwn], F f) {
     const bool with_t = kNtk && (l || kLevel.has_ntk);
@@ -419,10 +464,11 @@ class Sweep {
     set_ ^= 1;
   }
 
-  // The adjoint of the convolution before which n_bar (n_bar + t_bar of its output) and t_bar stand, times `scale`; then f(index) for each
-  // pixel.
+  // The adjoint of the convolution before which n_bar (n_bar + t_bar of its output) and t_bar
+  // stand, times `scale`; then f(index) for each pixel.
   template <class F>
-  void exchange_back(bool with_t, Real scale, const View& view, Real (&n_bar)[kOwn], Real (&t_bar)[kOwn], F f) {
+  void exchange_back(bool with_t, Real scale, const View& view, Real (&n_bar)[kOwn],
+                     Real (&t_bar)[kOwn], F f) {
     Real *n_plane = plane(1), *t_plane = plane(2);
     for_each_place([&](int i, int place) {
       n_plane[place] = n_bar[i];
@@ -444,7 +490,8 @@ class Sweep {
 
   // Pooling.
 
-  // Whether an offset is odd along either axis: a thread's way through a window is compiled for each case.
+  // Whether an offset is odd along either axis: a thread's way through a window is compiled for
+  // each case.
   template <bool y, bool x>
   struct Parity {
     static constexpr bool kOddY = y, kOddX = x;
@@ -458,9 +505,10 @@ class Sweep {
       d.dx & 1 ? f(Parity<false, true>()) : f(Parity<false, false>());
   }
 
-  // Calls f(b, a, cell, is_wanted) for the parts of a 2x2 window at (y, x): along an axis with an odd offset, part 0 is the even pixel's,
-  // part 1 the odd one's; else part 0 is both together. is_wanted: by the next level; cell: where in the next band the part is, or,
-  // in its margins too, something else.
+  // Calls f(b, a, cell, is_wanted) for the parts of a 2x2 window at (y, x): along an axis with an
+  // odd offset, part 0 is the even pixel's, part 1 the odd one's; else part 0 is both together.
+  // is_wanted: by the next level; cell: where in the next band the part is, or, in its margins too,
+  // something else.
   template <class P, class F>
   static void for_each_cell(P, int y, int x, Offset d, F f) {
     const int top = y >> 1, left = x >> 1, own = at(kNext.width, top, left);
@@ -469,7 +517,8 @@ class Sweep {
 #pragma unroll
       for (int a = 0; a <= P::kOddX; ++a) {
         const int dy = (d.dy >> 1) + b, dx = (d.dx >> 1) + a;
-        bool is_wanted = dy >= -kNext.radius_y && dy <= kNext.radius_y && dx >= -kNext.radius_x && dx <= kNext.radius_x;
+        bool is_wanted = dy >= -kNext.radius_y && dy <= kNext.radius_y && dx >= -kNext.radius_x &&
+                         dx <= kNext.radius_x;
         const int index = (dy + kNext.radius_y) * (2 * kNext.radius_x + 1) + dx + kNext.radius_x;
         // An odd last row or column, of either image, is dropped.
         if (kHeight % 2) is_wanted = is_wanted && top < kNext.height && top + dy < kNext.height;
@@ -504,11 +553,13 @@ class Sweep {
             before[b][a][0] = band[cell];
             if (kNtk && kNext.has_ntk) before[b][a][1] = band[cell + kNextT];
           });
-          for_each_cell(parity, y_[k] + r, x_[k], view.d, [&](int b, int a, int cell, bool is_wanted) {
-            if (!is_wanted) return;
-            band[cell] = before[b][a][0] + part(parity, n, b, a) * Real(1.0 / 16);
-            if (kNtk && kNext.has_ntk) band[cell + kNextT] = before[b][a][1] + part(parity, ntk, b, a) * Real(1.0 / 16);
-          });
+          for_each_cell(
+              parity, y_[k] + r, x_[k], view.d, [&](int b, int a, int cell, bool is_wanted) {
+                if (!is_wanted) return;
+                band[cell] = before[b][a][0] + part(parity, n, b, a) * Real(1.0 / 16);
+                if (kNtk && kNext.has_ntk)
+                  band[cell + kNextT] = before[b][a][1] + part(parity, ntk, b, a) * Real(1.0 / 16);
+              });
         }
       });
     });
@@ -526,17 +577,20 @@ class Sweep {
           using P = decltype(parity);
 #pragma unroll
           for (int r = 0; r < kRows; r += 2) {
-            for_each_cell(parity, y_[k] + r, x_[k], view.d, [&](int b, int a, int cell, bool is_wanted) {
-              Real n = next_band_[cell], ntk = kNtk && kNext.has_ntk ? next_band_[kNextT + cell] : Real(0);
-              if (!is_wanted) n = ntk = 0;
+            for_each_cell(parity, y_[k] + r, x_[k], view.d,
+                          [&](int b, int a, int cell, bool is_wanted) {
+                            Real n = next_band_[cell],
+                                 ntk = kNtk && kNext.has_ntk ? next_band_[kNextT + cell] : Real(0);
+                            if (!is_wanted) n = ntk = 0;
 #pragma unroll
-              for (int row = 0; row < 2; ++row)
+                            for (int row = 0; row < 2; ++row)
 #pragma unroll
-                for (int column = 0; column < 2; ++column) {
-                  const int i = (k * kRows + r + row) * 2 + column;
-                  if ((!P::kOddY || row == b) && (!P::kOddX || column == a)) n_bar[i] = n, t_bar[i] = ntk;
-                }
-            });
+                              for (int column = 0; column < 2; ++column) {
+                                const int i = (k * kRows + r + row) * 2 + column;
+                                if ((!P::kOddY || row == b) && (!P::kOddX || column == a))
+                                  n_bar[i] = n, t_bar[i] = ntk;
+                              }
+                          });
           }
         });
       }
@@ -566,7 +620,8 @@ class Sweep {
           v[i] = from[0];
           if (kHasNtk) t[i] = from[offsets(kLevel) * kPlane];
           if (kLevel.distances) {
-            const Real spreads = left_[kLevel.halves + kPlane + own_[k] + step(r, c)] + right[kLevel.halves + kPlane];
+            const Real spreads = left_[kLevel.halves + kPlane + own_[k] + step(r, c)] +
+                                 right[kLevel.halves + kPlane];
             const Real variances = halves_[i] + right[kLevel.halves];
             v[i] -= spreads;
             // The m below it are good to sqrt(m q) times an ulp.
@@ -582,7 +637,8 @@ class Sweep {
   void stream(Offset d) {
     const View view = this->view(d);
     Real v[kOwn], t[kOwn], n_bar[kOwn], t_bar[kOwn];
-    Real n_saved[kLayers][kOwn], dot_saved[kLayers][kOwn], dot_slope_saved[kLayers][kOwn], sine_slope_saved[kLayers][kOwn];
+    Real n_saved[kLayers][kOwn], dot_saved[kLayers][kOwn], dot_slope_saved[kLayers][kOwn],
+        sine_slope_saved[kLayers][kOwn];
     entering(view, v, t);
     if (kBackward && !kConvs) leaving(view, n_bar, t_bar);
 #pragma unroll(kUnroll)
@@ -614,9 +670,11 @@ class Sweep {
         const Angle<Real> a = angle<Real>(positive ? chord * inverse : Real(1 / kPi), first_ntk);
         const Real sine_slope = deviation * a.sine, dot_slope = t_in * (a.dot_slope * inverse);
         if (turn) {
-          pull_back(n_bar[i], t_bar[i], n, a.dot, dot_slope, sine_slope, n_bar[i], t_bar[i], sigma_[l][i]);
+          pull_back(n_bar[i], t_bar[i], n, a.dot, dot_slope, sine_slope, n_bar[i], t_bar[i],
+                    sigma_[l][i]);
         } else {
-          v[i] = kDistancesOut || l + 1 < kConvs ? m / 2 + (n * a.rest - sine_slope) : n * a.dot + sine_slope;
+          v[i] = kDistancesOut || l + 1 < kConvs ? m / 2 + (n * a.rest - sine_slope)
+                                                 : n * a.dot + sine_slope;
           t[i] = t_in * a.dot;
           if (kBackward) {
             n_saved[l][i] = n, dot_saved[l][i] = a.dot;
@@ -629,8 +687,8 @@ class Sweep {
 #pragma unroll(kUnroll)
       for (int l = kConvs - 2; l >= 0; --l) {
         exchange_back(kNtk, kScale, view, n_bar, t_bar, [&](int i) {
-          pull_back(n_bar[i], t_bar[i], n_saved[l][i], dot_saved[l][i], dot_slope_saved[l][i], sine_slope_saved[l][i], n_bar[i], t_bar[i],
-                    sigma_[l][i]);
+          pull_back(n_bar[i], t_bar[i], n_saved[l][i], dot_saved[l][i], dot_slope_saved[l][i],
+                    sine_slope_saved[l][i], n_bar[i], t_bar[i], sigma_[l][i]);
         });
       }
       // The pooling below shares out sixteenths; the input is a mean over channels.
@@ -656,7 +714,8 @@ class Sweep {
       for_each_in_patch(k, [&](int i, int r, int c) {
         if constexpr (p == 0) {
           for (int channel = 0; channel < kChannels; ++channel)
-            pixel_bar_[channel][i] += n_bar[i] * share * right_[view.right[k][c] + channel * kPlane + 2 * kHalf * r];
+            pixel_bar_[channel][i] +=
+                n_bar[i] * share * right_[view.right[k][c] + channel * kPlane + 2 * kHalf * r];
         } else if (view.valid[i]) {
           Real* to = band_ + offset_index(view.d) * kPlane + own_[k] + step(r, c);
           to[0] = n_bar[i] * share;
@@ -671,12 +730,14 @@ class Sweep {
 
   const Real *const left_, *const right_;
   Real *const exchange_, *const band_, *const next_band_;
-  int y_[kTimes], x_[kTimes];                    // the first pixels of this thread's patches
-  int own_[kTimes], place_[kTimes];              // where they are in a plane of a table or band, and in an exchanged one
+  int y_[kTimes], x_[kTimes];  // the first pixels of this thread's patches
+  int own_[kTimes],
+      place_[kTimes];  // where they are in a plane of a table or band, and in an exchanged one
   int ring_y_[kRingTimes], ring_x_[kRingTimes];  // this thread's places around the plane
   int set_ = 0;
   Real n_bar_ = 0, t_bar_ = 0;
-  Real x1_[kPixelChannels][kOwn], s1_[kLayers][kOwn], halves_[kOwn], pixel_bar_[kPixelChannels][kOwn], sigma_[kLayers][kOwn];
+  Real x1_[kPixelChannels][kOwn], s1_[kLayers][kOwn], halves_[kOwn],
+      pixel_bar_[kPixelChannels][kOwn], sigma_[kLayers][kOwn];
 };
 
 }  // namespace kip

@@ -29,9 +29,11 @@ struct ImageSet {
 // Bytes of intermediate results kept between a round of units and their sum.
 inline constexpr Index kRoundBytes = Index(1) << 26;
 
-// Entry `e` of rows `stride` apart, of a tile's images (the last one repeated past the end), one a lane: f(value) of each e < size.
+// Entry `e` of rows `stride` apart, of a tile's images (the last one repeated past the end), one a
+// lane: f(value) of each e < size.
 template <class T, class F>
-void across_lanes(const T* rows, Index stride, Index size, Index count, Index tile, Vector<T>* out, F f) {
+void across_lanes(const T* rows, Index stride, Index size, Index count, Index tile, Vector<T>* out,
+                  F f) {
   for (int lane = 0; lane < kLanes<T>; ++lane) {
     const T* row = rows + std::min(tile * kLanes<T> + lane, count - 1) * stride;
     T* to = reinterpret_cast<T*>(out) + lane;
@@ -89,7 +91,8 @@ struct RightTables {
         pooled(tiles * plan.pooled),
         head(tiles * head_size(plan) * kParts<T>) {
     parallel_for(threads, tiles, [&](std::size_t, Index k) {
-      const auto spread_out = [&](const T* rows, Index stride, Index size, Buffer<V>& out, T (*f)(T)) {
+      const auto spread_out = [&](const T* rows, Index stride, Index size, Buffer<V>& out,
+                                  T (*f)(T)) {
         across_lanes(rows, stride, size, x.count, first_tile + k, out.data() + k * size, f);
       };
       spread_out(x.pixels, plan.image_size(), plan.image_size(), pixels, same<T>);
@@ -120,14 +123,16 @@ struct RightTables {
 template <class T, class Engine>
 std::vector<Engine> make_engines(const Plan& plan, Index units, std::size_t threads) {
   std::vector<Engine> engines;
-  for (std::size_t k = 0; k < threads && Index(k) < std::max<Index>(units, 1); ++k) engines.emplace_back(plan);
+  for (std::size_t k = 0; k < threads && Index(k) < std::max<Index>(units, 1); ++k)
+    engines.emplace_back(plan);
   return engines;
 }
 
 // Calls f(image, lane) for each image of a tile.
 template <class T, class F>
 void for_each_image(Index count, Index tile, F f) {
-  for (int lane = 0; lane < kLanes<T> && tile * kLanes<T> + lane < count; ++lane) f(tile * kLanes<T> + lane, lane);
+  for (int lane = 0; lane < kLanes<T> && tile * kLanes<T> + lane < count; ++lane)
+    f(tile * kLanes<T> + lane, lane);
 }
 
 // Runs f(worker, tile, pixels) for each tile of images [count, H, W, D]; the tile's pixels have an
@@ -137,7 +142,8 @@ void for_each_tile(const Plan& plan, const T* pixels, Index count, std::size_t w
   std::vector<Buffer<Vector<T>>> lanes;
   for (std::size_t k = 0; k < workers; ++k) lanes.emplace_back(plan.image_size());
   parallel_for(workers, tiles_of<T>(count), [&](std::size_t worker, Index tile) {
-    across_lanes(pixels, plan.image_size(), plan.image_size(), count, tile, lanes[worker].data(), same<T>);
+    across_lanes(pixels, plan.image_size(), plan.image_size(), count, tile, lanes[worker].data(),
+                 same<T>);
     f(worker, tile, lanes[worker].data());
   });
 }
@@ -172,9 +178,11 @@ void compute_tables(const Plan& plan, const T* pixels, Index count, T* tables, d
                 });
 }
 
-// Adds to gradient [count, H, W, D] what the variances contribute, given their cotangents q_bar [count, variances].
+// Adds to gradient [count, H, W, D] what the variances contribute, given their cotangents q_bar
+// [count, variances].
 template <class T>
-void add_variances_vjp(const Plan& plan, const T* pixels, Index count, const double* q_bar, double* gradient, std::size_t threads) {
+void add_variances_vjp(const Plan& plan, const T* pixels, Index count, const double* q_bar,
+                       double* gradient, std::size_t threads) {
   if (plan.fully_connected()) {
     return parallel_for(threads, count, [&](std::size_t, Index image) {
       double n_bar = 0;
@@ -203,10 +211,11 @@ void add_variances_vjp(const Plan& plan, const T* pixels, Index count, const dou
                 });
 }
 
-// Runs f(engine, i, k, tile, right) for each left image and each of the tiles, `per_round` tiles at a time, and after(first_tile, tiles)
-// after each round.
+// Runs f(engine, i, k, tile, right) for each left image and each of the tiles, `per_round` tiles at
+// a time, and after(first_tile, tiles) after each round.
 template <class T, class F, class After>
-void for_each_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, Index per_round, std::size_t threads, F f, After after) {
+void for_each_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, Index per_round,
+                   std::size_t threads, F f, After after) {
   const LeftTables<T> left(plan, x1);
   auto engines = make_engines<T, PairEngine<T>>(plan, x1.count * x2.tiles(), threads);
   for (Index first = 0; first < x2.tiles(); first += per_round) {
@@ -220,7 +229,9 @@ void for_each_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, Index per_r
   }
 }
 
-inline Index tiles_per_round(Index bytes_per_tile) { return std::max<Index>(1, kRoundBytes / std::max<Index>(1, bytes_per_tile)); }
+inline Index tiles_per_round(Index bytes_per_tile) {
+  return std::max<Index>(1, kRoundBytes / std::max<Index>(1, bytes_per_tile));
+}
 
 template <class T>
 Index tile_bytes(const Plan& plan) {
@@ -233,7 +244,8 @@ void store_block(Vector<T> values, Index i, Index tile, Index count, T* block) {
   for_each_image<T>(count, tile, [&](Index j, int lane) { block[i * count + j] = values[lane]; });
 }
 
-// Fully-connected networks: matrix products, several left images at a time so that each value loaded is used as often.
+// Fully-connected networks: matrix products, several left images at a time so that each value
+// loaded is used as often.
 inline constexpr int kGroup = 8;
 
 // Vectors of a row at a time: with the group's, as many sums as registers.
@@ -258,7 +270,8 @@ void add_weighted_rows(const double* weights, Index images, const T* rows, Index
     }
     for (Index i = 0; i < images; i += kGroup) {
       const double* from[kGroup];
-      for (int g = 0; g < kGroup; ++g) from[g] = weights + std::min(i + g, images - 1) * count + begin;
+      for (int g = 0; g < kGroup; ++g)
+        from[g] = weights + std::min(i + g, images - 1) * count + begin;
       VectorD total[kGroup][kColumns] = {};
       for (Index j = 0; j < run; ++j)
         for (int g = 0; g < kGroup; ++g)
@@ -276,7 +289,8 @@ void add_weighted_rows(const double* weights, Index images, const T* rows, Index
 // Calls f(head, kernel, i, tile) for each pair of a left image and a tile (symmetric: that reaches
 // above the diagonal), after head.forward.
 template <class T, class F>
-void for_each_dense_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmetric, std::size_t threads, F f) {
+void for_each_dense_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmetric,
+                         std::size_t threads, F f) {
   const LeftTables<T> left(plan, x1);
   const Index groups = (x1.count + kGroup - 1) / kGroup, size = plan.image_size();
   auto heads = make_engines<T, Head<T>>(plan, groups * x2.tiles(), threads);
@@ -288,7 +302,8 @@ void for_each_dense_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool 
       const Index k = unit / groups, begin = unit % groups * kGroup;
       if (symmetric && (first + k + 1) * kLanes<T> <= begin) return;
       const T* images[kGroup];
-      for (int g = 0; g < kGroup; ++g) images[g] = x1.pixels + std::min(begin + g, x1.count - 1) * size;
+      for (int g = 0; g < kGroup; ++g)
+        images[g] = x1.pixels + std::min(begin + g, x1.count - 1) * size;
       Lanes<T> n[kGroup];
       dot_products<T>(images, right.tile(k).pixels, size, n);
       for (Index i = begin; i < std::min(begin + kGroup, x1.count); ++i) {
@@ -303,7 +318,8 @@ void for_each_dense_unit(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool 
 }
 
 template <class T>
-void compute_dense_block(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmetric, T* block, std::size_t threads) {
+void compute_dense_block(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmetric, T* block,
+                         std::size_t threads) {
   for_each_dense_unit(plan, x1, x2, symmetric, threads,
                       [&](Head<T>&, Vector<T> kernel, Index i, Index tile) {
                         store_block<T>(kernel, i, tile, x2.count, block);
@@ -312,13 +328,15 @@ void compute_dense_block(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool 
 
 // block [A, B]. symmetric: x1 and x2 are the same images.
 template <class T>
-void compute_block(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmetric, T* block, std::size_t threads) {
+void compute_block(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmetric, T* block,
+                   std::size_t threads) {
   if (plan.fully_connected()) {
     compute_dense_block(plan, x1, x2, symmetric, block, threads);
   } else {
     for_each_unit(
         plan, x1, x2, tiles_per_round(tile_bytes<T>(plan)), threads,
-        [&](PairEngine<T>& engine, Image<T> left, Image<Vector<T>> right, Index i, Index, Index tile) {
+        [&](PairEngine<T>& engine, Image<T> left, Image<Vector<T>> right, Index i, Index,
+            Index tile) {
           if (symmetric && (tile + 1) * kLanes<T> <= i) return;
           store_block<T>(engine.forward(left, right), i, tile, x2.count, block);
         },
@@ -329,13 +347,14 @@ void compute_block(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, bool symmet
     for (Index j = 0; j < i; ++j) block[i * x2.count + j] = block[j * x2.count + i];
 }
 
-// The derivatives of each kernel entry by its left image: per pair pixels [H, W, D], then those by deviations [variances].
+// The derivatives of each kernel entry by its left image: per pair pixels [H, W, D], then those by
+// deviations [variances].
 inline Index derivatives(const Plan& plan) { return plan.image_size() + plan.variances; }
 
 // The variances' part of the gradient, and the sum: sums [A, derivatives] -> gradient [A, H, W, D].
 template <class T>
-void finish_gradient(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, const Buffer<double>& sums, T* gradient,
-                     std::size_t threads) {
+void finish_gradient(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1,
+                     const Buffer<double>& sums, T* gradient, std::size_t threads) {
   const Index size = plan.image_size(), count = plan.variances;
   Buffer<double> pixel_bar(x1.count * size), q_bar(x1.count * count);
   for (Index i = 0; i < x1.count; ++i) {
@@ -349,7 +368,8 @@ void finish_gradient(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1
     for_each_hidden(plan, x1.readouts[2 * i],
                     [&](int l, double q) { divide(plan.convolution_variances() + l, q); });
   }
-  if (count) add_variances_vjp(variance_plan, x1.pixels, x1.count, q_bar.data(), pixel_bar.data(), threads);
+  if (count)
+    add_variances_vjp(variance_plan, x1.pixels, x1.count, q_bar.data(), pixel_bar.data(), threads);
   for (Index e = 0; e < x1.count * size; ++e) gradient[e] = T(pixel_bar[e]);
 }
 
@@ -372,15 +392,17 @@ const Scalar<V>* lanes_of(const Buffer<V>& buffer) {
 template <class T>
 struct Weights {
   Weights(const T* cotangent, Index i, Index tile, Index count) {
-    for_each_image<T>(count, tile, [&](Index j, int lane) { values[lane] = cotangent[i * count + j]; });
+    for_each_image<T>(count, tile,
+                      [&](Index j, int lane) { values[lane] = cotangent[i * count + j]; });
   }
   double values[kLanes<T>] = {};
 };
 
 template <class T>
-void compute_dense_vjp(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, ImageSet<T> x2, const T* cotangent, T* block,
-                       T* gradient, std::size_t threads) {
-  const Index size = plan.image_size(), variances = plan.variances, count = derivatives(plan), tiles = x2.tiles();
+void compute_dense_vjp(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, ImageSet<T> x2,
+                       const T* cotangent, T* block, T* gradient, std::size_t threads) {
+  const Index size = plan.image_size(), variances = plan.variances, count = derivatives(plan),
+              tiles = x2.tiles();
   Buffer<double> weights(x1.count * x2.count);          // of x2's pixels in the gradient by x1's
   Buffer<double> pieces(x1.count * tiles * variances);  // of sigma
   Buffer<double> sums(x1.count * count);
@@ -401,32 +423,39 @@ void compute_dense_vjp(const Plan& plan, const Plan& variance_plan, ImageSet<T> 
                       });
   constexpr Index kWidth = kColumns * kLanes<double>;
   parallel_for(threads, (size + kWidth - 1) / kWidth, [&](std::size_t, Index unit) {
-    add_weighted_rows(weights.data(), x1.count, x2.pixels, x2.count, size, unit * kWidth, sums.data(), count);
+    add_weighted_rows(weights.data(), x1.count, x2.pixels, x2.count, size, unit * kWidth,
+                      sums.data(), count);
   });
   for (Index i = 0; i < x1.count; ++i)
     for (Index tile = 0; tile < tiles; ++tile)
-      for (Index e = 0; e < variances; ++e) sums[i * count + size + e] += pieces[(i * tiles + tile) * variances + e];
+      for (Index e = 0; e < variances; ++e)
+        sums[i * count + size + e] += pieces[(i * tiles + tile) * variances + e];
   finish_gradient(plan, variance_plan, x1, sums, gradient, threads);
 }
 
 // block [A, B], and the gradient [A, H, W, D] of sum(block * cotangent [A, B]) by x1.
 template <class T>
-void compute_vjp(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, ImageSet<T> x2, const T* cotangent, T* block, T* gradient,
-                 std::size_t threads) {
-  if (plan.fully_connected()) return compute_dense_vjp(plan, variance_plan, x1, x2, cotangent, block, gradient, threads);
+void compute_vjp(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, ImageSet<T> x2,
+                 const T* cotangent, T* block, T* gradient, std::size_t threads) {
+  if (plan.fully_connected())
+    return compute_dense_vjp(plan, variance_plan, x1, x2, cotangent, block, gradient, threads);
   const Index size = plan.image_size(), count = derivatives(plan);
-  const Index per_round = std::min(x2.tiles(), tiles_per_round(tile_bytes<T>(plan) + x1.count * count * sizeof(T)));
+  const Index per_round =
+      std::min(x2.tiles(), tiles_per_round(tile_bytes<T>(plan) + x1.count * count * sizeof(T)));
   Buffer<T> pieces(x1.count * per_round * count);
   Buffer<double> sums(x1.count * count);
   for_each_unit(
       plan, x1, x2, per_round, threads,
-      [&](PairEngine<T>& engine, Image<T> left, Image<Vector<T>> right, Index i, Index k, Index tile) {
+      [&](PairEngine<T>& engine, Image<T> left, Image<Vector<T>> right, Index i, Index k,
+          Index tile) {
         store_block<T>(engine.forward(left, right), i, tile, x2.count, block);
         engine.backward(left, right);
         const Weights<T> weights(cotangent, i, tile, x2.count);
         T* piece = pieces.data() + (i * per_round + k) * count;
-        contract(lanes_of(engine.pixel_bar()), size, weights.values, [&](Index e, double sum) { piece[e] = T(sum); });
-        contract(lanes_of(engine.sigma()), plan.variances, weights.values, [&](Index e, double sum) { piece[size + e] = T(sum); });
+        contract(lanes_of(engine.pixel_bar()), size, weights.values,
+                 [&](Index e, double sum) { piece[e] = T(sum); });
+        contract(lanes_of(engine.sigma()), plan.variances, weights.values,
+                 [&](Index e, double sum) { piece[size + e] = T(sum); });
       },
       [&](Index, Index tiles) {
         parallel_for(threads, x1.count, [&](std::size_t, Index i) {
@@ -440,13 +469,16 @@ void compute_vjp(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, Im
   finish_gradient(plan, variance_plan, x1, sums, gradient, threads);
 }
 
-// block [A, B], and the derivatives [A, tiles, derivatives, lanes] from which `pull_back` forms a gradient once the cotangent is known.
+// block [A, B], and the derivatives [A, tiles, derivatives, lanes] from which `pull_back` forms a
+// gradient once the cotangent is known.
 template <class T>
-void compute_derivatives(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, T* block, T* values, std::size_t threads) {
+void compute_derivatives(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, T* block, T* values,
+                         std::size_t threads) {
   const Index size = plan.image_size(), count = derivatives(plan);
   for_each_unit(
       plan, x1, x2, tiles_per_round(tile_bytes<T>(plan)), threads,
-      [&](PairEngine<T>& engine, Image<T> left, Image<Vector<T>> right, Index i, Index, Index tile) {
+      [&](PairEngine<T>& engine, Image<T> left, Image<Vector<T>> right, Index i, Index,
+          Index tile) {
         store_block<T>(engine.forward(left, right), i, tile, x2.count, block);
         engine.backward(left, right);
         T* to = values + (i * x2.tiles() + tile) * count * kLanes<T>;
@@ -457,15 +489,16 @@ void compute_derivatives(const Plan& plan, ImageSet<T> x1, ImageSet<T> x2, T* bl
 }
 
 template <class T>
-void pull_back(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, Index right_count, const T* values, const T* cotangent,
-               T* gradient, std::size_t threads) {
+void pull_back(const Plan& plan, const Plan& variance_plan, ImageSet<T> x1, Index right_count,
+               const T* values, const T* cotangent, T* gradient, std::size_t threads) {
   const Index count = derivatives(plan), tiles = tiles_of<T>(right_count);
   Buffer<double> sums(x1.count * count);
   parallel_for(threads, x1.count, [&](std::size_t, Index i) {
     double* sum = sums.data() + i * count;
     for (Index tile = 0; tile < tiles; ++tile) {
       const Weights<T> weights(cotangent, i, tile, right_count);
-      contract(values + (i * tiles + tile) * count * kLanes<T>, count, weights.values, [&](Index e, double value) { sum[e] += value; });
+      contract(values + (i * tiles + tile) * count * kLanes<T>, count, weights.values,
+               [&](Index e, double value) { sum[e] += value; });
     }
   });
   finish_gradient(plan, variance_plan, x1, sums, gradient, threads);

@@ -1,4 +1,5 @@
-// The kernel of pairs of images, and the variances of single ones, with their gradients, for `kLanes` right images at a time.
+// The kernel of pairs of images, and the variances of single ones, with their gradients, for
+// `kLanes` right images at a time.
 #pragma once
 
 #include <vector>
@@ -68,7 +69,8 @@ class PairEngine {
         .narrowed();
   }
 
-  // After `forward`: sets the derivatives of the kernel by the left image's pixels, and by its deviations (each times the deviation).
+  // After `forward`: sets the derivatives of the kernel by the left image's pixels, and by its
+  // deviations (each times the deviation).
   void backward(Image<T> left, Image<V> right) {
     pixel_bar_.clear();
     sigma_.clear();
@@ -108,8 +110,8 @@ class PairEngine {
   Buffer<V> pixel_bar_, sigma_, spare_;
 };
 
-// As many images as there are lanes, each with itself. The pair (x, x) is symmetric under (d, y) -> (-d, y + d), so that all gradients are
-// twice those through its left image.
+// As many images as there are lanes, each with itself. The pair (x, x) is symmetric under (d, y) ->
+// (-d, y + d), so that all gradients are twice those through its left image.
 template <class T>
 class VarianceEngine {
  public:
@@ -174,7 +176,8 @@ class VarianceEngine {
     return table_;
   }
 
-  // After `forward`: the gradient by the pixels, halved, of the function whose gradient by the variances is q_bar.
+  // After `forward`: the gradient by the pixels, halved, of the function whose gradient by the
+  // variances is q_bar.
   const Buffer<V>& backward(const V* q_bar) {
     pixel_bar_.clear();
     sigma_.clear();
@@ -211,7 +214,9 @@ class VarianceEngine {
  private:
   int levels() const { return static_cast<int>(plan_.levels.size()); }
 
-  static V* plane_row(Buffer<V>& plane, const Level& level, int y) { return plane.data() + y * (level.width + 1); }
+  static V* plane_row(Buffer<V>& plane, const Level& level, int y) {
+    return plane.data() + y * (level.width + 1);
+  }
   ThreeRows<V> three(const Level& level, int y) {
     return {y ? plane_row(plane_, level, y - 1) : zeros_.data(), plane_row(plane_, level, y),
             y + 1 < level.height ? plane_row(plane_, level, y + 1) : zeros_.data()};
@@ -239,14 +244,17 @@ class VarianceEngine {
       for (int y = 0; y < level.height; ++y) {
         V* row = plane_row(plane_, level, y);
         if (p)
-          std::memcpy(row, bands_.n[p].data() + level.start({0, 0}) + y * (width + 1), width * sizeof(V));
+          std::memcpy(row, bands_.n[p].data() + level.start({0, 0}) + y * (width + 1),
+                      width * sizeof(V));
         else
-          input_row<0, false>(images_.pixels + Index(y) * width * plan_.channels, images_.pixels + Index(y) * width * plan_.channels, width,
+          input_row<0, false>(images_.pixels + Index(y) * width * plan_.channels,
+                              images_.pixels + Index(y) * width * plan_.channels, width,
                               plan_.channels, row);
         for (int x = 0; x < width; ++x) row[x] *= T(0.5);
       }
     }
-    for (int y = 0; y < level.height; ++y) plane_row(plane_, level, y)[width] = plane_row(next_plane_, level, y)[width] = V{};
+    for (int y = 0; y < level.height; ++y)
+      plane_row(plane_, level, y)[width] = plane_row(next_plane_, level, y)[width] = V{};
     for (int l = 0; l < level.convs; ++l) {
       for (int y = 0; y < level.height; ++y) {
         V* out = plane_row(next_plane_, level, y);
@@ -263,7 +271,8 @@ class VarianceEngine {
     }
   }
 
-  // Pools the variances in plane_: the variance of a mean is the mean variance less the spread, which the band holds at offset 0.
+  // Pools the variances in plane_: the variance of a mean is the mean variance less the spread,
+  // which the band holds at offset 0.
   void pool_diagonal(int p) {
     const Level &level = plan_.levels[p], &below = plan_.levels[p - 1];
     V* pooled = table_.data() + plan_.convolution_variances() + level.first_pooled;
@@ -301,16 +310,19 @@ class VarianceEngine {
           row[x] = row[x] * T(0.5) + q_bar[e] + sigma_[e] * inverse_[e] * inverse_[e] * T(kPi);
         }
       }
-      for (int y = 0; y < level.height; ++y) scaled_box_row(three(level, y), width, scale, plane_row(next_plane_, level, y));
+      for (int y = 0; y < level.height; ++y)
+        scaled_box_row(three(level, y), width, scale, plane_row(next_plane_, level, y));
       std::swap(plane_, next_plane_);
     }
     for (int y = 0; y < level.height; ++y) {
       const V* row = plane_row(plane_, level, y);
       const Index first = Index(y) * width * channels;
       if (p) {
-        for (int x = 0; x < width; ++x) bands_.n[p][level.start({0, 0}) + y * (width + 1) + x] = row[x] / 32;
+        for (int x = 0; x < width; ++x)
+          bands_.n[p][level.start({0, 0}) + y * (width + 1) + x] = row[x] / 32;
       } else {
-        for (int e = 0; e < width * channels; ++e) pixel_bar_[first + e] += row[e / channels] * images_.pixels[first + e] / T(channels);
+        for (int e = 0; e < width * channels; ++e)
+          pixel_bar_[first + e] += row[e / channels] * images_.pixels[first + e] / T(channels);
       }
     }
   }

@@ -39,7 +39,8 @@ struct Settings {
 
   Plan plan(const Array& x, bool pair) const {
     const auto shape = x.dimensions();
-    return make_plan(network, static_cast<int>(shape[1]), static_cast<int>(shape[2]), static_cast<int>(shape[3]), pair);
+    return make_plan(network, static_cast<int>(shape[1]), static_cast<int>(shape[2]),
+                     static_cast<int>(shape[3]), pair);
   }
 };
 
@@ -134,7 +135,8 @@ ffi::Error pull_back_cotangent(Array x1, Array q1, Array r1, Array values, Array
 }  // namespace
 }  // namespace kip
 
-#define KIP_HANDLER(name, function, binding) XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function, xla::ffi::Ffi::Bind() binding.Attrs())
+#define KIP_HANDLER(name, function, binding) \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function, xla::ffi::Ffi::Bind() binding.Attrs())
 #define KIP_ARRAY .Arg<xla::ffi::AnyBuffer>()
 #define KIP_OUT .Ret<xla::ffi::AnyBuffer>()
 
@@ -153,8 +155,8 @@ extern "C" {
 // The widest instruction set among those built that this processor has.
 const char* kip_best_instruction_set() {
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw")) {
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) {
     return "avx512";
   }
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "avx2" : "portable";

@@ -1,15 +1,22 @@
-// The inner loops: one offset d between the pixels of two images, through all layers of one level, row by row.
+// The inner loops: one offset d between the pixels of two images, through all layers of one level,
+// row by row.
 //
-// At fixed d a 3x3 SAME convolution is a 3x3 box sum over y, and a ReLU is pointwise. Rows stream through all layers at once, each layer
-// one row behind the one before it, so that only a few rows of each are alive, in L1; the adjoint follows in the same sweep. Each value
-// is a vector: one left image against the `kLanes` right images of a tile (or, for variances, as many images each with itself).
+// At fixed d a 3x3 SAME convolution is a 3x3 box sum over y, and a ReLU is pointwise. Rows stream
+// through all layers at once, each layer one row behind the one before it, so that only a few rows
+// of each are alive, in L1; the adjoint follows in the same sweep. Each value is a vector: one left
+// image against the `kLanes` right images of a tile (or, for variances, as many images each with
+// itself).
 //
-// NNGP and NTK covariances are `n` and `t`, cotangents end in `bar`. Up to the last ReLU, n is held as the half squared distance
+// NNGP and NTK covariances are `n` and `t`, cotangents end in `bar`. Up to the last ReLU, n is held
+// as the half squared distance
 //   m = (q1 + q2) / 2 - n >= 0,
-// q1 and q2 being the variances of the two pixels. Where patches are nearly the same, 1 - cosine, which decides the gradient, would be lost
-// in the rounding of n; m keeps it. Input: m = |x1 - x2|^2 / 2 D. A convolution sums it as it sums n, without the bias, a tap that only one
-// image has (a "ghost") counting q / 2 of that image. Pooling takes from the mean over the two windows half of the mean within each
-// ("spread"). A ReLU halves; so that nothing else need, rows and bands hold 2 m, or 2 n, and 2 t, and cotangents of n, halved.
+// q1 and q2 being the variances of the two pixels. Where patches are nearly the same, 1 - cosine,
+// which decides the gradient, would be lost in the rounding of n; m keeps it. Input: m = |x1 -
+// x2|^2 / 2 D. A convolution sums it as it sums n, without the bias, a tap that only one image has
+// (a "ghost") counting q / 2 of that image. Pooling takes from the mean over the two windows half
+// of the mean within each
+// ("spread"). A ReLU halves; so that nothing else need, rows and bands hold 2 m, or 2 n, and 2 t,
+// and cotangents of n, halved.
 #pragma once
 
 #include <algorithm>
@@ -23,13 +30,15 @@
 
 namespace kip {
 
-// An image, or as many as there are lanes. L is T for the left image of a pair, Vector<T> for right ones.
+// An image, or as many as there are lanes. L is T for the left image of a pair, Vector<T> for right
+// ones.
 template <class L>
 struct Image {
   const L* pixels;     // [H, W, D]
   const L* inverse;    // [variances]: (pi q)^-1/2, 0 where q = 0
   const L* deviation;  // [variances]: (q / 2)^1/2
-  const L* pooled;     // for each level after a pooling to distances: the spread within each window, and q
+  const L*
+      pooled;  // for each level after a pooling to distances: the spread within each window, and q
   const std::conditional_t<std::is_arithmetic_v<L>, double, VectorD>* head;  // see head.h
 };
 
@@ -40,7 +49,8 @@ struct Band {
   V* t = nullptr;
 };
 
-// Three consecutive rows of one quantity; a row of zeros stands for one outside. Each ends with a zero column.
+// Three consecutive rows of one quantity; a row of zeros stands for one outside. Each ends with a
+// zero column.
 template <class V>
 struct ThreeRows {
   const V *above, *here, *below;
@@ -118,17 +128,20 @@ struct Input {
   V gap;                 // (1 - cosine) / pi
 };
 
-// Which ReLU: whether it follows the network's first convolution, whose NTK is its NNGP; whether variances can be 0.
+// Which ReLU: whether it follows the network's first convolution, whose NTK is its NNGP; whether
+// variances can be 0.
 template <bool kFirst_, bool kZeros_>
 struct Relu {
   static constexpr bool kFirst = kFirst_, kZeros = kZeros_;
 };
 
-// Calls f(x, inputs) for the convolution's output at each x: two at a time, inputs[j] being that at x + j, and one in the end. A chain of
-// operations through one point is so long that a processor's window holds few of them; two side by side keep it busy, if `f` stores
-// nothing until both are done.
+// Calls f(x, inputs) for the convolution's output at each x: two at a time, inputs[j] being that at
+// x + j, and one in the end. A chain of operations through one point is so long that a processor's
+// window holds few of them; two side by side keep it busy, if `f` stores nothing until both are
+// done.
 template <bool kNtk, class Kind, class L, class V, class F>
-KIP_INLINE inline void for_each_input(ThreeRows<V> m, ThreeRows<V> t, int width, Scalar<V> scale, ReluRow<L, V> relu, F f) {
+KIP_INLINE inline void for_each_input(ThreeRows<V> m, ThreeRows<V> t, int width, Scalar<V> scale,
+                                      ReluRow<L, V> relu, F f) {
   constexpr bool kSumsOfT = kNtk && !Kind::kFirst;
   const auto at = [&](int x, V box_m, V box_t) KIP_INLINE {
     Input<V> input;
@@ -175,7 +188,8 @@ KIP_INLINE inline std::array<Angle<V>, kCount> angles(const Input<V> (&inputs)[k
   return result;
 }
 
-// Where a row of a level's output goes, or where its cotangents come from: entry x to or from n[x % 2][x / 2], for x < count.
+// Where a row of a level's output goes, or where its cotangents come from: entry x to or from n[x %
+// 2][x / 2], for x < count.
 template <class V>
 struct Cells {
   V *n[2], *t[2];
@@ -207,7 +221,8 @@ struct AddToCells {
 
 // Convolution and ReLU of a row.
 template <bool kNtk, class Kind, bool kSave, class L, class V, class Out>
-void forward_row(ThreeRows<V> m, ThreeRows<V> t, int width, Scalar<V> scale, ReluRow<L, V> relu, Out out, Saved<V> saved) {
+void forward_row(ThreeRows<V> m, ThreeRows<V> t, int width, Scalar<V> scale, ReluRow<L, V> relu,
+                 Out out, Saved<V> saved) {
   for_each_input<kNtk, Kind>(m, t, width, scale, relu, [&](int x, const auto& inputs) KIP_INLINE {
     const auto all = angles<Kind>(inputs);
     constexpr int kCount = std::tuple_size_v<decltype(angles<Kind>(inputs))>;
@@ -231,10 +246,12 @@ void forward_row(ThreeRows<V> m, ThreeRows<V> t, int width, Scalar<V> scale, Rel
   });
 }
 
-// The adjoint of a ReLU at one point: sets nt_bar = n_bar + t_bar and (unless the ReLU is the first) t_bar of its input, adds s1 s1_bar to
-// sigma. What comes in is halved, and doubled in `Saved`; what goes out is neither.
+// The adjoint of a ReLU at one point: sets nt_bar = n_bar + t_bar and (unless the ReLU is the
+// first) t_bar of its input, adds s1 s1_bar to sigma. What comes in is halved, and doubled in
+// `Saved`; what goes out is neither.
 template <bool kNtk, class Kind, class V>
-KIP_INLINE inline void pull_back(V n_bar, V t_bar, V n, V dot, V dot_slope, V sine_slope, V& nt_bar_in, V& t_bar_in, V& sigma) {
+KIP_INLINE inline void pull_back(V n_bar, V t_bar, V n, V dot, V dot_slope, V sine_slope,
+                                 V& nt_bar_in, V& t_bar_in, V& sigma) {
   if constexpr (kNtk) {
     const V slope = t_bar * dot_slope;
     nt_bar_in = (n_bar + t_bar) * dot + slope;
@@ -246,36 +263,42 @@ KIP_INLINE inline void pull_back(V n_bar, V t_bar, V n, V dot, V dot_slope, V si
   }
 }
 
-// Convolution and ReLU of a row of the last layer, and at once the adjoint of that ReLU at the cotangents in `cells`.
+// Convolution and ReLU of a row of the last layer, and at once the adjoint of that ReLU at the
+// cotangents in `cells`.
 template <bool kNtk, class Kind, class L, class V>
-void turn_row(ThreeRows<V> m, ThreeRows<V> t, Scalar<V> scale, ReluRow<L, V> relu, Cells<V> cells, V* __restrict nt_bar_in,
-              V* __restrict t_bar_in, V* __restrict sigma) {
-  for_each_input<kNtk, Kind>(m, t, cells.count, scale, relu, [&](int x, const auto& inputs) KIP_INLINE {
-    const auto all = angles<Kind>(inputs);
-    constexpr int kCount = std::tuple_size_v<decltype(angles<Kind>(inputs))>;
-    V nt_bar[kCount], t_bar[kCount], more[kCount] = {};
-    for (int j = 0; j < kCount; ++j) {
-      const Input<V>& in = inputs[j];
-      const V n_bar_out = cells.n[(x + j) & 1][(x + j) >> 1], t_bar_out = kNtk ? cells.t[(x + j) & 1][(x + j) >> 1] : V{};
-      pull_back<kNtk, Kind>(n_bar_out, t_bar_out, in.n, 1 - all[j].rest, kNtk ? in.t * (all[j].dot_slope * in.inverse) : V{},
-                            in.deviation * all[j].sine, nt_bar[j], t_bar[j], more[j]);
-    }
-    for (int j = 0; j < kCount; ++j) {
-      nt_bar_in[x + j] = nt_bar[j];
-      if constexpr (kNtk && !Kind::kFirst) t_bar_in[x + j] = t_bar[j];
-      sigma[x + j] += more[j];
-    }
-  });
+void turn_row(ThreeRows<V> m, ThreeRows<V> t, Scalar<V> scale, ReluRow<L, V> relu, Cells<V> cells,
+              V* __restrict nt_bar_in, V* __restrict t_bar_in, V* __restrict sigma) {
+  for_each_input<kNtk, Kind>(
+      m, t, cells.count, scale, relu, [&](int x, const auto& inputs) KIP_INLINE {
+        const auto all = angles<Kind>(inputs);
+        constexpr int kCount = std::tuple_size_v<decltype(angles<Kind>(inputs))>;
+        V nt_bar[kCount], t_bar[kCount], more[kCount] = {};
+        for (int j = 0; j < kCount; ++j) {
+          const Input<V>& in = inputs[j];
+          const V n_bar_out = cells.n[(x + j) & 1][(x + j) >> 1],
+                  t_bar_out = kNtk ? cells.t[(x + j) & 1][(x + j) >> 1] : V{};
+          pull_back<kNtk, Kind>(n_bar_out, t_bar_out, in.n, 1 - all[j].rest,
+                                kNtk ? in.t * (all[j].dot_slope * in.inverse) : V{},
+                                in.deviation * all[j].sine, nt_bar[j], t_bar[j], more[j]);
+        }
+        for (int j = 0; j < kCount; ++j) {
+          nt_bar_in[x + j] = nt_bar[j];
+          if constexpr (kNtk && !Kind::kFirst) t_bar_in[x + j] = t_bar[j];
+          sigma[x + j] += more[j];
+        }
+      });
   nt_bar_in[cells.count] = t_bar_in[cells.count] = V{};
 }
 
 // The adjoint of the convolution above a row, then of its ReLU.
 template <bool kNtk, class Kind, class V>
-void backward_row(ThreeRows<V> nt_bar, ThreeRows<V> t_bar, int width, Scalar<V> scale, Saved<V> saved, V* __restrict nt_bar_in,
-                  V* __restrict t_bar_in, V* __restrict sigma) {
+void backward_row(ThreeRows<V> nt_bar, ThreeRows<V> t_bar, int width, Scalar<V> scale,
+                  Saved<V> saved, V* __restrict nt_bar_in, V* __restrict t_bar_in,
+                  V* __restrict sigma) {
   const auto at = [&](int x, V n_bar, V t_bar) KIP_INLINE {
-    pull_back<kNtk, Kind>(n_bar * scale, t_bar * scale, saved.n[x], saved.dot[x], kNtk ? saved.dot_slope[x] : V{}, saved.sine_slope[x],
-                          nt_bar_in[x], t_bar_in[x], sigma[x]);
+    pull_back<kNtk, Kind>(n_bar * scale, t_bar * scale, saved.n[x], saved.dot[x],
+                          kNtk ? saved.dot_slope[x] : V{}, saved.sine_slope[x], nt_bar_in[x],
+                          t_bar_in[x], sigma[x]);
   };
   if constexpr (kNtk) {
     for_each_box(nt_bar, t_bar, width, at);
@@ -308,7 +331,8 @@ void input_row(const L* left, const V* right, int width, int channels, V* __rest
 
 // The adjoint of the first convolution, `scale` divided by D, and of the covariances of pixels.
 template <int kChannels, class V>
-void pixel_cotangents_row(ThreeRows<V> nt_bar, int width, Scalar<V> scale, const V* right, int channels, V* __restrict pixel_bar) {
+void pixel_cotangents_row(ThreeRows<V> nt_bar, int width, Scalar<V> scale, const V* right,
+                          int channels, V* __restrict pixel_bar) {
   const int count = kChannels ? kChannels : channels;
   for_each_box(nt_bar, width, [&](int x, V box) KIP_INLINE {
     const V n_bar = box * scale;
@@ -316,7 +340,8 @@ void pixel_cotangents_row(ThreeRows<V> nt_bar, int width, Scalar<V> scale, const
   });
 }
 
-// Streams the offsets of one level through its layers. One per thread: it owns the rows that are alive.
+// Streams the offsets of one level through its layers. One per thread: it owns the rows that are
+// alive.
 template <class T, class L, bool kNtk>
 class Lines {
  public:
@@ -335,7 +360,8 @@ class Lines {
   // The images of the pairs.
   void set_images(Image<L> left, Image<V> right) { left_ = left, right_ = right; }
 
-  // Adds the output of level p at offset d, times to.share, to the cells to.row(y). `band` holds the level's input (at level 0, pixels do).
+  // Adds the output of level p at offset d, times to.share, to the cells to.row(y). `band` holds
+  // the level's input (at level 0, pixels do).
   template <class To>
   void forward(int p, Offset d, Band<V> band, To& to) {
     begin(p, d, band);
@@ -354,14 +380,16 @@ class Lines {
           forward_layer<false>(k - 1, y, cells.count, AddToCells<V, false>{cells, to.share});
         } else {
           const V *n = n_row(0, y), *t = kNtk && level_->has_ntk ? t_row(0, y) : zeros_.data();
-          for (int x = 0; x < cells.count; ++x) AddToCells<V, false>{cells, to.share}.template emit<kNtk>(x, n[x], t[x]);
+          for (int x = 0; x < cells.count; ++x)
+            AddToCells<V, false>{cells, to.share}.template emit<kNtk>(x, n[x], t[x]);
         }
       }
     }
   }
 
-  // The adjoint, at the cotangents in the cells from.row(y). Those of the level's input replace the band, divided by 16 for the pooling
-  // below; at level 0 they are added to pixel_bar [H, W, D]. s1 s1_bar of each ReLU's input is added to sigma [variances].
+  // The adjoint, at the cotangents in the cells from.row(y). Those of the level's input replace the
+  // band, divided by 16 for the pooling below; at level 0 they are added to pixel_bar [H, W, D]. s1
+  // s1_bar of each ReLU's input is added to sigma [variances].
   template <class From>
   void backward(int p, Offset d, Band<V> band, From& from, V* pixel_bar, V* sigma) {
     begin(p, d, band);
@@ -374,7 +402,8 @@ class Lines {
       if (const int y = step - k; k && y >= 0 && y < h) turn(y, from.row(y), sigma);
       for (int l = k - 2; l >= 0; --l)
         if (const int y = step - 2 * k + 1 + l; y >= 0 && y < h) backward_layer(l, y, sigma);
-      if (const int y = step - 2 * k; y >= 0) k ? input_cotangents(y, pixel_bar) : input_cotangents(y, from.row(y), pixel_bar);
+      if (const int y = step - 2 * k; y >= 0)
+        k ? input_cotangents(y, pixel_bar) : input_cotangents(y, from.row(y), pixel_bar);
     }
   }
 
@@ -386,14 +415,16 @@ class Lines {
 
   void begin(int p, Offset d, Band<V> band) {
     level_ = &plan_.levels[p], p_ = p, d_ = d, band_ = band, rect_ = level_->rectangle(d);
-    for (std::size_t row = 1; row < rows_.size(); row += row_size_) rows_[row + rect_.width] = bars_[row + rect_.width] = V{};
+    for (std::size_t row = 1; row < rows_.size(); row += row_size_)
+      rows_[row + rect_.width] = bars_[row + rect_.width] = V{};
     for (int l = 0; l < level_->convs; ++l) {
       fill_ghosts(l, rect_.y - 1, ghost_row(l, 0));
       fill_ghosts(l, rect_.y + rect_.height, ghost_row(l, 1));
     }
   }
 
-  // Row y of the left image that only one image has: what layer l's input counts there, from column -1 on.
+  // Row y of the left image that only one image has: what layer l's input counts there, from column
+  // -1 on.
   void fill_ghosts(int l, int y, V* row) {
     if (!d_.dy) return std::fill(row - 1, row + rect_.width + 1, V{});
     const bool left = y >= 0 && y < level_->height;
@@ -401,7 +432,9 @@ class Lines {
     for (int x = -1; x <= rect_.width; ++x) {
       const int column = rect_.x + x + (left ? 0 : d_.dx);
       const bool inside = column >= 0 && column < level_->width;
-      row[x] = !inside ? V{} : left ? spread<V>(ghost(left_, l, first + column)) : ghost(right_, l, first + column);
+      row[x] = !inside ? V{}
+               : left  ? spread<V>(ghost(left_, l, first + column))
+                       : ghost(right_, l, first + column);
     }
   }
 
@@ -414,7 +447,8 @@ class Lines {
     }
     if (p_) return image.pooled[level_->first_pooled + level_->pixels() + pixel];
     I sum{};
-    for (int c = 0; c < plan_.channels; ++c) sum += image.pixels[pixel * plan_.channels + c] * image.pixels[pixel * plan_.channels + c];
+    for (int c = 0; c < plan_.channels; ++c)
+      sum += image.pixels[pixel * plan_.channels + c] * image.pixels[pixel * plan_.channels + c];
     return sum / T(plan_.channels);
   }
 
@@ -425,9 +459,11 @@ class Lines {
     if (!d_.dx) {
       row[-1] = row[rect_.width] = V{};
     } else if (d_.dx > 0) {
-      row[-1] = ghost(right_, l, right_pixel(y) - 1), row[rect_.width] = spread<V>(ghost(left_, l, left_pixel(y) + rect_.width));
+      row[-1] = ghost(right_, l, right_pixel(y) - 1),
+      row[rect_.width] = spread<V>(ghost(left_, l, left_pixel(y) + rect_.width));
     } else {
-      row[-1] = spread<V>(ghost(left_, l, left_pixel(y) - 1)), row[rect_.width] = ghost(right_, l, right_pixel(y) + rect_.width);
+      row[-1] = spread<V>(ghost(left_, l, left_pixel(y) - 1)),
+      row[rect_.width] = ghost(right_, l, right_pixel(y) + rect_.width);
     }
   }
 
@@ -438,10 +474,14 @@ class Lines {
   }
 
   Index band_row(int y) const { return level_->start(d_) + Index(y) * (rect_.width + 1); }
-  V* ring(Buffer<V>& buffer, int l, int quantity, int y) { return buffer.data() + ((2 * l + quantity) * kRows + y % kRows) * row_size_ + 1; }
+  V* ring(Buffer<V>& buffer, int l, int quantity, int y) {
+    return buffer.data() + ((2 * l + quantity) * kRows + y % kRows) * row_size_ + 1;
+  }
 
   // Row y of layer l's input: m up to the last ReLU.
-  V* n_row(int l, int y) { return l || !p_ || level_->distances ? ring(rows_, l, 0, y) : band_.n + band_row(y); }
+  V* n_row(int l, int y) {
+    return l || !p_ || level_->distances ? ring(rows_, l, 0, y) : band_.n + band_row(y);
+  }
   V* t_row(int l, int y) { return l || !p_ ? ring(rows_, l, 1, y) : band_.t + band_row(y); }
 
   // Of the cotangents of layer l's ReLU input.
@@ -450,10 +490,12 @@ class Lines {
 
   template <class F>
   ThreeRows<V> three(F row, int y) {
-    return {y > 0 ? row(y - 1) : zeros_.data(), row(y), y + 1 < rect_.height ? row(y + 1) : zeros_.data()};
+    return {y > 0 ? row(y - 1) : zeros_.data(), row(y),
+            y + 1 < rect_.height ? row(y + 1) : zeros_.data()};
   }
   ThreeRows<V> n_rows(int l, int y) {
-    return {y > 0 ? n_row(l, y - 1) : ghost_row(l, 0), n_row(l, y), y + 1 < rect_.height ? n_row(l, y + 1) : ghost_row(l, 1)};
+    return {y > 0 ? n_row(l, y - 1) : ghost_row(l, 0), n_row(l, y),
+            y + 1 < rect_.height ? n_row(l, y + 1) : ghost_row(l, 1)};
   }
   ThreeRows<V> t_rows(int l, int y) {
     return three([&](int y) { return t_row(l, y); }, y);
@@ -466,7 +508,9 @@ class Lines {
   }
 
   Saved<V> saved(int l, int y) {
-    V* first = saved_.data() + (l * saved_rows(0, plan_.max_convs) + y % saved_rows(l, level_->convs)) * 4 * row_size_;
+    V* first =
+        saved_.data() +
+        (l * saved_rows(0, plan_.max_convs) + y % saved_rows(l, level_->convs)) * 4 * row_size_;
     return {first, first + row_size_, first + 2 * row_size_, first + 3 * row_size_};
   }
 
@@ -476,7 +520,8 @@ class Lines {
 
   ReluRow<L, V> relu(int l, int y) const {
     const Index left = variance(l) + left_pixel(y), right = variance(l) + right_pixel(y);
-    return {left_.inverse + left, left_.deviation + left, right_.inverse + right, right_.deviation + right};
+    return {left_.inverse + left, left_.deviation + left, right_.inverse + right,
+            right_.deviation + right};
   }
 
   // Calls f(Relu<...>{}) for layer l's.
@@ -493,12 +538,18 @@ class Lines {
     const bool distances = level_->distances;
     if (!p_) {
       const int channels = plan_.channels;
-      const auto rows = distances ? std::array{input_row<0, true, L, V>, input_row<1, true, L, V>, input_row<3, true, L, V>}
-                                  : std::array{input_row<0, false, L, V>, input_row<1, false, L, V>, input_row<3, false, L, V>};
-      rows[channels == 1 ? 1 : channels == 3 ? 2 : 0](left_.pixels + left_pixel(y) * channels, right_.pixels + right_pixel(y) * channels,
-                                                      rect_.width, channels, n_row(0, y));
+      const auto rows = distances ? std::array{input_row<0, true, L, V>, input_row<1, true, L, V>,
+                                               input_row<3, true, L, V>}
+                                  : std::array{input_row<0, false, L, V>, input_row<1, false, L, V>,
+                                               input_row<3, false, L, V>};
+      rows[channels == 1   ? 1
+           : channels == 3 ? 2
+                           : 0](left_.pixels + left_pixel(y) * channels,
+                                right_.pixels + right_pixel(y) * channels, rect_.width, channels,
+                                n_row(0, y));
     } else if (distances) {
-      const V *from = band_.n + band_row(y), *right = right_.pooled + level_->first_pooled + right_pixel(y);
+      const V *from = band_.n + band_row(y),
+              *right = right_.pooled + level_->first_pooled + right_pixel(y);
       const L* left = left_.pooled + level_->first_pooled + left_pixel(y);
       V* to = n_row(0, y);
       for (int x = 0; x < rect_.width; ++x) {
@@ -515,8 +566,8 @@ class Lines {
   template <bool kSave, class Out>
   void forward_layer(int l, int y, int count, Out out) {
     with_relu(l, [&](auto kind) {
-      forward_row<kNtk, decltype(kind), kSave>(n_rows(l, y), t_rows(l, y), count, scale_, relu(l, y), out,
-                                               kSave ? saved(l, y) : Saved<V>{});
+      forward_row<kNtk, decltype(kind), kSave>(n_rows(l, y), t_rows(l, y), count, scale_,
+                                               relu(l, y), out, kSave ? saved(l, y) : Saved<V>{});
     });
   }
 
@@ -528,22 +579,26 @@ class Lines {
       return;
     }
     with_relu(l, [&](auto kind) {
-      turn_row<kNtk, decltype(kind)>(n_rows(l, y), t_rows(l, y), scale_, relu(l, y), cells, nt_bar_row(l, y), t_bar_row(l, y),
+      turn_row<kNtk, decltype(kind)>(n_rows(l, y), t_rows(l, y), scale_, relu(l, y), cells,
+                                     nt_bar_row(l, y), t_bar_row(l, y),
                                      sigma + variance(l) + left_pixel(y));
     });
   }
 
   void backward_layer(int l, int y, V* sigma) {
-    const auto row = !l && !level_->has_ntk ? backward_row<kNtk, Relu<true, false>, V> : backward_row<kNtk, Relu<false, false>, V>;
-    row(nt_bar_rows(l + 1, y), t_bar_rows(l + 1, y), rect_.width, scale_, saved(l, y), nt_bar_row(l, y), t_bar_row(l, y),
-        sigma + variance(l) + left_pixel(y));
+    const auto row = !l && !level_->has_ntk ? backward_row<kNtk, Relu<true, false>, V>
+                                            : backward_row<kNtk, Relu<false, false>, V>;
+    row(nt_bar_rows(l + 1, y), t_bar_rows(l + 1, y), rect_.width, scale_, saved(l, y),
+        nt_bar_row(l, y), t_bar_row(l, y), sigma + variance(l) + left_pixel(y));
   }
 
   // Of a level with convolutions.
   void input_cotangents(int y, V* pixel_bar) {
-    if (!p_) return pixel_cotangents(y, nt_bar_rows(0, y), 2 * scale_ / T(plan_.channels), pixel_bar);
+    if (!p_)
+      return pixel_cotangents(y, nt_bar_rows(0, y), 2 * scale_ / T(plan_.channels), pixel_bar);
     scaled_box_row(nt_bar_rows(0, y), rect_.width, scale_ / 16, band_.n + band_row(y));
-    if (kNtk && level_->has_ntk) scaled_box_row(t_bar_rows(0, y), rect_.width, scale_ / 16, band_.t + band_row(y));
+    if (kNtk && level_->has_ntk)
+      scaled_box_row(t_bar_rows(0, y), rect_.width, scale_ / 16, band_.t + band_row(y));
   }
 
   // Of a level without.
@@ -555,16 +610,21 @@ class Lines {
         if (kNtk) band_.t[band_row(y) + x] = inside ? cells.t[x & 1][x >> 1] / 16 : V{};
       } else if (inside) {
         const T share = T(2.0 / plan_.channels);
-        const Index left = (left_pixel(y) + x) * plan_.channels, right = (right_pixel(y) + x) * plan_.channels;
-        for (int c = 0; c < plan_.channels; ++c) pixel_bar[left + c] += cells.n[x & 1][x >> 1] * right_.pixels[right + c] * share;
+        const Index left = (left_pixel(y) + x) * plan_.channels,
+                    right = (right_pixel(y) + x) * plan_.channels;
+        for (int c = 0; c < plan_.channels; ++c)
+          pixel_bar[left + c] += cells.n[x & 1][x >> 1] * right_.pixels[right + c] * share;
       }
     }
   }
 
   void pixel_cotangents(int y, ThreeRows<V> nt_bar, T scale, V* pixel_bar) {
     const int channels = plan_.channels;
-    const auto row = channels == 1 ? pixel_cotangents_row<1, V> : channels == 3 ? pixel_cotangents_row<3, V> : pixel_cotangents_row<0, V>;
-    row(nt_bar, rect_.width, scale, right_.pixels + right_pixel(y) * channels, channels, pixel_bar + left_pixel(y) * channels);
+    const auto row = channels == 1   ? pixel_cotangents_row<1, V>
+                     : channels == 3 ? pixel_cotangents_row<3, V>
+                                     : pixel_cotangents_row<0, V>;
+    row(nt_bar, rect_.width, scale, right_.pixels + right_pixel(y) * channels, channels,
+        pixel_bar + left_pixel(y) * channels);
   }
 
   const Plan& plan_;

@@ -1,4 +1,5 @@
-// Work shared out among threads. No result may depend on which thread does what: units are fixed, and write to places of their own.
+// Work shared out among threads. No result may depend on which thread does what: units are fixed,
+// and write to places of their own.
 #pragma once
 
 #include <xmmintrin.h>
@@ -11,10 +12,13 @@
 
 namespace kip {
 
-// Flushes subnormal numbers to zero while it lives. XLA does so in its own threads; all threads must agree, for speed and for equal bits.
+// Flushes subnormal numbers to zero while it lives. XLA does so in its own threads; all threads
+// must agree, for speed and for equal bits.
 class FlushSubnormals {
  public:
-  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | kFlushToZero | kSubnormalsAreZero); }
+  FlushSubnormals() : saved_(_mm_getcsr()) {
+    _mm_setcsr(saved_ | kFlushToZero | kSubnormalsAreZero);
+  }
   ~FlushSubnormals() { _mm_setcsr(saved_); }
   FlushSubnormals(const FlushSubnormals&) = delete;
 
@@ -23,7 +27,8 @@ class FlushSubnormals {
   unsigned saved_;
 };
 
-// Calls f(worker, i) once for each i < units; calls with the same `worker` < workers do not overlap.
+// Calls f(worker, i) once for each i < units; calls with the same `worker` < workers do not
+// overlap.
 template <class F>
 void parallel_for(std::size_t workers, Index units, F f) {
   std::atomic<Index> next{0};
@@ -34,7 +39,8 @@ void parallel_for(std::size_t workers, Index units, F f) {
   std::vector<std::thread> threads;
   threads.reserve(workers);
   try {
-    for (std::size_t worker = 1; worker < workers && Index(worker) < units; ++worker) threads.emplace_back(work, worker);
+    for (std::size_t worker = 1; worker < workers && Index(worker) < units; ++worker)
+      threads.emplace_back(work, worker);
   } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
   }
   work(0);

@@ -7,8 +7,9 @@
 
 namespace kip {
 
-// 2x2 average pooling (VALID) of one offset: each (d, y) feeds exactly one (D, Y), per axis Y = y >> 1, D = ((y + d) >> 1) - Y. Row by row
-// the cells of the next level's band that a row feeds, or takes its cotangents from. What the next level does not need goes to `spare`.
+// 2x2 average pooling (VALID) of one offset: each (d, y) feeds exactly one (D, Y), per axis Y = y
+// >> 1, D = ((y + d) >> 1) - Y. Row by row the cells of the next level's band that a row feeds, or
+// takes its cotangents from. What the next level does not need goes to `spare`.
 template <class V>
 class PoolingCells {
  public:
@@ -46,8 +47,9 @@ class PoolingCells {
   int count_;
 };
 
-// The sum of the last level's output over all pixels and offsets: column by column, offset by offset (in float64), so that rounding stays
-// small; and the cotangent of such a sum, the same for all entries.
+// The sum of the last level's output over all pixels and offsets: column by column, offset by
+// offset (in float64), so that rounding stays small; and the cotangent of such a sum, the same for
+// all entries.
 template <class V>
 class Readout {
  public:
@@ -67,7 +69,8 @@ class Readout {
   // Adds the sum over the columns to n and t [lanes], and forgets it.
   void flush(double* n, double* t) {
     for (int i = 0; i < 4 * half_; ++i)
-      for (int lane = 0; lane < kLanes<Scalar<V>>; ++lane) (i < 2 * half_ ? n : t)[lane] += columns_[i][lane];
+      for (int lane = 0; lane < kLanes<Scalar<V>>; ++lane)
+        (i < 2 * half_ ? n : t)[lane] += columns_[i][lane];
     columns_.clear();
   }
 

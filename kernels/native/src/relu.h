@@ -12,7 +12,8 @@
 
 namespace kip {
 
-// What is no more than rounding, relative to what it is the difference of: identical images must not see the cusp of acos at c = 1.
+// What is no more than rounding, relative to what it is the difference of: identical images must
+// not see the cusp of acos at c = 1.
 template <class T>
 inline constexpr T kRounding = sizeof(T) == 4 ? T(5e-7) : T(4e-15);
 
@@ -44,7 +45,8 @@ template <bool kSigned, class V>
 KIP_INLINE inline Angle<V> angle(V gap) {
   using T = Scalar<V>;
   const V far = T(2 / kPi) - gap;
-  const TwiceRoots<V> sine = twice_roots(gap * far);  // the square of it can be negative by rounding
+  const TwiceRoots<V> sine =
+      twice_roots(gap * far);  // the square of it can be negative by rounding
   if constexpr (!kSigned) {
     return {sine.root, sine.root * arc_cosine_polynomial(gap), sine.inverse * T(0.5 / kPi)};
   } else {

@@ -65,15 +65,21 @@ inline V spread(V x) {
 #if defined(__AVX512F__)
 inline VectorF square_root(VectorF x) { return _mm512_sqrt_ps(x); }
 inline VectorD square_root(VectorD x) { return _mm512_sqrt_pd(x); }
-inline VectorF estimate_inverse_root(VectorF x) { return _mm512_maskz_rsqrt14_ps(_mm512_cmp_ps_mask(x, VectorF{}, _CMP_GT_OQ), x); }
+inline VectorF estimate_inverse_root(VectorF x) {
+  return _mm512_maskz_rsqrt14_ps(_mm512_cmp_ps_mask(x, VectorF{}, _CMP_GT_OQ), x);
+}
 #elif defined(__AVX2__)
 inline VectorF square_root(VectorF x) { return _mm256_sqrt_ps(x); }
 inline VectorD square_root(VectorD x) { return _mm256_sqrt_pd(x); }
-inline VectorF estimate_inverse_root(VectorF x) { return _mm256_and_ps(_mm256_cmp_ps(x, VectorF{}, _CMP_GT_OQ), _mm256_rsqrt_ps(x)); }
+inline VectorF estimate_inverse_root(VectorF x) {
+  return _mm256_and_ps(_mm256_cmp_ps(x, VectorF{}, _CMP_GT_OQ), _mm256_rsqrt_ps(x));
+}
 #else
 inline VectorF square_root(VectorF x) { return _mm_sqrt_ps(x); }
 inline VectorD square_root(VectorD x) { return _mm_sqrt_pd(x); }
-inline VectorF estimate_inverse_root(VectorF x) { return _mm_and_ps(_mm_cmpgt_ps(x, VectorF{}), _mm_rsqrt_ps(x)); }
+inline VectorF estimate_inverse_root(VectorF x) {
+  return _mm_and_ps(_mm_cmpgt_ps(x, VectorF{}), _mm_rsqrt_ps(x));
+}
 #endif
 
 // Both 0 where x <= 0.
@@ -84,7 +90,8 @@ struct TwiceRoots {
 
 // To 2e-7: one Newton step costs less than a square root and a division.
 inline TwiceRoots<VectorF> twice_roots(VectorF x) {
-  const VectorF estimate = estimate_inverse_root(x), root = x * estimate, correction = 3 - root * estimate;
+  const VectorF estimate = estimate_inverse_root(x), root = x * estimate,
+                correction = 3 - root * estimate;
   return {root * correction, estimate * correction};
 }
 inline TwiceRoots<VectorD> twice_roots(VectorD x) {
