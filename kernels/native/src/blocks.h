@@ -207,6 +207,18 @@ void add_variances_vjp(const Plan& plan, const T* pixels, Index count, const dou
   });
 }
 
+// The tiles in a round, given what each takes of kRoundBytes.
+inline Index tiles_per_round(Index bytes_per_tile) {
+  return std::max<Index>(1, kRoundBytes / std::max<Index>(1, bytes_per_tile));
+}
+
+// Bytes of a tile of right images.
+template <class T>
+Index tile_bytes(const Plan& plan) {
+  return kVectorBytes * (plan.image_size() + 2 * plan.convolution_variances() + plan.pooled +
+                         head_size(plan) * kParts<T>);
+}
+
 // Calls f(engine, right, i, k, tile) for each of `parts` parts of the left images and each tile of
 // x2, `per_round` tiles at a time, of which `tile` is the k-th; and after(tiles) after each round.
 // `engine` is one of the calling thread's own.
@@ -223,18 +235,6 @@ void for_each_unit(const Plan& plan, Index parts, ImageSet<T> x2, Index per_roun
     });
     after(tiles);
   }
-}
-
-// The tiles in a round, given what each takes of kRoundBytes.
-inline Index tiles_per_round(Index bytes_per_tile) {
-  return std::max<Index>(1, kRoundBytes / std::max<Index>(1, bytes_per_tile));
-}
-
-// Bytes of a tile of right images.
-template <class T>
-Index tile_bytes(const Plan& plan) {
-  return kVectorBytes * (plan.image_size() + 2 * plan.convolution_variances() + plan.pooled +
-                         head_size(plan) * kParts<T>);
 }
 
 // Likewise, for units that keep nothing for `after`.

@@ -1,6 +1,6 @@
-// One offset of a level, forward and back, row by row: see docs/kernel.md, from "Offsets" on, and
-// for what is particular to these loops "One row at a time". Rows and bands hold 2 m (or 2 n) and 2
-// t; cotangents (`_bar`) of m, n and t are held halved.
+// One offset of a level, forward and back, row by row. docs/kernel.md has the mathematics
+// ("Offsets" to "The backward sweep"), and what is particular to these loops ("One row at a time"):
+// rows and bands hold twice m (or n) and twice t, and half the cotangents of n and t.
 #pragma once
 
 #include <algorithm>
