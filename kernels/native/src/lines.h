@@ -491,7 +491,7 @@ class Lines {
   }
   V* t_row(int l, int y) { return l || !p_ ? ring(rows_, l, 1, y) : band_.t + band_row(y); }
 
-  // Rows y of the cotangents of layer l's ReLU input: n_bar + t_bar, t_bar.
+  // Row y of the cotangents of layer l's ReLU input: n_bar + t_bar, t_bar.
   V* nt_bar_row(int l, int y) { return ring(bars_, l, 0, y); }
   V* t_bar_row(int l, int y) { return ring(bars_, l, 1, y); }
 
@@ -542,20 +542,25 @@ class Lines {
     first ? f(ReluKind<true, true>{}) : f(ReluKind<false, true>{});
   }
 
+  // Calls f(channels) with the channels D as a constant, or 0 for any other number.
+  template <class F>
+  void with_channels(F f) const {
+    if (plan_.channels == 1) return f(std::integral_constant<int, 1>{});
+    if (plan_.channels == 3) return f(std::integral_constant<int, 3>{});
+    f(std::integral_constant<int, 0>{});
+  }
+
   // Makes row y of the level's input ready: from pixels, or from the band less the spreads.
   void load_input(int y) {
     const bool distances = level_->distances;
     if (!p_) {
-      const int channels = plan_.channels;
-      const auto rows = distances ? std::array{input_row<0, true, L, V>, input_row<1, true, L, V>,
-                                               input_row<3, true, L, V>}
-                                  : std::array{input_row<0, false, L, V>, input_row<1, false, L, V>,
-                                               input_row<3, false, L, V>};
-      rows[channels == 1   ? 1
-           : channels == 3 ? 2
-                           : 0](left_.pixels + left_pixel(y) * channels,
-                                right_.pixels + right_pixel(y) * channels, rect_.width, channels,
-                                n_row(0, y));
+      with_channels([&](auto channels) {
+        const auto row =
+            distances ? input_row<channels, true, L, V> : input_row<channels, false, L, V>;
+        row(left_.pixels + left_pixel(y) * plan_.channels,
+            right_.pixels + right_pixel(y) * plan_.channels, rect_.width, plan_.channels,
+            n_row(0, y));
+      });
     } else if (distances) {
       const V *from = band_.n + band_row(y),
               *right = right_.pooled + level_->first_pooled + right_pixel(y);
@@ -578,6 +583,7 @@ class Lines {
     });
   }
 
+  // Row y of the last layer, forward and back, given the cotangents of its output in `cells`.
   void turn(int y, Cells<V> cells, V* sigma) {
     const int l = level_->convs - 1;
     if (!cells.count) {
@@ -601,8 +607,14 @@ class Lines {
 
   // Row y of the cotangents of the input of a level with convolutions.
   void input_cotangents(int y, V* pixel_bar) {
-    if (!p_)
-      return pixel_cotangents(y, nt_bar_rows(0, y), 2 * scale_ / T(plan_.channels), pixel_bar);
+    if (!p_) {
+      return with_channels([&](auto channels) {
+        pixel_cotangents_row<channels>(nt_bar_rows(0, y), rect_.width,
+                                       2 * scale_ / T(plan_.channels),
+                                       right_.pixels + right_pixel(y) * plan_.channels,
+                                       plan_.channels, pixel_bar + left_pixel(y) * plan_.channels);
+      });
+    }
     scaled_box_row(nt_bar_rows(0, y), rect_.width, scale_ / 16, band_.n + band_row(y));
     if (kNtk && level_->has_ntk)
       scaled_box_row(t_bar_rows(0, y), rect_.width, scale_ / 16, band_.t + band_row(y));
@@ -623,15 +635,6 @@ class Lines {
           pixel_bar[left + c] += cells.n[x & 1][x >> 1] * right_.pixels[right + c] * share;
       }
     }
-  }
-
-  void pixel_cotangents(int y, ThreeRows<V> nt_bar, T scale, V* pixel_bar) {
-    const int channels = plan_.channels;
-    const auto row = channels == 1   ? pixel_cotangents_row<1, V>
-                     : channels == 3 ? pixel_cotangents_row<3, V>
-                                     : pixel_cotangents_row<0, V>;
-    row(nt_bar, rect_.width, scale, right_.pixels + right_pixel(y) * channels, channels,
-        pixel_bar + left_pixel(y) * channels);
   }
 
   const Plan& plan_;
