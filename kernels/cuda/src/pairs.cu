@@ -22,10 +22,13 @@ struct Shared {
 
   // The second image's table, which every offset reads: a copy in shared memory, if there is room.
   const Real* hold(const Real* right) const {
-    if constexpr (!kTableShared) return right;
-    for (int e = thread() - kMargin; e < kTable + kMargin; e += kThreads) table[e] = right[e];
-    sync();
-    return table;
+    if constexpr (kTableShared) {
+      for (int e = thread() - kMargin; e < kTable + kMargin; e += kThreads) table[e] = right[e];
+      sync();
+      return table;
+    } else {
+      return right;
+    }
   }
 
   // Replaces thread 0's a and b by the sums over the first kCount threads, in a fixed order.

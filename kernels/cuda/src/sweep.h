@@ -107,10 +107,11 @@ class Sweep {
     load_own();
     for_each_offset([&](Offset d) { stream<false>(d); });
     sync();
-    if (kLast || kGroups == 1) return;
-    for (int e = thread(); e < kNextSize; e += kThreads)
-      for (int g = 1; g < kGroups; ++g) next_band_[e] += next_band_[g * kNextSize + e];
-    sync();
+    if constexpr (!kLast && kGroups > 1) {
+      for (int e = thread(); e < kNextSize; e += kThreads)
+        for (int g = 1; g < kGroups; ++g) next_band_[e] += next_band_[g * kNextSize + e];
+      sync();
+    }
   }
 
   // The adjoint, given the cotangents of the level's output in the next band (at the last level,
@@ -351,8 +352,8 @@ class Sweep {
   }
 
   void clear_next() {
-    if (kLast) return;
-    for (int e = thread(); e < kGroups * kNextSize; e += kThreads) next_band_[e] = 0;
+    if constexpr (!kLast)
+      for (int e = thread(); e < kGroups * kNextSize; e += kThreads) next_band_[e] = 0;
   }
 
   // Planes of neighbours.
