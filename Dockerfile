@@ -1,6 +1,8 @@
-# The environment of `make demo` and `make test`.
+# The environment of `make demo`. `make test` and `make lint` add what they need when they are run.
 FROM python:3.10-slim-bookworm
-RUN apt-get update && apt-get install -y --no-install-recommends make g++ && rm -rf /var/lib/apt/lists/*
+RUN apt-get update \
+  && apt-get install -y --no-install-recommends make g++ \
+  && rm -rf /var/lib/apt/lists/*
 WORKDIR /kip
 COPY . .
 RUN make setup

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
       return slurm_cluster.submit(argv)
     threads = flags.FLAGS.lp_launch_type == lp.LaunchType.LOCAL_MULTI_THREADING.value
     run = start.ready(placement.no_gpus if threads else placement.find_gpus)
-    distill.check_port(run.config['system']['port'])
+    distill.check_port(run.config.system.port)
   except (start.BadInput, run_directory.RunDirectoryError) as error:
     print(f'error: {error}', file=sys.stderr)
     return run_directory.BAD_INPUT_STATUS
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
   with terminal.shown(run.directory):
     run.directory.begin()
     manager = distill.launch(program, run)
-    if not isolation.is_isolated() and not run.config['system']['accept_open_port']:
+    if not isolation.is_isolated() and not run.config.system.accept_open_port:
       logging.warning(
         '%s is open to every host that can reach this one, and whoever connects can run code as you: no private network '
         'could be made (see BUILD.md; system.accept_open_port=True ends this warning).',

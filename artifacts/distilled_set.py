@@ -16,6 +16,7 @@ In place of DIR/distilled.npz may stand the name of a set that the papers' autho
 """
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -28,7 +29,7 @@ import numpy as np
 from absl import flags
 
 from artifacts import run_directory
-from configs import base
+from configs import base, schema
 from data import NPZ_ERRORS, DataError, preprocess, released, store
 from programs import command_line
 
@@ -72,7 +73,7 @@ def save(
   images: np.ndarray,
   labels: np.ndarray,
   step: int,
-  config: dict[str, Any],
+  config: schema.Config,
   prepared: store.Prepared,
 ) -> None:
   """Writes `distilled.npz` atomically, and its whitening matrix before it; every entry loads with
@@ -80,8 +81,8 @@ def save(
   settings = {
     'data': _data(prepared),
     'step': step,
-    'run': config['run'],
-    'evaluation': config['system']['evaluation'],
+    'run': dataclasses.asdict(config.run),
+    'evaluation': dataclasses.asdict(config.system.evaluation),
     'label_offset': -1 / prepared.num_classes,
   }
   transform = prepared.transform
@@ -140,15 +141,13 @@ def load_released(name: str, cache: str, folder: str = '') -> Distilled:
     DataError: as `released.load` and `store.prepare`.
   """
   found = released.load(name, cache)
-  config = base.get_config().to_dict()
-  run = config['run']
-  run['data'].update(name=found.data, dir=folder, zca=found.zca)
-  run.update(
+  run = schema.Run(
+    data=schema.Data(name=found.data, dir=folder, zca=found.zca),
     architecture=found.architecture,
     images_per_class=len(found.labels) // found.labels.shape[1],
     learn_labels=found.learned_labels,
   )
-  prepared = store.prepare(run['data'], cache)
+  prepared = store.prepare(run.data, cache)
   if (
     prepared.train_images.shape[1:] != found.images.shape[1:]
     or prepared.num_classes != found.labels.shape[1]
@@ -160,8 +159,8 @@ def load_released(name: str, cache: str, folder: str = '') -> Distilled:
   settings = {
     'data': _data(prepared),
     'step': found.step,
-    'run': run,
-    'evaluation': config['system']['evaluation'],
+    'run': dataclasses.asdict(run),
+    'evaluation': dataclasses.asdict(schema.Evaluation()),
     'label_offset': -1 / prepared.num_classes,
   }
   return Distilled(found.images, found.labels, prepared.transform, settings)
@@ -189,7 +188,7 @@ def load_snapshot(
   Raises:
     DataError: it cannot be read, or its arrays have other shapes.
   """
-  num_images = directory.read_config()['run']['images_per_class'] * num_classes
+  num_images = directory.read_saved().config.run.images_per_class * num_classes
   try:
     with np.load(directory.snapshot(step), allow_pickle=False) as file:
       images, labels = file['images'], file['labels']

@@ -1,6 +1,8 @@
 """Test accuracies that the papers publish, in per cent: what a report holds beside a run's own."""
 
-from typing import Any, Mapping
+from typing import Any
+
+from configs import schema
 
 _NETWORK = {'nn_width': 1024, 'nn_steps': 5000}  # of every finite network that K2 publishes
 
@@ -20,22 +22,22 @@ _LABEL_SOLVE_CONVNET = {
 _GREY = ('mnist', 'fashion_mnist')
 
 
-def find(run: Mapping[str, Any]) -> dict[str, Any] | None:
+def find(run: schema.Run) -> dict[str, Any] | None:
   """The published row of a run's setting, if there is one: `kind` and `krr`, in per cent.
 
   Where a finite network is published too, `network`, in per cent, its `nn_width` and `nn_steps`.
   """
   data, images, architecture, method = (
-    run['data']['name'],
-    run['images_per_class'],
-    run['architecture'],
-    run['method'],
+    run.data.name,
+    run.images_per_class,
+    run.architecture,
+    run.method,
   )
-  whitened_as_published = run['data']['zca'] == (data not in _GREY)
-  if run['kernel'] != 'ntk' or run['initial_images'] != 'real':
+  whitened_as_published = run.data.zca == (data not in _GREY)
+  if run.kernel != 'ntk' or run.initial_images != 'real':
     return None
   if architecture == 'convnet' and whitened_as_published:
-    if method == 'kip' and run['learn_labels'] and images in _KIP_CONVNET.get(data, {}):
+    if method == 'kip' and run.learn_labels and images in _KIP_CONVNET.get(data, {}):
       krr, network = _KIP_CONVNET[data][images]
       return {
         'kind': 'published at convergence (NeurIPS 2021, Table 1)',
@@ -47,8 +49,8 @@ def find(run: Mapping[str, Any]) -> dict[str, Any] | None:
         'kind': 'published (NeurIPS 2021, Label Solve)',
         'krr': _LABEL_SOLVE_CONVNET[data][images],
       }
-  if architecture == 'fc1' and data == 'cifar10' and not run['data']['zca']:
-    if method == 'kip' and images == 10 and not run['learn_labels']:
+  if architecture == 'fc1' and data == 'cifar10' and not run.data.zca:
+    if method == 'kip' and images == 10 and not run.learn_labels:
       return {'kind': 'published at step 300 (ICLR 2021, notebook)', 'krr': '46.74'}
     if method == 'label_solve' and images == 50:
       return {'kind': 'published (ICLR 2021, notebook)', 'krr': '46.99'}

@@ -23,7 +23,7 @@ import psutil
 from absl import flags, logging
 
 from artifacts import distilled_set, paper_results, run_directory
-from configs import base
+from configs import validation
 from data import DataError, classes, store
 from distillation import evaluation
 from programs import command_line
@@ -70,7 +70,7 @@ def write(
   """
   from artifacts import pictures  # here: so that its lack is told in one line
 
-  config = directory.read_config()
+  saved = directory.read_saved()
   distilled = distilled_set.load(directory.distilled)
   names = distilled.class_names
   shown_step, images, labels = distilled.settings['step'], distilled.images, distilled.labels
@@ -112,7 +112,7 @@ def write(
     "Test accuracy; wall time is the coordinator's, beside which evaluations run.",
     pictures.accuracy(rows),
   )
-  page = _page(directory, config, distilled, rows, drawn, damage)
+  page = _page(directory, saved, distilled, rows, drawn, damage)
   run_directory.write_atomically(directory.report, page)
 
 
@@ -135,11 +135,11 @@ def _first_snapshot(directory, distilled) -> tuple[int, np.ndarray, np.ndarray, 
   return distilled.settings['step'], distilled.images, distilled.labels, damage
 
 
-def _page(directory, config, distilled, rows, drawn, damage) -> str:
-  run, settings = config['run'], distilled.settings
+def _page(directory, saved, distilled, rows, drawn, damage) -> str:
+  run, settings = saved.config.run, distilled.settings
   num_images, num_classes = distilled.labels.shape
-  architecture = run['architecture'] if isinstance(run['architecture'], str) else 'own architecture'
-  title = f'{run["method"]} on {settings["data"]["name"]}: {num_images} images, {architecture}'
+  architecture = run.architecture if isinstance(run.architecture, str) else 'own architecture'
+  title = f'{run.method} on {settings["data"]["name"]}: {num_images} images, {architecture}'
   last = max(rows, key=lambda row: row['step'])
   figures = ''.join(f'<p>{html.escape(message)}</p>' for message in damage) + ''.join(
     f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
@@ -168,7 +168,7 @@ def _page(directory, config, distilled, rows, drawn, damage) -> str:
         [
           ('updates', settings['step']),
           ('wall time of the distillation', f'{seconds} s'),
-          ('data (name and key)', f'{settings["data"]["name"]}, {config["data_key"]}'),
+          ('data (name and key)', f'{settings["data"]["name"]}, {saved.data_key}'),
           *_environment(directory),
         ]
       ),
@@ -179,9 +179,7 @@ def _page(directory, config, distilled, rows, drawn, damage) -> str:
       _table(
         sorted(
           (path, json.dumps(value))
-          for path, value in base.flatten(
-            {name: config[name] for name in ('run', 'system')}
-          ).items()
+          for path, value in validation.flatten(saved.config.to_dict()).items()
         )
       ),
     ),
@@ -300,11 +298,11 @@ def _processor() -> str:
   return names[0] if names else platform.machine()
 
 
-def _write_events(directory, rows, config) -> None:
+def _write_events(directory, rows, saved) -> None:
   from artifacts import tensorboard  # here, because a report needs none
 
-  cache = store.cache_folder(config['system']['cache_dir'])
-  prepared = store.open_prepared(config['data_key'], cache)
+  cache = store.cache_folder(saved.config.system.cache_dir)
+  prepared = store.open_prepared(saved.data_key, cache)
   if prepared:
     tensorboard.write_missing(directory, rows, prepared)
   else:
@@ -323,13 +321,13 @@ def main(argv: Sequence[str]) -> int:
     if not flags.FLAGS.workdir:
       raise command_line.BadInput('--workdir=DIR is missing: the run directory.')
     directory = run_directory.RunDirectory(flags.FLAGS.workdir)
-    rows, config = directory.read_metrics(), directory.read_config()
-    if config is None or not rows:
+    rows, saved = directory.read_metrics(), directory.read_config()
+    if saved is None or not rows:
       raise command_line.BadInput(
         f'--workdir={flags.FLAGS.workdir} holds no run that has been evaluated.'
       )
     write(directory, rows, flags.FLAGS.step)
-    _write_events(directory, rows, config)
+    _write_events(directory, rows, saved)
   except (command_line.BadInput, DataError, run_directory.RunDirectoryError) as error:
     print(f'error: {error}', file=sys.stderr)
     return run_directory.BAD_INPUT_STATUS

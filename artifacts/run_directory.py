@@ -9,11 +9,11 @@ import shlex
 import threading
 import time
 import uuid
-from typing import Any, BinaryIO, Callable, Mapping
+from typing import Any, BinaryIO, Callable, Mapping, NamedTuple
 
 from absl import logging
 
-from configs import base
+from configs import schema, validation
 
 FINISHED, FAILED, STOPPED = 'finished', 'failed', 'stopped'
 SUBMITTED = 'submitted'  # to a scheduler, which has not started it yet
@@ -29,6 +29,27 @@ DISK_PATIENCE, DISK_PAUSE = 60.0, 5.0  # seconds that `persist` tries, and waits
 
 class RunDirectoryError(ValueError):
   """The run directory cannot be used; the message is one line for the user."""
+
+
+class Saved(NamedTuple):
+  """What config.json holds.
+
+  Attributes:
+    config: of the run.
+    data_key: of its prepared data, see `store.Prepared`.
+  """
+
+  config: schema.Config
+  data_key: str
+
+  def to_dict(self) -> dict[str, Any]:
+    return {**self.config.to_dict(), 'data_key': self.data_key}
+
+  @classmethod
+  def from_dict(cls, values: Mapping[str, Any]) -> 'Saved':
+    """Of what `to_dict` gives, and more. Raises KeyError, TypeError, ValueError."""
+    config = {name: values[name] for name in ('run', 'system')}
+    return cls(schema.from_dict(schema.Config, config), values['data_key'])
 
 
 class RunDirectory:
@@ -54,7 +75,7 @@ class RunDirectory:
     self._lock = None
     self._earlier_generation = 0  # of the last coordinator before `begin`
 
-  def open(self, config: Mapping[str, Any], data_key: str) -> None:
+  def open(self, config: schema.Config, data_key: str) -> None:
     """Makes the folder, or checks that what it holds is this run; keeps other launches out for as
     long as this process lives.
 
@@ -79,48 +100,54 @@ class RunDirectory:
         _sweep(self.path)
         _sweep(self.tensorboard)
         self._check_same_run(config, data_key)
-        write_atomically(self.config, json_line({**config, 'data_key': data_key}, indent=2))
+        saved = Saved(config, data_key)
+        write_atomically(self.config, json_line(saved.to_dict(), indent=2))
       unless_opened.pop_all()
 
   def begin(self, state: str = STARTING) -> None:
     """Makes status.json tell of the launch for which this process opened the directory."""
     self._earlier_generation = self._read_generation()
     self.write_status(
-      state, step=self.checkpoint_step() or 0, num_steps=self.read_config()['run']['num_steps']
+      state, step=self.checkpoint_step() or 0, num_steps=self.read_saved().config.run.num_steps
     )
 
-  def _check_same_run(self, config: Mapping[str, Any], data_key: str) -> None:
+  def _check_same_run(self, config: schema.Config, data_key: str) -> None:
     saved, reached = self.read_config(), self.checkpoint_step()
     if saved is None:
       return
-    found = base.differences(saved, config)
-    if saved['data_key'] != data_key:
+    found = validation.differences(saved.config.run, config.run)
+    if saved.data_key != data_key:
       found.append('the content of the data set')
     if found:
       raise RunDirectoryError(
         f'--workdir={self.path} holds another run: {"; ".join(found)}. Choose another --workdir.'
       )
-    if reached is not None and config['run']['num_steps'] < reached:
+    if reached is not None and config.run.num_steps < reached:
       raise RunDirectoryError(
         f'--workdir={self.path} has come to step {reached}: run.num_steps must be {reached} or '
-        f'more, got {config["run"]["num_steps"]}; or choose another --workdir.'
+        f'more, got {config.run.num_steps}; or choose another --workdir.'
       )
 
   def close(self) -> None:
     """Lets another launch have it."""
     self._lock.close()
 
-  def read_config(self) -> dict[str, Any] | None:
-    """`run`, `system` and `data_key` of the run that is here, if any."""
+  def read_saved(self) -> Saved:
+    """The run that is here. Raises RunDirectoryError where there is none."""
+    saved = self.read_config()
+    if saved is None:
+      raise RunDirectoryError(f'{self.config} is missing; start the run by launch.py.')
+    return saved
+
+  def read_config(self) -> Saved | None:
+    """The run that is here, if any. Raises RunDirectoryError where it cannot be read."""
     try:
       with open(self.config, encoding='utf-8') as file:
         saved = json.load(file)
-      if not isinstance(saved, dict) or not {'run', 'system', 'data_key'} <= set(saved):
-        raise ValueError('fields are missing')
-      return saved
+      return Saved.from_dict(saved)
     except FileNotFoundError:
       return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
       raise RunDirectoryError(
         f'{self.config} cannot be read ({error}); restore it, or choose another --workdir.'
       ) from error

@@ -36,7 +36,7 @@ from artifacts import run_directory
 from benchmarks import steps
 from data import sampling
 from distillation import krr
-from kernels import architectures, ntk
+from kernels import architectures, checked, contract, library, registry
 from nodes import coordinator as coordinator_node
 from nodes import kernel_worker, tasks
 from nodes.client import Retrying
@@ -71,7 +71,7 @@ class NoKernel:
     self._microseconds, self._made = microseconds, {}
 
   def prepare(self, x):
-    return ntk.Prepared(x, [], self)
+    return contract.Prepared(x, [], self)
 
   def work(self, x1, x2):
     time.sleep(self._microseconds * 1e-6 * len(x1) * len(x2))
@@ -139,10 +139,10 @@ def work(port: int, cache: str, microseconds: float, answer) -> None:
   """The worker's process: works until told to stop; sends its seconds a step."""
   clock, compute = steps.Clock(), kernel_worker.KernelWorker._compute
   kernel = NoKernel(microseconds)
-  ntk.for_run = lambda run, threads: ntk.Checked(kernel, lambda: kernel, is_delicate=True)
+  registry.for_run = lambda run, threads: checked.Checked(kernel, lambda: kernel, is_delicate=True)
   for watched in (
     ('sample', sampling, 'targets'),
-    ('images', ntk.Library, '__getitem__'),
+    ('images', library.Library, '__getitem__'),
     ('residual', krr, 'residual'),
     ('residual', krr, 'cotangent'),
     ('encode', tasks, 'encode'),

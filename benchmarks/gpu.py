@@ -27,7 +27,7 @@ from absl import logging
 
 from artifacts import run_directory
 from benchmarks import kernels, steps
-from kernels import ntk
+from kernels import registry
 from nodes import coordinator, kernel_worker
 from nodes.client import Retrying
 
@@ -55,7 +55,9 @@ class Step:
 def implementations() -> list[str]:
   """Those that compute on the GPU here."""
   on_gpu = {'jax': jax.default_backend() != 'cpu'}
-  return [name for name in ntk.available() if name in ('cuda', 'jax') and on_gpu.get(name, True)]
+  return [
+    name for name in registry.available() if name in ('cuda', 'jax') and on_gpu.get(name, True)
+  ]
 
 
 def peak_flops() -> tuple[float, str]:

@@ -68,11 +68,11 @@ def _work() -> int:
 
   if not supervisor.is_child():
     os.environ.update(placement.launcher_environment())
-  from kernels import ntk
+  from kernels import registry
   from programs import hosts, start
 
-  make = ntk.for_run
-  ntk.for_run = lambda *arguments: _Timed(
+  make = registry.for_run
+  registry.for_run = lambda *arguments: _Timed(
     make(*arguments), os.path.join(os.environ[_NOTES], f'notes.{os.getpid()}')
   )
   start.parse(sys.argv)

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kernels.precision  # noqa: F401
-from kernels import architectures, ntk
+from kernels import architectures, registry
 
 # Of the entries compared with float64, the first rows and columns of a block.
 COTANGENT = np.array([[1, -0.5], [0.25, 2]])
@@ -133,7 +133,11 @@ def _settle(
   global _here
   os.environ['NPROC'] = '1'  # JAX has not started
   _here = Candidate(
-    name, ntk.make_kernel(architecture, implementation=name, threads=threads), images, more, blocks
+    name,
+    registry.make_kernel(architecture, implementation=name, threads=threads),
+    images,
+    more,
+    blocks,
   )
 
 
@@ -221,7 +225,7 @@ def measure(
     rng.standard_normal((max(shape[i] for shape in BLOCKS), *image)).astype(np.float32)
     for i in (0, 1)
   )
-  oracle = ntk.make_kernel(
+  oracle = registry.make_kernel(
     architecture,
     implementation='reference' if HAS_NEURAL_TANGENTS else 'jax',
     dtype='float64',
@@ -327,7 +331,7 @@ def _candidates(architecture, implementations, threads, *images):
       continue
     yield Candidate(
       implementation,
-      ntk.make_kernel(architecture, implementation=implementation, threads=threads),
+      registry.make_kernel(architecture, implementation=implementation, threads=threads),
       *images,
       BLOCKS,
     )
@@ -338,7 +342,7 @@ def _candidates(architecture, implementations, threads, *images):
         try:
           yield Candidate(
             f'native {name}',
-            ntk.make_kernel(architecture, implementation='native', threads=threads),
+            registry.make_kernel(architecture, implementation='native', threads=threads),
             *images,
             BLOCKS,
           )
@@ -420,7 +424,7 @@ def main():
   implementations = (
     args.implementations.split(',')
     if args.implementations
-    else [name for name in ntk.available() if name != 'reference']
+    else [name for name in registry.available() if name != 'reference']
   )
   peak = peak_flops()
   print(

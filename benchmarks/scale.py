@@ -30,6 +30,7 @@ import time
 import traceback
 from typing import Any, NamedTuple
 
+from configs import schema
 from programs import placement
 
 os.environ.update(placement.environment())  # before NumPy and JAX start
@@ -37,9 +38,9 @@ os.environ.update(placement.environment())  # before NumPy and JAX start
 import numpy as np
 
 from artifacts import run_directory
-from configs import base
+from configs import base, validation
 from data import store
-from kernels import ntk
+from kernels import registry
 from nodes import kernel_worker, tasks
 from nodes.client import Retrying
 
@@ -111,7 +112,7 @@ CASES = [
 def measured_costs(microseconds: float) -> Costs:
   """Shares and spread of the native kernel's own work on a ConvNet, on one thread, scaled to
   `microseconds` a pair, forward and vjp."""
-  kernel = ntk.make_kernel('convnet', implementation='native', threads=1)
+  kernel = registry.make_kernel('convnet', implementation='native', threads=1)
   rng = np.random.default_rng(0)
   x1, x2 = (kernel.prepare(rng.normal(size=(n, *IMAGE)).astype(np.float32)) for n in PAIRS)
   cotangent = np.ones(PAIRS)
@@ -156,9 +157,10 @@ class _Simulated:
   async def run(self) -> None:
     """Works for ever."""
     description = json.loads(await self._call('describe'))
-    self._num_support = description['run']['images_per_class'] * CLASSES
-    self._target_tile = description['run']['plan']['target_tile']
-    self._two_halves = tasks.support_per_task(description['run'], self._num_support) > 0
+    run = schema.from_dict(schema.Run, description['run'])
+    self._num_support = run.images_per_class * CLASSES
+    self._target_tile = run.plan.target_tile
+    self._two_halves = run.plan.split_support(self._num_support) > 0
     rate = 1 / (self._costs.derivatives + self._costs.pull_back)
     hello = json.dumps({'fingerprint': {'implementation': 'simulated'}, 'pairs_per_second': rate})
     in_hand, coming = [], None
@@ -366,9 +368,8 @@ def _start(config: Any, workers: int, folder: str, seconds: float) -> tuple[int,
   config.system.num_workers = workers
   config.system.snapshot_steps = (0,)
   config.system.checkpoint_seconds = 1e6
-  config = config.to_dict()
-  base.validate(config)
-  prepared = store.prepare(config['run']['data'], folder)
+  config = validation.validate(config.to_dict())
+  prepared = store.prepare(config.run.data, folder)
   directory = run_directory.RunDirectory(tempfile.mkdtemp(dir=folder))
   directory.open(config, prepared.key)
   directory.close()

@@ -9,7 +9,7 @@ import numpy as np
 
 import kernels.precision  # noqa: F401
 from artifacts import run_directory
-from configs import base
+from configs import base, validation
 from data import store
 from nodes import coordinator
 
@@ -36,17 +36,16 @@ def make_run(
   config.run.data.name = data
   config.run.plan.update(plan)
   config.system.update({'num_workers': 1, 'snapshot_steps': (0,), 'final_evaluation_timeout': 0.01})
-  config = config.to_dict()
-  base.validate(config)
+  config = validation.validate(config.to_dict())
   directory = run_directory.RunDirectory(os.path.join(folder, f'run_{len(os.listdir(folder))}'))
-  directory.open(config, store.prepare(config['run']['data'], folder).key)
+  directory.open(config, store.prepare(config.run.data, folder).key)
   return directory
 
 
 def pairs(directory: run_directory.RunDirectory) -> int:
   """Kernel entries of one of its steps."""
-  run = directory.read_config()['run']
-  return coordinator.pairs_per_step(run, run['images_per_class'] * CLASSES)
+  run = directory.read_saved().config.run
+  return coordinator.pairs_per_step(run, run.images_per_class * CLASSES)
 
 
 def _write_data(path: str, num_images: int) -> None:

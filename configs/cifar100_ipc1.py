@@ -2,7 +2,7 @@
 
 Published test accuracy: KRR 33.3-34.9 %, finite network (width 1024, 5000 updates) 15.7 %.
 
-    python launch.py --config=configs/cifar100_ipc1.py --workdir=runs/cifar100_ipc1 --lp_launch_type=local_mp
+    python launch.py --config=configs/cifar100_ipc1.py --workdir=runs/cifar100_ipc1
 
 Time and accuracy: not measured, neither on 2 cores nor on a GPU.
 """

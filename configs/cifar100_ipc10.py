@@ -2,7 +2,7 @@
 
 Published test accuracy: KRR 49.5 %, finite network (width 1024, 5000 updates) 28.3 %.
 
-    python launch.py --config=configs/cifar100_ipc10.py --workdir=runs/cifar100_ipc10 --lp_launch_type=local_mp
+    python launch.py --config=configs/cifar100_ipc10.py --workdir=runs/cifar100_ipc10
 
 Time and accuracy: not measured, neither on 2 cores nor on a GPU.
 """

@@ -1,7 +1,7 @@
 """Label Solve, ConvNet kernel, CIFAR-10, ZCA, 1 image a class, and with
 --config.run.images_per_class=10 or 50 the others that K2 reports.
 
-    python launch.py --config=configs/cifar10_convnet_ls.py --workdir=runs/cifar10_convnet_ls --lp_launch_type=local_mp
+    python launch.py --config=configs/cifar10_convnet_ls.py --workdir=runs/cifar10_convnet_ls
 
 Published test accuracy for 1, 10, 50 images a class: 26.09, 53.59, 65.89 % (MSE .042288, .034978,
 .029552). Measured for 1 and 10 images, CIFAR-10 (JPEG copy): 27.26 +- 0.78 % of three seeds, 144 to

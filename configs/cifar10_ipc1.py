@@ -2,7 +2,7 @@
 
 Published test accuracy: KRR 63.4-64.7 %, finite network (width 1024, 5000 updates) 49.9 %.
 
-    python launch.py --config=configs/cifar10_ipc1.py --workdir=runs/cifar10_ipc1 --lp_launch_type=local_mp
+    python launch.py --config=configs/cifar10_ipc1.py --workdir=runs/cifar10_ipc1
 
 Measured without augmentation, CIFAR-10 (JPEG copy): on one H100 KRR 59.87 % at step 1000 (4.5
 minutes; run.plan.target_tile=1250), no more up to step 1800, 60.83 % at step 2800 (12.3 minutes)

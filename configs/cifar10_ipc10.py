@@ -2,7 +2,7 @@
 
 Published test accuracy: KRR 75.5 %, finite network (width 1024, 5000 updates) 62.7 %.
 
-    python launch.py --config=configs/cifar10_ipc10.py --workdir=runs/cifar10_ipc10 --lp_launch_type=local_mp
+    python launch.py --config=configs/cifar10_ipc10.py --workdir=runs/cifar10_ipc10
 
 Measured without augmentation, CIFAR-10 (JPEG copy), on one H100: KRR 63.00 % at step 90 (4 minutes;
 run.plan.target_tile=1000), where it was stopped; a finite network (width 128, 1000 updates) on the

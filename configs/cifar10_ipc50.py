@@ -2,7 +2,7 @@
 
 Published test accuracy: KRR 79.7-80.6 %, finite network (width 1024, 5000 updates) 68.6 %.
 
-    python launch.py --config=configs/cifar10_ipc50.py --workdir=runs/cifar10_ipc50 --lp_launch_type=local_mp
+    python launch.py --config=configs/cifar10_ipc50.py --workdir=runs/cifar10_ipc50
 
 Time and accuracy: not measured, neither on 2 cores nor on a GPU.
 """

@@ -1,7 +1,7 @@
 """KIP on scikit-learn's bundled 8x8 digits: 10 learned images with learned labels, ConvNet kernel.
 What `make demo` runs.
 
-    python launch.py --config=configs/digits.py --workdir=runs/digits --lp_launch_type=local_mp
+    python launch.py --config=configs/digits.py --workdir=runs/digits
 
 Measured on 2 cores of an AMD EPYC: test accuracy KRR 58.89 -> 91.39 %, finite network (one, width
 64, 500 updates) 41.67 -> 77.78 %, in 22 s of distilling. On a GPU: not measured.

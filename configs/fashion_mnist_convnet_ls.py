@@ -1,7 +1,7 @@
 """Label Solve, ConvNet kernel, Fashion-MNIST, 1 image a class, and with
 --config.run.images_per_class=10 or 50 the others that K2 reports.
 
-    python launch.py --config=configs/fashion_mnist_convnet_ls.py --workdir=runs/fashion_mnist_convnet_ls --lp_launch_type=local_mp
+    python launch.py --config=configs/fashion_mnist_convnet_ls.py --workdir=runs/fashion_ls
 
 Published test accuracy for 1, 10, 50 images a class: 65.30, 80.84, 86.85 %.
 Time and accuracy: not measured, neither on 2 cores nor on a GPU.

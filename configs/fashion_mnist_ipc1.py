@@ -1,7 +1,7 @@
 """KIP, ConvNet kernel, Fashion-MNIST, 1 image a class (K2, Table 1). Published test accuracy: KRR
 76.7 %.
 
-    python launch.py --config=configs/fashion_mnist_ipc1.py --workdir=runs/fashion_mnist_ipc1 --lp_launch_type=local_mp
+    python launch.py --config=configs/fashion_mnist_ipc1.py --workdir=runs/fashion_mnist_ipc1
 
 Time and accuracy: not measured, neither on 2 cores nor on a GPU.
 """

@@ -1,7 +1,7 @@
 """KIP, ConvNet kernel, Fashion-MNIST, 50 images a class (K2, Table 1). Published test accuracy: KRR
 91.0 %.
 
-    python launch.py --config=configs/fashion_mnist_ipc50.py --workdir=runs/fashion_mnist_ipc50 --lp_launch_type=local_mp
+    python launch.py --config=configs/fashion_mnist_ipc50.py --workdir=runs/fashion_mnist_ipc50
 
 Time and accuracy: not measured, neither on 2 cores nor on a GPU.
 """

@@ -1,7 +1,7 @@
 """KIP with the ConvNet kernel by K2's protocol, labels learned: what the cells of its Table 1
 share. Each has its own file; this is
 
-    python launch.py --config=configs/kip_convnet.py --workdir=runs/mnist_ipc1 --lp_launch_type=local_mp
+    python launch.py --config=configs/kip_convnet.py --workdir=runs/mnist_ipc1
 
 The papers' figures are those at convergence, after 50,000 updates at most: --config.run.num_steps
 says how far to go, and a run that is there goes on by the same command with more. They keep the

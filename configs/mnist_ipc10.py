@@ -2,7 +2,7 @@
 
 Published test accuracy: KRR 99.1 %, finite network (width 1024, 5000 updates) 97.5 %.
 
-    python launch.py --config=configs/mnist_ipc10.py --workdir=runs/mnist_ipc10 --lp_launch_type=local_mp
+    python launch.py --config=configs/mnist_ipc10.py --workdir=runs/mnist_ipc10
 
 Time and accuracy: not measured, neither on 2 cores nor on a GPU.
 """

@@ -2,7 +2,7 @@
 
 Published test accuracy: KRR 99.5 %, finite network (width 1024, 5000 updates) 98.4 %.
 
-    python launch.py --config=configs/mnist_ipc50.py --workdir=runs/mnist_ipc50 --lp_launch_type=local_mp
+    python launch.py --config=configs/mnist_ipc50.py --workdir=runs/mnist_ipc50
 
 Time and accuracy: not measured, neither on 2 cores nor on a GPU.
 """

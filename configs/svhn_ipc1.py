@@ -1,7 +1,7 @@
 """KIP, ConvNet kernel, SVHN, ZCA, 1 image a class (K2, Table 1). Published test accuracy: KRR 64.3
 %.
 
-    python launch.py --config=configs/svhn_ipc1.py --workdir=runs/svhn_ipc1 --lp_launch_type=local_mp
+    python launch.py --config=configs/svhn_ipc1.py --workdir=runs/svhn_ipc1
 
 Time and accuracy: not measured, neither on 2 cores nor on a GPU.
 """

@@ -8,10 +8,11 @@ keras_preprocessing, up to 1.1.2) turns images about the point (H/2 + 1/2, W/2 +
 beyond the middle; so does this.
 """
 
-from typing import Any, Mapping, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from configs import schema
 from data import preprocess, sampling, store
 
 
@@ -33,7 +34,7 @@ class Changes(NamedTuple):
 
 
 def target_images(
-  run: Mapping[str, Any],
+  run: schema.Run,
   prepared: store.Prepared,
   step: int,
   batch: np.ndarray,
@@ -53,10 +54,10 @@ def target_images(
   Returns:
     float32 [stop - start, H, W, D].
   """
-  settings, seed, num_images = run['augmentation'], run['seed'], len(prepared.train_labels)
+  settings, seed, num_images = run.augmentation, run.seed, len(prepared.train_labels)
   wanted = batch[start:stop]
   images = prepared.train_images[wanted]
-  places = np.flatnonzero(chosen(settings['fraction'], seed, step, batch, num_images)[start:stop])
+  places = np.flatnonzero(chosen(settings.fraction, seed, step, batch, num_images)[start:stop])
   changes = draw(settings, seed, step, wanted[places], num_images, images.shape[1:3])
 
   def change(block):
@@ -80,7 +81,7 @@ def chosen(fraction: float, seed: int, step: int, batch: np.ndarray, num_images:
 
 
 def draw(
-  settings: Mapping[str, Any],
+  settings: schema.Augmentation,
   seed: int,
   step: int,
   indices: np.ndarray,
@@ -94,11 +95,11 @@ def draw(
     return most * (2 * sampling.uniform(seed, stream, step, num_images)[indices] - 1)
 
   return Changes(
-    symmetric(sampling.ROTATION, settings['rotation']),
-    symmetric(sampling.HEIGHT_SHIFT, settings['height_shift'] * size[0]),
-    symmetric(sampling.WIDTH_SHIFT, settings['width_shift'] * size[1]),
-    symmetric(sampling.CHANNEL_SHIFT, settings['channel_shift']),
-    settings['horizontal_flip']
+    symmetric(sampling.ROTATION, settings.rotation),
+    symmetric(sampling.HEIGHT_SHIFT, settings.height_shift * size[0]),
+    symmetric(sampling.WIDTH_SHIFT, settings.width_shift * size[1]),
+    symmetric(sampling.CHANNEL_SHIFT, settings.channel_shift),
+    settings.horizontal_flip
     & (sampling.uniform(seed, sampling.FLIP, step, num_images)[indices] < 0.5),
   )
 

@@ -18,6 +18,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 import numpy as np
 from absl import logging
 
+from configs import schema
 from data import NPZ_ERRORS, DataError, home, preprocess, sources
 
 _VERSION = 4
@@ -72,20 +73,19 @@ def cache_folder(configured: str = '') -> str:
   return os.path.abspath(configured or os.path.join(home.cache(), 'kip'))
 
 
-def prepare(data: Mapping[str, Any], cache: str, raw: bool = False) -> Prepared:
+def prepare(data: schema.Data, cache: str, raw: bool = False) -> Prepared:
   """The data set of a configuration's `run.data`, preprocessed; from the cache if it is there.
 
   Args:
-    data: `name`, `dir` and `size` (0 where it is not there), see `sources.find`; `zca` and
-      `zca_regularisation`.
+    data: the data set and its preprocessing.
     cache: folder to keep it in.
     raw: keep and give the raw training images too.
 
   Raises:
     DataError: no such data set, unusable content, or a cache folder that cannot be written.
   """
-  source = sources.find(data['name'], data['dir'], data.get('size', 0))
-  regularisation = float(data['zca_regularisation']) if data['zca'] else None
+  source = sources.find(data.name, data.dir, data.size)
+  regularisation = float(data.zca_regularisation) if data.zca else None
   recipe = 'standard' if regularisation is None else f'zca{regularisation!r}'
   key = (
     f'{hashlib.sha256(f"{_VERSION} {source.name} {source.key}".encode()).hexdigest()[:32]}-{recipe}'

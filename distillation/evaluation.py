@@ -5,9 +5,10 @@ from typing import Any, Callable, Sequence
 import numpy as np
 from absl import logging
 
+from configs import schema
 from data import sampling, store
 from distillation import krr, label_solve
-from kernels import architectures, ntk
+from kernels import architectures, contract, library, registry
 from nodes import tasks
 
 _WORDS = {
@@ -23,11 +24,11 @@ _HELD_OUT = 5000
 
 
 def krr_test(
-  kernel: ntk.Kernel,
+  kernel: contract.Kernel,
   images: np.ndarray,
   labels: np.ndarray,
   ridge: float,
-  test: ntk.Library,
+  test: library.Library,
   classes: np.ndarray,
   tile: int,
   check: Callable[[], None] = lambda: None,
@@ -60,7 +61,10 @@ def krr_test(
 
 
 def support_block(
-  kernel: ntk.Kernel, support: ntk.Prepared, tile: int, check: Callable[[], None] = lambda: None
+  kernel: contract.Kernel,
+  support: contract.Prepared,
+  tile: int,
+  check: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
   """K_ss, float64 [S, S], symmetric: tiles on and above the diagonal, mirrored below it.
 
@@ -85,8 +89,8 @@ class Evaluation:
 
   def __init__(
     self,
-    run: dict[str, Any],
-    settings: dict[str, Any],
+    run: schema.Run,
+    settings: schema.Evaluation,
     prepared: store.Prepared,
     threads: int,
     check: Callable[[], None] = lambda: None,
@@ -100,8 +104,8 @@ class Evaluation:
       check: called every second or so; what it raises ends the evaluation.
     """
     self._run, self._settings, self._prepared, self._check = run, settings, prepared, check
-    self._kernel = ntk.for_run(run, threads)
-    self._test = ntk.Library(self._kernel, prepared.test_images)
+    self._kernel = registry.for_run(run, threads)
+    self._test = library.Library(self._kernel, prepared.test_images)
 
   def krr(self, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """`krr_test_accuracy` and `krr_test_mse` of images [S, H, W, D] with labels [S, C]."""
@@ -109,10 +113,10 @@ class Evaluation:
       self._kernel,
       images,
       labels,
-      self._run['ridge'],
+      self._run.ridge,
       self._test,
       self._prepared.test_labels,
-      self._settings['krr_tile'],
+      self._settings.krr_tile,
       self._check,
     )
     return {'krr_test_accuracy': accuracy, 'krr_test_mse': error}
@@ -128,7 +132,7 @@ class Evaluation:
       where they were selected, `nn_validation_accuracy`. Nothing where `nn_steps` is 0.
     """
     settings, prepared = self._settings, self._prepared
-    if not settings['nn_steps']:
+    if not settings.nn_steps:
       return {}
     # Here, because it imports Neural Tangents, and not every run trains a network.
     from distillation import finite_network
@@ -136,31 +140,31 @@ class Evaluation:
     count = max(1, min(_HELD_OUT, len(prepared.train_images) // 10))
     held_out = slice(len(prepared.train_images) - count, None)
     result = finite_network.evaluate(
-      architectures.get(settings['nn_architecture'] or self._run['architecture']),
+      architectures.get(settings.nn_architecture or self._run.architecture),
       images,
       labels,
       (prepared.train_images[held_out], prepared.train_labels[held_out]),
       (prepared.test_images, prepared.test_labels),
-      width=settings['nn_width'],
-      steps=settings['nn_steps'],
-      batch=settings['nn_batch'],
-      loss=settings['nn_loss'],
-      learning_rate_factors=settings['nn_learning_rate_factors'],
-      l2s=settings['nn_l2s'],
-      num_seeds=settings['nn_seeds'],
-      seed=self._run['seed'],
+      width=settings.nn_width,
+      steps=settings.nn_steps,
+      batch=settings.nn_batch,
+      loss=settings.nn_loss,
+      learning_rate_factors=settings.nn_learning_rate_factors,
+      l2s=settings.nn_l2s,
+      num_seeds=settings.nn_seeds,
+      seed=self._run.seed,
       check=self._check,
     )
     row = {
       'nn_test_accuracy': float(np.mean(result.test_accuracies)),
       'nn_seeds': len(result.test_accuracies),
-      'nn_width': settings['nn_width'],
-      'nn_steps': settings['nn_steps'],
+      'nn_width': settings.nn_width,
+      'nn_steps': settings.nn_steps,
       'nn_learning_rate_factor': result.learning_rate_factor,
       'nn_l2': result.l2,
       'nn_selected_on': None,
     }
-    other = settings['nn_architecture']
+    other = settings.nn_architecture
     if other:
       row['nn_architecture'] = other if isinstance(other, str) else 'own architecture'
     if len(result.test_accuracies) > 1:
@@ -178,7 +182,7 @@ class Evaluation:
     Raises ValueError where `size` is no multiple of the number of classes, or more than there are.
     """
     chosen = sampling.class_balanced(
-      self._run['seed'], sampling.INITIAL_SUPPORT, 0, self._prepared.train_labels, size
+      self._run.seed, sampling.INITIAL_SUPPORT, 0, self._prepared.train_labels, size
     )
     return (
       np.asarray(self._prepared.train_images[chosen], np.float32),
@@ -205,14 +209,14 @@ class Evaluation:
     )
     support = self._kernel.prepare(images)
     factor = np.empty((0, len(images) + num_classes))
-    for start, end in tasks.ranges(len(train), self._settings['krr_tile']):
+    for start, end in tasks.ranges(len(train), self._settings.krr_tile):
       self._check()
       y = sampling.centred_one_hot(classes[start:end], num_classes)
       factor = label_solve.combine(
         [factor, label_solve.factor(self._kernel.block(support, train[start:end]), y)]
       )
-    k_ss = support_block(self._kernel, support, self._settings['krr_tile'], self._check)
-    return label_solve.solve(k_ss, factor, self._run['ridge'])
+    k_ss = support_block(self._kernel, support, self._settings.krr_tile, self._check)
+    return label_solve.solve(k_ss, factor, self._run.ridge)
 
 
 def in_words(row: dict[str, Any]) -> str:

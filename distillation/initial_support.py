@@ -1,19 +1,17 @@
 """The support set that a run starts from: real images, noise, or a distilled set."""
 
 import json
-from typing import Any, Mapping
 
 import numpy as np
 
+from configs import schema
 from data import NPZ_ERRORS, DataError, released, sampling, store
 
 REAL, NOISE = 'real', 'noise'
 _DEVIATION_IMAGES = 5000  # training images whose deviation noise has
 
 
-def make(
-  run: Mapping[str, Any], prepared: store.Prepared, cache: str
-) -> tuple[np.ndarray, np.ndarray]:
+def make(run: schema.Run, prepared: store.Prepared, cache: str) -> tuple[np.ndarray, np.ndarray]:
   """Images float64 [S, H, W, D], preprocessed space, and labels float64 [S, C], centred; class by
   class unless they come from a file.
 
@@ -25,10 +23,10 @@ def make(
   Raises:
     DataError: the file of `run.initial_images` is none, or does not fit the data set.
   """
-  kind, size = run['initial_images'], run['images_per_class'] * prepared.num_classes
+  kind, size = run.initial_images, run.images_per_class * prepared.num_classes
   if kind == REAL:
     chosen = sampling.class_balanced(
-      run['seed'], sampling.INITIAL_SUPPORT, 0, prepared.train_labels, size
+      run.seed, sampling.INITIAL_SUPPORT, 0, prepared.train_labels, size
     )
     return (
       prepared.train_images[chosen].astype(np.float64),
@@ -38,11 +36,11 @@ def make(
     deviation = np.std(prepared.train_images[:_DEVIATION_IMAGES], dtype=np.float64)
     images = np.stack(
       [
-        sampling.normal(run['seed'], sampling.INITIAL_NOISE, i, prepared.train_images[0].size)
+        sampling.normal(run.seed, sampling.INITIAL_NOISE, i, prepared.train_images[0].size)
         for i in range(size)
       ]
     )
-    classes = np.repeat(np.arange(prepared.num_classes), run['images_per_class'])
+    classes = np.repeat(np.arange(prepared.num_classes), run.images_per_class)
     return (
       deviation * images.reshape((size,) + prepared.train_images.shape[1:]),
       sampling.centred_one_hot(classes, prepared.num_classes),
@@ -55,19 +53,19 @@ def make(
     if array.shape != shape:
       raise DataError(
         f'run.initial_images={kind!r}: {name} must be {list(shape)} for {prepared.name} and '
-        f'run.images_per_class={run["images_per_class"]}, got {list(array.shape)}.'
+        f'run.images_per_class={run.images_per_class}, got {list(array.shape)}.'
       )
     if array.dtype.kind != 'f' or not np.isfinite(array).all():
       raise DataError(f'run.initial_images={kind!r}: {name} must be finite floating-point numbers.')
   return images.astype(np.float64), labels.astype(np.float64)
 
 
-def _released(name: str, run: Mapping[str, Any], cache: str) -> tuple[np.ndarray, np.ndarray]:
-  found, data = released.load(name, cache), run['data']
-  if (found.data, found.zca) != (data['name'], data['zca']):
+def _released(name: str, run: schema.Run, cache: str) -> tuple[np.ndarray, np.ndarray]:
+  found, data = released.load(name, cache), run.data
+  if (found.data, found.zca) != (data.name, data.zca):
     raise DataError(
       f'run.initial_images={name!r} needs run.data.name={found.data} and run.data.zca={found.zca}; '
-      f'got {data["name"]} and {data["zca"]}.'
+      f'got {data.name} and {data.zca}.'
     )
   return found.images, found.labels
 

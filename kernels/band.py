@@ -30,7 +30,7 @@ import numpy as np
 from jax import lax
 
 import kernels.precision  # noqa: F401
-from kernels import architectures, ntk
+from kernels import architectures, contract
 
 
 class _Budget(NamedTuple):
@@ -914,15 +914,15 @@ class JaxKernel:
     self._block = _compiled(lambda *tile: _tile_forward(architecture, kind, *tile)[0])
     self._backward = _compiled(functools.partial(_tile_backward, architecture, kind))
 
-  def prepare(self, x: np.ndarray) -> ntk.Prepared:
-    """See `ntk.Kernel.prepare`: the variances of every image."""
+  def prepare(self, x: np.ndarray) -> contract.Prepared:
+    """See `contract.Kernel.prepare`: the variances of every image."""
     tiles = self._pool.map(
       lambda tile: jax.device_get(self._variances(tile)), _tiles(x, self._budget.images)
     )
-    return ntk.Prepared(x, [np.concatenate(q)[: len(x)] for q in zip(*tiles)], self)
+    return contract.Prepared(x, [np.concatenate(q)[: len(x)] for q in zip(*tiles)], self)
 
   def block(self, x1, x2) -> np.ndarray:
-    """See `ntk.Kernel.block`."""
+    """See `contract.Kernel.block`."""
     symmetric = x1 is x2
     x1 = self._prepared(x1)
     x2 = x1 if symmetric else self._prepared(x2)
@@ -944,7 +944,7 @@ class JaxKernel:
     return np.triu(value) + np.triu(value, 1).T if symmetric else value
 
   def block_vjp(self, x1, x2, cotangent) -> tuple[np.ndarray, np.ndarray]:
-    """See `ntk.Kernel.block_vjp`. Where the cotangent is a function, tiles keep their stage inputs,
+    """See `contract.Kernel.block_vjp`. Where the cotangent is a function, tiles keep their stage inputs,
     up to a budget."""
     x1, x2 = self._prepared(x1), self._prepared(x2)
     a, b = self._tile_shape(x1, x2)
@@ -996,8 +996,8 @@ class JaxKernel:
     )
     return np.concatenate(list(pieces))[: len(x.images)]
 
-  def _prepared(self, x) -> ntk.Prepared:
-    return x if isinstance(x, ntk.Prepared) else self.prepare(x)
+  def _prepared(self, x) -> contract.Prepared:
+    return x if isinstance(x, contract.Prepared) else self.prepare(x)
 
   def _bytes_per_pair(self, shape) -> int:
     """Of what a tile keeps for its vjp."""
@@ -1090,7 +1090,7 @@ def _tiles(x, size):
   return [x[i : i + size] for i in range(0, len(x), size)]
 
 
-def _prepared_tiles(x: ntk.Prepared, size):
+def _prepared_tiles(x: contract.Prepared, size):
   """Tiles (images, variances)."""
   variances = [_tiles(q, size) for q in x.variances]
   return [(images, [q[i] for q in variances]) for i, images in enumerate(_tiles(x.images, size))]

@@ -17,7 +17,7 @@ sys.modules.setdefault(
 import neural_tangents as nt
 
 import kernels.precision  # noqa: F401
-from kernels import architectures, ntk
+from kernels import architectures, contract
 
 # Neural Tangents holds about this many [H, W, H, W] arrays a pair of images, forward and backward
 # together.
@@ -86,12 +86,12 @@ class ReferenceKernel:
       architecture, self.dtype, kind, parameterization, width
     )
 
-  def prepare(self, x: np.ndarray) -> ntk.Prepared:
-    """See `ntk.Kernel.prepare`: nothing is computed ahead."""
-    return ntk.Prepared(x, [], self)
+  def prepare(self, x: np.ndarray) -> contract.Prepared:
+    """See `contract.Kernel.prepare`: nothing is computed ahead."""
+    return contract.Prepared(x, [], self)
 
-  def block(self, x1: ntk.Images, x2: ntk.Images) -> np.ndarray:
-    """See `ntk.Kernel.block`."""
+  def block(self, x1: contract.Images, x2: contract.Images) -> np.ndarray:
+    """See `contract.Kernel.block`."""
     x1, x2 = _arrays(x1, x2)
     a, b = self._tile_shape(x1, x2)
     rows, columns = _tiles(x1, a), _tiles(x2, b)
@@ -103,8 +103,10 @@ class ReferenceKernel:
     n = len(columns)
     return np.block([tiles[i * n : (i + 1) * n] for i in range(len(rows))])[: len(x1), : len(x2)]
 
-  def block_vjp(self, x1: ntk.Images, x2: ntk.Images, cotangent) -> tuple[np.ndarray, np.ndarray]:
-    """See `ntk.Kernel.block_vjp`. A cotangent that is a function costs one more forward pass."""
+  def block_vjp(
+    self, x1: contract.Images, x2: contract.Images, cotangent
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """See `contract.Kernel.block_vjp`. A cotangent that is a function costs one more forward pass."""
     x1, x2 = _arrays(x1, x2)
     a, b = self._tile_shape(x1, x2)
     rows, columns = _tiles(x1, a), _tiles(x2, b)
@@ -154,7 +156,7 @@ def _functions(architecture, dtype, kind, parameterization, width):
 
 
 def _arrays(*images):
-  return [x.images if isinstance(x, ntk.Prepared) else x for x in images]
+  return [x.images if isinstance(x, contract.Prepared) else x for x in images]
 
 
 def _power_of_two_from(n: int) -> int:

@@ -20,7 +20,7 @@ from absl import logging
 import kernels.precision  # noqa: F401
 from artifacts import distilled_set, run_directory
 from artifacts.checkpoints import Checkpoints, NoGoodCheckpoint, SupportState
-from configs import base
+from configs import schema, validation
 from data import NPZ_ERRORS, DataError, sampling, store
 from distillation import initial_support, krr, label_solve, optimizers
 from nodes import tasks
@@ -77,7 +77,7 @@ class Gradient(NamedTuple):
 
 
 def initial_state(
-  run: dict[str, Any],
+  run: schema.Run,
   prepared: store.Prepared,
   optimizer: optax.GradientTransformation,
   cache: str = '',
@@ -89,12 +89,12 @@ def initial_state(
   )
 
 
-def pairs_per_step(run: dict[str, Any], num_support: int) -> int:
+def pairs_per_step(run: schema.Run, num_support: int) -> int:
   """Kernel entries of one step of KIP: forward and vjp count once where a task does both, else
   each."""
   targets = (
     (tasks.TARGET_BLOCKS, tasks.TARGET_VJP)
-    if tasks.support_per_task(run, num_support)
+    if run.plan.split_support(num_support)
     else (tasks.TARGETS,)
   )
   return sum(
@@ -104,11 +104,11 @@ def pairs_per_step(run: dict[str, Any], num_support: int) -> int:
   )
 
 
-def pairs_to_go(run: dict[str, Any], num_support: int, num_targets: int, step: int) -> int:
+def pairs_to_go(run: schema.Run, num_support: int, num_targets: int, step: int) -> int:
   """Kernel entries of the updates from `step` on, with `num_targets` training images; Label Solve's
   are forward alone."""
-  solves = base.label_solve_step(run) >= step
-  return (run['num_steps'] - step - solves) * pairs_per_step(
+  solves = run.label_solve_step >= step
+  return (run.num_steps - step - solves) * pairs_per_step(
     run, num_support
   ) + solves * num_support * num_targets
 
@@ -155,23 +155,21 @@ class Coordinator:
   def _set_up(self, cache: str, stop: threading.Event, progressed: Callable[[bool], None]) -> None:
     """Reads the configuration and opens the data; initialises all state."""
     self._progressed = progressed
-    self._config = self._directory.read_config()
-    if self._config is None:
-      raise RunFailed(f'{self._directory.config} is missing; start the run by launch.py.')
-    self._run, self._system = self._config['run'], self._config['system']
+    self._saved = self._directory.read_saved()
+    self._run, self._system = self._saved.config.run, self._saved.config.system
     self._cache, self._stop_event = cache, stop
-    self._prepared = store.open_prepared(self._config['data_key'], cache)
+    self._prepared = store.open_prepared(self._saved.data_key, cache)
     if self._prepared is None:
       raise RunFailed(
-        f'the prepared data {self._config["data_key"]} are not in {cache}; start the run by launch.py.'
+        f'the prepared data {self._saved.data_key} are not in {cache}; start the run by launch.py.'
       )
-    self._board = TaskBoard(self._system['lease_seconds'])
+    self._board = TaskBoard(self._system.lease_seconds)
     self._checkpoints = Checkpoints(self._directory.checkpoints)
     self._rounds: SupportState | None = None  # of Label Solve, see _target_factor
-    self._optimizer = optimizers.make(self._run['optimizer'], self._run['learning_rate'])
+    self._optimizer = optimizers.make(self._run.optimizer, self._run.learning_rate)
     self._update = jax.jit(self._updated)
-    self._dtype = np.dtype(self._run['kernel_dtype'])
-    self._run_id = _run_id(self._config)
+    self._dtype = np.dtype(self._run.kernel_dtype)
+    self._run_id = _run_id(self._saved)
     self._lock = threading.Lock()
     self._inputs: dict[str, np.ndarray] = {}  # of the current step, what workers fetch
     self._sent: dict[tuple[str, int, int], bytes] = {}  # rows of it, packed
@@ -205,7 +203,9 @@ class Coordinator:
 
   def describe(self) -> str:
     """The run, as JSON: `run`, `system`, `data_key`, `run_id`, `generation`."""
-    return json.dumps({**self._config, 'run_id': self._run_id, 'generation': self._generation})
+    return json.dumps(
+      {**self._saved.to_dict(), 'run_id': self._run_id, 'generation': self._generation}
+    )
 
   def read_data(self, folder: str, file: str, offset: int) -> bytes:
     """Part of a file of the prepared data; see `store.fetch`."""
@@ -322,7 +322,7 @@ class Coordinator:
         snapshot = self._read_snapshot(step)
         if snapshot is not None:
           return snapshot
-    if self._run['num_steps'] in done:
+    if self._run.num_steps in done:
       self._evaluated.set()
     if self._over:
       self._released.add(_EVALUATOR)
@@ -333,7 +333,7 @@ class Coordinator:
   def evaluated(self, row: str) -> None:
     """Takes note of a row (JSON) that the evaluator has written."""
     self._last_row = json.loads(row)
-    if self._last_row['step'] == self._run['num_steps']:
+    if self._last_row['step'] == self._run.num_steps:
       self._evaluated.set()
 
   def _snapshots_to_evaluate(self) -> list[int]:
@@ -341,11 +341,11 @@ class Coordinator:
     return [
       step
       for step in self._directory.snapshot_steps()
-      if step <= self._run['num_steps'] and step not in self._damaged
+      if step <= self._run.num_steps and step not in self._damaged
     ]
 
   def _read_snapshot(self, step: int) -> dict[str, Any] | None:
-    final = step == self._run['num_steps']
+    final = step == self._run.num_steps
     try:
       with np.load(self._directory.snapshot(step), allow_pickle=False) as file:
         return {
@@ -404,18 +404,18 @@ class Coordinator:
     return state
 
   def _distil(self, state: SupportState) -> SupportState:
-    num_steps = self._run['num_steps']
+    num_steps = self._run.num_steps
     if state.step > num_steps:
       raise RunFailed(f'the checkpoint is at step {state.step}, past run.num_steps={num_steps}.')
     logging.info(
       '%s: %d support images, %d targets a step, steps %d to %d.',
-      self._run['method'],
+      self._run.method,
       len(state.images),
-      self._run['targets_per_step'],
+      self._run.targets_per_step,
       state.step,
       num_steps,
     )
-    solve_step = base.label_solve_step(self._run)
+    solve_step = self._run.label_solve_step
     while True:
       try:
         if state.step == solve_step or state.step == num_steps == solve_step + 1:
@@ -425,7 +425,7 @@ class Coordinator:
       except _Stopped:
         self._save(state)
         raise
-      if base.is_snapshot(state.step, num_steps, tuple(self._system['snapshot_steps'])):
+      if self._system.is_snapshot(state.step, num_steps):
         self._save(state)  # first: no snapshot is of a step that the run could fall behind
         self._write_snapshot(state, metrics)
       self._log(state, metrics)
@@ -448,7 +448,7 @@ class Coordinator:
     """One pass of DESIGN 1.1's split: K_ss, solve, all targets (loss and cotangents), the vjp of
     K_ss."""
     started, pairs = time.monotonic(), self._pairs
-    two_halves = tasks.support_per_task(self._run, len(state.images)) > 0
+    two_halves = self._run.plan.split_support(len(state.images)) > 0
     metrics, gradient = (self._two_halves if two_halves else self._one_pass)(state, with_gradient)
     rate = (self._pairs - pairs) / (time.monotonic() - started)
     return metrics._replace(kernel_pairs_per_second=rate), gradient
@@ -489,7 +489,7 @@ class Coordinator:
     )
     # Nothing can be solved without K_ss, so its tasks are the first of their workers; but many
     # images are sent for them, so those of the other workers, who all wait, go out before.
-    early = _IN_HAND * (max(0, self._system['num_workers'] - len(support)) // 2)
+    early = _IN_HAND * (max(0, self._system.num_workers - len(support)) // 2)
     late = blocks[early:]
     self._board.post(
       [
@@ -500,7 +500,7 @@ class Coordinator:
       ]
     )
     batch = sampling.targets(
-      self._run['seed'], state.step, self._prepared.train_labels, self._run['targets_per_step']
+      self._run.seed, state.step, self._prepared.train_labels, self._run.targets_per_step
     )
     y_t = sampling.centred_one_hot(self._prepared.train_labels[batch], self._prepared.num_classes)
     solution = self._solve(state, self._k_ss(support, num_support))
@@ -540,7 +540,7 @@ class Coordinator:
       raise RunFailed(
         f'step {self._step}: the training diverges, its loss is {loss:.3g}; lower run.learning_rate or raise run.ridge.'
       )
-    return Metrics(loss, correct / self._run['targets_per_step'], self._reached[1], 0.0)
+    return Metrics(loss, correct / self._run.targets_per_step, self._reached[1], 0.0)
 
   def _begin(self, state: SupportState) -> None:
     """From here on, this step is the one that workers may ask for."""
@@ -569,7 +569,7 @@ class Coordinator:
 
   def _solve(self, state: SupportState, k_ss: np.ndarray) -> krr.Solution:
     try:
-      return krr.solve(k_ss, state.labels, self._run['ridge'])
+      return krr.solve(k_ss, state.labels, self._run.ridge)
     except krr.NotPositiveDefiniteError as error:
       raise RunFailed(f'step {state.step}: {error}') from error
 
@@ -584,7 +584,7 @@ class Coordinator:
     rate = (self._pairs - pairs) / (time.monotonic() - started)
     loss = label_solve.loss(factor, solution.alpha, len(self._prepared.train_images))
     metrics = Metrics(loss, None, self._reached[1], rate)
-    return metrics, label_solve.solve(k_ss, factor, self._run['ridge']) if with_labels else None
+    return metrics, label_solve.solve(k_ss, factor, self._run.ridge) if with_labels else None
 
   def _target_factor(self, state: SupportState) -> np.ndarray:
     """R of [K_ts, y_t], [S + C, S + C], in rounds of `targets_per_step` images.
@@ -592,7 +592,7 @@ class Coordinator:
     Each ends with a checkpoint, whose step counts rounds. The checkpoints stand in a folder named
     by the images: rounds about others would be in the way.
     """
-    num_targets, size = len(self._prepared.train_images), self._run['targets_per_step']
+    num_targets, size = len(self._prepared.train_images), self._run.targets_per_step
     name = hashlib.sha256(state.images.tobytes()).hexdigest()[:16]
     folder = os.path.join(self._directory.label_solve, name)
     os.makedirs(folder, exist_ok=True)
@@ -664,9 +664,9 @@ class Coordinator:
     Raises RunFailed where waiting is no use, _Stopped after worker_timeout.
     """
     broken = [message for name, message in list(self._broken.items()) if name != _EVALUATOR]
-    if len(broken) >= self._system['num_workers'] and not self._rates:
+    if len(broken) >= self._system.num_workers and not self._rates:
       raise RunFailed(f'no worker can start; the last one said: {broken[-1]}')
-    silent, timeout = self._board.silence(), self._system['worker_timeout']
+    silent, timeout = self._board.silence(), self._system.worker_timeout
     if silent > timeout:
       raise _Stopped(f'no worker has been heard of for {silent:.0f} s (system.worker_timeout)')
     stalled, waits_for = self._board.stall()
@@ -708,7 +708,7 @@ class Coordinator:
   ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """Parameters and the optimiser's state after an update, and whether they are finite, by name:
     traced, so in one pass over memory."""
-    factors = {'images': 1.0, 'labels': self._run['label_learning_rate_factor']}
+    factors = {'images': 1.0, 'labels': self._run.label_learning_rate_factor}
     updates, optimizer = self._optimizer.update(gradients, optimizer, parameters)
     moved = {name: value + factors[name] * updates[name] for name, value in parameters.items()}
     return moved, optimizer, {name: jnp.isfinite(value).all() for name, value in moved.items()}
@@ -738,8 +738,8 @@ class Coordinator:
     if task.phase == tasks.SUPPORT_VJP:
       cotangent = self._inputs['cotangent'][slice(*task.support_range), slice(*task.target_range)]
       return [tasks.pack({'cotangent': cotangent.astype(self._dtype)})]
-    if task.phase in (tasks.SUPPORT_BLOCKS, tasks.TARGET_BLOCKS) and tasks.support_per_task(
-      self._run, len(self._inputs['images'])
+    if task.phase in (tasks.SUPPORT_BLOCKS, tasks.TARGET_BLOCKS) and self._run.plan.split_support(
+      len(self._inputs['images'])
     ):
       return [self._packed('images', *task.support_range)]
     if task.phase == tasks.TARGET_VJP:
@@ -767,7 +767,7 @@ class Coordinator:
         for key, value in self._fingerprint.items()
         if hello['fingerprint'].get(key) != value
       ]
-      if differing and not self._system['allow_mixed']:
+      if differing and not self._system.allow_mixed:
         self._broken[worker] = (
           f'this worker would compute other bits than those before it ({"; ".join(differing)}). '
           'Make them alike, or set system.allow_mixed=True.'
@@ -780,9 +780,9 @@ class Coordinator:
 
   def _say_cost(self, worker: str) -> None:
     """What the rest of the run will take, once a worker has measured its speed."""
-    rate = self._rates[worker] * self._system['num_workers']
-    num_support = self._run['images_per_class'] * self._prepared.num_classes
-    steps = self._run['num_steps'] - self._reached[0]
+    rate = self._rates[worker] * self._system.num_workers
+    num_support = self._run.images_per_class * self._prepared.num_classes
+    steps = self._run.num_steps - self._reached[0]
     pairs = pairs_to_go(self._run, num_support, len(self._prepared.train_images), self._reached[0])
     estimate = (
       'all steps are done'
@@ -797,17 +797,17 @@ class Coordinator:
       worker,
       self._rates[worker],
       self._fingerprint['implementation'],
-      _count(self._system['num_workers'], 'such worker'),
+      _count(self._system.num_workers, 'such worker'),
       estimate,
     )
 
   def _write_snapshot(self, state: SupportState, metrics: Metrics) -> None:
     images, labels = state.images.astype(np.float32), state.labels.astype(np.float32)
-    if state.step == self._run['num_steps']:
+    if state.step == self._run.num_steps:
       self._persist(
         self._directory.distilled,
         lambda: distilled_set.save(
-          self._directory.distilled, images, labels, state.step, self._config, self._prepared
+          self._directory.distilled, images, labels, state.step, self._saved.config, self._prepared
         ),
       )
     path = self._directory.snapshot(state.step)
@@ -833,7 +833,7 @@ class Coordinator:
       )
       self._saved_step = state.step
       self._progressed(True)
-    self._next_checkpoint = time.monotonic() + self._system['checkpoint_seconds']
+    self._next_checkpoint = time.monotonic() + self._system.checkpoint_seconds
 
   def _persist(self, what: str, write: Callable[[], None]) -> None:
     """Writes; where that fails, again for a while: a full disk may be emptied. Raises RunFailed."""
@@ -850,7 +850,7 @@ class Coordinator:
     stop: the data are exported already."""
     self._board.post([])
     self._end = time.monotonic()
-    end = self._end + self._system['final_evaluation_timeout']
+    end = self._end + self._system.final_evaluation_timeout
     self._next_status = 0.0
     while not self._evaluated.wait(_POLL):
       self._refresh_status(run_directory.EVALUATING)
@@ -868,7 +868,7 @@ class Coordinator:
         logging.warning(
           'Waiting for the last evaluation; the evaluator has not been heard of for %.0f s.', silent
         )
-      if silent > self._system['worker_timeout']:
+      if silent > self._system.worker_timeout:
         logging.warning(
           'The evaluator has not been heard of for %.0f s (system.worker_timeout): '
           'ending without %s.',
@@ -880,14 +880,14 @@ class Coordinator:
         logging.warning(
           'Ending without %s after %.0f s (system.final_evaluation_timeout).',
           self._lacking(),
-          self._system['final_evaluation_timeout'],
+          self._system.final_evaluation_timeout,
         )
         return
 
   def _lacking(self) -> str:
     """What the evaluator has not done yet: its row is written before all that is made of it."""
     rows = {row['step'] for row in self._directory.read_metrics()}
-    is_there = self._run['num_steps'] in rows
+    is_there = self._run.num_steps in rows
     return 'the baselines or the report' if is_there else 'the last evaluation'
 
   def _release(self) -> None:
@@ -910,9 +910,9 @@ class Coordinator:
     self._write_status(run_directory.FAILED, max(self._saved_step, 0), message=message)
 
   def _log(self, state: SupportState, metrics: Metrics) -> None:
-    if time.monotonic() < self._next_log and state.step < self._run['num_steps']:
+    if time.monotonic() < self._next_log and state.step < self._run.num_steps:
       return
-    self._next_log = time.monotonic() + self._system['log_seconds']
+    self._next_log = time.monotonic() + self._system.log_seconds
     row = (
       f', test {100 * self._last_row["krr_test_accuracy"]:.2f} % at step {self._last_row["step"]}'
       if self._last_row
@@ -922,7 +922,7 @@ class Coordinator:
       '' if metrics.train_accuracy is None else f', train {100 * metrics.train_accuracy:.2f} %'
     )
     # All of this update's work is done by now.
-    solved = state.step == base.label_solve_step(self._run)
+    solved = state.step == self._run.label_solve_step
     pairs = pairs_to_go(
       self._run, len(state.images), len(self._prepared.train_images), state.step + solved
     )
@@ -930,7 +930,7 @@ class Coordinator:
     logging.info(
       'step %d/%d: loss %.5f%s%s, %.3g pairs/s by %s, %s to go',
       state.step,
-      self._run['num_steps'],
+      self._run.num_steps,
       metrics.train_loss,
       accuracy,
       row,
@@ -971,7 +971,7 @@ class Coordinator:
     self._directory.write_status(
       state,
       step=step,
-      num_steps=self._run['num_steps'],
+      num_steps=self._run.num_steps,
       generation=self._generation,
       wall_seconds=self._wall_seconds(),
       pid=os.getpid(),
@@ -987,19 +987,19 @@ class Coordinator:
     return self._earlier_seconds + (self._end or time.monotonic()) - self._start
 
 
-def _plan(run: dict[str, Any], phase: str, num_support: int, targets: tasks.Range | None = None):
+def _plan(run: schema.Run, phase: str, num_support: int, targets: tasks.Range | None = None):
   return tasks.plan(
     phase,
     num_support,
-    targets or (0, run['targets_per_step']),
-    run['plan']['support_tile'],
-    tasks.targets_per_task(run),
-    tasks.support_per_task(run, num_support),
+    targets or (0, run.targets_per_step),
+    run.plan.support_tile,
+    run.plan.targets_per_task,
+    run.plan.split_support(num_support),
   )
 
 
-def _parameters(run: dict[str, Any], images: Any, labels: Any) -> dict[str, Any]:
-  return {'images': images, 'labels': labels} if run['learn_labels'] else {'images': images}
+def _parameters(run: schema.Run, images: Any, labels: Any) -> dict[str, Any]:
+  return {'images': images, 'labels': labels} if run.learn_labels else {'images': images}
 
 
 def _task(fields: list[Any]) -> tasks.Task:
@@ -1009,16 +1009,16 @@ def _task(fields: list[Any]) -> tasks.Task:
   )
 
 
-def _run_id(config: dict[str, Any]) -> str:
+def _run_id(saved: run_directory.Saved) -> str:
   """Names what a run computes."""
   fields = {
     path: value
-    for path, value in base.flatten({'run': config['run']}).items()
+    for path, value in validation.flatten({'run': saved.to_dict()['run']}).items()
     if path not in ('run.num_steps', 'run.data.dir')
   }
-  return hashlib.sha256(
-    json.dumps([config['data_key'], fields], sort_keys=True).encode()
-  ).hexdigest()[:16]
+  return hashlib.sha256(json.dumps([saved.data_key, fields], sort_keys=True).encode()).hexdigest()[
+    :16
+  ]
 
 
 def _in_words(error: Exception) -> str:

@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags, logging
 
 from artifacts import distilled_set, run_directory
-from configs import base
+from configs import base, validation
 from data import NPZ_ERRORS, DataError, released, store
 from distillation import evaluation, krr
 from nodes.client import CoordinatorLost, Stopping
@@ -128,15 +128,16 @@ class Evaluator:
 
   def _follow(self) -> None:
     description = json.loads(self._coordinator.describe())
-    self._run, self._settings = description['run'], description['system']['evaluation']
-    self._prepared = store.fetch(description['data_key'], self._cache, self._coordinator.read_data)
+    saved = run_directory.Saved.from_dict(description)
+    self._run, self._settings = saved.config.run, saved.config.system.evaluation
+    self._prepared = store.fetch(saved.data_key, self._cache, self._coordinator.read_data)
     self._evaluation = evaluation.Evaluation(
       self._run, self._settings, self._prepared, self._threads, self._check
     )
     done = [row['step'] for row in self._directory.read_metrics()]
     if done:  # a kill may have come between a row and what is made of it
       self._decorate("TensorBoard's file of an earlier row", self._write_missing_events)
-    if self._run['num_steps'] in done:
+    if self._run.num_steps in done:
       self._finish()
     while not self._stop_event.is_set():
       answer = self._coordinator.next_snapshot(done)
@@ -176,7 +177,7 @@ class Evaluator:
       )  # what the user gets is what is reported
       images, labels = distilled.images, distilled.labels
     row = {'step': step, **self._evaluation.krr(images, labels), **json.loads(snapshot['metrics'])}
-    if step == 0 or snapshot['final'] or step in self._settings['nn_snapshots']:
+    if step == 0 or snapshot['final'] or step in self._settings.nn_snapshots:
       row.update(self._evaluation.finite_network(images, labels))
     logging.info('evaluated %s', evaluation.in_words(row))
     return row
@@ -197,7 +198,7 @@ class Evaluator:
 
   def _finish(self) -> None:
     """Makes what follows the last row, unless it is there: baselines, report. Raises Stopping."""
-    if self._settings['baselines'] and self._directory.read_baselines() is None:
+    if self._settings.baselines and self._directory.read_baselines() is None:
       self._decorate('baselines.json', self._write_baselines, 'the same command')
     told = max(map(_modified, (self._directory.metrics, self._directory.baselines)))
     if _modified(self._directory.report) < told:
@@ -238,7 +239,7 @@ class Evaluator:
     tensorboard.write_missing(self._directory, self._directory.read_metrics(), self._prepared)
 
   def _write_baselines(self) -> None:
-    rows = self._evaluation.baselines(self._run['images_per_class'] * self._prepared.num_classes)
+    rows = self._evaluation.baselines(self._run.images_per_class * self._prepared.num_classes)
     path, content = self._directory.baselines, run_directory.json_line(rows, indent=2)
     run_directory.persist(
       path, lambda: run_directory.write_atomically(path, content), self._stop_event
@@ -272,7 +273,7 @@ def main(argv: Sequence[str]) -> int:
   try:
     command_line.parse(argv, '--dataset=FILE --config=FILE --baselines --json')
     rows = _evaluate_file(flags.FLAGS.dataset, flags.FLAGS.baselines)
-  except (command_line.BadInput, base.ConfigError, DataError) as error:
+  except (command_line.BadInput, validation.ConfigError, DataError) as error:
     print(f'error: {error}', file=sys.stderr)
     return run_directory.BAD_INPUT_STATUS
   except krr.NotPositiveDefiniteError as error:
@@ -301,14 +302,14 @@ def _evaluate_file(path: str | None, baselines: bool) -> list[dict[str, Any]]:
     raise command_line.BadInput(
       f'{path!r} holds no settings: give --config=FILE for its data set, preprocessing and architecture.'
     )
-  base.validate(config)
-  run, system = config['run'], config['system']
-  prepared = store.prepare(run['data'], cache)
-  base.validate_image_size(config, prepared.train_images.shape[1:])
+  validated = validation.validate(config)
+  run, system = validated.run, validated.system
+  prepared = store.prepare(run.data, cache)
+  validation.validate_image_size(validated, prepared.train_images.shape[1:])
   _check_fit(path, images, labels, settings, prepared)
-  threads = system['worker_threads'] or len(os.sched_getaffinity(0))
-  evaluate = evaluation.Evaluation(run, system['evaluation'], prepared, threads)
-  baselines = baselines or system['evaluation']['baselines']
+  threads = system.worker_threads or len(os.sched_getaffinity(0))
+  evaluate = evaluation.Evaluation(run, system.evaluation, prepared, threads)
+  baselines = baselines or system.evaluation.baselines
   try:
     if baselines:
       evaluate.real_images(len(images))

@@ -12,9 +12,10 @@ from typing import Any, Callable, NamedTuple
 import numpy as np
 from absl import logging
 
+from artifacts import run_directory
 from data import augment, sampling, store
 from distillation import krr, label_solve
-from kernels import ntk
+from kernels import contract, library, registry
 from nodes import tasks
 from nodes.client import CoordinatorLost, Stopping
 
@@ -24,7 +25,7 @@ _CALIBRATION_SECONDS = 80.0  # by the rate so far, which a single pair makes loo
 class _Targets(NamedTuple):
   """A tile of the step's targets: images [b, H, W, D], centred labels [b, C]."""
 
-  images: ntk.Images
+  images: contract.Images
   labels: np.ndarray
 
 
@@ -64,7 +65,7 @@ class KernelWorker:
     self._lock = threading.RLock()  # of `_inputs` and `_kept`, which the threads share
     self._inputs: dict[Any, Any] = {}  # (generation, step, name) -> value
     # (generation, step, ranges) -> of a first half, tile by tile.
-    self._kept: dict[Any, list[ntk.Linearised | None]] = {}
+    self._kept: dict[Any, list[contract.Linearised | None]] = {}
     # Step, start, stop: with which this worker began its last step.
     self._first_tile: tuple[int, int, int] | None = None
     self._foreseen: tuple[Any, Any] = (None, None)  # that tile of the next step, and its targets
@@ -113,15 +114,16 @@ class KernelWorker:
   def _prepare(self) -> str:
     """Data and kernel; gives what `Coordinator.lease` wants to know."""
     description = json.loads(self._coordinator.describe())
-    self._run, self._run_id = description['run'], description['run_id']
-    self._augment = self._run['augmentation']['fraction'] > 0
+    saved = run_directory.Saved.from_dict(description)
+    self._run, self._run_id = saved.config.run, description['run_id']
+    self._augment = self._run.augmentation.is_on
     self._prepared = store.fetch(
-      description['data_key'], self._cache, self._coordinator.read_data, raw=self._augment
+      saved.data_key, self._cache, self._coordinator.read_data, raw=self._augment
     )
-    self._kernel = ntk.for_run(self._run, self._threads)
-    self._num_support = self._run['images_per_class'] * self._prepared.num_classes
-    self._two_halves = tasks.support_per_task(self._run, self._num_support) > 0
-    self._train = ntk.Library(self._kernel, self._prepared.train_images)
+    self._kernel = registry.for_run(self._run, self._threads)
+    self._num_support = self._run.images_per_class * self._prepared.num_classes
+    self._two_halves = self._run.plan.split_support(self._num_support) > 0
+    self._train = library.Library(self._kernel, self._prepared.train_images)
     return json.dumps({'fingerprint': self._fingerprint(), 'pairs_per_second': self._calibrate()})
 
   def _hand_in(
@@ -225,7 +227,7 @@ class KernelWorker:
 
   def _support(
     self, task: tasks.Task, images: tasks.Range, given: np.ndarray | None = None
-  ) -> ntk.Prepared:
+  ) -> contract.Prepared:
     """Support images, in the form that spares their variances being computed for every block. Where
     tasks are about parts of the support, this worker fetches no others, and none that are
     `given`."""
@@ -251,7 +253,7 @@ class KernelWorker:
     first, last = task.target_range
     return [
       (first + start, first + stop)
-      for start, stop in tasks.ranges(last - first, self._run['plan']['target_tile'])
+      for start, stop in tasks.ranges(last - first, self._run.plan.target_tile)
     ]
 
   def _first_targets(self, *tile: int) -> _Targets:
@@ -292,7 +294,7 @@ class KernelWorker:
       targets = coming and coming.result()
 
   def _targets(
-    self, task: tasks.Task, support: ntk.Prepared, first: _Targets
+    self, task: tasks.Task, support: contract.Prepared, first: _Targets
   ) -> dict[str, np.ndarray]:
     """Rows of K_ts, their residual and their cotangent in one pass, tile by tile, summed in order
     in float64."""
@@ -305,7 +307,7 @@ class KernelWorker:
       def cotangent(block, y_t=y_t):
         nonlocal residual, alpha_bar
         block = block.astype(np.float64)
-        residual = krr.residual(krr.predictions(block, alpha), y_t, self._run['targets_per_step'])
+        residual = krr.residual(krr.predictions(block, alpha), y_t, self._run.targets_per_step)
         alpha_bar += krr.alpha_bar(block, residual.scaled)
         return krr.cotangent(alpha, residual.scaled)
 
@@ -320,7 +322,7 @@ class KernelWorker:
     }
 
   def _first_half(
-    self, task: tasks.Task, support: ntk.Prepared, first: _Targets | None
+    self, task: tasks.Task, support: contract.Prepared, first: _Targets | None
   ) -> np.ndarray:
     """The block of a task; what its derivatives need is kept for the second half, as far as there
     is room."""
@@ -342,7 +344,7 @@ class KernelWorker:
     return np.concatenate(blocks, axis=1)
 
   def _second_half(
-    self, task: tasks.Task, support: ntk.Prepared, inputs: dict[str, np.ndarray]
+    self, task: tasks.Task, support: contract.Prepared, inputs: dict[str, np.ndarray]
   ) -> np.ndarray:
     """The gradient by the task's support images, tile by tile, summed in order in float64."""
     gradient, first = np.zeros(support.images.shape, np.float64), task.target_range[0]
@@ -377,12 +379,12 @@ class KernelWorker:
       task.support_range,
     )
 
-  def _factor(self, target_range: tasks.Range, images: ntk.Prepared) -> np.ndarray:
+  def _factor(self, target_range: tasks.Range, images: contract.Prepared) -> np.ndarray:
     """R of the rows of [K_ts, y_t] of training images, never augmented."""
     first, last = target_range
     blocks = [
       self._kernel.block(images, self._prepared.train_images[first + start : first + stop])
-      for start, stop in tasks.ranges(last - first, self._run['plan']['target_tile'])
+      for start, stop in tasks.ranges(last - first, self._run.plan.target_tile)
     ]
     y_t = sampling.centred_one_hot(
       self._prepared.train_labels[first:last], self._prepared.num_classes
@@ -391,7 +393,7 @@ class KernelWorker:
 
   def _sampled(self, step: int) -> np.ndarray:
     return sampling.targets(
-      self._run['seed'], step, self._prepared.train_labels, self._run['targets_per_step']
+      self._run.seed, step, self._prepared.train_labels, self._run.targets_per_step
     )
 
   def _fetch(self, task: tasks.Task, name: str, rows: tasks.Range) -> np.ndarray:
@@ -432,12 +434,12 @@ class KernelWorker:
     """Pairs a second, of a single pair, of a few, of a full tile: as far as they are cheap.
     Compiles on the way."""
     images = self._prepared.train_images
-    if self._run['method'] == 'label_solve':
+    if self._run.method == 'label_solve':
       compute = self._kernel.block
     else:
       compute = lambda x1, x2: self._kernel.block_vjp(x1, x2, lambda block: block)
-    rows = tasks.support_per_task(self._run, self._num_support) or self._num_support
-    columns = min(self._run['plan']['target_tile'], len(images))
+    rows = self._run.plan.split_support(self._num_support) or self._num_support
+    columns = min(self._run.plan.target_tile, len(images))
     rate = 0.0
     for a, b in ((1, 1), (rows, min(16, columns)), (rows, columns)):
       if rate and a * b > rate * _CALIBRATION_SECONDS:

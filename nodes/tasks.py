@@ -6,7 +6,7 @@ as bytes; pieces in parts of at most PART_BYTES. Tasks carry indices, never imag
 
 import json
 import math
-from typing import Any, Mapping, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -69,18 +69,6 @@ class Stale(Exception):
 def ranges(total: int, size: int) -> list[Range]:
   """[0, total) cut into pieces of `size`, the last one shorter."""
   return [(start, min(start + size, total)) for start in range(0, total, size)]
-
-
-def support_per_task(run: Mapping[str, Any], num_support: int) -> int:
-  """Support images of a target task, where a step has two halves; 0 where it has one pass, in tasks
-  about all support images."""
-  configured = run['plan']['support_per_task']
-  return configured if configured < num_support else 0
-
-
-def targets_per_task(run: Mapping[str, Any]) -> int:
-  """Target images of a task; the last one may have fewer."""
-  return run['plan']['target_tile'] * run['plan']['target_tiles_per_task']
 
 
 def plan(

@@ -11,7 +11,7 @@ from typing import Callable, Sequence
 from absl import flags, logging
 from ml_collections import config_flags
 
-from configs import base
+from configs import validation
 
 CONFIG = config_flags.DEFINE_config_file(
   'config',
@@ -65,8 +65,8 @@ def parse(argv: Sequence[str], expected: str) -> None:
     match = re.match(r'--(?:no)?config\.([\w.]+)', argument)
     if match:
       try:
-        base.check_path(match[1])
-      except base.ConfigError as error:
+        validation.check_path(match[1])
+      except validation.ConfigError as error:
         raise BadInput(str(error)) from error
     elif argument.startswith('--config=') and not os.path.isfile(
       argument.partition('=')[2].partition(':')[0]

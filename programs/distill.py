@@ -28,12 +28,12 @@ def make_program(run: start.Run, workers: Sequence[str] = (), published: str = '
       empty.
     published: file with the coordinator's address, where that may change.
   """
-  system, workdir = run.config['system'], run.directory.path if run.directory else ''
-  workers = workers or [f'kernel_worker_{i}' for i in range(system['num_workers'])]
-  threads = placement.worker_threads(system['worker_threads'], len(workers))
+  system, workdir = run.config.system, run.directory.path if run.directory else ''
+  workers = workers or [f'kernel_worker_{i}' for i in range(system.num_workers)]
+  threads = placement.worker_threads(system.worker_threads, len(workers))
   program = lp.Program('kip')
   coordinator = program.add_node(
-    processes.CoordinatorNode(workdir, run.cache, system['port']), label=COORDINATOR
+    processes.CoordinatorNode(workdir, run.cache, system.port), label=COORDINATOR
   )
   coordinator.set_client_kwargs(call_timeout=_CALL_TIMEOUT, wait_for_ready=False)
   for name in workers:
@@ -41,7 +41,7 @@ def make_program(run: start.Run, workers: Sequence[str] = (), published: str = '
       processes.ClientNode(
         'kernel_worker',
         coordinator,
-        system['coordinator_timeout'],
+        system.coordinator_timeout,
         published,
         name=name,
         threads=threads,
@@ -53,7 +53,7 @@ def make_program(run: start.Run, workers: Sequence[str] = (), published: str = '
     processes.ClientNode(
       'evaluator',
       coordinator,
-      system['coordinator_timeout'],
+      system.coordinator_timeout,
       published,
       workdir=workdir,
       threads=1,
@@ -66,8 +66,8 @@ def make_program(run: start.Run, workers: Sequence[str] = (), published: str = '
 
 def local_resources(run: start.Run) -> dict[str, PythonProcess]:
   """The environment of every process of a `local_mp` launch."""
-  system = run.config['system']
-  placed = placement.place(system['num_workers'], run.gpus.names)
+  system = run.config.system
+  placed = placement.place(system.num_workers, run.gpus.names)
   root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   path = os.pathsep.join([root, *filter(None, [os.environ.get('PYTHONPATH')])])
   process = lambda environment: PythonProcess(

@@ -6,6 +6,7 @@ and plays one node of it.
     python launch.py --role=evaluator --workdir=DIR
 """
 
+import dataclasses
 import ipaddress
 import os
 import re
@@ -18,7 +19,7 @@ from launchpad import context
 from launchpad.launch import worker_manager
 
 from artifacts import run_directory
-from configs import base
+from configs import schema, validation
 from data import store
 from programs import command_line, distill, placement, processes, start, supervisor, terminal
 
@@ -78,7 +79,7 @@ def play() -> int:
     return 0 if stop.is_set() else 1
   run, _ = _joined()
   # Of several here each has to be given its own, as Slurm does.
-  gpus = placement.take_gpu(run.config['run']['implementation'])
+  gpus = placement.take_gpu(run.config.run.implementation)
   logging.info(gpus.remark)
   return supervisor.supervise(_label(os.getpid()), stop)
 
@@ -123,7 +124,7 @@ def _coordinate(stop: threading.Event) -> int:
   run = start.ready(None, start.Here.COORDINATOR)
   for remark in run.remarks:
     logging.info(remark)
-  port = run.config['system']['port']
+  port = run.config.system.port
   distill.check_port(port)
   address = f'{_HOST.value or own_host()}:{port or _free_port()}'
   run_directory.write_atomically(run.directory.address, address + '\n')
@@ -169,19 +170,22 @@ def _joined() -> tuple[start.Run, str]:
   directory = run_directory.RunDirectory(start.WORKDIR.value) if start.WORKDIR.value else None
   try:
     if command_line.CONFIG.value:
-      config = command_line.CONFIG.value.to_dict()
+      config = validation.validate(command_line.CONFIG.value.to_dict())
+    elif directory is None:
+      config = schema.Config()
+    elif (saved := directory.read_config()) is not None:
+      config = saved.config
     else:
-      config = directory.read_config() if directory else base.get_config().to_dict()
-    if config is None:
       raise start.BadInput(
         f'--workdir={directory.path} holds no run; a worker without a shared disk needs --coordinator alone.'
       )
-    base.validate({'run': config['run'], 'system': config['system']})
-  except (base.ConfigError, run_directory.RunDirectoryError) as error:
+  except (validation.ConfigError, run_directory.RunDirectoryError) as error:
     raise start.BadInput(str(error)) from error
-  config['system']['worker_threads'] = _THREADS.value
+  config = dataclasses.replace(
+    config, system=dataclasses.replace(config.system, worker_threads=_THREADS.value)
+  )
   address = _ADDRESS.value or run_directory.read_address(directory.address)
-  return start.Run(config, directory, store.cache_folder(config['system']['cache_dir'])), address
+  return start.Run(config, directory, store.cache_folder(config.system.cache_dir)), address
 
 
 def _play_node(label: str) -> None:

@@ -46,19 +46,19 @@ def distil(run, stop: threading.Event) -> None:
   from nodes import evaluator, kernel_worker
   from nodes.client import Retrying
 
-  system = run.config['system']
+  system = run.config.system
   try:
     coordinator = coordinator_node.Coordinator(run.directory.path, run.cache, stop)
   except coordinator_node.EXPECTED as error:
     logging.error('The run failed: %s', error)
     return
-  client = Retrying(coordinator, system['coordinator_timeout'], stop)
-  threads = placement.worker_threads(system['worker_threads'], system['num_workers'])
+  client = Retrying(coordinator, system.coordinator_timeout, stop)
+  threads = placement.worker_threads(system.worker_threads, system.num_workers)
   nodes = [
     kernel_worker.KernelWorker(
       client, name=f'kernel_worker_{i}', threads=threads, cache=run.cache, stop=stop
     )
-    for i in range(system['num_workers'])
+    for i in range(system.num_workers)
   ]
   nodes.append(
     evaluator.Evaluator(client, workdir=run.directory.path, threads=1, cache=run.cache, stop=stop)

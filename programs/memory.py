@@ -1,12 +1,13 @@
 """How much memory the processes of a run need, and how much there is for them."""
 
 import os
-from typing import Any, Iterator, NamedTuple
+from typing import Iterator, NamedTuple
 
 import psutil
 
+from configs import schema
 from data import store
-from kernels import architectures, ntk
+from kernels import architectures, contract
 from kernels.native import build
 from nodes import tasks
 
@@ -47,41 +48,41 @@ def in_gib(number: int) -> str:
   return f'{number / 2**30:.1f}'
 
 
-def needs(config: dict[str, Any], prepared: store.Prepared) -> Needs:
+def needs(config: schema.Config, prepared: store.Prepared) -> Needs:
   """What the processes of a validated configuration need."""
-  run, plan, settings = config['run'], config['run']['plan'], config['system']['evaluation']
+  run, plan, settings = config.run, config.run.plan, config.system.evaluation
   height, width, channels = prepared.train_images.shape[1:]
-  size = 8 if run['kernel_dtype'] == 'float64' else 4
+  size = 8 if run.kernel_dtype == 'float64' else 4
   image = size * height * width * channels
-  table = table_bytes(architectures.get(run['architecture']), height, width, size)
-  support, targets = run['images_per_class'] * prepared.num_classes, run['targets_per_step']
-  gradient, tile = 8 * support * height * width * channels, min(plan['target_tile'], targets)
-  is_native = run['implementation'] in ('native', 'auto') and build.is_built()
+  table = table_bytes(architectures.get(run.architecture), height, width, size)
+  support, targets = run.images_per_class * prepared.num_classes, run.targets_per_step
+  gradient, tile = 8 * support * height * width * channels, min(plan.target_tile, targets)
+  is_native = run.implementation in ('native', 'auto') and build.is_built()
   derivatives = min(_DERIVATIVES, support * (tile + _LANES) * (image + table))
-  tasks_a_step = len(tasks.ranges(targets, tasks.targets_per_task(run)))
+  tasks_a_step = len(tasks.ranges(targets, run.plan.targets_per_task))
 
   # The state, its optimiser's moments and the gradient; a step's pieces; K_ss and its solve.
   coordinator = _PROCESS + 10 * gradient + tasks_a_step * gradient // 2 + 6 * 8 * support**2
   # Support and gradients; blocks; tiles of targets, in work and ahead.
   worker = _PROCESS + (derivatives if is_native else _TILES) + 4 * gradient
   worker += 4 * 8 * support * tile + 3 * tile * (image + table)
-  if run['method'] != 'label_solve' and not run['augmentation']['fraction']:
+  if run.method != 'label_solve' and not run.augmentation.fraction:
     worker += len(prepared.train_images) * table  # in the end, of all of them
-  if tasks.support_per_task(run, support):
+  if run.plan.split_support(support):
     coordinator += 2 * 8 * support * targets
-    worker += ntk.KEPT_BYTES
-  if run['method'] != 'kip':
+    worker += contract.KEPT_BYTES
+  if run.method != 'kip':
     columns = support + prepared.num_classes
-    rows = min(targets, tasks.targets_per_task(run))
+    rows = min(targets, run.plan.targets_per_task)
     coordinator += 8 * columns * (3 * tasks_a_step * min(rows, columns) + 6 * columns)
     worker += 3 * 8 * rows * columns
 
   evaluator = _PROCESS + (0 if is_native else _TILES) + 2 * gradient
   evaluator += len(prepared.test_images) * table
-  evaluator += 8 * support * (3 * support + 2 * settings['krr_tile'])
-  if settings['nn_steps']:
-    network = architectures.get(settings['nn_architecture'] or run['architecture'])
-    values = settings['nn_width'] * (height * width if network.stages else 1)  # of a layer
+  evaluator += 8 * support * (3 * support + 2 * settings.krr_tile)
+  if settings.nn_steps:
+    network = architectures.get(settings.nn_architecture or run.architecture)
+    values = settings.nn_width * (height * width if network.stages else 1)  # of a layer
     evaluator += _NETWORK + 2 * 4 * _TEST_BATCH * values
   return Needs(coordinator, worker, evaluator)
 
@@ -89,7 +90,7 @@ def needs(config: dict[str, Any], prepared: store.Prepared) -> Needs:
 def table_bytes(
   architecture: architectures.Architecture, height: int, width: int, size: int
 ) -> int:
-  """Bytes that a kernel keeps of an image on its own (`ntk.Kernel.prepare`), at most.
+  """Bytes that a kernel keeps of an image on its own (`contract.Kernel.prepare`), at most.
 
   They are the native kernel's: the variance of every convolution's ReLU input and two numbers for
   every pooled pixel, `size` bytes each, and two of the readout in float64.

@@ -47,7 +47,7 @@ def submit(argv: Sequence[str]) -> int:
   workdir = run.directory.path
   logs = os.path.join(workdir, 'logs')
   os.makedirs(logs, exist_ok=True)
-  num_workers = run.config['system']['num_workers']
+  num_workers = run.config.system.num_workers
   passed_on = _passed_on(argv)
   if 'SLURM_JOB_ID' in os.environ:
     print(

@@ -2,6 +2,7 @@
 the same for every launcher."""
 
 import contextlib
+import dataclasses
 import enum
 import os
 import signal
@@ -12,7 +13,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 from absl import flags
 
 from artifacts import run_directory
-from configs import base
+from configs import schema, validation
 from data import DataError, classes, store
 from distillation import evaluation, initial_support
 from nodes import tasks
@@ -45,7 +46,7 @@ class Run(NamedTuple):
     gpus: for the kernels, of this host.
   """
 
-  config: dict[str, Any]
+  config: schema.Config
   directory: run_directory.RunDirectory | None
   cache: str
   remarks: tuple[str, ...] = ()
@@ -74,30 +75,31 @@ def ready(find_gpus: Callable[[str], placement.Gpus] | None, here: Here = Here.A
     raise BadInput('--config=FILE is missing, for instance --config=configs/digits.py.')
   if not WORKDIR.value:
     raise BadInput('--workdir=DIR is missing: the run directory, made if it is not there.')
-  config, gpus = command_line.CONFIG.value.to_dict(), placement.Gpus((), '')
+  raw, gpus = command_line.CONFIG.value.to_dict(), placement.Gpus((), '')
   if find_gpus:  # before JAX starts, to check the configuration
-    gpus = find_gpus(str(base.flatten(config).get('run.implementation')))
+    gpus = find_gpus(str(validation.flatten(raw).get('run.implementation')))
   try:
-    base.validate(config)
-    cache = store.cache_folder(config['system']['cache_dir'])
-    prepared = store.prepare(
-      config['run']['data'], cache, raw=config['run']['augmentation']['fraction'] > 0
-    )
+    config = validation.validate(raw)
+    cache = store.cache_folder(config.system.cache_dir)
+    prepared = store.prepare(config.run.data, cache, raw=config.run.augmentation.is_on)
     labels, num_classes = prepared.train_labels, prepared.num_classes
-    config['run']['targets_per_step'] = base.resolve_targets(config['run'], labels, num_classes)
-    base.validate_with_data(
-      config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:]
+    targets = validation.resolve_targets(config.run, labels, num_classes)
+    num_workers = placement.num_workers(config.system.num_workers, gpus.names)
+    config = dataclasses.replace(
+      config,
+      run=dataclasses.replace(config.run, targets_per_step=targets),
+      system=dataclasses.replace(config.system, num_workers=num_workers),
     )
-    config['system']['num_workers'] = placement.num_workers(
-      config['system']['num_workers'], gpus.names
+    validation.validate_with_data(
+      config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:]
     )
     of_memory = check_memory(config, prepared, here)
     plan = _remark_on_plan(config, prepared.num_classes)
-    initial_support.make(config['run'], prepared, cache)
+    initial_support.make(config.run, prepared, cache)
     directory = run_directory.RunDirectory(WORKDIR.value)
     directory.open(config, prepared.key)
     directory.write_command([os.path.basename(sys.executable), *sys.orig_argv[1:]])
-  except (base.ConfigError, DataError, run_directory.RunDirectoryError) as error:
+  except (validation.ConfigError, DataError, run_directory.RunDirectoryError) as error:
     raise BadInput(str(error)) from error
   remarks = classes.in_words(prepared.class_names), *prepared.remarks, of_memory, plan, gpus.remark
   return Run(config, directory, cache, tuple(filter(None, remarks)), gpus)
@@ -163,9 +165,9 @@ def outcome(directory: run_directory.RunDirectory) -> int:
   return run_directory.EXIT_STATUS.get(state, 1)
 
 
-def check_memory(config: dict[str, Any], prepared: store.Prepared, here: Here) -> str:
+def check_memory(config: schema.Config, prepared: store.Prepared, here: Here) -> str:
   """Refuses what this host has no room for; gives the estimate in words."""
-  needs, workers = memory.needs(config, prepared), config['system']['num_workers']
+  needs, workers = memory.needs(config, prepared), config.system.num_workers
   needed = {
     Here.ALL: needs.coordinator + workers * needs.worker + needs.evaluator,
     Here.COORDINATOR: needs.coordinator,
@@ -183,14 +185,14 @@ def check_memory(config: dict[str, Any], prepared: store.Prepared, here: Here) -
   return f'Memory: about {memory.in_gib(needed)} GiB of {memory.in_gib(available)} GiB available.'
 
 
-def _remark_on_plan(config: dict[str, Any], num_classes: int) -> str:
+def _remark_on_plan(config: schema.Config, num_classes: int) -> str:
   """A line where its tasks about targets leave workers without one for a good part of a step; else
   none."""
-  run, num_workers = config['run'], config['system']['num_workers']
-  support, targets = run['images_per_class'] * num_classes, run['targets_per_step']
+  run, num_workers = config.run, config.system.num_workers
+  support, targets = run.images_per_class * num_classes, run.targets_per_step
   part, group = (
-    tasks.support_per_task(run, support) or support,
-    min(tasks.targets_per_task(run), targets),
+    run.plan.split_support(support) or support,
+    min(run.plan.targets_per_task, targets),
   )
   parts = len(tasks.ranges(support, part))
   count = parts * len(tasks.ranges(targets, group))
@@ -212,7 +214,7 @@ def _summary(directory: run_directory.RunDirectory, status: dict[str, Any]) -> s
   rows = {row['step']: row for row in directory.read_metrics()}
   first, last = rows.get(0), rows.get(status['num_steps'])
   began = {'real': 'real images', 'noise': 'noise'}.get(
-    directory.read_config()['run']['initial_images'], 'images'
+    directory.read_saved().config.run.initial_images, 'images'
   )
   steps = f'{status["num_steps"]} step{"s" * (status["num_steps"] != 1)}'
   lines = [f'Finished {steps} after {status["wall_seconds"]:.0f} s.']

@@ -1,5 +1,6 @@
 """Test-wide settings, and a small real run to test on."""
 
+import dataclasses
 import os
 
 from programs import placement
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from artifacts import run_directory
-from configs import base
+from configs import base, validation
 from data import store
 from programs import start
 
@@ -91,14 +92,14 @@ def make_run(npz, cache):
         node = node[parent]
       with node.ignore_type():
         node[leaf] = value
-    config = config.to_dict()
-    base.validate(config)
-    prepared = store.prepare(
-      config['run']['data'], cache, raw=config['run']['augmentation']['fraction'] > 0
-    )
+    config = validation.validate(config.to_dict())
+    prepared = store.prepare(config.run.data, cache, raw=config.run.augmentation.is_on)
     labels, num_classes = prepared.train_labels, prepared.num_classes
-    config['run']['targets_per_step'] = base.resolve_targets(config['run'], labels, num_classes)
-    base.validate_with_data(
+    targets = validation.resolve_targets(config.run, labels, num_classes)
+    config = dataclasses.replace(
+      config, run=dataclasses.replace(config.run, targets_per_step=targets)
+    )
+    validation.validate_with_data(
       config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:]
     )
     directory = run_directory.RunDirectory(str(workdir))

@@ -47,13 +47,13 @@ def test_every_message_of_the_troubleshooting_table_is_one_of_the_code():
 
 @pytest.mark.parametrize('document', ['README.md', 'BUILD.md', 'RESULTS.md'])
 def test_flags_and_files_of_the_documents_exist(document):
-  from configs import base
+  from configs import validation
 
   text = _read(document)
   for field in re.findall(r'--config\.((?:run|system)[\w.]*\w)', text) + re.findall(
     r'`((?:run|system)\.[\w.]*\w)', text
   ):
-    base.check_path(field)
+    validation.check_path(field)
   for name in re.findall(
     r'`((?:artifacts|configs|tests|data|distillation|kernels|nodes|programs|notebooks|docs)/[\w/.]*)`',
     text,

@@ -19,7 +19,7 @@ import pathlib
 
 import numpy as np
 
-from kernels import architectures, ntk
+from kernels import architectures, contract
 from kernels.cuda import plan as planning
 
 _TABLE_BYTES = 2**29  # of one part of the second images' tables
@@ -141,34 +141,34 @@ class CudaKernel:
     self.kept_bytes = 2 * self._gpu.kept_bytes
     self._programs = {}
 
-  def prepare(self, x: np.ndarray) -> ntk.Prepared:
-    """See `ntk.Kernel.prepare`."""
-    return ntk.Prepared(x, [], self)
+  def prepare(self, x: np.ndarray) -> contract.Prepared:
+    """See `contract.Kernel.prepare`."""
+    return contract.Prepared(x, [], self)
 
-  def block(self, x1: ntk.Images, x2: ntk.Images) -> np.ndarray:
-    """See `ntk.Kernel.block`."""
+  def block(self, x1: contract.Images, x2: contract.Images) -> np.ndarray:
+    """See `contract.Kernel.block`."""
     x1, x2 = map(_images, (x1, x2))
     return self._program(x1).block(x1, x2)
 
   def block_vjp(
-    self, x1: ntk.Images, x2: ntk.Images, cotangent: ntk.Cotangent
+    self, x1: contract.Images, x2: contract.Images, cotangent: contract.Cotangent
   ) -> tuple[np.ndarray, np.ndarray]:
-    """See `ntk.Kernel.block_vjp`."""
+    """See `contract.Kernel.block_vjp`."""
     x1, x2 = map(_images, (x1, x2))
     if callable(cotangent):
       block, pull_back, _ = self.linearise(x1, x2)
       return block, pull_back(cotangent(block))
     return self._program(x1).block_vjp(x1, x2, cotangent)
 
-  def linearise(self, x1: ntk.Images, x2: ntk.Images) -> ntk.Linearised:
-    """See `ntk.Kernel.linearise`: the derivatives by x1 are kept on the GPU pair by pair (22 kB a
+  def linearise(self, x1: contract.Images, x2: contract.Images) -> contract.Linearised:
+    """See `contract.Kernel.linearise`: the derivatives by x1 are kept on the GPU pair by pair (22 kB a
     pair for a ConvNet on 32x32x3), unless they are too many: then they are computed when the
     cotangent is known."""
     x1, x2 = map(_images, (x1, x2))
     program = self._program(x1)
     if program.derivatives_bytes(len(x1), len(x2)) <= self._gpu.kept_bytes:
       return program.linearise(x1, x2)
-    return ntk.Linearised(
+    return contract.Linearised(
       program.block(x1, x2), lambda cotangent: program.block_vjp(x1, x2, cotangent)[1], x2.nbytes
     )
 
@@ -185,7 +185,7 @@ class CudaKernel:
 
 
 def _images(x):
-  return x.images if isinstance(x, ntk.Prepared) else x
+  return x.images if isinstance(x, contract.Prepared) else x
 
 
 class _Program:
@@ -238,7 +238,7 @@ class _Convolutional(_Program):
       return self._gradient(x1, left, sums)
 
     nbytes = left[0].nbytes + derivatives.nbytes
-    return ntk.Linearised(self._gpu.download(values), pull_back, nbytes)
+    return contract.Linearised(self._gpu.download(values), pull_back, nbytes)
 
   def derivatives_bytes(self, rows, columns):
     return rows * columns * max(1, self._plan.derivatives) * self._dtype.itemsize
@@ -332,7 +332,7 @@ class _Dense(_Program):
       )
       return self._gpu.download(gradient).astype(self._dtype)
 
-    return ntk.Linearised(
+    return contract.Linearised(
       self._gpu.download(values), pull_back, left.nbytes + right.nbytes + derivatives.nbytes
     )
 

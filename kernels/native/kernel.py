@@ -9,7 +9,7 @@ import jax.ffi
 import numpy as np
 
 import kernels.precision  # noqa: F401
-from kernels import architectures, ntk
+from kernels import architectures, contract
 from kernels.native import build
 
 # Below this, the derivatives of all pairs are kept until the cotangent is known; above, the forward
@@ -84,17 +84,17 @@ class NativeKernel:
     )
     self._cpu = jax.devices('cpu')[0]
 
-  def prepare(self, x: np.ndarray) -> ntk.Prepared:
-    """See `ntk.Kernel.prepare`; the tables of plan.h are [N, V + P]: V variances of convolutions'
+  def prepare(self, x: np.ndarray) -> contract.Prepared:
+    """See `contract.Kernel.prepare`; the tables of plan.h are [N, V + P]: V variances of convolutions'
     ReLU inputs, P pooled values. Then, in float64, the variances and spreads of what the readout
     reads, [N, 2]."""
     variances, pooled = self._table(*x.shape[1:3])
     shapes = [(len(x), variances + pooled), (len(x), 2)]
     outputs = self._call('tables', shapes, x, dtypes=[self.dtype, np.float64])
-    return ntk.Prepared(x, [np.asarray(output) for output in outputs], self)
+    return contract.Prepared(x, [np.asarray(output) for output in outputs], self)
 
-  def block(self, x1: ntk.Images, x2: ntk.Images) -> np.ndarray:
-    """See `ntk.Kernel.block`."""
+  def block(self, x1: contract.Images, x2: contract.Images) -> np.ndarray:
+    """See `contract.Kernel.block`."""
     left, right = self._prepared(x1, x2)
     symmetric = np.int64(left.images is right.images)
     return np.array(
@@ -104,9 +104,9 @@ class NativeKernel:
     )
 
   def block_vjp(
-    self, x1: ntk.Images, x2: ntk.Images, cotangent: ntk.Cotangent
+    self, x1: contract.Images, x2: contract.Images, cotangent: contract.Cotangent
   ) -> tuple[np.ndarray, np.ndarray]:
-    """See `ntk.Kernel.block_vjp`."""
+    """See `contract.Kernel.block_vjp`."""
     left, right = self._prepared(x1, x2)
     if callable(cotangent):
       block, pull_back, _ = self.linearise(left, right)
@@ -120,8 +120,8 @@ class NativeKernel:
     )
     return np.array(block), np.array(gradient)
 
-  def linearise(self, x1: ntk.Images, x2: ntk.Images) -> ntk.Linearised:
-    """See `ntk.Kernel.linearise`: the derivatives by x1 are kept pair by pair (20 kB a pair for a
+  def linearise(self, x1: contract.Images, x2: contract.Images) -> contract.Linearised:
+    """See `contract.Kernel.linearise`: the derivatives by x1 are kept pair by pair (20 kB a pair for a
     ConvNet on 32x32x3), unless they are too many, or forming them again is cheap."""
     left, right = self._prepared(x1, x2)
     tiles = -(-len(right) // self._lanes)
@@ -137,16 +137,16 @@ class NativeKernel:
       pull_back = lambda cotangent: np.array(
         self._call('pull_back', [left.images.shape], *_arrays(left), values, cotangent)[0]
       )
-      return ntk.Linearised(np.array(block), pull_back, values.nbytes)
-    return ntk.Linearised(
+      return contract.Linearised(np.array(block), pull_back, values.nbytes)
+    return contract.Linearised(
       self.block(left, right),
       lambda cotangent: self.block_vjp(left, right, cotangent)[1],
       right.images.nbytes,
     )
 
-  def _prepared(self, x1, x2) -> tuple[ntk.Prepared, ntk.Prepared]:
-    left = x1 if isinstance(x1, ntk.Prepared) else self.prepare(x1)
-    if isinstance(x2, ntk.Prepared):
+  def _prepared(self, x1, x2) -> tuple[contract.Prepared, contract.Prepared]:
+    left = x1 if isinstance(x1, contract.Prepared) else self.prepare(x1)
+    if isinstance(x2, contract.Prepared):
       return left, x2
     return left, left if x2 is left.images else self.prepare(x2)
 
@@ -165,5 +165,5 @@ class NativeKernel:
       )
 
 
-def _arrays(x: ntk.Prepared) -> tuple[np.ndarray, ...]:
+def _arrays(x: contract.Prepared) -> tuple[np.ndarray, ...]:
   return x.images, *x.variances

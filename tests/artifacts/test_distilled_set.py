@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from artifacts import distilled_set
-from configs import base
+from configs import base, schema, validation
 from data import DataError, preprocess, store
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -20,7 +20,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 @pytest.fixture(params=[False, True], ids=['standard', 'zca'])
 def saved(request, npz, cache, tmp_path):
   """(path, prepared set, images, labels) of an export."""
-  data = {'name': npz, 'dir': '', 'zca': request.param, 'zca_regularisation': 0.1}
+  data = schema.Data(name=npz, zca=request.param)
   prepared = store.prepare(data, cache)
   images, labels = (
     prepared.train_images[:6],
@@ -32,7 +32,7 @@ def saved(request, npz, cache, tmp_path):
     images,
     labels,
     5,
-    {'run': {'data': data}, 'system': {'evaluation': {'krr_tile': 9}}},
+    schema.Config(schema.Run(data=data), schema.System(evaluation=schema.Evaluation(krr_tile=9))),
     prepared,
   )
   return path, prepared, images, labels
@@ -47,7 +47,7 @@ def test_it_loads_as_it_was_saved(saved):
     np.testing.assert_array_equal(ours, theirs)
   assert (
     loaded.settings['step'] == 5
-    and loaded.settings['evaluation'] == {'krr_tile': 9}
+    and loaded.settings['evaluation']['krr_tile'] == 9
     and loaded.settings['label_offset'] == -1 / 3
   )
   assert os.path.exists(os.path.join(os.path.dirname(path), 'transform.npz')) == (
@@ -86,25 +86,24 @@ def test_damage(saved, tmp_path):
 def test_a_released_set_is_used_like_our_own(released_mnist, tmp_path):
   name, folder, cache = released_mnist
   distilled = distilled_set.load_released(name, cache, folder)
-  run = distilled.settings['run']
-  base.validate({**base.get_config().to_dict(), 'run': run})
-  prepared = store.prepare(run['data'], cache)
+  config = {**base.get_config().to_dict(), 'run': distilled.settings['run']}
+  run = validation.validate(config).run
+  prepared = store.prepare(run.data, cache)
   assert distilled.settings['data'] == {
     'name': 'mnist',
     'key': prepared.key,
     'class_names': list('0123456789'),
   }
   assert distilled.settings['label_offset'] == -0.1
-  assert (
-    run['architecture'],
-    run['images_per_class'],
-    run['learn_labels'],
-    run['data']['zca'],
-  ) == ('convnet', 1, True, False)
+  assert (run.architecture, run.images_per_class, run.learn_labels, run.data.zca) == (
+    'convnet',
+    1,
+    True,
+    False,
+  )
   np.testing.assert_array_equal(distilled.transform.mean, prepared.transform.mean)
   copy = str(tmp_path / 'distilled.npz')
-  config = {'run': run, 'system': {'evaluation': distilled.settings['evaluation']}}
-  distilled_set.save(copy, distilled.images, distilled.labels, 0, config, prepared)
+  distilled_set.save(copy, distilled.images, distilled.labels, 0, schema.Config(run), prepared)
   np.testing.assert_array_equal(distilled_set.load(copy).images, distilled.images)
 
 
@@ -148,7 +147,7 @@ def _grey(tmp_path):
     key='key', name='grey', transform=transform, num_classes=2, class_names=('a/b', 'c')
   )
   path = str(tmp_path / 'distilled.npz')
-  distilled_set.save(path, images, labels, 1, {'run': {}, 'system': {'evaluation': {}}}, prepared)
+  distilled_set.save(path, images, labels, 1, schema.Config(), prepared)
   return path, distilled_set.load(path)
 
 

@@ -2,6 +2,7 @@
 that their arguments ask for."""
 
 import base64
+import dataclasses
 import html.parser
 import io
 import json
@@ -19,7 +20,7 @@ import pytest
 from PIL import Image
 
 from artifacts import distilled_set, paper_results, pictures, report
-from configs import base
+from configs import base, schema, validation
 from distillation import evaluation
 from programs import local
 
@@ -48,8 +49,8 @@ def _make_small(npz, cache, tmp_path_factory):
         **changes,
       }
     )
-    config = config.to_dict()
-    prepared = store.prepare(config['run']['data'], cache)
+    config = validation.validate(config.to_dict())
+    prepared = store.prepare(config.run.data, cache)
     directory = run_directory.RunDirectory(str(tmp_path_factory.mktemp('run')))
     directory.open(config, prepared.key)
     directory.write_command(['python', 'launch.py', '--workdir=a b'])
@@ -340,9 +341,9 @@ def test_the_documented_lines_load_the_set(finished, monkeypatch, library):
 
 
 def test_published_rows():
-  run = base.get_config().to_dict()['run']
+  run = schema.Run()
   assert paper_results.find(run) is None
-  run['data'].update(name='cifar10', zca=True)
+  run = schema.Run(data=schema.Data(name='cifar10', zca=True))
   assert paper_results.find(run) == {
     'kind': 'published at convergence (NeurIPS 2021, Table 1)',
     'krr': '63.4-64.7',
@@ -350,11 +351,11 @@ def test_published_rows():
     'nn_width': 1024,
     'nn_steps': 5000,
   }
-  run['data'].update(zca=False)
+  run = schema.Run(data=schema.Data(name='cifar10'))
   assert paper_results.find(run) is None
-  run.update(method='label_solve', architecture='fc1', images_per_class=50)
+  run = dataclasses.replace(run, method='label_solve', architecture='fc1', images_per_class=50)
   assert paper_results.find(run)['krr'] == '46.99'
-  assert paper_results.find({**run, 'initial_images': 'noise'}) is None
+  assert paper_results.find(dataclasses.replace(run, initial_images='noise')) is None
 
 
 def test_the_readme_has_the_lines_that_load_a_set():

@@ -11,6 +11,7 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 
 from artifacts import run_directory, tensorboard
+from configs import schema
 from data import preprocess, store
 
 ROW = {
@@ -106,8 +107,8 @@ def test_the_accuracy_of_a_finite_network_says_of_which(tmp_path):
 def test_files_that_are_missing_are_written_from_the_snapshots(tmp_path, caplog, damage):
   directory = run_directory.RunDirectory(str(tmp_path))
   os.makedirs(directory.snapshots)
-  config = {'run': {'images_per_class': 1}, 'system': {}, 'data_key': ''}
-  run_directory.write_atomically(directory.config, json.dumps(config))
+  saved = run_directory.Saved(schema.Config(), '')
+  run_directory.write_atomically(directory.config, json.dumps(saved.to_dict()))
   images = np.random.default_rng(0).normal(size=(2, 4, 4, 1)).astype(np.float32)
   labels = np.eye(2, dtype=np.float32)
   prepared = _prepared(images, preprocess.Transform(np.zeros(1), np.ones(1)), ('cat', 'dog'))

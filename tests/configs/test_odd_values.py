@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import base
+from configs import base, validation
 
 DEFAULTS = base.get_config().to_dict()
-FIELDS = sorted(base.flatten(DEFAULTS))
+FIELDS = sorted(validation.flatten(DEFAULTS))
 SCALARS = st.one_of(
   st.none(),
   st.booleans(),
@@ -61,13 +61,13 @@ def _with(path, value):
 def test_any_value_of_a_field_is_taken_or_refused_by_name(field, value):
   config = _with(field, value)
   try:
-    base.validate(config)
-  except base.ConfigError as error:
+    config = validation.validate(config)
+  except validation.ConfigError as error:
     assert '\n' not in str(error) and field.removeprefix('run.') in str(error)
     return
   try:
-    base.validate_with_data(config, LABELS, 3, (8, 9, 2))
-  except base.ConfigError as error:
+    validation.validate_with_data(config, LABELS, 3, (8, 9, 2))
+  except validation.ConfigError as error:
     assert '\n' not in str(error) and 'run.' in str(error)
 
 
@@ -82,8 +82,8 @@ def test_any_value_of_a_field_is_taken_or_refused_by_name(field, value):
 )
 def test_any_path_is_a_field_or_gets_a_suggestion(path):
   try:
-    base.check_path(path)
-  except base.ConfigError as error:
+    validation.check_path(path)
+  except validation.ConfigError as error:
     assert '\n' not in str(error) and 'did you mean' in str(error)
   else:
     assert any(

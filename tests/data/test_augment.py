@@ -1,30 +1,25 @@
 """Augmentation against Keras' own values, against Keras' formulas written out, and what must not
 matter."""
 
+import dataclasses
 import os
 
 import numpy as np
 import pytest
 import scipy.ndimage
 
+from configs import schema
 from data import augment, preprocess, sampling, store
 
-ALL = {
-  'fraction': 0.5,
-  'rotation': 20.0,
-  'width_shift': 0.2,
-  'height_shift': 0.15,
-  'horizontal_flip': True,
-  'channel_shift': 30.0,
-}
-OFF = {
-  'fraction': 1.0,
-  'rotation': 0.0,
-  'width_shift': 0.0,
-  'height_shift': 0.0,
-  'horizontal_flip': False,
-  'channel_shift': 0.0,
-}
+ALL = schema.Augmentation(
+  fraction=0.5,
+  rotation=20.0,
+  width_shift=0.2,
+  height_shift=0.15,
+  horizontal_flip=True,
+  channel_shift=30.0,
+)
+OFF = schema.Augmentation(fraction=1.0)
 
 
 def _images(n=40, shape=(8, 11, 3), dtype=np.uint8, seed=0):
@@ -66,7 +61,7 @@ def test_keras_own_values():
 @pytest.mark.parametrize('dtype', [np.uint8, np.float32])
 def test_keras_formulas(shape, dtype):
   images = _images(9, shape, dtype)
-  changes = augment.draw({**ALL, 'rotation': 180.0}, 3, 7, np.arange(9), 9, shape[:2])
+  changes = augment.draw(dataclasses.replace(ALL, rotation=180.0), 3, 7, np.arange(9), 9, shape[:2])
   expected = [_keras(image, *change) for image, *change in zip(images, *changes)]
   assert changes.flip.any() and not changes.flip.all()
   np.testing.assert_allclose(augment.apply(images, changes), expected, atol=1e-9)
@@ -120,9 +115,9 @@ def test_target_images(tmp_path, monkeypatch, zca):
   monkeypatch.setattr(preprocess, '_BLOCK', 5)  # several blocks
   raw, labels = _images(), np.arange(40) % 4
   np.savez(tmp_path / 'a.npz', x_train=raw, y_train=labels, x_test=raw[:4], y_test=labels[:4])
-  data = {'name': str(tmp_path / 'a.npz'), 'dir': '', 'zca': zca, 'zca_regularisation': 0.1}
+  data = schema.Data(name=str(tmp_path / 'a.npz'), zca=zca)
   prepared = store.prepare(data, str(tmp_path / 'cache'), raw=True)
-  run = {'seed': 4, 'augmentation': ALL}
+  run = schema.Run(seed=4, augmentation=ALL)
   batch = sampling.class_balanced(4, sampling.TARGETS, 6, labels, 24)
   whole = augment.target_images(run, prepared, 6, batch, 0, 24)
   mask = augment.chosen(0.5, 4, 6, batch, 40)
@@ -140,5 +135,7 @@ def test_target_images(tmp_path, monkeypatch, zca):
   np.testing.assert_array_equal(np.concatenate(tiles), whole)
   threads = augment.target_images(run, prepared, 6, batch, 0, 24, threads=3)
   np.testing.assert_array_equal(threads, whole)
-  untouched = augment.target_images({'seed': 4, 'augmentation': OFF}, prepared, 6, batch, 0, 24)
+  untouched = augment.target_images(
+    dataclasses.replace(run, augmentation=OFF), prepared, 6, batch, 0, 24
+  )
   np.testing.assert_array_equal(untouched, prepared.train_images[batch])

@@ -219,7 +219,7 @@ REFUSED = {
 def test_accepted(make_run, tmp_path, case):
   write, changes, told, class_names, shape, remarks = ACCEPTED[case]
   run = make_run(tmp_path / 'run', {**FC1, **write(tmp_path / 'data'), **changes})
-  prepared = store.prepare(run.config['run']['data'], run.cache, raw=True)
+  prepared = store.prepare(run.config.run.data, run.cache, raw=True)
   assert prepared.class_names == class_names and prepared.remarks == remarks
   assert prepared.train_images.shape[1:] == shape
   found = [class_names[label] for label in prepared.train_labels]

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from configs import schema
 from data import DataError, sources, store
 
 QUIETLY = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -91,7 +92,7 @@ def test_any_name_is_found_or_refused(name, folder):
 
 
 def test_the_cache_is_whole_or_made_again(tmp_path, npz):
-  of = {'name': npz, 'dir': '', 'zca': True, 'zca_regularisation': 0.1}
+  of = schema.Data(name=npz, zca=True)
   prepared = store.prepare(of, str(tmp_path))
   folder = tmp_path / prepared.key
   expected = {

@@ -1,10 +1,12 @@
 """The cache gives back what was put in, to every process and over the wire, and heals."""
 
+import dataclasses
 import os
 
 import numpy as np
 import pytest
 
+from configs import schema
 from data import DataError, preprocess, store
 
 
@@ -16,7 +18,7 @@ def _write_npz(path, seed=0):
 
 
 def _data(path, zca=False, regularisation=0.1):
-  return {'name': path, 'dir': '', 'zca': zca, 'zca_regularisation': regularisation}
+  return schema.Data(name=path, zca=zca, zca_regularisation=regularisation)
 
 
 def _raw(path):
@@ -198,7 +200,7 @@ def test_a_size_has_a_cache_of_its_own(tmp_path):
   path, cache = _write_npz(tmp_path / 'a.npz'), str(tmp_path / 'cache')
   keys = set()
   for size, shape in ((0, (4, 5, 3)), (4, (4, 4, 3)), (2, (2, 2, 3))):
-    prepared = store.prepare({**_data(path), 'size': size}, cache, raw=True)
+    prepared = store.prepare(dataclasses.replace(_data(path), size=size), cache, raw=True)
     assert prepared.train_images.shape[1:] == prepared.test_images.shape[1:] == shape
     assert prepared.raw_images.shape[1:] == shape
     keys.add(prepared.key)

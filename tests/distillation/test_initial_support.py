@@ -1,5 +1,6 @@
 """What a run may start from: values, and files that do not fit."""
 
+import dataclasses
 import json
 import os
 import threading
@@ -7,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 
+from configs import schema
 from data import DataError, released, store
 from distillation import initial_support
 from programs import local
@@ -15,8 +17,8 @@ FC1 = {'run.architecture': 'fc1', 'run.num_steps': 2}
 
 
 def _make(run):
-  prepared = store.open_prepared(run.directory.read_config()['data_key'], run.cache)
-  return initial_support.make(run.config['run'], prepared, run.cache)
+  prepared = store.open_prepared(run.directory.read_saved().data_key, run.cache)
+  return initial_support.make(run.config.run, prepared, run.cache)
 
 
 def test_noise_has_the_deviation_of_the_training_images(make_run, tmp_path):
@@ -64,17 +66,17 @@ def test_a_released_set_goes_on(make_run, tmp_path, monkeypatch):
   found = released.Released(images, labels, 'blobs', 'convnet', False, True, False, 1000)
   monkeypatch.setattr(released, 'load', lambda name, cache: found if name == 'kip/a.npz' else None)
   run = make_run(tmp_path, {'run.initial_images': 'kip/a.npz'})
-  prepared = store.open_prepared(run.directory.read_config()['data_key'], run.cache)
-  settings = {**run.config['run'], 'data': {'name': 'blobs', 'zca': False}}
+  prepared = store.open_prepared(run.directory.read_saved().data_key, run.cache)
+  settings = dataclasses.replace(run.config.run, data=schema.Data(name='blobs'))
   start = initial_support.make(settings, prepared, run.cache)
   assert (
     np.array_equal(start[0], images)
     and np.array_equal(start[1], labels)
     and start[0].dtype == start[1].dtype == np.float64
   )
-  for data in ({'name': 'blobs', 'zca': True}, {'name': 'mnist', 'zca': False}):
+  for data in (schema.Data(name='blobs', zca=True), schema.Data(name='mnist')):
     with pytest.raises(DataError, match='needs run.data.name=blobs and run.data.zca=False; got'):
-      initial_support.make({**settings, 'data': data}, prepared, run.cache)
+      initial_support.make(dataclasses.replace(settings, data=data), prepared, run.cache)
 
 
 def _file(**changes):

@@ -6,7 +6,7 @@ import pathlib
 import kernel_cases
 import numpy as np
 
-from kernels import ntk
+from kernels import registry
 
 PATH = pathlib.Path(__file__).with_name('golden.npz')
 
@@ -14,7 +14,7 @@ PATH = pathlib.Path(__file__).with_name('golden.npz')
 def main():
   golden = {}
   for name, case in kernel_cases.CASES.items():
-    kernel = ntk.make_kernel(case.architecture, implementation='reference', dtype='float64')
+    kernel = registry.make_kernel(case.architecture, implementation='reference', dtype='float64')
     golden[f'{name}/block'], golden[f'{name}/gradient'] = kernel.block_vjp(
       *kernel_cases.images(case)
     )

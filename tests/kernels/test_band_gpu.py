@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from kernels import architectures, band, ntk
+from kernels import architectures, band, contract, registry
 
 SHAPE = (8, 8, 2)
 
@@ -72,7 +72,7 @@ def on_gpu(monkeypatch):
 )
 def test_tiles_fill_a_gpu_within_its_budget(on_gpu, architecture, size, counts, expected):
   kernel = band.JaxKernel(architectures.get(architecture), 'float32', 1)
-  images = [ntk.Prepared(np.empty((n, *size, 3), np.float32), [], kernel) for n in counts]
+  images = [contract.Prepared(np.empty((n, *size, 3), np.float32), [], kernel) for n in counts]
   a, b = kernel._tile_shape(*images)
   assert (a, b) == expected
   if architecture != 'fc1':
@@ -88,13 +88,13 @@ def test_the_same_values_in_a_gpus_tiles(on_gpu, monkeypatch):
     rng.normal(size=(33, *SHAPE)),
     rng.normal(size=(5, 33)),
   )
-  kernel = ntk.make_kernel('convnet2', implementation='jax', dtype='float64')
+  kernel = registry.make_kernel('convnet2', implementation='jax', dtype='float64')
   assert kernel._kernel._tile_shape(*(kernel._kernel.prepare(x) for x in (x1, x2))) == (3, 16)
   block, gradient = kernel.block_vjp(x1, x2, lambda block: cotangent)
   symmetric = kernel.block(x2, x2)
   monkeypatch.undo()
   band._compiler_options.cache_clear()
-  other = ntk.make_kernel('convnet2', implementation='jax', dtype='float64')
+  other = registry.make_kernel('convnet2', implementation='jax', dtype='float64')
   expected = other.block_vjp(x1, x2, cotangent)
   np.testing.assert_allclose(block, expected[0], rtol=1e-12)
   np.testing.assert_allclose(gradient, expected[1], rtol=0, atol=1e-12 * np.abs(expected[1]).max())

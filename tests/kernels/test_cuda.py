@@ -7,7 +7,7 @@ import numpy as np
 import nvrtc
 import pytest
 
-from kernels import architectures, ntk
+from kernels import architectures, registry
 from kernels.cuda import kernel as cuda
 from kernels.cuda import plan as planning
 from kernels.native import build
@@ -23,7 +23,7 @@ compiled = pytest.mark.skipif(not build.compiler(), reason='no C++ compiler')
 def _kernel(monkeypatch, architecture, dtype='float32', **machine):
   monkeypatch.setattr(cuda, '_gpu', lambda: emulator.Emulator(**machine))
   case = kernel_cases.CASES.get(architecture)
-  return ntk.make_kernel(
+  return registry.make_kernel(
     case.architecture if case else architecture, implementation='cuda', dtype=dtype
   )
 
@@ -106,13 +106,13 @@ def test_what_does_not_fit_in_shared_memory_gives_the_same_bits(monkeypatch):
 def test_unusual_networks(monkeypatch, stages, shape):
   x1, x2, cotangent = _images(shape, 2, 3)
   monkeypatch.setattr(cuda, '_gpu', emulator.Emulator)
-  block, gradient = ntk.make_kernel(
+  block, gradient = registry.make_kernel(
     {'stages': stages}, implementation='cuda', dtype='float64'
   ).block_vjp(x1, x2, cotangent)
   peer = 'native' if build.is_built() else 'jax'
-  expected = ntk.make_kernel({'stages': stages}, implementation=peer, dtype='float64').block_vjp(
-    x1, x2, cotangent
-  )
+  expected = registry.make_kernel(
+    {'stages': stages}, implementation=peer, dtype='float64'
+  ).block_vjp(x1, x2, cotangent)
   assert _error(block, expected[0]) <= 1e-12
   assert _error(gradient, expected[1]) <= 1e-10
 
@@ -144,15 +144,15 @@ def test_without_a_gpu(monkeypatch):
     ValueError,
     match='the CUDA kernel needs CuPy and a GPU with its driver; `make cuda` installs CuPy',
   ):
-    ntk.make_kernel('convnet', implementation='cuda')
-  assert 'cuda' not in ntk.available()
+    registry.make_kernel('convnet', implementation='cuda')
+  assert 'cuda' not in registry.available()
 
 
 @compiled
 def test_auto_takes_a_gpu_and_names_it(monkeypatch):
   monkeypatch.setattr(cuda, 'is_available', lambda: True)
   monkeypatch.setattr(cuda, '_gpu', emulator.Emulator)
-  kernel = ntk.make_kernel('convnet')
+  kernel = registry.make_kernel('convnet')
   assert (kernel.implementation, kernel.device) == ('cuda', 'emulator')
 
 

@@ -7,7 +7,8 @@ from concurrent import futures
 import numpy as np
 import pytest
 
-from kernels import ntk
+from kernels import registry
+from kernels.library import Library
 
 
 class _Counting:
@@ -21,7 +22,7 @@ class _Counting:
     return self.kernel.prepare(x)
 
 
-@pytest.mark.parametrize('implementation', ntk.available())
+@pytest.mark.parametrize('implementation', registry.available())
 @pytest.mark.parametrize('architecture', ['convnet2', 'fc2'])
 def test_same_bits_whatever_was_asked_for_before(implementation, architecture):
   rng = np.random.default_rng(0)
@@ -29,8 +30,8 @@ def test_same_bits_whatever_was_asked_for_before(implementation, architecture):
     rng.normal(size=(53, 9, 7, 2)).astype(np.float32),
     rng.normal(size=(3, 9, 7, 2)).astype(np.float32),
   )
-  kernel = _Counting(ntk.make_kernel(architecture, implementation=implementation, threads=1))
-  library = ntk.Library(kernel, images)
+  kernel = _Counting(registry.make_kernel(architecture, implementation=implementation, threads=1))
+  library = Library(kernel, images)
   for chosen in (
     np.array([5]),
     np.array([40, 3, 5, 11, 52, 7, 8]),
@@ -54,8 +55,8 @@ class _Slow(_Counting):
 
 def test_threads_that_ask_at_once_get_what_they_asked_for():
   images = np.random.default_rng(0).normal(size=(40, 5, 4, 1)).astype(np.float32)
-  kernel = _Slow(ntk.make_kernel('convnet1', implementation='jax', threads=1))
-  library = ntk.Library(kernel, images)
+  kernel = _Slow(registry.make_kernel('convnet1', implementation='jax', threads=1))
+  library = Library(kernel, images)
   parts = [slice(0, 20), slice(10, 30), slice(20, 40), slice(0, 40)]
   with futures.ThreadPoolExecutor(len(parts)) as threads:
     found = list(threads.map(library.__getitem__, parts))

@@ -7,7 +7,7 @@ import pytest
 from dense_oracle import dense_ntk
 from hypothesis import strategies as st
 
-from kernels import architectures, ntk
+from kernels import architectures, registry
 from kernels.native import build
 from kernels.native import kernel as native
 
@@ -22,7 +22,7 @@ def _images(architecture, *counts, dtype='float32'):
 
 
 def _kernel(architecture, dtype='float32', threads=2):
-  return ntk.make_kernel(architecture, implementation='native', dtype=dtype, threads=threads)
+  return registry.make_kernel(architecture, implementation='native', dtype=dtype, threads=threads)
 
 
 def _instruction_sets():
@@ -173,9 +173,9 @@ def test_zero_variances_are_neural_tangents():
     {'stages': [{'convs': 2, 'pool': True}, {'convs': 1, 'pool': False}], 'b_std': 0.0}
   )
   cotangent = np.array([[1.0, -0.5]])
-  expected = ntk.make_kernel(architecture, implementation='reference', dtype='float64').block_vjp(
-    x1, x2, cotangent
-  )
+  expected = registry.make_kernel(
+    architecture, implementation='reference', dtype='float64'
+  ).block_vjp(x1, x2, cotangent)
   for dtype, tolerances in (('float32', (1e-6, 5e-6)), ('float64', (1e-10, 1e-8))):
     block, gradient = _kernel(architecture, dtype).block_vjp(x1, x2, cotangent)
     assert _relative_error(block, expected[0]) <= tolerances[0]
@@ -186,7 +186,7 @@ def test_zero_variances_are_neural_tangents():
 def test_sums_in_rounds_are_the_sum():
   """More right images than one round of units takes (64 MB of pieces): the parts' gradients add
   up."""
-  kernel = ntk.make_kernel('conv1', implementation='native', dtype='float64', threads=2)
+  kernel = registry.make_kernel('conv1', implementation='native', dtype='float64', threads=2)
   rng = np.random.default_rng(0)
   x1, x2 = rng.standard_normal((64, 32, 32, 3)), rng.standard_normal((300, 32, 32, 3))
   cotangent = rng.standard_normal((64, 300))
@@ -215,9 +215,9 @@ def test_not_built(monkeypatch, tmp_path):
     _kernel('convnet')
   said = []
   monkeypatch.setattr(
-    ntk.logging, 'log_first_n', lambda level, message, times: said.append((message, times))
+    registry.logging, 'log_first_n', lambda level, message, times: said.append((message, times))
   )
-  assert ntk.make_kernel('convnet').implementation == 'jax'
+  assert registry.make_kernel('convnet').implementation == 'jax'
   assert [times for _, times in said] == [1] and 'using the JAX kernel' in said[0][0]
   native._load.cache_clear()
 

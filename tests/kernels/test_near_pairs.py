@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_ntk import FAST, TOLERANCES, error
 
-from kernels import architectures, ntk
+from kernels import architectures, contract, registry
 
 NETWORKS = kernel_cases.NEAR_NETWORKS
 SHAPE = (8, 8, 2)
@@ -73,7 +73,7 @@ def _images(pairs):
 
 @functools.cache
 def _kernel(network, implementation, dtype, kind='ntk'):
-  return ntk.make_kernel(
+  return registry.make_kernel(
     NETWORKS[network], implementation=implementation, dtype=dtype, threads=1, kind=kind
   )
 
@@ -106,7 +106,7 @@ def test_nngp_too(implementation, network, pairs):
 
 
 @pytest.mark.parametrize('network', [name for name in NETWORKS if 'without_bias' in name])
-@pytest.mark.parametrize('dtype', ntk.DTYPES)
+@pytest.mark.parametrize('dtype', contract.DTYPES)
 @pytest.mark.parametrize('implementation', FAST)
 def test_without_biases_the_size_of_images_does_not_matter(implementation, dtype, network):
   """Sizes whose squares, or products of variances, would under- or overflow."""

@@ -12,11 +12,11 @@ import pytest
 from dense_oracle import dense_ntk
 from hypothesis import strategies as st
 
-from kernels import architectures, band, fit_polynomials, ntk
+from kernels import architectures, band, contract, fit_polynomials, registry
 from kernels.cuda import kernel as cuda
 from kernels.native import build
 
-IMPLEMENTATIONS = ntk.available()
+IMPLEMENTATIONS = registry.available()
 if 'cuda' not in IMPLEMENTATIONS and build.compiler():
   cuda._gpu = emulator.Emulator
   IMPLEMENTATIONS = ['cuda', *IMPLEMENTATIONS]
@@ -33,7 +33,9 @@ CUSP_TOLERANCES = {'float32': (1e-6, 5e-6), 'float64': (5e-8, 5e-8)}
 
 @functools.cache
 def kernel(implementation, architecture, dtype, threads=1):
-  return ntk.make_kernel(architecture, implementation=implementation, dtype=dtype, threads=threads)
+  return registry.make_kernel(
+    architecture, implementation=implementation, dtype=dtype, threads=threads
+  )
 
 
 def case_kernel(implementation, name, dtype, threads=1):
@@ -75,11 +77,11 @@ def test_block_and_gradient_equal_golden_values(implementation, name, dtype):
 def test_nngp_equals_neural_tangents(implementation, name):
   case = kernel_cases.CASES[name]
   x, y, cotangent = kernel_cases.images(case._replace(images='random'))
-  expected = ntk.make_kernel(
+  expected = registry.make_kernel(
     case.architecture, implementation='reference', dtype='float64', kind='nngp'
   ).block_vjp(x, y, cotangent)
-  for dtype in ntk.DTYPES:
-    block, gradient = ntk.make_kernel(
+  for dtype in contract.DTYPES:
+    block, gradient = registry.make_kernel(
       case.architecture, implementation=implementation, dtype=dtype, kind='nngp'
     ).block_vjp(x, y, cotangent)
     assert error(block, expected[0]) <= TOLERANCES[dtype][0]
@@ -196,7 +198,7 @@ def test_bits_do_not_depend_on_threads(implementation, name):
     assert np.array_equal(one, three)
 
 
-@pytest.mark.parametrize('dtype', ntk.DTYPES)
+@pytest.mark.parametrize('dtype', contract.DTYPES)
 @pytest.mark.parametrize('name', ['fc2', 'convnet', 'no_bias', 'pool_first_global_hidden'])
 @pytest.mark.parametrize('implementation', FAST)
 def test_gradients_are_finite_at_the_edges(implementation, name, dtype):
@@ -269,7 +271,7 @@ def test_polynomials_are_the_fitted_ones(function, coefficients):
 
 
 def test_auto_is_a_fast_implementation():
-  assert ntk.make_kernel('fc1').implementation in FAST
+  assert registry.make_kernel('fc1').implementation in FAST
 
 
 @pytest.mark.parametrize(
@@ -284,7 +286,7 @@ def test_auto_is_a_fast_implementation():
 )
 def test_unknown_settings(arguments, message):
   with pytest.raises(ValueError, match=message):
-    ntk.make_kernel('fc1', **arguments)
+    registry.make_kernel('fc1', **arguments)
 
 
 def test_bad_images():

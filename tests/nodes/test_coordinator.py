@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from artifacts import checkpoints, run_directory
+from configs import schema
 from data import store
 from distillation import evaluation, optimizers
 from nodes import coordinator as coordinator_node
@@ -166,7 +167,7 @@ def test_a_resumed_run_wants_the_hardware_it_began_on(make_run, tmp_path):
   local.distil(run, threading.Event())
   coordinator = _coordinator(run)
   assert 'device: B instead of' in coordinator.lease('w', _hello(device='B'))['stop']
-  coordinator._system['num_workers'] = 1
+  coordinator._system.num_workers = 1
   with pytest.raises(
     coordinator_node.RunFailed,
     match='no worker can start; the last one said: this worker would compute other bits',
@@ -179,7 +180,7 @@ def test_a_full_disk_is_waited_for_and_then_named(make_run, tmp_path, monkeypatc
   run = make_run(tmp_path, FC1)
   coordinator = _coordinator(run)
   template = coordinator_node.initial_state(
-    run.config['run'], coordinator._prepared, coordinator._optimizer
+    run.config.run, coordinator._prepared, coordinator._optimizer
   )
   errors = [OSError(28, 'No space left on device')] * 2
   save = coordinator._checkpoints.save
@@ -443,9 +444,9 @@ def test_the_time_of_a_state_is_when_it_was_reached(make_run, tmp_path, caplog):
   }
   run = make_run(tmp_path, changes)
   state = coordinator_node.initial_state(
-    run.config['run'],
-    store.open_prepared(run.directory.read_config()['data_key'], run.cache),
-    optimizers.make(run.config['run']['optimizer'], run.config['run']['learning_rate']),
+    run.config.run,
+    store.open_prepared(run.directory.read_saved().data_key, run.cache),
+    optimizers.make(run.config.run.optimizer, run.config.run.learning_rate),
   )
   checkpoints.Checkpoints(run.directory.checkpoints).save(
     state._replace(step=2), {'wall_seconds': 600.0, 'reached_seconds': 7.5, 'fingerprint': None}
@@ -519,7 +520,10 @@ def test_the_export_says_what_was_made(make_run, tmp_path, labels):
   assert distilled.images.shape == (6, 8, 9, 2) and distilled.labels.shape == (6, 3)
   one_hot = np.float32(np.eye(3)[[0, 0, 1, 1, 2, 2]] - 1 / 3)
   assert np.array_equal(distilled.labels, one_hot) == (labels == 'fixed')
-  assert distilled.settings['step'] == 2 and distilled.settings['run'] == run.config['run']
+  assert (
+    distilled.settings['step'] == 2
+    and schema.from_dict(schema.Run, distilled.settings['run']) == run.config.run
+  )
   assert distilled.settings['label_offset'] == pytest.approx(-1 / 3)
   assert distilled.transform.mean.shape == (2,)
 

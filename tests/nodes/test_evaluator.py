@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from artifacts import distilled_set, run_directory
+from configs import schema, validation
 from data import sampling, store
 from distillation import evaluation, finite_network
-from kernels import architectures, ntk
+from kernels import architectures, registry
 from nodes import evaluator
 from nodes.client import Retrying, Stopping
 from programs import local
@@ -26,9 +27,9 @@ NETWORK = {'system.evaluation.nn_steps': 5, 'system.evaluation.nn_width': 8}
 
 
 def _evaluation(run):
-  prepared = store.open_prepared(run.directory.read_config()['data_key'], run.cache)
+  prepared = store.open_prepared(run.directory.read_saved().data_key, run.cache)
   return evaluation.Evaluation(
-    run.config['run'], run.config['system']['evaluation'], prepared, threads=1
+    run.config.run, run.config.system.evaluation, prepared, threads=1
   ), prepared
 
 
@@ -123,7 +124,7 @@ def test_baselines_are_the_images_a_run_starts_from_with_hard_and_solved_labels(
   changes = {**FC1, **NETWORK, 'run.ridge': 1e-3, 'system.evaluation.krr_tile': 5}
   evaluate, prepared = _evaluation(make_run(tmp_path, changes))
   images, labels = _support(prepared)
-  kernel = ntk.make_kernel('fc1', dtype='float64')
+  kernel = registry.make_kernel('fc1', dtype='float64')
   k_ss, k_ts = kernel.block(images, images), kernel.block(prepared.train_images, images)
   y_t = sampling.centred_one_hot(prepared.train_labels, prepared.num_classes)
   solved = np.linalg.pinv(k_ts @ np.linalg.inv(k_ss + 1e-3 * np.trace(k_ss) / 6 * np.eye(6))) @ y_t
@@ -166,8 +167,8 @@ def _distilled(tmp_path_factory, npz, cache):
   )
   from programs import start
 
-  config = config.to_dict()
-  prepared = store.prepare(config['run']['data'], cache)
+  config = validation.validate(config.to_dict())
+  prepared = store.prepare(config.run.data, cache)
   directory = run_directory.RunDirectory(str(workdir))
   directory.open(config, prepared.key)
   local.distil(start.Run(config, directory, cache), threading.Event())
@@ -196,7 +197,7 @@ class _Coordinator:
 
   def __init__(self, run, snapshots):
     """`snapshots`: {step: (images [S, H, W, D], labels [S, C])}; the last one is final."""
-    self.description = {**run.directory.read_config(), 'run_id': 'id', 'generation': 1}
+    self.description = {**run.directory.read_saved().to_dict(), 'run_id': 'id', 'generation': 1}
     self.snapshots, self.final = snapshots, max(snapshots)
     self.heartbeats, self.rows, self.reasons, self.asked = threading.Semaphore(0), [], [], []
 
@@ -234,7 +235,7 @@ def _follow(make_run, tmp_path):
 
   def make(changes=None):
     run = make_run(tmp_path, {**FC1, 'run.num_steps': 2, **(changes or {})})
-    prepared = store.open_prepared(run.directory.read_config()['data_key'], run.cache)
+    prepared = store.open_prepared(run.directory.read_saved().data_key, run.cache)
     images, labels = _support(prepared)
     labels = labels.astype(np.float32)
     snapshots = {step: (images + np.float32(0.1 * step), labels) for step in range(3)}
@@ -498,9 +499,9 @@ class _Counting:
 
 @pytest.mark.parametrize('architecture', ['fc1', 'convnet2'])
 def test_k_ss_in_tiles(architecture):
-  kernel = _Counting(ntk.make_kernel(architecture))
+  kernel = _Counting(registry.make_kernel(architecture))
   images = kernel.prepare(np.random.default_rng(0).normal(size=(7, 8, 9, 2)))
-  whole = ntk.make_kernel(architecture).block(images.images, images.images)
+  whole = registry.make_kernel(architecture).block(images.images, images.images)
   np.testing.assert_array_equal(evaluation.support_block(kernel, images, 7), whole)
   assert kernel.pairs == [(7, 7, True)]
   kernel.pairs.clear()
@@ -520,8 +521,8 @@ def test_k_ss_in_tiles(architecture):
 @pytest.mark.parametrize('blocks', range(4))
 def test_krr_can_be_interrupted_at_every_tile_of_k_ss(make_run, tmp_path, blocks):
   run = make_run(tmp_path, {**FC1, 'system.evaluation.krr_tile': 3})
-  prepared = store.open_prepared(run.directory.read_config()['data_key'], run.cache)
-  kernel, images = _Counting(ntk.make_kernel('fc1')), _support(prepared)[0]
+  prepared = store.open_prepared(run.directory.read_saved().data_key, run.cache)
+  kernel, images = _Counting(registry.make_kernel('fc1')), _support(prepared)[0]
 
   def check():
     if len(kernel.pairs) >= blocks:
@@ -608,10 +609,11 @@ def test_alone_on_a_set_that_the_authors_released_by_its_name(released_mnist):
   assert done.returncode == 0, done.stderr
   (row,) = json.loads(done.stdout)['rows']
   distilled = distilled_set.load_released(name, cache, folder)
+  run = schema.from_dict(schema.Run, distilled.settings['run'])
   evaluate = evaluation.Evaluation(
-    distilled.settings['run'],
-    distilled.settings['evaluation'],
-    store.prepare(distilled.settings['run']['data'], cache),
+    run,
+    schema.from_dict(schema.Evaluation, distilled.settings['evaluation']),
+    store.prepare(run.data, cache),
     threads=1,
   )
   assert row == {'kind': 'distilled', **evaluate.krr(distilled.images, distilled.labels)}

@@ -6,7 +6,7 @@ from concurrent import futures
 
 import numpy as np
 
-from kernels import ntk
+from kernels import contract
 from nodes import kernel_worker, tasks
 
 S, T, H, W, D, C = 2, 3, 4, 4, 1, 2
@@ -18,7 +18,7 @@ class _Kernel:
   dtype, kept_bytes = np.dtype('float32'), 10**9
 
   def linearise(self, x1, x2):
-    return ntk.Linearised(
+    return contract.Linearised(
       np.ones((S, T)), lambda cotangent: np.full((S, H, W, D), cotangent.sum()), 8
     )
 
@@ -52,7 +52,7 @@ def test_one_thread_forgets_while_another_uses():
   worker._run = {'plan': {'target_tile': T}, 'seed': 0, 'targets_per_step': T}
   worker._prepared = types.SimpleNamespace(train_labels=np.arange(T) % C, num_classes=C)
   worker._train = np.zeros((T, H, W, D), np.float32)
-  support = ntk.Prepared(np.zeros((S, H, W, D), np.float32), [], None)
+  support = contract.Prepared(np.zeros((S, H, W, D), np.float32), [], None)
   targets = kernel_worker._Targets(support, np.zeros((T, C)))
   inputs = {'alpha': np.ones((S, C)), 'residual': np.ones((T, C))}
   reached, over = threading.Event(), threading.Event()

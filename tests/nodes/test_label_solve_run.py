@@ -10,7 +10,7 @@ import pytest
 from artifacts import checkpoints, distilled_set
 from data import sampling, store
 from distillation import krr
-from kernels import ntk
+from kernels import registry
 from nodes import coordinator as coordinator_node
 from programs import local
 
@@ -33,11 +33,11 @@ def _distil(run):
 def _oracle(run, images):
   """Labels by the dense pseudo-inverse, and a function from labels to ½ mean((P - y)²) over the
   training set."""
-  prepared = store.open_prepared(run.directory.read_config()['data_key'], run.cache)
-  kernel = ntk.make_kernel(
-    run.config['run']['architecture'], implementation='reference', dtype='float64'
+  prepared = store.open_prepared(run.directory.read_saved().data_key, run.cache)
+  kernel = registry.make_kernel(
+    run.config.run.architecture, implementation='reference', dtype='float64'
   )
-  k = krr.regularised(kernel.block(images, images), run.config['run']['ridge'])
+  k = krr.regularised(kernel.block(images, images), run.config.run.ridge)
   predict = kernel.block(prepared.train_images, images) @ np.linalg.inv(k)
   y_t = sampling.centred_one_hot(prepared.train_labels, prepared.num_classes)
   return np.linalg.pinv(

@@ -2,7 +2,7 @@
 against itself."""
 
 import contextlib
-import json
+import dataclasses
 import threading
 
 import jax
@@ -13,9 +13,10 @@ import pytest
 
 import kernels.precision  # noqa: F401
 from artifacts import checkpoints
+from configs import schema
 from data import augment, sampling, store
 from distillation import optimizers
-from kernels import architectures, ntk, reference
+from kernels import architectures, contract, reference, registry
 from nodes import coordinator as coordinator_node
 from nodes import kernel_worker
 from nodes.client import Retrying
@@ -66,9 +67,7 @@ _KNOWN = {}  # what the oracle said, by what is asked: neither implementation no
 def _oracle(run, state, prepared):
   """Loss and gradients of the whole step by jax.value_and_grad over Neural Tangents, which takes
   long to compile."""
-  asked = json.dumps(
-    {name: value for name, value in run.items() if name not in ('implementation', 'plan')}
-  )
+  asked = repr(dataclasses.replace(run, implementation='', plan=schema.Plan()))
   if asked not in _KNOWN:
     _KNOWN[asked] = state, _computed(run, state, prepared)
   known, found = _KNOWN[asked]
@@ -80,9 +79,9 @@ def _oracle(run, state, prepared):
 
 
 def _computed(run, state, prepared):
-  kernel_fn = reference.network(architectures.get(run['architecture']))[2]
+  kernel_fn = reference.network(architectures.get(run.architecture))[2]
   batch = sampling.class_balanced(
-    run['seed'], sampling.TARGETS, state.step, prepared.train_labels, run['targets_per_step']
+    run.seed, sampling.TARGETS, state.step, prepared.train_labels, run.targets_per_step
   )
   x_t = jnp.asarray(
     augment.target_images(run, prepared, state.step, batch, 0, len(batch)), jnp.float64
@@ -90,8 +89,8 @@ def _computed(run, state, prepared):
   y_t = sampling.centred_one_hot(prepared.train_labels[batch], prepared.num_classes)
 
   def loss(images, labels):
-    k_ss, k_ts = (kernel_fn(x, images, get=run['kernel']) for x in (images, x_t))
-    k = k_ss + run['ridge'] * jnp.trace(k_ss) / len(images) * jnp.eye(len(images))
+    k_ss, k_ts = (kernel_fn(x, images, get=run.kernel) for x in (images, x_t))
+    k = k_ss + run.ridge * jnp.trace(k_ss) / len(images) * jnp.eye(len(images))
     return 0.5 * jnp.mean((k_ts @ jnp.linalg.solve(k, labels) - y_t) ** 2)
 
   value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state.images, state.labels)
@@ -116,7 +115,7 @@ PLANS = [
 @pytest.mark.parametrize(
   'implementation, architecture, support_tile, target_tile, per_task, more',
   [
-    *((name, *case) for name in ntk.available() for case in EVERYWHERE),
+    *((name, *case) for name in registry.available() for case in EVERYWHERE),
     *(('auto', *case) for case in PLANS),
   ],
 )
@@ -136,9 +135,7 @@ def test_gradient_is_that_of_the_whole_loss(
     },
   )
   with working(run) as coordinator:
-    state = coordinator_node.initial_state(
-      run.config['run'], coordinator._prepared, optax.adam(0.04)
-    )
+    state = coordinator_node.initial_state(run.config.run, coordinator._prepared, optax.adam(0.04))
     # Away from one-hot labels and from images that are exactly float32.
     noise = np.random.default_rng(0)
     state = state._replace(
@@ -147,7 +144,7 @@ def test_gradient_is_that_of_the_whole_loss(
     )
     metrics, gradient = coordinator._loss_and_gradient(state)
   prepared = store.open_prepared(coordinator._prepared.key, run.cache, raw=more is AUGMENTED)
-  loss, d_images, d_labels = _oracle(run.config['run'], state, prepared)
+  loss, d_images, d_labels = _oracle(run.config.run, state, prepared)
   assert metrics.train_loss == pytest.approx(loss, rel=1e-8)
   # On the diagonal of K_ss Neural Tangents differentiates sqrt(1 - c^2) at c = 1 within rounding:
   # good to 2e-8.
@@ -165,7 +162,7 @@ def test_adam_moves_what_the_configuration_says(make_run, tmp_path):
     )
     coordinator = coordinator_node.Coordinator(run.directory.path, run.cache, threading.Event())
     state = coordinator_node.initial_state(
-      run.config['run'], coordinator._prepared, coordinator._optimizer
+      run.config.run, coordinator._prepared, coordinator._optimizer
     )
     gradient = coordinator_node.Gradient(
       np.where(np.arange(state.images.size).reshape(state.images.shape) % 2, 1.0, -2.0),
@@ -183,10 +180,10 @@ def test_adam_moves_what_the_configuration_says(make_run, tmp_path):
 
 def _final(run):
   """The last checkpoint's state."""
-  config = run.directory.read_config()
-  optimizer = optimizers.make(config['run']['optimizer'], config['run']['learning_rate'])
+  config = run.directory.read_saved().config
+  optimizer = optimizers.make(config.run.optimizer, config.run.learning_rate)
   template = coordinator_node.initial_state(
-    config['run'], store.open_prepared(config['data_key'], run.cache), optimizer
+    config.run, store.open_prepared(run.directory.read_saved().data_key, run.cache), optimizer
   )
   state, _ = checkpoints.Checkpoints(run.directory.checkpoints).restore(template)
   return state
@@ -212,8 +209,8 @@ def test_target_tasks_of_parts_of_the_support_add_up_to_those_in_one_pass(
   """Ragged parts; workers that keep nothing between the halves give the same bits as those that
   do."""
   results = []
-  for per_task, kept in ((0, 0), (part, ntk.KEPT_BYTES), (part, 0)):
-    monkeypatch.setattr(ntk, 'KEPT_BYTES', kept)
+  for per_task, kept in ((0, 0), (part, contract.KEPT_BYTES), (part, 0)):
+    monkeypatch.setattr(contract, 'KEPT_BYTES', kept)
     run = make_run(
       tmp_path / f'{per_task} {kept}',
       {
@@ -225,7 +222,7 @@ def test_target_tasks_of_parts_of_the_support_add_up_to_those_in_one_pass(
     )
     with working(run) as coordinator:
       state = coordinator_node.initial_state(
-        run.config['run'], coordinator._prepared, optax.adam(0.04)
+        run.config.run, coordinator._prepared, optax.adam(0.04)
       )
       results.append(coordinator._loss_and_gradient(state))
   (whole, gradient), (metrics, split), (_, again) = results
@@ -248,9 +245,7 @@ def test_a_task_brings_the_images_it_is_about(make_run, tmp_path, monkeypatch):
   monkeypatch.setattr(coordinator_node.Coordinator, 'fetch', note)
   run = make_run(tmp_path, {'run.architecture': 'fc1', 'run.plan.support_per_task': 4})
   with working(run, workers=1) as coordinator:
-    state = coordinator_node.initial_state(
-      run.config['run'], coordinator._prepared, optax.adam(0.04)
-    )
+    state = coordinator_node.initial_state(run.config.run, coordinator._prepared, optax.adam(0.04))
     coordinator._loss_and_gradient(state)
   assert fetched == [('images', 0, 5), ('images', 5, 6)]
 
@@ -287,9 +282,7 @@ def test_a_worker_alone_makes_the_first_targets_of_a_step_before_it(
     },
   )
   with working(run, workers=1) as coordinator:
-    state = coordinator_node.initial_state(
-      run.config['run'], coordinator._prepared, optax.adam(0.04)
-    )
+    state = coordinator_node.initial_state(run.config.run, coordinator._prepared, optax.adam(0.04))
     for step in range(4):
       coordinator._loss_and_gradient(state._replace(step=step))
   tiles = [event for event in events if isinstance(event, tuple)]

@@ -34,12 +34,12 @@ def _written_out(
   **network,
 ):
   """The images and labels after STEPS updates, and the losses before each."""
-  kernel_fn = reference.network(architectures.get(run['architecture']), **network)[2]
+  kernel_fn = reference.network(architectures.get(run.architecture), **network)[2]
 
   def loss(parameters, x_t, y_t):
     x, y = parameters['images'], parameters.get('labels', labels)
     k_ss, k_ts = kernel_fn(x, x, get=kind), kernel_fn(x_t, x, get=kind)
-    k = k_ss + run['ridge'] * jnp.trace(k_ss) / len(x) * jnp.eye(len(x))
+    k = k_ss + run.ridge * jnp.trace(k_ss) / len(x) * jnp.eye(len(x))
     return 0.5 * jnp.mean((k_ts @ jnp.linalg.solve(k, y) - y_t) ** 2)
 
   parameters = {'images': images, **({'labels': labels} if learn_labels else {})}
@@ -48,7 +48,7 @@ def _written_out(
     chosen = batch
     if batch is None:
       chosen = sampling.class_balanced(
-        run['seed'], sampling.TARGETS, step, prepared.train_labels, run['targets_per_step']
+        run.seed, sampling.TARGETS, step, prepared.train_labels, run.targets_per_step
       )
     y_t = sampling.centred_one_hot(prepared.train_labels[chosen], prepared.num_classes)
     value, gradients = gradient(
@@ -127,7 +127,7 @@ def test_first_steps(make_run, tmp_path, changes, optimizer, written):
   run = make_run(tmp_path, {'run.architecture': 'fc1', 'run.kernel_dtype': 'float64', **changes})
   with working(run) as coordinator:
     first = state = coordinator_node.initial_state(
-      run.config['run'], coordinator._prepared, coordinator._optimizer
+      run.config.run, coordinator._prepared, coordinator._optimizer
     )
     losses = []
     for _ in range(STEPS):
@@ -135,7 +135,7 @@ def test_first_steps(make_run, tmp_path, changes, optimizer, written):
       losses.append(metrics.train_loss)
       state = coordinator._move(state, gradient)
   images, labels, expected = _written_out(
-    run.config['run'], coordinator._prepared, first.images, first.labels, optimizer, **written
+    run.config.run, coordinator._prepared, first.images, first.labels, optimizer, **written
   )
   np.testing.assert_allclose(losses, expected, rtol=1e-7)
   for found, wanted, start in (

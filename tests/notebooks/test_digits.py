@@ -1,4 +1,4 @@
-"""The notebook's cells, one after the other, on a shorter demo."""
+"""The notebook's cells, run in order, on a shorter demo."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import threading
 import numpy as np
 
 from artifacts import run_directory
-from configs import digits
+from configs import digits, validation
 from data import store
 from programs import local, start
 
@@ -16,39 +16,28 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 def test_from_a_demo_to_a_network_that_reads_real_digits(tmp_path, cache, monkeypatch):
   config = digits.get_config()
-  config.update_from_flattened_dict(
-    {
-      'run.num_steps': 30,
-      'system.snapshot_steps': (0, 30),
-      'system.evaluation.nn_steps': 0,
-      'system.num_workers': 2,
-    }
-  )
-  config = config.to_dict()
+  config.run.num_steps, config.system.snapshot_steps = 30, (0, 30)
+  config.system.num_workers, config.system.evaluation.nn_steps = 2, 0
+  config = validation.validate(config.to_dict())
   directory = run_directory.RunDirectory(str(tmp_path))
-  directory.open(config, store.prepare(config['run']['data'], cache).key)
+  directory.open(config, store.prepare(config.run.data, cache).key)
   local.distil(start.Run(config, directory, cache), threading.Event())
 
   monkeypatch.setenv('DEMO_DIR', str(tmp_path))
   monkeypatch.setenv('MPLBACKEND', 'agg')
   monkeypatch.chdir(ROOT)
   with open('notebooks/digits.ipynb', encoding='utf-8') as file:
-    cells = [
-      ''.join(cell['source']) for cell in json.load(file)['cells'] if cell['cell_type'] == 'code'
-    ]
+    cells = json.load(file)['cells']
   found = {}
   for cell in cells:
-    exec(cell, found)
+    if cell['cell_type'] == 'code':
+      exec(''.join(cell['source']), found)
   with np.load(directory.distilled) as file:
     np.testing.assert_array_equal(found['images'], file['images'])
   first, *_, last = directory.read_metrics()
-  assert (
-    found['krr_real'] == first['krr_test_accuracy']
-    and found['krr_distilled'] == last['krr_test_accuracy']
-  )
+  assert found['krr_real'] == first['krr_test_accuracy']
+  assert found['krr_distilled'] == last['krr_test_accuracy']
   assert found['krr_distilled'] > found['krr_real'] + 0.1
-  assert (
-    len(found['network_distilled']) == 3
-    and found['network_distilled'].mean() > found['network_real'].mean()
-  )
+  assert len(found['network_distilled']) == 3
+  assert found['network_distilled'].mean() > found['network_real'].mean()
   assert found['network_distilled'].min() > 0.4  # ten classes

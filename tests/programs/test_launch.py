@@ -115,9 +115,9 @@ def test_the_demo_beats_its_real_images_by_ten_points(tmp_path, cache, seed):
   assert set(status['workers']) == {'kernel_worker_0', 'kernel_worker_1'}
   assert all(counts['pairs'] > 0 for counts in status['workers'].values())
   run = _json(tmp_path, 'config.json')['run']
-  pairs_a_step = 10 * run['targets_per_step'] + 100
+  pairs_a_step = 10 * run.targets_per_step + 100
   assert sum(counts['pairs'] for counts in status['workers'].values()) == status['pairs']
-  assert status['pairs'] == (run['num_steps'] + 1) * pairs_a_step + run['num_steps'] * 100
+  assert status['pairs'] == (run.num_steps + 1) * pairs_a_step + run.num_steps * 100
 
   with np.load(tmp_path / 'distilled.npz', allow_pickle=False) as file:
     assert file['images'].shape == (10, 8, 8, 1) and file['images'].dtype == np.float32
@@ -453,13 +453,13 @@ else:
 def test_a_worker_that_cannot_start_stops_the_run_with_its_message(tmp_path, npz, cache):
   (tmp_path / 'sitecustomize.py').write_text("""
 try:
-  from kernels import ntk
+  from kernels import registry
 except ImportError:
   pass
 else:
   def make_kernel(*args, **kwargs):
     raise RuntimeError('no kernel today')
-  ntk.make_kernel = make_kernel
+  registry.make_kernel = make_kernel
 """)
   done = _run(
     _command(tmp_path / 'run', *SMALL, f'--config.run.data.name={npz}', cache=cache),

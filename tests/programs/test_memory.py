@@ -4,9 +4,9 @@ import numpy as np
 import psutil
 import pytest
 
-from configs import base
+from configs import base, schema
 from data import preprocess, store
-from kernels import architectures, ntk
+from kernels import architectures, registry
 from programs import memory, start
 
 GIB, MIB = 2**30, 2**20
@@ -127,9 +127,9 @@ def test_without_limits_it_is_the_machines(system, mounts, groups):
   ],
 )
 def test_what_a_kernel_keeps_of_an_image(name, shape, implementation):
-  if implementation not in ntk.available():
+  if implementation not in registry.available():
     pytest.skip('not built')
-  kernel = ntk.make_kernel(name, implementation=implementation)
+  kernel = registry.make_kernel(name, implementation=implementation)
   kept = sum(q.nbytes for q in kernel.prepare(np.ones((1, *shape), np.float32)).variances)
   estimate = memory.table_bytes(architectures.get(name), *shape[:2], 4)
   assert kept == estimate if implementation == 'native' else kept <= estimate + 64
@@ -154,15 +154,12 @@ def _prepared(num_train, num_test=1000, shape=(32, 32, 3)):
 
 
 def _config(**changes):
-  config = base.get_config().to_dict()
-  config['run']['architecture'] = 'convnet'
-  for path, value in changes.items():
-    node = config
-    *parents, leaf = path.split('__')
-    for parent in parents:
-      node = node[parent]
-    node[leaf] = value
-  return config
+  config = base.get_config()
+  config.run.architecture = 'convnet'
+  config.update_from_flattened_dict(
+    {path.replace('__', '.'): value for path, value in changes.items()}
+  )
+  return schema.from_dict(schema.Config, config.to_dict())
 
 
 @pytest.mark.parametrize(
@@ -205,11 +202,9 @@ def test_a_limit_of_its_control_group_refuses_a_run(system, monkeypatch):
   root = system(V2, '0::/job\n', second={'job': (300 * MIB, 200 * MIB, {})})
   left = memory.left_by_control_groups
   monkeypatch.setattr(memory, 'left_by_control_groups', lambda _: left(root))
-  config = _config()
+  config = _config(system__num_workers=2)
   with pytest.raises(start.BadInput, match='this run needs about .* 0.1 GiB are available'):
-    start.check_memory(
-      {**config, 'system': {**config['system'], 'num_workers': 2}}, _prepared(10000), start.Here.ALL
-    )
+    start.check_memory(config, _prepared(10000), start.Here.ALL)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +220,7 @@ def test_only_the_memory_of_processes_that_run_here_is_asked_for(
   monkeypatch, here, available, refused
 ):
   monkeypatch.setattr(memory, 'available', lambda: available)
-  config = _config()
-  config['system']['num_workers'] = 4
+  config = _config(system__num_workers=4)
   if refused:
     with pytest.raises(
       start.BadInput,

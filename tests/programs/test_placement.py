@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from artifacts import run_directory
-from configs import base
+from configs import schema
 from programs import distill, placement, start
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -194,7 +194,7 @@ def test_a_process_of_its_own_is_placed_before_its_libraries_start(tmp_path):
     'placement._has_any = lambda packages: True\n'
     "import threadpoolctl\nthreads = {library['num_threads'] for library in threadpoolctl.threadpool_info()}\n"
     "def stop(config): print('jax' in sys.modules, threads, os.environ['CUDA_VISIBLE_DEVICES'], os.environ['JAX_PLATFORMS']); os._exit(0)\n"
-    'start.base.validate = stop\nlocal.main(sys.argv)\n'
+    'start.validation.validate = stop\nlocal.main(sys.argv)\n'
   )
   for implementation, expected in (('auto', 'False {1} a cuda,cpu'), ('native', 'False {1}  cpu')):
     environment = {name: value for name, value in os.environ.items() if name not in ON_CPU}
@@ -231,10 +231,10 @@ def test_cpu_threads_are_divided(monkeypatch):
 
 def test_every_process_of_the_program_has_its_environment(machine, npz, cache, tmp_path):
   machine(LISTING.format(0) + LISTING.format(1))
-  config = base.get_config().to_dict()
-  config['run']['data']['name'] = npz
   run = start.Run(
-    {**config, 'system': {**config['system'], 'num_workers': 3, 'worker_threads': 2}},
+    schema.Config(
+      schema.Run(data=schema.Data(name=npz)), schema.System(num_workers=3, worker_threads=2)
+    ),
     run_directory.RunDirectory(str(tmp_path)),
     cache,
     gpus=placement.find_gpus('auto'),

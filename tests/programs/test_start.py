@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from configs import base
+from configs import schema
 from programs import start
 
 
@@ -29,10 +29,11 @@ from programs import start
 def test_a_plan_that_leaves_workers_idle_is_remarked_on(
   support, targets, tile, tiles, part, workers, said
 ):
-  config = base.get_config().to_dict()
-  config['run'].update(images_per_class=support // 10, targets_per_step=targets)
-  config['run']['plan'].update(target_tile=tile, target_tiles_per_task=tiles, support_per_task=part)
-  config['system']['num_workers'] = workers
+  plan = schema.Plan(target_tile=tile, target_tiles_per_task=tiles, support_per_task=part)
+  config = schema.Config(
+    schema.Run(images_per_class=support // 10, targets_per_step=targets, plan=plan),
+    schema.System(num_workers=workers),
+  )
   remark = start._remark_on_plan(config, 10)
   assert bool(remark) == (said is not None)
   for words in said or ():

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from artifacts import run_directory
-from configs import cifar10_fc1
+from configs import cifar10_fc1, schema
 from data import store
 from programs import local, start
 
@@ -65,8 +65,8 @@ def _logs(workdir):
 def _assert_as_local(tmp_path, workdir, cache, snapshots):
   """The run in `workdir` gave what its own configuration gives in one process."""
   config = json.loads((workdir / 'config.json').read_text())
-  config['system']['num_workers'] = 2
-  prepared = store.prepare(config['run']['data'], cache)
+  config.system.num_workers = 2
+  prepared = store.prepare(config.run.data, cache)
   directory = run_directory.RunDirectory(str(tmp_path / 'local'))
   directory.open(config, prepared.key)
   local.distil(start.Run(config, directory, cache), threading.Event())
@@ -166,7 +166,7 @@ def test_steps_of_an_allocation_end_in_the_same_bits(tmp_path, cluster, cache):
   """FC1 on CIFAR-10, stopped in mid-run and gone on with; each time the command's status is the
   run's."""
   workdir, num_steps = tmp_path / 'run', 12
-  data = {**cifar10_fc1.get_config().run.data.to_dict(), 'dir': CIFAR}
+  data = schema.Data(**{**cifar10_fc1.get_config().run.data, 'dir': CIFAR})
   store.prepare(data, cache)  # here, so that no time limit below has to allow for it
   command = [
     'salloc',

@@ -1,4 +1,4 @@
-"""`make` and `make demo`, in a copy whose setup and launch are stood in for."""
+"""`make` and `make demo`, in a copy with stand-ins for setup.sh and launch.py."""
 
 import fcntl
 import os
@@ -24,15 +24,14 @@ open(os.path.join(directory.path, 'ran'), 'a').write('.')
 
 @pytest.fixture
 def make(tmp_path):
-  """A function (*arguments) -> what make did, in a folder of its own, `tmp_path / 'copy'`."""
+  """A function (*arguments) -> the finished process of make in `tmp_path / 'copy'`."""
   copy = tmp_path / 'copy'
   (copy / 'tools').mkdir(parents=True)
   for name in ('Makefile', 'tools/demo.sh'):
     shutil.copy(os.path.join(ROOT, name), copy / name)
   (copy / 'tools' / 'setup.sh').write_text('#!/bin/sh\n')
-  (copy / 'python').write_text(
-    f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\n'
-  )  # nothing is built
+  # A Python that runs files and no module: nothing is built.
+  (copy / 'python').write_text(f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\n')
   (copy / 'launch.py').write_text(LAUNCH)
   for name in ('tools/setup.sh', 'python'):
     (copy / name).chmod(0o755)
@@ -59,13 +58,14 @@ def _content(folder):
 def test_help_is_the_default_and_has_a_line_for_each_target(make, tmp_path):
   before = _content(tmp_path)
   done = make()
-  assert (
-    done.returncode == 0 and done.stdout == make('help').stdout and _content(tmp_path) == before
-  )
+  assert done.returncode == 0
+  assert done.stdout == make('help').stdout and _content(tmp_path) == before
   with open(os.path.join(ROOT, 'Makefile'), encoding='utf-8') as file:
     lines = file.read().replace('\\\n', '')
-  targets = re.search(r'^\.PHONY: (.*)$', lines, re.MULTILINE)[1].split()
-  assert {'help', 'demo', 'test', 'clean'} <= set(targets)
+  phony = re.search(r'^\.PHONY: (.*)$', lines, re.MULTILINE)
+  assert phony
+  targets = phony[1].split()
+  assert {'help', 'demo', 'test', 'lint', 'clean'} <= set(targets)
   assert [line.split()[0] for line in done.stdout.splitlines()] == targets
   assert all(len(line.split()) > 2 for line in done.stdout.splitlines())
 
@@ -111,18 +111,13 @@ def test_what_is_not_a_demo_is_refused_and_stays(make, tmp_path, kind):
   elif kind == 'above':
     (folder / 'demo').mkdir()
     (folder / 'demo' / 'command.txt').write_text(command + '\n')
-  named = {
-    'a file': folder / 'precious',
-    'a link': tmp_path / 'link',
-    'root': '/',
-    'nothing': '',
-  }.get(kind, folder)
+  others = {'a file': folder / 'precious', 'a link': tmp_path / 'link', 'root': '/', 'nothing': ''}
+  named = others.get(kind, folder)
   before = _content(tmp_path)
   done = make('demo', f'DEMO_DIR={named}')
   lines = [line for line in done.stderr.splitlines() if not line.startswith('make')]
-  assert (
-    done.returncode == 2 and len(lines) == 1 and lines[0].startswith(f'demo: DEMO_DIR={named} ')
-  ), done.stderr
+  assert done.returncode == 2 and len(lines) == 1, done.stderr
+  assert lines[0].startswith(f'demo: DEMO_DIR={named} ')
   assert ('names no folder' if kind == 'nothing' else "is not an earlier demo's") in lines[0]
   assert _content(tmp_path) == before and (folder / 'precious').read_text() == 'years of work'
 
