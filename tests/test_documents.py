@@ -138,6 +138,16 @@ def test_the_step_that_contributing_shows_is_the_code():
     assert textwrap.dedent(shown).strip() in _read('distillation/step.py')
 
 
+def test_build_lists_what_one_process_needs():
+  """All that a run needs but Launchpad, and Neural Tangents, which is optional."""
+  _, _, listed = _read('BUILD.md').partition('    pip install absl-py')
+  wanted = re.findall(r'^([a-zA-Z][\w-]*)', _read('requirements.in'), re.MULTILINE)
+  optional = {'dm-launchpad', 'tensorflow-cpu', 'neural-tangents'}
+  assert {'absl-py', *listed.partition('\n\n')[0].replace('\\', '').split()} == (
+    set(wanted) - optional
+  )
+
+
 def test_there_is_one_version():
   [version] = re.findall(r'^version = "(.*)"$', _read('pyproject.toml'), re.MULTILINE)
   assert re.findall(r'^## \[?([\d.]+)', _read('CHANGELOG.md'), re.MULTILINE)[0] == version
