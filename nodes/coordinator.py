@@ -18,10 +18,10 @@ import optax
 from absl import logging
 
 import kernels.precision  # noqa: F401
-from artifacts import distilled_set, run_directory
+from artifacts import distilled_set, files, run_directory, snapshots
 from artifacts.checkpoints import Checkpoints, NoGoodCheckpoint, SupportState
 from configs import schema, validation
-from data import NPZ_ERRORS, DataError, sampling, store
+from data import DataError, sampling, store
 from distillation import initial_support, krr, label_solve, optimizers
 from nodes import tasks
 from nodes.task_board import TaskBoard, TaskFailed
@@ -122,6 +122,8 @@ class Coordinator:
     cache: str,
     stop: threading.Event,
     progressed: Callable[[bool], None] = lambda lasting: None,
+    patience: files.Patience = files.PATIENCE,
+    handover: float = run_directory.HANDOVER,
   ):
     """
     Args:
@@ -130,6 +132,8 @@ class Coordinator:
       stop: set when the process is to stop: the run is then checkpointed and ends as 'stopped'.
       progressed: called with False after each piece that is accepted, and with True after each
         checkpoint, which makes progress last.
+      patience: with disks that are full.
+      handover: seconds to wait for another coordinator to end.
 
     Raises:
       RunDirectoryError: another coordinator is at work in `workdir`; nothing there was touched.
@@ -137,7 +141,7 @@ class Coordinator:
     """
     self._start = time.monotonic()
     self._directory = run_directory.RunDirectory(workdir)
-    self._claim = self._directory.claim()
+    self._claim, self._patience = self._directory.claim(handover), patience
     self._generation = 0
     try:
       self._generation = self._directory.next_generation()
@@ -340,24 +344,24 @@ class Coordinator:
     """Steps of the snapshots that are there and not known to be damaged."""
     return [
       step
-      for step in self._directory.snapshot_steps()
+      for step in snapshots.steps(self._directory)
       if step <= self._run.num_steps and step not in self._damaged
     ]
 
   def _read_snapshot(self, step: int) -> dict[str, Any] | None:
     final = step == self._run.num_steps
     try:
-      with np.load(self._directory.snapshot(step), allow_pickle=False) as file:
-        return {
-          'run_id': self._run_id,
-          'step': step,
-          'images': file['images'],
-          'labels': file['labels'],
-          'metrics': str(file['metrics']),
-          'final': final,
-        }
-    except NPZ_ERRORS as error:
-      message = f'the snapshot of step {step} is damaged ({error}); it is not evaluated.'
+      snapshot = snapshots.read(self._directory, step)
+      return {
+        'run_id': self._run_id,
+        'step': step,
+        'images': snapshot.images,
+        'labels': snapshot.labels,
+        'metrics': json.dumps(snapshot.metrics),
+        'final': final,
+      }
+    except DataError as error:
+      message = f'{error}; it is not evaluated.'
       logging.warning(message)
       self._damaged.add(step)
       if final:
@@ -810,15 +814,10 @@ class Coordinator:
           self._directory.distilled, images, labels, state.step, self._saved.config, self._prepared
         ),
       )
-    path = self._directory.snapshot(state.step)
-    row = json.dumps(
-      {name: value for name, value in metrics._asdict().items() if value is not None}
-    )
+    row = {name: value for name, value in metrics._asdict().items() if value is not None}
     self._persist(
-      path,
-      lambda: run_directory.write_atomically(
-        path, lambda file: np.savez(file, images=images, labels=labels, metrics=row)
-      ),
+      self._directory.snapshot(state.step),
+      lambda: snapshots.write(self._directory, state.step, images, labels, row),
     )
 
   def _save(self, state: SupportState) -> None:
@@ -838,7 +837,7 @@ class Coordinator:
   def _persist(self, what: str, write: Callable[[], None]) -> None:
     """Writes; where that fails, again for a while: a full disk may be emptied. Raises RunFailed."""
     try:
-      run_directory.persist(what, write, self._stop_event)
+      files.persist(what, write, self._stop_event, self._patience)
     except run_directory.RunDirectoryError as error:
       raise RunFailed(
         f'{error} Mend that, and the same command goes on from the last checkpoint, '

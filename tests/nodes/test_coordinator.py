@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from artifacts import checkpoints, run_directory
+from artifacts import checkpoints, files, run_directory
 from configs import schema
 from data import store
 from distillation import evaluation, optimizers
@@ -20,8 +20,8 @@ from programs import local, start
 FC1 = {'run.architecture': 'fc1', 'run.num_steps': 2}
 
 
-def _coordinator(run):
-  return coordinator_node.Coordinator(run.directory.path, run.cache, threading.Event())
+def _coordinator(run, **kwargs):
+  return coordinator_node.Coordinator(run.directory.path, run.cache, threading.Event(), **kwargs)
 
 
 def _hello(**changes):
@@ -49,14 +49,13 @@ def test_without_workers_the_run_stops_with_a_checkpoint(make_run, tmp_path, cap
   )
 
 
-def test_a_second_coordinator_touches_nothing(make_run, tmp_path, monkeypatch):
-  monkeypatch.setattr(run_directory, '_HANDOVER', 0.2)
+def test_a_second_coordinator_touches_nothing(make_run, tmp_path):
   run = make_run(tmp_path, FC1)
   first = _coordinator(run)
   run.directory.write_status('running', step=1, generation=1)
   before = run.directory.read_status()
   with pytest.raises(run_directory.RunDirectoryError, match='has another coordinator'):
-    _coordinator(run)
+    _coordinator(run, handover=0.2)
   assert run.directory.read_status() == before
   assert json.loads(first.describe())['generation'] == 1
 
@@ -176,9 +175,8 @@ def test_a_resumed_run_wants_the_hardware_it_began_on(make_run, tmp_path):
 
 
 def test_a_full_disk_is_waited_for_and_then_named(make_run, tmp_path, monkeypatch, caplog):
-  monkeypatch.setattr(run_directory, 'DISK_PAUSE', 0.01)
   run = make_run(tmp_path, FC1)
-  coordinator = _coordinator(run)
+  coordinator = _coordinator(run, patience=files.Patience(60.0, 0.01))
   template = coordinator_node.initial_state(
     run.config.run, coordinator._prepared, coordinator._optimizer
   )
@@ -200,7 +198,7 @@ def test_a_full_disk_is_waited_for_and_then_named(make_run, tmp_path, monkeypatc
   )
   assert os.listdir(run.directory.checkpoints) == ['00000000']
   errors[:] = [OSError(30, 'Read-only file system')] * 10**6
-  monkeypatch.setattr(run_directory, 'DISK_PATIENCE', 0.1)
+  coordinator._patience = files.Patience(0.1, 0.01)
   with pytest.raises(
     coordinator_node.RunFailed,
     match=r'step 1 cannot be written \(Read-only file system\). Mend that, .* of step 0',
@@ -253,7 +251,7 @@ def test_a_damaged_snapshot_is_skipped_and_a_damaged_last_one_reported(
   coordinator._over = True
   assert 'stop' in coordinator.next_snapshot([1])
   with pytest.raises(
-    coordinator_node.RunFailed, match='its evaluation failed: the snapshot of step 2 is damaged'
+    coordinator_node.RunFailed, match='its evaluation failed: the snapshot of step 2 cannot be read'
   ):
     coordinator._await_evaluation()
 
