@@ -77,7 +77,7 @@ def resolve_targets(run: schema.Run, labels: np.ndarray, num_classes: int) -> in
 
 
 def validate_with_data(
-  config: schema.Config, labels: np.ndarray, num_classes: int, image_shape: tuple[int, int, int]
+  config: schema.Config, labels: np.ndarray, num_classes: int, image_shape: tuple[int, ...]
 ) -> None:
   """Checks what depends on the training set.
 
@@ -106,7 +106,7 @@ def validate_with_data(
   validate_image_size(config, image_shape)
 
 
-def validate_image_size(config: schema.Config, image_shape: tuple[int, int, int]) -> None:
+def validate_image_size(config: schema.Config, image_shape: tuple[int, ...]) -> None:
   """Checks that the architectures leave something of images `(H, W, D)`. Raises ConfigError."""
   for path in _ARCHITECTURES:
     _check_architecture(path, flatten(config.to_dict())[path], image_shape)
@@ -226,9 +226,7 @@ def _check_augmentation(augmentation: schema.Augmentation) -> None:
     )
 
 
-def _check_architecture(
-  path: str, value: Any, image_shape: tuple[int, int, int] | None = None
-) -> None:
+def _check_architecture(path: str, value: Any, image_shape: tuple[int, ...] | None = None) -> None:
   if value == '' and path != 'run.architecture':
     return
   try:

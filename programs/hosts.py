@@ -18,7 +18,7 @@ from absl import flags, logging
 from launchpad import context
 from launchpad.launch import worker_manager
 
-from artifacts import run_directory
+from artifacts import files, run_directory
 from configs import schema, validation
 from data import store
 from programs import command_line, distill, placement, processes, start, supervisor, terminal
@@ -127,7 +127,7 @@ def _coordinate(stop: threading.Event) -> int:
   port = run.config.system.port
   distill.check_port(port)
   address = f'{_HOST.value or own_host()}:{port or _free_port()}'
-  run_directory.write_atomically(run.directory.address, address + '\n')
+  files.write_atomically(run.directory.address, address + '\n')
   logging.info(
     'The coordinator is at %s. Whoever can connect to it can run code as you: see BUILD.md, "The coordinator\'s port".',
     address,
