@@ -105,7 +105,7 @@ def test_shipped_configs_are_valid(name):
     ),
     ('run.architecture', {'layers': 3}, "run.architecture: unknown key 'layers'; known: stages"),
     ('run.architecture', 7, 'run.architecture: expected a name or a dict of stages, got int'),
-    ('run.optimizer', 'adm', "run.optimizer: no 'adm' in optax; known: adabelief, .*adam, "),
+    ('run.optimizer', 'adm', "run.optimizer: unknown name 'adm'; known: adabelief, .*adam, "),
     (
       'run.optimizer',
       {'name': 'sgd', 'momentm': 0.9},
