@@ -10,9 +10,9 @@ from configs import schema
 from data import DataError, preprocess, store
 
 
-def _write_npz(path, seed=0):
-  x = np.random.default_rng(seed).integers(0, 256, size=(40, 4, 5, 3)).astype(np.uint8)
-  y = np.arange(40) % 3
+def _write_npz(path, seed=0, n=40):
+  x = np.random.default_rng(seed).integers(0, 256, size=(n, 4, 5, 3)).astype(np.uint8)
+  y = np.arange(n) % 3
   np.savez(path, x_train=x, y_train=y, x_test=x[:3], y_test=y[:3])
   return str(path)
 
@@ -50,9 +50,9 @@ def test_the_cache_gives_back_the_same_and_heals(tmp_path):
   assert other.key != first.key and other.content != first.content
 
 
-def test_zca_is_kept_with_its_images(tmp_path, monkeypatch):
-  path, cache = _write_npz(tmp_path / 'a.npz'), str(tmp_path / 'cache')
-  monkeypatch.setattr(store, '_PIECE', 7)
+def test_zca_is_kept_with_its_images(tmp_path):
+  # More images than are preprocessed at a time.
+  path, cache = _write_npz(tmp_path / 'a.npz', n=2100), str(tmp_path / 'cache')
   prepared = store.prepare(_data(path, zca=True), cache)
   expected = preprocess.fit(_raw(path), 0.1)
   np.testing.assert_array_equal(prepared.transform.zca, expected.zca)
@@ -80,15 +80,14 @@ def test_raw_images_are_shared_by_all_preprocessings(tmp_path):
 
 @pytest.mark.parametrize('zca', [False, True])
 @pytest.mark.parametrize('raw', [False, True])
-def test_data_are_fetched_once_in_chunks_and_checked(tmp_path, monkeypatch, zca, raw):
-  monkeypatch.setattr(store, 'CHUNK_BYTES', 1000)
+def test_data_are_fetched_once_in_chunks_and_checked(tmp_path, zca, raw):
   there, here = str(tmp_path / 'there'), str(tmp_path / 'here')
   prepared = store.prepare(_data(_write_npz(tmp_path / 'a.npz'), zca), there, raw=True)
   calls = []
 
   def read(folder, file, offset):
     calls.append((folder, file, offset))
-    return store.read_chunk(prepared.key, there, folder, file, offset)
+    return store.read_chunk(prepared.key, there, folder, file, offset, size=1000)
 
   fetched = store.fetch(prepared.key, here, read, raw)
   assert (fetched.key, fetched.content, fetched.name) == (

@@ -91,7 +91,7 @@ def _file(**changes):
 @pytest.mark.parametrize(
   'arrays, message',
   [
-    (_file(labels=None), "has no array 'labels'; expected images .* and labels"),
+    (_file(labels=None), "array 'labels' is missing; expected images, labels, got images"),
     (
       _file(images=np.zeros((5, 8, 9, 2))),
       r'images must be \[6, 8, 9, 2\] for blobs and run.images_per_class=2, got \[5, 8, 9, 2\]',
