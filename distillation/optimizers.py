@@ -13,7 +13,7 @@ import kernels.precision  # noqa: F401
 # Functions of optax whose result needs nothing but gradients and parameters.
 OPTIMIZERS = (
   *('adabelief', 'adadelta', 'adafactor', 'adagrad', 'adam', 'adamax', 'adamaxw', 'adamw', 'adan'),
-  *('amsgrad', 'fromage', 'lamb', 'lars', 'lion', 'nadam', 'nadamw', 'noisy_sgd', 'novograd'),
+  *('amsgrad', 'fromage', 'lamb', 'lars', 'lion', 'nadam', 'nadamw', 'novograd'),
   *('optimistic_adam', 'optimistic_adam_v2', 'optimistic_gradient_descent', 'radam', 'rmsprop'),
   *('rprop', 'sgd', 'sign_sgd', 'signum', 'sm3', 'yogi'),
 )
