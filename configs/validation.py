@@ -113,7 +113,7 @@ def validate_image_size(config: schema.Config, image_shape: tuple[int, int, int]
 
 
 def check_path(path: str) -> None:
-  """Raises ConfigError where `path`, such as 'run.seed', is no field, and lists those like it."""
+  """Raises ConfigError if `path`, such as 'run.seed', is not a field, and lists those like it."""
   known = schema.leaves()
   is_group = any(field.startswith(f'{path}.') for field in known)
   if path in known or path.startswith(tuple(f'{spec}.' for spec in _SPECS)) or is_group:
@@ -122,7 +122,7 @@ def check_path(path: str) -> None:
   siblings = [field for field in known if field.startswith(prefix)]
   near = difflib.get_close_matches(path, known, n=3) or siblings or list(known)
   raise ConfigError(
-    f'{" ".join(path.split())} is no field of the configuration; did you mean {", ".join(near)}?'
+    f'unknown field {" ".join(path.split())}; did you mean {", ".join(near)}?'
   )
 
 

@@ -152,7 +152,7 @@ def test_shipped_configs_are_valid(name):
     (
       'system.num_workrs',
       3,
-      'system.num_workrs is no field of the configuration; did you mean system.num_workers',
+      'unknown field system.num_workrs; did you mean system.num_workers',
     ),
   ],
 )
@@ -244,7 +244,7 @@ def test_specs_by_dict():
     )
   )
   validation.check_path('run.learning_rate.init_value')
-  with pytest.raises(validation.ConfigError, match='run.optimizr is no field'):
+  with pytest.raises(validation.ConfigError, match='unknown field run.optimizr'):
     validation.check_path('run.optimizr')
 
 

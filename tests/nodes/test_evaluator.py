@@ -640,7 +640,7 @@ def test_alone_on_a_set_that_the_authors_released_by_its_name(released_mnist):
     (
       'released',
       ('stray',),
-      "'stray' is no flag; expected --dataset=FILE --config=FILE --baselines --json.",
+      "unknown argument 'stray'; expected --dataset=FILE --config=FILE --baselines --json.",
     ),
     (
       'no labels',

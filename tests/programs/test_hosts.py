@@ -100,7 +100,7 @@ def test_coordinator_workers_and_evaluator_by_role(tmp_path, npz, make_run, cach
 
     num_steps = stopped + 3
     config = json.loads((workdir / 'config.json').read_text())
-    config.run.num_steps = num_steps  # as if it had been told so from the start
+    config['run']['num_steps'] = num_steps  # as if it had been told so from the start
     (workdir / 'config.json').write_text(json.dumps(config))
     with socket.socket() as elsewhere:
       elsewhere.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

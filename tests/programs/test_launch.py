@@ -518,7 +518,7 @@ def _refused(command, message):
   'flags, message',
   [
     (('--config=configs/nothing.py',), '--config=configs/nothing.py: there is no such file.'),
-    (('--config.run.sed=3',), 'run.sed is no field of the configuration; did you mean run.seed'),
+    (('--config.run.sed=3',), 'unknown field run.sed; did you mean run.seed'),
     (('--config.run.seed=three',), "--config.run.seed=three: expected a whole number, got 'three'"),
     (('--config.run.learning_rate=-1',), 'run.learning_rate must be above 0'),
     (('--config.run.architecture=resnet',), "run.architecture: unknown name 'resnet'; known: fc1"),
@@ -535,7 +535,7 @@ def _refused(command, message):
       'GiB of memory',
     ),
     (('--wrokdir=x',), "Unknown command line flag 'wrokdir'"),
-    (('stray',), "'stray' is no flag"),
+    (('stray',), "unknown argument 'stray'"),
   ],
 )
 def test_bad_input_gets_one_line_and_status_2(tmp_path, cache, flags, message):

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from artifacts import run_directory
-from configs import base
+from configs import schema
 from nodes import coordinator as coordinator_node
 from nodes import kernel_worker
 from programs import local, status
@@ -33,7 +33,7 @@ FIELDS = {
 
 def test_a_run_that_goes_on_and_one_that_was_cut_off(tmp_path):
   directory, other = (run_directory.RunDirectory(str(tmp_path)) for _ in range(2))
-  directory.open({'run': {}, 'system': {}}, 'key')
+  directory.open(schema.Config(), 'key')
   directory.write_status(run_directory.RUNNING, **FIELDS)
   os.makedirs(os.path.join(directory.checkpoints, '00000002'))
   found = status.read(other)
@@ -48,7 +48,7 @@ def test_a_run_that_goes_on_and_one_that_was_cut_off(tmp_path):
     'b': {'tasks': 0, 'pairs': 0, 'seconds': 0.0, 'pairs_per_second': 0.0, 'alive': True},
   }
   assert 'loss 0.25000, 50 pairs/s, 0:00:07 to go' in status.in_words(found)
-  directory._lock.close()
+  directory.close()
   found = status.read(other)
   assert (
     found['state'] == 'failed'
@@ -156,7 +156,7 @@ def test_looking_keeps_no_launch_from_starting(tmp_path):
   try:
     for _ in range(50):
       launch = run_directory.RunDirectory(str(tmp_path))
-      launch.open(base.get_config().to_dict(), 'key')
+      launch.open(schema.Config(), 'key')
       launch.close()
   finally:
     stop.set()
@@ -198,7 +198,7 @@ def test_from_the_command_line(flags, code, expected):
 
 def test_one_line_of_json(tmp_path):
   directory = run_directory.RunDirectory(str(tmp_path))
-  directory.open({'run': {}, 'system': {}}, 'key')
+  directory.open(schema.Config(), 'key')
   directory.write_status(run_directory.STOPPED, **FIELDS)
   done = subprocess.run(
     [sys.executable, 'launch.py', '--status', f'--workdir={tmp_path}', '--json'],

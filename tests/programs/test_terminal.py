@@ -13,7 +13,7 @@ import os, sys, time
 from artifacts import run_directory
 from programs import terminal
 directory = run_directory.RunDirectory(sys.argv[1])
-with terminal.shown(directory):
+with terminal.show_output(directory):
   time.sleep(0.8)
   directory.write_status('running', step=30, num_steps=120, train_loss=0.25, seconds_to_go=61.2, kernel_pairs_per_second=5000.0,
                          workers={'a': {'alive': True}, 'b': {'alive': True}, 'c': {'alive': False}})
