@@ -1,4 +1,4 @@
-"""What --status says of runs that go on, are over, or were cut off; --help."""
+"""--status of runs that go on, are over, or were cut off; --help."""
 
 import json
 import os
@@ -96,8 +96,8 @@ def test_a_stopped_run_names_the_command_that_goes_on(make_run, tmp_path):
   assert status.read(run.directory)['command'] == "python launch.py '--workdir=a b'"
 
 
-def test_the_last_evaluation_is_told_and_is_no_computing(make_run, tmp_path):
-  """An evaluator that takes its time: the run evaluates, is fresh, and its wall time stands
+def test_the_last_evaluation_shows_and_does_not_count_as_computing(make_run, tmp_path):
+  """While the evaluator takes its time, the status is kept up to date and the wall time stands
   still."""
   run = make_run(tmp_path, {'run.architecture': 'fc1', 'run.num_steps': 2})
   stop = threading.Event()
@@ -106,21 +106,16 @@ def test_the_last_evaluation_is_told_and_is_no_computing(make_run, tmp_path):
   running = [threading.Thread(target=node.run) for node in (coordinator, worker)]
   for thread in running:
     thread.start()
-  found = [None, None]
+  row = {'krr_test_accuracy': 0.5, 'krr_test_mse': 0.1, 'train_loss': 0.1, 'wall_seconds': 1.0}
+
+  def after_evaluating(step):
+    run.directory.append_metrics({'step': step, **row})
+    _wait(lambda: status.read(run.directory).get('evaluated') == step + 1)
+    return status.read(run.directory)
+
   try:
     _wait(lambda: coordinator.next_snapshot([0, 1]))
-    for i, rows in enumerate((1, 2)):
-      run.directory.append_metrics(
-        {
-          'step': i,
-          'krr_test_accuracy': 0.5,
-          'krr_test_mse': 0.1,
-          'train_loss': 0.1,
-          'wall_seconds': 1.0,
-        }
-      )
-      _wait(lambda: status.read(run.directory).get('evaluated') == rows)
-      found[i] = status.read(run.directory)
+    found = [after_evaluating(step) for step in (0, 1)]
   finally:
     stop.set()
     for thread in running:
