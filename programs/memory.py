@@ -9,9 +9,9 @@ import psutil
 
 from configs import schema
 from data import store
+from distillation.plan import ranges
 from kernels import architectures, contract
 from kernels.native import build
-from nodes import tasks
 from programs import command_line
 
 # Bytes.
@@ -102,7 +102,7 @@ def needs(config: schema.Config, prepared: store.Prepared) -> Needs:
   gradient, tile = 8 * support * height * width * channels, min(plan.target_tile, targets)
   is_native = run.implementation in ('native', 'auto') and build.is_built()
   derivatives = min(_DERIVATIVES, support * (tile + _LANES) * (image + table))
-  tasks_a_step = len(tasks.ranges(targets, run.plan.targets_per_task))
+  tasks_a_step = len(ranges(targets, run.plan.targets_per_task))
 
   # The state, its optimiser's moments and the gradient; a step's pieces; K_ss and its solve.
   coordinator = _PROCESS + 10 * gradient + tasks_a_step * gradient // 2 + 6 * 8 * support**2

@@ -12,8 +12,6 @@ import subprocess
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from artifacts import words
-
 _ON_CPU = 2  # workers, where the configuration leaves it open and there is no GPU
 _MEMORY = 0.9  # share of a GPU's memory for all processes on it together
 _NVIDIA_SMI_SECONDS = 60  # it initialises the driver where nobody has yet
@@ -68,7 +66,7 @@ def find_gpus(implementation: str, at_most: int | None = None) -> Gpus:
   names = names[:at_most]
   if not names:
     return Gpus((), f'CUDA_VISIBLE_DEVICES={visible} hides all GPUs: kernels are computed on CPU.')
-  found, needs = words.count(len(names), 'GPU'), _NEEDS.get(implementation, _JAX)
+  found, needs = f'{len(names)} GPU{"s" * (len(names) > 1)}', _NEEDS.get(implementation, _JAX)
   if needs is None:
     return Gpus((), f'{found} found, but run.implementation={implementation} computes on CPU.')
   if not _has_any(needs):

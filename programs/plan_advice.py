@@ -2,7 +2,7 @@
 
 from artifacts import words
 from configs import schema
-from nodes import tasks
+from distillation.plan import ranges
 
 _BUSY = 0.9  # share of the workers' time that a plan should fill
 
@@ -14,8 +14,8 @@ def advise(config: schema.Config, num_classes: int) -> str:
   support, targets = run.images_per_class * num_classes, run.targets_per_step
   part = run.plan.split_support(support) or support
   group = min(run.plan.targets_per_task, targets)
-  parts = len(tasks.ranges(support, part))
-  count = parts * len(tasks.ranges(targets, group))
+  parts = len(ranges(support, part))
+  count = parts * len(ranges(targets, group))
   rounds = -(-count // num_workers)
   # In two halves K_ss is computed beside them.
   pairs = support * (targets + support if part < support else targets)
