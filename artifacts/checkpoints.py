@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -17,6 +17,7 @@ from absl import logging
 
 import kernels.precision  # noqa: F401
 from artifacts import run_directory
+from distillation.state import SupportState
 
 _KEEP = 3
 _DIGESTS = 'digests.json'
@@ -24,22 +25,6 @@ _DIGESTS = 'digests.json'
 
 class NoGoodCheckpoint(ValueError):
   """There are checkpoints, and all of them are damaged; the message is one line for the user."""
-
-
-class SupportState(NamedTuple):
-  """All that a step changes.
-
-  Attributes:
-    step: updates made.
-    images: float64 [S, H, W, D], preprocessed space.
-    labels: float64 [S, C].
-    optimizer: optax's state, NumPy arrays in its own structure.
-  """
-
-  step: int
-  images: np.ndarray
-  labels: np.ndarray
-  optimizer: Any
 
 
 class Checkpoints:

@@ -7,9 +7,8 @@ from absl import logging
 
 from configs import schema
 from data import sampling, store
-from distillation import krr, label_solve
+from distillation import krr, label_solve, plan
 from kernels import architectures, contract, library, registry
-from nodes import tasks
 
 _WORDS = {
   'krr_test_accuracy': lambda value: f'KRR {100 * value:6.2f} %',
@@ -49,7 +48,7 @@ def krr_test(
   support = kernel.prepare(images)
   solution = krr.solve(support_block(kernel, support, tile, check), labels, ridge)
   correct, error = 0, 0.0
-  for start, end in tasks.ranges(len(classes), tile):
+  for start, end in plan.ranges(len(classes), tile):
     check()
     y = sampling.centred_one_hot(classes[start:end], labels.shape[1])
     result = krr.residual(
@@ -75,7 +74,7 @@ def support_block(
     check: called before every tile; what it raises ends the computation.
   """
   k_ss = np.zeros((len(support), len(support)))
-  ranges = [slice(start, end) for start, end in tasks.ranges(len(support), tile)]
+  ranges = [slice(start, end) for start, end in plan.ranges(len(support), tile)]
   tiles = [(support[part], part) for part in ranges]
   for i, (images, rows) in enumerate(tiles):
     for others, columns in tiles[i:]:
@@ -209,7 +208,7 @@ class Evaluation:
     )
     support = self._kernel.prepare(images)
     factor = np.empty((0, len(images) + num_classes))
-    for start, end in tasks.ranges(len(train), self._settings.krr_tile):
+    for start, end in plan.ranges(len(train), self._settings.krr_tile):
       self._check()
       y = sampling.centred_one_hot(classes[start:end], num_classes)
       factor = label_solve.combine(

@@ -117,7 +117,7 @@ class Evaluator:
         unwritable = isinstance(error, run_directory.RunDirectoryError)  # after a minute's tries
         if unwritable or attempt + 1 == _TRIES:
           reason = str(error) if unwritable else f'{type(error).__name__}: {error}'
-          self._coordinator.broken('evaluator', reason)
+          self._coordinator.report_unusable('evaluator', reason)
           raise
       time.sleep(_PAUSE)
 
