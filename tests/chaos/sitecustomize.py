@@ -1,8 +1,8 @@
-"""In every node of a chaos run: says what the node is doing, makes tasks and disks slow enough to
-be hit, and repeats and loses calls.
+"""Changes every node of a chaos run: it records what it is doing, its tasks and disks are slow
+enough to be hit, and calls are repeated and lost.
 
 Python imports a module of this name when it starts, if it is on its path. Settings, in the
-environment: KIP_CHAOS, the folder for what is told; KIP_CHAOS_CALLS, the part of all calls that is
+environment: KIP_CHAOS, the folder for the records; KIP_CHAOS_CALLS, the share of all calls that are
 repeated, and again of those whose answer is lost.
 """
 
@@ -22,14 +22,14 @@ _random = random.Random(os.getpid())
 _activity = None
 
 
-def _tell(file, line):
+def _record(file, line):
   with open(os.path.join(_FOLDER, file), 'a', encoding='utf-8') as out:
     out.write(line + '\n')
 
 
 @contextlib.contextmanager
 def _doing(role, what):
-  """Inside, the file `<role>.<pid>` says `what`: whoever kills this process finds there what it was
+  """Makes the file `<role>.<pid>` say `what` inside: after a kill it says what the process was
   doing."""
   global _activity
   if _activity is None:
@@ -43,8 +43,10 @@ def _doing(role, what):
 
 
 def _around(cls, name, role, what, seconds=0.0):
-  """Method `name` becomes an activity that takes `seconds` longer. `role` and `what` may be
-  functions of its arguments."""
+  """Makes method `name` an activity that takes `seconds` longer.
+
+  `role` and `what` may be functions of its arguments.
+  """
   method = getattr(cls, name)
 
   @functools.wraps(method)
@@ -57,14 +59,14 @@ def _around(cls, name, role, what, seconds=0.0):
 
 
 class StatusNotOk(Exception):
-  """What a lost connection looks like to a client."""
+  """Courier's exception for a lost connection, by its name and code."""
 
   code = 'UNAVAILABLE'
 
 
 class _Proxy:
-  """Between a client and the coordinator: some calls get through twice, the second time later; of
-  others the answer is lost."""
+  """Stands between a client and the coordinator: some calls get through twice, the second time
+  later; of others the answer is lost."""
 
   def __init__(self, coordinator):
     self._coordinator = coordinator
@@ -74,26 +76,26 @@ class _Proxy:
       chance = _random.random()
       result = getattr(self._coordinator, method)(*args)
       if chance < _CALLS:
-        _tell('calls', f'repeated {method}')
+        _record('calls', f'repeated {method}')
         threading.Timer(_random.uniform(0, _MAX_DELAY), self._again, (method, args)).start()
       elif chance < 2 * _CALLS:
-        _tell('calls', f'lost {method}')
+        _record('calls', f'lost {method}')
         raise StatusNotOk('the answer is lost')
       return result
 
     return call
 
   def _again(self, method, args):
-    with contextlib.suppress(Exception):  # nobody is there to hear it
+    with contextlib.suppress(Exception):  # nobody waits for the answer
       getattr(self._coordinator, method)(*args)
 
 
 def _kernel_worker(module):
   _around(
     module.KernelWorker,
-    '_work',
-    lambda self, *_: self._name,
-    lambda self, given: given.task.phase,
+    'compute',
+    'kernel_worker',
+    lambda self, leased: leased.task.phase,
     _TASK_SECONDS,
   )
 
@@ -102,20 +104,23 @@ def _evaluator(module):
   _around(module.Evaluator, '_evaluate', 'evaluator', 'evaluate', _EVALUATION_SECONDS)
 
 
-def _coordinator(module):
-  _around(module.Coordinator, '_write_snapshot', 'coordinator', 'snapshot')
-  _around(module.Coordinator, '_piece', 'coordinator', lambda self, task: task.phase)
-  phase, move = module.Coordinator._phase, module.Coordinator._move
+def _keeper(module):
+  _around(module.Keeper, 'write_snapshot', 'coordinator', 'snapshot')
 
-  def _phase(self, name, *args):
-    with _doing('coordinator', name):
-      yield from phase(self, name, *args)
 
-  def _move(self, state, gradient):
-    _tell('steps', str(state.step))
-    return move(self, state, gradient)
+def _exchange(module):
+  _around(module.Served, 'take', 'coordinator', lambda self, task: task.phase)
+  _around(module.Served, 'post', 'coordinator', lambda self, tasks: tasks[0].phase)
 
-  module.Coordinator._phase, module.Coordinator._move = _phase, _move
+
+def _state(module):
+  update = module.Update.__call__
+
+  def move(self, state, gradient):
+    _record('steps', str(state.step))
+    return update(self, state, gradient)
+
+  module.Update.__call__ = move
 
 
 def _checkpoints(module):
@@ -125,30 +130,51 @@ def _checkpoints(module):
 def _run_directory(module):
   _around(module.RunDirectory, 'append_metrics', 'evaluator', 'append')
   fsync = os.fsync
-  os.fsync = lambda handle: (time.sleep(_FSYNC_SECONDS), fsync(handle))
+
+  def slow_fsync(handle):
+    time.sleep(_FSYNC_SECONDS)
+    fsync(handle)
+
+  os.fsync = slow_fsync
 
 
-def _remote(module):
+def _client(module):
   begin = module.Retrying.__init__
 
-  def __init__(self, coordinator, *args):
-    begin(self, _Proxy(coordinator), *args)
+  def __init__(self, coordinator, *args, **kwargs):
+    begin(self, _Proxy(coordinator), *args, **kwargs)
 
   module.Retrying.__init__ = __init__
 
 
-class _Hooks(importlib.machinery.PathFinder):
-  """Calls `_<module>` with each of the project's modules that has one here, once it is imported."""
+_HOOKS = {
+  'artifacts.checkpoints': _checkpoints,
+  'artifacts.run_directory': _run_directory,
+  'distillation.state': _state,
+  'nodes.client': _client,
+  'nodes.evaluator': _evaluator,
+  'nodes.exchange': _exchange,
+  'nodes.keeper': _keeper,
+  'nodes.kernel_worker': _kernel_worker,
+}
+
+
+class _Finder(importlib.machinery.PathFinder):
+  """Calls the hook of a module, if there is one, once the module is imported."""
 
   @classmethod
-  def find_spec(cls, name, path=None, target=None):
-    hook = globals().get('_' + name.partition('.')[2]) if name.startswith('nodes.') else None
-    spec = super().find_spec(name, path, target) if hook else None
-    if spec is not None:
+  def find_spec(cls, fullname, path=None, target=None):
+    spec, hook = super().find_spec(fullname, path, target), _HOOKS.get(fullname)
+    if hook is not None and spec is not None and spec.loader is not None:
       execute = spec.loader.exec_module
-      spec.loader.exec_module = lambda module: (execute(module), hook(module))
+
+      def exec_module(module):
+        execute(module)
+        hook(module)
+
+      spec.loader.exec_module = exec_module
     return spec
 
 
 if 'KIP_SUPERVISOR' in os.environ:
-  sys.meta_path.insert(0, _Hooks)
+  sys.meta_path.insert(0, _Finder)
