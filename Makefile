@@ -20,7 +20,7 @@ test: dev native  ## runs the tests
 lint: dev  ## checks style (ruff, clang-format) and types (basedpyright)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
-	$(if $(wildcard .clang-format),$(dir $(PYTHON))clang-format --dry-run -Werror $(CPP))
+	$(dir $(PYTHON))clang-format --dry-run -Werror $(CPP)
 	$(PYTHON) -m basedpyright
 
 format: dev  ## formats all code, and mends what ruff can

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -28,22 +28,6 @@ _DAMAGE = (*NPZ_ERRORS, TypeError)  # what the reading of damaged files raises
 
 class NoGoodCheckpoint(ValueError):
   """There are checkpoints, and all of them are damaged; the message is one line for the user."""
-
-
-class SupportState(NamedTuple):
-  """All that a step changes.
-
-  Attributes:
-    step: updates made.
-    images: float64 [S, H, W, D], preprocessed space.
-    labels: float64 [S, C].
-    optimizer: optax's state, NumPy arrays in its own structure.
-  """
-
-  step: int
-  images: np.ndarray
-  labels: np.ndarray
-  optimizer: Any
 
 
 class _Counted(Protocol):

@@ -35,10 +35,11 @@ from launchpad.nodes.courier import courier_utils
 from artifacts import run_directory
 from benchmarks import steps
 from data import sampling
-from distillation import krr
+from distillation import krr, pieces, step
+from distillation import state as states
 from kernels import architectures, checked, contract, library, registry
 from nodes import coordinator as coordinator_node
-from nodes import kernel_worker, tasks
+from nodes import hardware, keeper, kernel_worker, messages, progress, task_board
 from nodes.client import Retrying
 
 TARGETS = 5000
@@ -62,7 +63,7 @@ PARTS = (
 _TIMEOUT = 60.0
 
 
-class NoKernel:
+class NoKernel(contract.Kernel):
   """In place of an implementation: K_ss the identity, K_ts and all gradients constant."""
 
   implementation, architecture, dtype = 'none', architectures.get('convnet'), np.dtype('float32')
@@ -107,27 +108,22 @@ class _TimedClient:
 
 def coordinate(port: int, workdir: str, cache: str, answer) -> None:
   """The coordinator's process: a run to its end; sends its seconds a step."""
-  clock, solution = steps.Clock(), coordinator_node.Coordinator._solution
-  coordinator = coordinator_node.Coordinator(workdir, cache, threading.Event())
+  clock = steps.Clock()
   for watched in (
     ('solve', krr, 'solve'),
     ('solve', krr, 'pull_back'),
-    ('move', coordinator, '_move'),
-    ('write', coordinator, '_log'),
-    ('write', coordinator, '_save'),
-    ('write', coordinator, '_write_snapshot'),
-    ('wait', coordinator._board, 'take'),
+    ('move', states.Update, '__call__'),
+    ('write', progress.Progress, 'log_step'),
+    ('write', keeper.Keeper, 'save'),
+    ('write', keeper.Keeper, 'write_snapshot'),
+    ('wait', task_board.TaskBoard, 'take'),
   ):
     clock.watch(*watched)
-
-  def solved(state):
-    clock.lap(state.step)
-    return solution(coordinator, state)
-
-  coordinator._solution = solved
+  coordinator = coordinator_node.Coordinator(workdir, cache, threading.Event())
   server = courier_utils.make_courier_server(coordinator, port=port)
   server.Start()
-  coordinator.run()
+  with clock.lapped(step, 'loss_and_gradient', lambda state, *_: state.step):
+    coordinator.run()
   server.Stop()
   status = run_directory.RunDirectory(workdir).read_status()
   if status['state'] != run_directory.FINISHED:
@@ -137,7 +133,7 @@ def coordinate(port: int, workdir: str, cache: str, answer) -> None:
 
 def work(port: int, cache: str, microseconds: float, answer) -> None:
   """The worker's process: works until told to stop; sends its seconds a step."""
-  clock, compute = steps.Clock(), kernel_worker.KernelWorker._compute
+  clock = steps.Clock()
   kernel = NoKernel(microseconds)
   registry.for_run = lambda run, threads: checked.Checked(kernel, lambda: kernel, is_delicate=True)
   for watched in (
@@ -145,23 +141,19 @@ def work(port: int, cache: str, microseconds: float, answer) -> None:
     ('images', library.Library, '__getitem__'),
     ('residual', krr, 'residual'),
     ('residual', krr, 'cotangent'),
-    ('encode', tasks, 'encode'),
+    ('encode', messages, 'encode'),
     ('kernel', NoKernel, 'work'),
   ):
     clock.watch(*watched)
 
-  def computed(self, task, inputs):
-    clock.lap(task.step)
-    return compute(self, task, inputs)
-
-  kernel_worker.KernelWorker._compute = computed
-  kernel_worker.KernelWorker._calibrate = lambda self: 1e6 / MICROSECONDS
+  hardware.pairs_per_second = lambda *_: 1e6 / MICROSECONDS
   client = _TimedClient(
     courier.Client(f'localhost:{port}', call_timeout=_TIMEOUT, wait_for_ready=False), clock
   )
   stop = threading.Event()
   client = Retrying(client, _TIMEOUT, stop, lambda error: type(error).__name__ == 'StatusNotOk')
-  kernel_worker.KernelWorker(client, 'worker', 1, cache, stop).run()
+  with clock.lapped(pieces, 'compute', lambda task, *_: task.step):
+    kernel_worker.KernelWorker(client, 'worker', 1, cache, stop).run()
   answer.send(clock.medians(WARM_UP))
 
 

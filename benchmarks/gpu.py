@@ -27,6 +27,7 @@ from absl import logging
 
 from artifacts import run_directory
 from benchmarks import kernels, steps
+from distillation import step
 from kernels import registry
 from nodes import coordinator, kernel_worker
 from nodes.client import Retrying
@@ -98,19 +99,13 @@ def measure_step(
   )
   clock, stop = steps.Clock(), threading.Event()
   node = coordinator.Coordinator(directory.path, folder, stop)
-  solution = node._solution
-
-  def solved(state):
-    clock.lap(state.step)
-    return solution(state)
-
-  node._solution = solved
   worker = kernel_worker.KernelWorker(
     Retrying(node, 60.0, stop), 'worker', placement.worker_threads(0, 1), folder, stop
   )
   thread = threading.Thread(target=worker.run, daemon=True)
   thread.start()
-  node.run()
+  with clock.lapped(step, 'loss_and_gradient', lambda state, *_: state.step):
+    node.run()
   thread.join()
   status = directory.read_status()
   if status['state'] != run_directory.FINISHED:

@@ -40,8 +40,9 @@ import numpy as np
 from artifacts import run_directory
 from configs import base, validation
 from data import store
+from distillation import plan
 from kernels import registry
-from nodes import kernel_worker, tasks
+from nodes import kernel_worker, messages
 from nodes.client import Retrying
 
 IMAGE, CLASSES, IMAGES = (32, 32, 3), 10, 50_000  # CIFAR-10
@@ -152,6 +153,7 @@ class _Simulated:
     self._fetched: dict[Any, bytes] = {}  # (step, name, rows) -> answer
     # (step, of the support, ranges) -> pairs whose derivatives are kept.
     self._kept: dict[Any, int] = {}
+    self._life: list[Any] = []
     self.calls = self.bytes_up = self.bytes_down = 0
 
   async def run(self) -> None:
@@ -177,26 +179,39 @@ class _Simulated:
         in_hand += await coming
       coming = asyncio.ensure_future(self._hand_in(task, lease, [lease for _, lease, _ in in_hand]))
 
-  async def _hand_in(self, task: tasks.Task, lease: int, holding: list[int]) -> list[Any]:
+  async def _hand_in(self, task: plan.Task, lease: int, holding: list[int]) -> list[Any]:
     parts, checksum = _piece(
       task.phase,
       task.support_range,
       task.target_range
-      if task.phase in tasks.SUPPORT_PHASES
+      if task.phase in plan.SUPPORT_PHASES
       else (0, task.target_range[1] - task.target_range[0]),
       self._num_support,
     )
     for i, part in enumerate(parts):
       answer = await self._call(
-        'complete', self._name, list(task), lease, i, len(parts), part, checksum, holding
+        'complete',
+        self._name,
+        self._life,
+        list(task),
+        lease,
+        i,
+        len(parts),
+        part,
+        checksum,
+        holding,
       )
     return self._given(answer)
 
   def _given(self, answer: dict[str, Any] | None) -> list[Any]:
-    given = [(tasks.Task(*task), lease) for task, lease, _ in (answer or {}).get('tasks', ())]
+    if answer:
+      self._life = answer['life']
+    given = [
+      (messages.task_from(task), lease) for task, lease, _ in (answer or {}).get('tasks', ())
+    ]
     return [(task, lease, asyncio.ensure_future(self._begin(task))) for task, lease in given]
 
-  async def _begin(self, task: tasks.Task) -> None:
+  async def _begin(self, task: plan.Task) -> None:
     """Fetches what a real worker fetches."""
     for values in (self._fetched, self._kept):
       for key in [key for key in values if key[0] != task.step]:
@@ -204,17 +219,17 @@ class _Simulated:
     wanted = []
     if not self._two_halves:
       wanted = [('images', 0, self._num_support)] + (
-        [('alpha', *task.support_range)] if task.phase == tasks.TARGETS else []
+        [('alpha', *task.support_range)] if task.phase == plan.TARGETS else []
       )
-    elif task.phase in tasks.SUPPORT_PHASES:
+    elif task.phase in plan.SUPPORT_PHASES:
       wanted = [
-        ('images', *columns) for columns in tasks.ranges(self._num_support, self._target_tile)
+        ('images', *columns) for columns in plan.ranges(self._num_support, self._target_tile)
       ]
     async with self._ahead:
       for name, start, stop in wanted:
         if (task.step, name, start, stop) not in self._fetched:
           self._fetched[task.step, name, start, stop] = await self._call(
-            'fetch', task.generation, task.step, name, start, stop
+            'fetch', self._life, task.step, name, start, stop
           )
 
   async def _call(self, method: str, *args: Any) -> Any:
@@ -230,14 +245,14 @@ class _Simulated:
     )
     return value
 
-  def _seconds(self, task: tasks.Task) -> float:
+  def _seconds(self, task: plan.Task) -> float:
     costs, pairs = self._costs, task.pairs
-    key = (task.step, task.phase in tasks.SUPPORT_PHASES, task.target_range, task.support_range)
+    key = (task.step, task.phase in plan.SUPPORT_PHASES, task.target_range, task.support_range)
     kept = self._kept.pop(key, 0)
-    if task.phase in (tasks.TARGET_BLOCKS, tasks.SUPPORT_BLOCKS) and self._two_halves:
+    if task.phase in (plan.TARGET_BLOCKS, plan.SUPPORT_BLOCKS) and self._two_halves:
       self._kept[key] = min(pairs, KEPT - sum(self._kept.values()))
       seconds = pairs * costs.derivatives
-    elif task.phase == tasks.SUPPORT_BLOCKS:
+    elif task.phase == plan.SUPPORT_BLOCKS:
       seconds = pairs * costs.forward / (2 if task.target_range == task.support_range else 1)
     else:
       seconds = pairs * costs.pull_back + (pairs - kept) * costs.derivatives
@@ -246,44 +261,42 @@ class _Simulated:
 
 @functools.lru_cache(maxsize=None)
 def _piece(
-  phase: str, support: tasks.Range, targets: tasks.Range, num_support: int
+  phase: str, support: plan.Range, targets: plan.Range, num_support: int
 ) -> tuple[list[bytes], bytes]:
   """A piece of the right size, encoded."""
   rows, columns = support[1] - support[0], targets[1] - targets[0]
   gradient = np.zeros((rows, *IMAGE), np.float32)
-  if phase == tasks.SUPPORT_BLOCKS:
-    return tasks.encode(
+  if phase == plan.SUPPORT_BLOCKS:
+    return messages.encode(
       {'block': np.eye(num_support, dtype=np.float32)[slice(*support), slice(*targets)]}
     )
-  if phase == tasks.TARGET_BLOCKS:
-    return tasks.encode({'block': np.zeros((rows, columns), np.float32)})
-  if phase == tasks.TARGETS:
+  if phase == plan.TARGET_BLOCKS:
+    return messages.encode({'block': np.zeros((rows, columns), np.float32)})
+  if phase == plan.TARGETS:
     alpha_bar = np.zeros((num_support, CLASSES))
-    return tasks.encode(
+    return messages.encode(
       {'loss': np.float64(0), 'correct': np.int64(0), 'alpha_bar': alpha_bar, 'gradient': gradient}
     )
-  return tasks.encode({'gradient': gradient})
+  return messages.encode({'gradient': gradient})
 
 
 def _serve(workdir: str, cache: str, port: int, seconds: float, out: Any) -> None:
   """The coordinator's process: tells (seconds, CPU seconds) a step."""
   import courier
 
-  from nodes import coordinator
+  from nodes import coordinator, progress
 
   stop, seen = threading.Event(), []
 
-  class Timed(coordinator.Coordinator):
-    """Notes when each step is done."""
+  def note(*_):
+    seen.append((time.monotonic(), time.process_time()))
+    if len(seen) > WARM_UP + STEPS and seen[-1][0] - seen[WARM_UP][0] > seconds:
+      stop.set()
 
-    def _log(self, state, metrics):
-      seen.append((time.monotonic(), time.process_time()))
-      if len(seen) > WARM_UP + STEPS and seen[-1][0] - seen[WARM_UP][0] > seconds:
-        stop.set()
-
-  node = Timed(workdir, cache, stop)
+  progress.Progress.log_step = note
+  node = coordinator.Coordinator(workdir, cache, stop)
   server = courier.Server('coordinator', port=port)
-  for method in ('describe', 'lease', 'fetch', 'complete', 'fail', 'broken'):
+  for method in ('describe', 'lease', 'fetch', 'complete', 'report_task_error'):
     server.Bind(method, getattr(node, method))
   server.Start()
   node.run()
@@ -404,7 +417,7 @@ def measure(case: Case, costs: Costs, folder: str, seconds: float) -> Row:
   config.run.images_per_class, config.run.targets_per_step = case.support // CLASSES, case.targets
   for name in ('support_tile', 'target_tile', 'target_tiles_per_task', 'support_per_task'):
     config.run.plan[name] = getattr(case, name)
-  kernel = _kernel_seconds(case, costs)
+  kernel = kernel_seconds(case, costs)
   port, server, served = _start(config, case.workers, folder, seconds)
   cores = sorted(os.sched_getaffinity(0))
   of_workers = set(cores[1:]) or {cores[0]}
@@ -440,7 +453,7 @@ def measure(case: Case, costs: Costs, folder: str, seconds: float) -> Row:
   )
 
 
-def _kernel_seconds(case: Case, costs: Costs) -> float:
+def kernel_seconds(case: Case, costs: Costs) -> float:
   """Of a step in one worker, in one pass."""
   square = case.support**2
   return costs.forward * square / 2 + (costs.derivatives + costs.pull_back) * (
@@ -503,7 +516,7 @@ def main():
     )
     print(
       f'{index:>3} {case.support:>4} {case.targets:>6} {case.workers:>7} {plan:>16} {row.efficiency:>10.1%} {row.seconds:>8.4f} '
-      f'{_kernel_seconds(case, costs) / case.workers:>8.4f} {row.cpu:>8.4f} {row.calls:>6.0f} {row.bytes_up / 1e6:>7.1f} '
+      f'{kernel_seconds(case, costs) / case.workers:>8.4f} {row.cpu:>8.4f} {row.calls:>6.0f} {row.bytes_up / 1e6:>7.1f} '
       f'{row.bytes_down / 1e6:>7.1f} {row.busy:>6.0%} {"limit" if row.busy > BUSY else "":>7}',
       flush=True,
     )

@@ -1,6 +1,7 @@
 """What the benchmarks of whole steps share: runs on data in the shape of CIFAR-10, and a clock."""
 
 import collections
+import contextlib
 import os
 import statistics
 import time
@@ -11,7 +12,7 @@ import kernels.precision  # noqa: F401
 from artifacts import run_directory
 from configs import base, validation
 from data import store
-from nodes import coordinator
+from distillation import plan
 
 IMAGE, CLASSES = (32, 32, 3), 10
 
@@ -45,7 +46,7 @@ def make_run(
 def pairs(directory: run_directory.RunDirectory) -> int:
   """Kernel entries of one of its steps."""
   run = directory.read_saved().config.run
-  return coordinator.pairs_per_step(run, run.images_per_class * CLASSES)
+  return plan.pairs_per_step(run, run.images_per_class * CLASSES)
 
 
 def _write_data(path: str, num_images: int) -> None:
@@ -79,6 +80,21 @@ class Clock:
   def watch(self, name, owner, attribute):
     """Times a function that a module or a class holds, from now on."""
     setattr(owner, attribute, self.timed(name, getattr(owner, attribute)))
+
+  @contextlib.contextmanager
+  def lapped(self, module, function, number):
+    """Each call of a module's function begins a lap; `number(*args)` is its step."""
+    original = getattr(module, function)
+
+    def run(*args, **kwargs):
+      self.lap(number(*args))
+      return original(*args, **kwargs)
+
+    setattr(module, function, run)
+    try:
+      yield
+    finally:
+      setattr(module, function, original)
 
   def lap(self, step):
     self._laps.setdefault(step, collections.Counter(self._seconds, step=time.perf_counter()))

@@ -1,1 +1,1 @@
-"""NTK blocks, kernel ridge-regression and Label Solve. Imports neither Launchpad nor `data`."""
+"""Kernels of infinitely wide networks. Imports nothing else of this project."""

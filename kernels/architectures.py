@@ -1,32 +1,20 @@
-"""The one description of a network, from which every kernel implementation derives.
+"""The description of a network, from which every kernel implementation derives.
 
 An architecture is a list of resolution stages, each a number of 3x3 SAME convolutions followed by
 ReLU and, optionally, a 2x2 average pooling (VALID: an odd last row or column is dropped); then a
 readout (flatten, or global average pooling); then hidden Dense+ReLU layers; then a Dense output.
-All of the papers' networks are of this form (sources: K1, Dataset Meta-Learning from Kernel
-Ridge-Regression, ICLR 2021; K2, Dataset Distillation with Infinitely Wide Convolutional Networks,
-NeurIPS 2021).
+All networks are of this form in Nguyen et al. 2021a (KIP, ICLR, https://arxiv.org/abs/2011.00050)
+and Nguyen et al. 2021b (NeurIPS, https://arxiv.org/abs/2107.13034).
 """
 
 import dataclasses
 import re
-from typing import Any, Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 READOUTS = ('flatten', 'global_average_pool')
 KNOWN_NAMES = (
-  'fc1',
-  'fc2',
-  '…',
-  'conv1',
-  'conv2',
-  '…',
-  'convnet',
-  'convnet2',
-  'convnet3',
-  '…',
-  'myrtle5',
-  'myrtle7',
-  'myrtle10',
+  'fc1, fc2, …, conv1, conv2, …, convnet, convnet2, convnet3, …, myrtle5, myrtle7, myrtle10'
 )
 MAX_DEPTH = 32
 
@@ -58,31 +46,18 @@ class Architecture:
 
   def __post_init__(self):
     for stage in self.stages:
-      if (
-        not isinstance(stage.convs, int)
-        or isinstance(stage.convs, bool)
-        or not 0 <= stage.convs <= MAX_DEPTH
-      ):
-        raise ValueError(
-          f'architecture: convs must be a whole number from 0 to {MAX_DEPTH}, got {stage.convs!r}.'
-        )
+      _check_depth('convs', stage.convs)
       if not isinstance(stage.pool, bool):
         raise ValueError(f'architecture: pool must be true or false, got {stage.pool!r}.')
     if self.readout not in READOUTS:
       raise ValueError(
         f'architecture: readout must be one of {", ".join(READOUTS)}, got {self.readout!r}.'
       )
-    if (
-      not isinstance(self.hidden, int)
-      or isinstance(self.hidden, bool)
-      or not 0 <= self.hidden <= MAX_DEPTH
-    ):
-      raise ValueError(
-        f'architecture: hidden must be a whole number from 0 to {MAX_DEPTH}, got {self.hidden!r}.'
-      )
+    _check_depth('hidden', self.hidden)
     if not 0 < _number('w_std', self.w_std) < 100 or not 0 <= _number('b_std', self.b_std) < 100:
       raise ValueError(
-        f'architecture: w_std must be above 0 and b_std at least 0 (both below 100), got {self.w_std} and {self.b_std}.'
+        'architecture: w_std must be above 0 and b_std at least 0 (both below 100), '
+        f'got {self.w_std} and {self.b_std}.'
       )
 
   @property
@@ -91,11 +66,25 @@ class Architecture:
 
   @property
   def is_convolutional(self) -> bool:
-    """False if the readout is of the images themselves: no convolution, pooling or offsets."""
+    """Whether there is a convolution or a pooling before the dense layers."""
     return self.readout != 'flatten' or any(stage.convs or stage.pool for stage in self.stages)
 
+  @property
+  def has_relu(self) -> bool:
+    return self.hidden > 0 or any(stage.convs for stage in self.stages)
+
+  @property
+  def convs_by_level(self) -> tuple[int, ...]:
+    """Numbers of convolutions at each resolution, full size first: `num_pools` + 1 of them."""
+    convs = [0]
+    for stage in self.stages:
+      convs[-1] += stage.convs
+      if stage.pool:
+        convs.append(0)
+    return tuple(convs)
+
   def check_image_size(self, height: int, width: int) -> None:
-    """Raises ValueError if poolings leave nothing of an image of `height` x `width` pixels."""
+    """Raises ValueError if the poolings leave nothing of a `height` x `width` image."""
     if min(height, width) >> self.num_pools < 1:
       raise ValueError(
         f'architecture: {self.num_pools} 2x2 poolings leave nothing of a {height}x{width} image; '
@@ -103,7 +92,7 @@ class Architecture:
       )
 
   def to_dict(self) -> dict[str, Any]:
-    """Plain values, accepted by `get`: what the config and the exported files hold."""
+    """The plain values, accepted by `get`, that configurations and exported files hold."""
     return {
       'stages': [{'convs': s.convs, 'pool': s.pool} for s in self.stages],
       'readout': self.readout,
@@ -114,7 +103,7 @@ class Architecture:
 
 
 class BandStage(NamedTuple):
-  """One resolution stage and the offsets it needs: `|dy| <= radius_h` and `|dx| <= radius_w`."""
+  """One stage on its image size, and the offsets needed: |dy| <= radius_h, |dx| <= radius_w."""
 
   height: int
   width: int
@@ -125,8 +114,7 @@ class BandStage(NamedTuple):
 
 
 def band_plan(architecture: Architecture, height: int, width: int) -> list[BandStage]:
-  """The offsets between the pixels of two images that the output depends on, stage by stage, input
-  side first.
+  """The offsets between two images' pixels that the output needs, by stage, input side first.
 
   Flatten+Dense reads offset 0, global average pooling all of them; convolutions and ReLU keep the
   set; a 2x2 pooling whose output needs `|D| <= r` reads `|d| <= 2r + 1`.
@@ -148,14 +136,15 @@ def band_plan(architecture: Architecture, height: int, width: int) -> list[BandS
   return plan[::-1]
 
 
-def get(spec: 'str | Mapping[str, Any] | Architecture') -> Architecture:
+def get(spec: str | Mapping[str, Any] | Architecture) -> Architecture:
   """The architecture called `spec`, or described by it.
 
   Args:
-    spec: a name (`fc<n>`, `conv<n>`: K1; `convnet`: K2, three conv-ReLU-pool blocks after one more
-      conv-ReLU; `convnet<n>`: n blocks without it; `myrtle5`, `myrtle7`, `myrtle10`: K1), or a
-      mapping such as `{'stages': [{'convs': 2, 'pool': True}], 'readout': 'flatten', 'hidden': 0,
-      'w_std': 1.414, 'b_std': 0.1}`, all but `stages` optional.
+    spec: a name, or a mapping such as `{'stages': [{'convs': 2, 'pool': True}], 'readout':
+      'flatten', 'hidden': 0, 'w_std': 1.414, 'b_std': 0.1}`, where all but `stages` are optional.
+      Names: `fc<n>`, `conv<n>` and `myrtle5`, `myrtle7`, `myrtle10` of Nguyen et al. 2021a;
+      `convnet` of Nguyen et al. 2021b, three conv-ReLU-pool blocks after one more conv-ReLU;
+      `convnet<n>`, n blocks without it.
 
   Raises:
     ValueError: unknown name, key or value; the message names what is allowed.
@@ -169,16 +158,16 @@ def get(spec: 'str | Mapping[str, Any] | Architecture') -> Architecture:
       f'architecture: expected a name or a dict of stages, got {type(spec).__name__}.'
     )
   match = re.fullmatch(r'(fc|convnet|conv|myrtle)(\d*)', spec)
-  kind, depth = (match[1], int(match[2]) if match[2] else None) if match else (None, None)
+  kind, digits = match.groups() if match else ('', '')
+  depth = int(digits) if digits else None
   if depth is None or 1 <= depth <= MAX_DEPTH:
     if kind == 'fc' and depth:
       return Architecture(hidden=depth)
     if kind == 'conv' and depth:
       return Architecture(stages=(Stage(depth, False),))
     if kind == 'convnet':
-      return Architecture(
-        stages=(Stage(1 if depth else 2, True),) + (Stage(1, True),) * ((depth or 3) - 1)
-      )
+      first = Stage(1 if depth else 2, True)
+      return Architecture(stages=(first, *[Stage(1, True)] * ((depth or 3) - 1)))
     if kind == 'myrtle' and depth in (5, 7, 10):
       blocks = {5: (1, 1, 1), 7: (1, 2, 2), 10: (2, 3, 3)}[depth]
       return Architecture(
@@ -186,7 +175,7 @@ def get(spec: 'str | Mapping[str, Any] | Architecture') -> Architecture:
         readout='global_average_pool',
       )
   raise ValueError(
-    f'architecture: unknown name {spec!r}; known: {", ".join(KNOWN_NAMES)}, or a dict of stages.'
+    f'architecture: unknown name {spec!r}; known: {KNOWN_NAMES}, or a dict of stages.'
   )
 
 
@@ -198,7 +187,8 @@ def _from_dict(spec: Mapping[str, Any]) -> Architecture:
   stages = spec.get('stages', ())
   if not isinstance(stages, (list, tuple)):
     raise ValueError(
-      f'architecture: stages must be a list of {{"convs": n, "pool": true or false}}, got {stages!r}.'
+      'architecture: stages must be a list of {"convs": n, "pool": true or false}, '
+      f'got {stages!r}.'
     )
   parsed = []
   for stage in stages:
@@ -212,6 +202,13 @@ def _from_dict(spec: Mapping[str, Any]) -> Architecture:
     if key in values:
       values[key] = _number(key, values[key])
   return Architecture(stages=tuple(parsed), **values)
+
+
+def _check_depth(name: str, value: Any) -> None:
+  if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_DEPTH:
+    raise ValueError(
+      f'architecture: {name} must be a whole number from 0 to {MAX_DEPTH}, got {value!r}.'
+    )
 
 
 def _number(name: str, value: Any) -> float:

@@ -1,203 +1,189 @@
 """Checks around an implementation, and float64 where float32 is not enough."""
 
 import functools
+from collections.abc import Callable
 from concurrent import futures
-from typing import Callable
 
 import numpy as np
 
-from kernels import contract, scale_free
-from kernels.contract import Images, Kernel, Linearised, Prepared
+from kernels import near_pairs
+from kernels.contract import Cotangent, Images, Kernel, Linearised, Prepared, Wrapper, pixels
+from kernels.scale_free import ScaleFree
 
-# Pairs of images that float32 cannot do take float64. Those nearly coincide whose squared distance
-# is below _NEAR times the mean of their squared norms, plus _NEAR_BIAS times the first layer's
-# bias: rounding then shows in their 1 - c, and near the cusp of ReLU's dot the gradient does not
-# fade with the difference. Where squared norms, with that bias, are in a ratio above _FAR, the
-# covariance is lost beside the larger variance. Without biases lengths do not matter (see
-# ScaleFree), but angles.
-_NEAR = 0.01
-_NEAR_BIAS = 0.1
-_FAR = 50.0
-_LARGE = 1e15  # mean squares above this: products of variances might overflow float32
-_PEAK = 1e70  # and of values above this, float64
+_PEAK = 1e70  # Products of larger values might overflow float64.
 
 
-class Checked:
-  """Checks and casts what goes into an implementation, and checks what comes out of it; has float64
-  for the pairs that float32 cannot do."""
+def wrap(make: Callable[[str], Kernel], dtype: str) -> 'Checked':
+  """Checks around the implementation that `make` makes for `dtype`, or for 'float64'.
 
-  def __init__(
-    self, kernel: Kernel, make_double: Callable[[], Kernel] | None = None, is_delicate: bool = False
-  ):
-    """`make_double`: the same kernel in float64; `is_delicate`: whether it is ever needed."""
-    self._kernel, self._make_double, self._is_delicate = (
-      kernel,
-      make_double and functools.cache(make_double),
-      is_delicate,
-    )
-    self._bias = (kernel.architecture.b_std / kernel.architecture.w_std) ** 2
-    self._search = futures.ThreadPoolExecutor(1)  # beside the kernel: a fast GPU would wait for it
-    self.implementation, self.architecture, self.dtype = (
-      kernel.implementation,
-      kernel.architecture,
-      kernel.dtype,
-    )
-    self.instruction_set, self.device = (
-      getattr(kernel, 'instruction_set', ''),
-      getattr(kernel, 'device', ''),
-    )
-    self.kept_bytes = getattr(kernel, 'kept_bytes', contract.KEPT_BYTES)
+  Made for 'float64' when float32 is first not enough.
+  """
 
-  def prepare(self, x):
-    return self._kernel.prepare(self._checked_images('x', x))
+  def scaled(dtype: str) -> Kernel:
+    kernel = make(dtype)
+    return kernel if kernel.architecture.b_std else ScaleFree(kernel)
 
-  def block(self, x1, x2):
-    x1, x2 = self._images(x1, x2)
+  @functools.cache
+  def double() -> Checked:
+    return Checked(scaled('float64'), double)
+
+  kernel = scaled(dtype)
+  is_delicate = (
+    dtype == 'float32'
+    and kernel.implementation != 'reference'
+    and kernel.architecture.is_convolutional
+    and kernel.architecture.has_relu
+  )
+  return Checked(kernel, double, is_delicate)
+
+
+class Checked(Wrapper):
+  """Checks and casts what goes into a kernel, and checks what comes out of it.
+
+  Pairs of images for which float32 is not enough, and all that overflows in it, take float64.
+
+  Raises:
+    ValueError: by every method, for images that are not [N, H, W, D] with nothing empty, of unequal
+      [H, W, D], too small for the network's poolings, with NaN or infinity, or so large that
+      float64 overflows; for those prepared by another kernel; and for a cotangent of another shape.
+  """
+
+  def __init__(self, inner: Kernel, make_double: Callable[[], Kernel], is_delicate: bool = False):
+    """`is_delicate`: whether some pairs of images need the kernel of `make_double`, in float64."""
+    super().__init__(inner)
+    self._double, self._is_delicate = functools.cache(make_double), is_delicate
+    self._bias = (inner.architecture.b_std / inner.architecture.w_std) ** 2
+    self._search = futures.ThreadPoolExecutor(1)  # Beside the kernel: a fast GPU would wait for it.
+
+  def prepare(self, x: np.ndarray) -> Prepared:
+    """See `Kernel.prepare`."""
+    return self.inner.prepare(pixels(self._checked_images('x', x)))
+
+  def block(self, x1: Images, x2: Images) -> np.ndarray:
+    """See `Kernel.block`."""
+    x1, x2 = self._checked_pair(x1, x2)
     near = self._search.submit(self._near, x1, x2)
-    return self._finite_block(self._kernel.block(x1, x2), x1, x2, near.result())
+    return self._finite_block(self.inner.block(x1, x2), x1, x2, near.result())
 
-  def block_vjp(self, x1, x2, cotangent):
-    x1, x2 = self._images(x1, x2)
+  def block_vjp(
+    self, x1: Images, x2: Images, cotangent: Cotangent
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """See `Kernel.block_vjp`; a function gets the block as it is returned."""
+    x1, x2 = self._checked_pair(x1, x2)
     near = self._search.submit(self._near, x1, x2)
-    checked = functools.partial(self._cotangent, (len(x1), len(x2)))
+    shape = len(x1), len(x2)
     if not callable(cotangent) and not near.result():
-      value = checked(cotangent)
-      block, gradient = self._kernel.block_vjp(x1, x2, value)
-      return (
-        self._finite_block(block, x1, x2, []),
-        self._finite_gradient(gradient, x1, x2, [], value),
-      )
-    mended = value = None
+      value = self._checked_cotangent(shape, cotangent)
+      block, gradient = self.inner.block_vjp(x1, x2, value)
+      block = self._finite_block(block, x1, x2, [])
+      return block, self._finite_gradient(gradient, x1, x2, [], value)
+    known = []
 
-    def rest(block):
-      nonlocal mended, value
-      mended = self._finite_block(block, x1, x2, near.result())
-      value = checked(cotangent(mended) if callable(cotangent) else cotangent)
-      return _without(value, near.result())
+    def rest(block: np.ndarray) -> np.ndarray:
+      block = self._finite_block(block, x1, x2, near.result())
+      value = cotangent(block) if callable(cotangent) else cotangent
+      known[:] = block, self._checked_cotangent(shape, value)
+      return near_pairs.without(known[1], near.result())
 
-    gradient = self._kernel.block_vjp(x1, x2, rest)[1]
-    return mended, self._finite_gradient(gradient, x1, x2, near.result(), value)
+    _, gradient = self.inner.block_vjp(x1, x2, rest)
+    block, value = known
+    return block, self._finite_gradient(gradient, x1, x2, near.result(), value)
 
-  def linearise(self, x1, x2):
-    x1, x2 = self._images(x1, x2)
+  def linearise(self, x1: Images, x2: Images) -> Linearised:
+    """See `Kernel.linearise`."""
+    x1, x2 = self._checked_pair(x1, x2)
     search = self._search.submit(self._near, x1, x2)
-    block, pull_back, nbytes = scale_free.linearised(self._kernel, x1, x2)
+    block, pull_back, nbytes = self.inner.linearise(x1, x2)
     near = search.result()
 
-    def checked_pull_back(cotangent):
-      cotangent = self._cotangent(block.shape, cotangent)
-      gradient = pull_back(_without(cotangent, near))
+    def checked_pull_back(cotangent: np.ndarray) -> np.ndarray:
+      cotangent = self._checked_cotangent(block.shape, cotangent)
+      gradient = pull_back(near_pairs.without(cotangent, near))
       return self._finite_gradient(gradient, x1, x2, near, cotangent)
 
     return Linearised(self._finite_block(block, x1, x2, near), checked_pull_back, nbytes)
 
-  def _near(self, x1, x2) -> list[tuple[int, np.ndarray]]:
-    """Pairs that float32 is not enough for: rows that have some, and their columns. An image and
-    itself are none: they are exact."""
-    if not self._is_delicate:
-      return []
-    a, b = (_pixels(x).reshape(len(x), -1) for x in (x1, x2))
-    if not self._bias:
-      a, b = (v.astype(np.float64) for v in (a, b))  # of any size, see ScaleFree
-    squares = [np.einsum('np,np->n', v, v) for v in (a, b)]
-    # A little more than asked for: these sums are float32's. Then each pair is judged alone: no
-    # tile may change what is done.
-    with np.errstate(over='ignore', invalid='ignore'):
-      candidates = self._needs_double(squares[0][:, None], squares[1], a @ b.T, a.shape[1], 1.01)
+  def _near(self, x1: Images, x2: Images) -> near_pairs.Pairs:
+    return near_pairs.find(pixels(x1), pixels(x2), self._bias) if self._is_delicate else []
 
-    def is_near(i, j):
-      x, y = a[i].astype(np.float64), b[j].astype(np.float64)
-      return not np.array_equal(x, y) and self._needs_double(x @ x, y @ y, x @ y, len(x))
+  def _finite_block(self, block, x1: Images, x2: Images, near: near_pairs.Pairs) -> np.ndarray:
+    """The block with its `near` entries in float64; all of them, where float32 overflows."""
+    with np.errstate(over='ignore'):  # `_finite` says so.
+      block = self._mended_block(block, x1, x2, near)
+    return self._finite(block, x1, x2, lambda a, b: self._double().block(a, b))
 
-    rows = [
-      (i, [j for j in np.flatnonzero(candidates[i]) if is_near(i, j)])
-      for i in np.flatnonzero(candidates.any(axis=1))
-    ]
-    return [(i, np.array(columns)) for i, columns in rows if columns]
-
-  def _needs_double(self, square1, square2, product, size, slack=1.0):
-    """Whether pairs are near or far; from the sums of two images' squares and of their products."""
-    if not self._bias:
-      cosine = np.sqrt(square1) * np.sqrt(square2)
-      return (np.abs(product) >= (1 - slack * _NEAR / 2) * cosine) & (cosine > 0)
-    bias = size * self._bias
-    near = square1 + square2 - 2 * product
-    near = near <= slack * (_NEAR * (square1 + square2) / 2 + _NEAR_BIAS * bias)
-    larger, smaller = np.maximum(square1, square2) + bias, np.minimum(square1, square2) + bias
-    return near | (slack * larger >= np.minimum(_FAR * smaller, size * _LARGE))
-
-  def _finite_block(self, block, x1, x2, near):
-    """The block with its `near` entries by float64; all of them, where float32 overflows."""
-    with np.errstate(over='ignore'):  # `_finite` says so
-      block = self._mended(block, x1, x2, near)
-    return self._finite(block, x1, x2, lambda *images: self._make_double().block(*images))
-
-  def _finite_gradient(self, gradient, x1, x2, near, cotangent):
-    """As `_finite_block`, of a gradient that lacks the `near` entries' part."""
+  def _finite_gradient(
+    self, gradient, x1: Images, x2: Images, near: near_pairs.Pairs, cotangent: np.ndarray
+  ) -> np.ndarray:
+    """As `_finite_block`, for a gradient that lacks the `near` entries' part."""
     with np.errstate(over='ignore', invalid='ignore'):
       gradient = self._mended_gradient(gradient, x1, x2, near, cotangent)
-    return self._finite(
-      gradient, x1, x2, lambda *images: self._make_double().block_vjp(*images, cotangent)[1]
-    )
+    return self._finite(gradient, x1, x2, lambda a, b: self._double().block_vjp(a, b, cotangent)[1])
 
-  def _finite(self, value, x1, x2, in_double):
+  def _finite(
+    self,
+    value: np.ndarray,
+    x1: Images,
+    x2: Images,
+    in_double: Callable[[np.ndarray, np.ndarray], np.ndarray],
+  ) -> np.ndarray:
     if not np.isfinite(value).all() and self.dtype == np.float32:
       with np.errstate(over='ignore'):
-        value = in_double(_pixels(x1), _pixels(x2)).astype(np.float32)
+        value = in_double(pixels(x1), pixels(x2)).astype(np.float32)
     if not np.isfinite(value).all():
-      raise self._too_large(_pixels(x1), _pixels(x2))
+      raise self._too_large(pixels(x1), pixels(x2))
     return value
 
-  def _too_large(self, *images):
+  def _too_large(self, *images: np.ndarray) -> ValueError:
     peak = max(np.abs(x).max() for x in images)
     return ValueError(
       f'images: values up to {peak:.3g} are too large for this kernel in '
       f'{self.dtype}; scale them down.'
     )
 
-  def _mended(self, block, x1, x2, near):
-    """The block with its `near` entries by float64."""
+  def _mended_block(self, block, x1: Images, x2: Images, near: near_pairs.Pairs) -> np.ndarray:
+    """The block with its `near` entries in float64."""
     block = np.array(block) if near else block
     for i, columns in near:
       columns = columns[columns > i] if x1 is x2 else columns
       if len(columns):
-        block[i, columns] = self._make_double().block(
-          _pixels(x1)[i : i + 1], _pixels(x2)[_padded(columns)]
-        )[0, : len(columns)]
+        row = self._double().block(pixels(x1)[i : i + 1], pixels(x2)[_padded(columns)])
+        block[i, columns] = row[0, : len(columns)]
         if x1 is x2:
           block[columns, i] = block[i, columns]
     return block
 
-  def _mended_gradient(self, gradient, x1, x2, near, cotangent):
-    """A gradient that lacks the `near` entries' part, with that by float64."""
+  def _mended_gradient(
+    self, gradient, x1: Images, x2: Images, near: near_pairs.Pairs, cotangent: np.ndarray
+  ) -> np.ndarray:
+    """A gradient that lacks the `near` entries' part, with that in float64."""
     gradient = np.array(gradient) if near else gradient
     for i, columns in near:
       row = np.zeros((1, len(_padded(columns))))
       row[0, : len(columns)] = cotangent[i, columns]
-      gradient[i] += self._make_double().block_vjp(
-        _pixels(x1)[i : i + 1], _pixels(x2)[_padded(columns)], row
-      )[1][0]
+      images = pixels(x1)[i : i + 1], pixels(x2)[_padded(columns)]
+      gradient[i] += self._double().block_vjp(*images, row)[1][0]
     return gradient
 
-  def _cotangent(self, shape, value):
+  def _checked_cotangent(self, shape: tuple[int, ...], value: np.ndarray) -> np.ndarray:
     value = np.asarray(value, self.dtype)
     if value.shape != shape:
       raise ValueError(f'cotangent: expected shape {shape}, got {value.shape}.')
     return value
 
-  def _images(self, x1, x2):
+  def _checked_pair(self, x1: Images, x2: Images) -> tuple[Images, Images]:
     first = self._checked_images('x1', x1)
-    images = [first, first if x2 is x1 else self._checked_images('x2', x2)]
-    shapes = [_pixels(x).shape[1:] for x in images]
+    second = first if x2 is x1 else self._checked_images('x2', x2)
+    shapes = pixels(first).shape[1:], pixels(second).shape[1:]
     if shapes[0] != shapes[1]:
       raise ValueError(
         f'x1 and x2: images must have the same [H, W, D], got {shapes[0]} and {shapes[1]}.'
       )
-    return images
+    return first, second
 
-  def _checked_images(self, name, x):
+  def _checked_images(self, name: str, x: Images) -> Images:
     if isinstance(x, Prepared):
-      if x.kernel is not self._kernel:
+      if x.kernel is not self.inner:
         raise ValueError(f'{name}: was prepared by another kernel.')
       return x
     x = np.asarray(x, self.dtype)
@@ -206,28 +192,14 @@ class Checked:
         f'{name}: expected images [N, H, W, D] with nothing empty, got shape {x.shape}.'
       )
     if not np.isfinite(x).all():
-      raise ValueError(
-        f'{name}: contains NaN or infinity in image {int(np.nonzero(~np.isfinite(x))[0][0])}.'
-      )
+      first = int(np.nonzero(~np.isfinite(x))[0][0])
+      raise ValueError(f'{name}: contains NaN or infinity in image {first}.')
     self.architecture.check_image_size(*x.shape[1:3])
     if self._bias and np.abs(x).max() > _PEAK:
       raise self._too_large(x)
     return x
 
 
-def _pixels(x: Images) -> np.ndarray:
-  return x.images if isinstance(x, Prepared) else x
-
-
-def _without(cotangent: np.ndarray, near: list[tuple[int, np.ndarray]]) -> np.ndarray:
-  """The cotangent, 0 at some entries."""
-  cotangent = np.array(cotangent) if near else cotangent
-  for i, columns in near:
-    cotangent[i, columns] = 0
-  return cotangent
-
-
 def _padded(columns: np.ndarray) -> np.ndarray:
-  """As many columns as vectors have lanes, or a multiple: some twice. Few shapes are few
-  compilations, too."""
+  """The columns, some of them twice, in a multiple of a vector's lanes: few shapes compile."""
   return np.resize(columns, -(-len(columns) // 8) * 8)

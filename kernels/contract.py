@@ -1,10 +1,12 @@
-"""The contract of a kernel: what every implementation takes and gives.
+"""The contract of a kernel: what its callers may rely on, and what an implementation owes them.
 
-An implementation imports this module and `architectures`, never the registry that finds it.
+An implementation imports this module, never the registry that finds it by name. Letters: A and B
+images on the two sides of a block, N images, of H x W pixels and D channels.
 """
 
 import dataclasses
-from typing import Any, Callable, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,7 +17,8 @@ DTYPES = ('float32', 'float64')
 KINDS = ('ntk', 'nngp')
 PARAMETERIZATIONS = ('ntk', 'standard')
 
-# Of memory, where derivatives are kept there, for all that is linearised and not yet pulled back.
+# Host memory for derivatives of all blocks that are linearised and not yet pulled back, unless the
+# implementation keeps them elsewhere.
 KEPT_BYTES = 2**31
 
 Cotangent = np.ndarray | Callable[[np.ndarray], np.ndarray]
@@ -23,27 +26,31 @@ Cotangent = np.ndarray | Callable[[np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
-  """Images with what a kernel needs to know of each of them on its own; made by `Kernel.prepare`,
-  indexed like an array of images.
+  """Images with what a kernel precomputes of each one alone; indexed like an array of images.
 
   Attributes:
     images: [N, H, W, D].
-    variances: the kernel's own, a list of arrays [N, ...].
-    kernel: the one that made it.
+    variances: the kernel's own tables, arrays [N, ...].
+    kernel: the kernel that made them, and alone can use them.
   """
 
   images: np.ndarray
   variances: list[np.ndarray]
-  kernel: Any
+  kernel: object
 
   def __len__(self) -> int:
     return len(self.images)
 
-  def __getitem__(self, index: 'slice | np.ndarray') -> 'Prepared':
+  def __getitem__(self, index: slice | np.ndarray) -> 'Prepared':
     return Prepared(self.images[index], [q[index] for q in self.variances], self.kernel)
 
 
 Images = np.ndarray | Prepared
+
+
+def pixels(x: Images) -> np.ndarray:
+  """The images [N, H, W, D] themselves, prepared or not."""
+  return x.images if isinstance(x, Prepared) else x
 
 
 class Linearised(NamedTuple):
@@ -53,7 +60,7 @@ class Linearised(NamedTuple):
     block: [A, B].
     pull_back: from a cotangent [A, B] to the gradient of sum(block * cotangent) with respect to x1,
       [A, H, W, D].
-    nbytes: what it holds in memory.
+    nbytes: the memory that `pull_back` holds.
   """
 
   block: np.ndarray
@@ -62,32 +69,40 @@ class Linearised(NamedTuple):
 
 
 class Kernel(Protocol):
-  """What `make_kernel` returns. Arrays are NumPy's; `A`, `B` any positive numbers of images.
+  """The kernel of one architecture. Arrays are NumPy's; A and B are any positive numbers.
+
+  Implementations derive from this class and inherit its defaults.
 
   Attributes:
-    implementation: the implementation's name, 'auto' resolved.
+    implementation: the implementation's name, never 'auto'.
     architecture: the network.
     dtype: of images, blocks and gradients.
-    instruction_set, device: of the CPU, and the GPU's model, where the implementation chooses one;
-      else ''.
-    kept_bytes: for which there is room in all that has been linearised and not yet pulled back. The
-      caller keeps count.
+    instruction_set: the CPU's that is used, where the implementation chooses one; else ''.
+    device: the GPU's model, where the implementation uses one itself; else ''.
+    kept_bytes: memory for all blocks that are linearised and not yet pulled back; it is the caller
+      who adds up `Linearised.nbytes`.
   """
 
   implementation: str
   architecture: architectures.Architecture
   dtype: np.dtype
-  instruction_set: str
-  device: str
-  kept_bytes: int
+  instruction_set: str = ''
+  device: str = ''
+  kept_bytes: int = KEPT_BYTES
 
   def prepare(self, x: np.ndarray) -> Prepared:
-    """Images x [N, H, W, D] in the form in which they may be given again and again, to this kernel,
-    in place of an array."""
+    """Precomputes what can be reused of images x [N, H, W, D].
+
+    The result may be given to this kernel, again and again, in place of the images.
+    """
+    ...
 
   def block(self, x1: Images, x2: Images) -> np.ndarray:
-    """The NTK between every image of x1 [A, H, W, D] and of x2 [B, H, W, D]: [A, B]. Half the work,
-    and symmetric, where x1 is x2."""
+    """The kernel [A, B] between all images of x1 [A, H, W, D] and of x2 [B, H, W, D].
+
+    Where x1 is x2, the same object, it is exactly symmetric, for half the work.
+    """
+    ...
 
   def block_vjp(
     self, x1: Images, x2: Images, cotangent: Cotangent
@@ -102,7 +117,51 @@ class Kernel(Protocol):
     Returns:
       block [A, B] and gradient [A, H, W, D].
     """
+    ...
 
   def linearise(self, x1: Images, x2: Images) -> Linearised:
-    """`block_vjp` in two halves, for a cotangent that is known much later. An implementation that
-    has none of its own computes twice."""
+    """`block_vjp` in two halves, for a cotangent that is known only later.
+
+    An implementation that can keep derivatives overrides this default, which computes the block
+    twice.
+    """
+
+    def pull_back(cotangent: np.ndarray) -> np.ndarray:
+      return self.block_vjp(x1, x2, cotangent)[1]
+
+    return Linearised(self.block(x1, x2), pull_back, pixels(x2).nbytes)
+
+
+def prepared(kernel: Kernel, x1: Images, x2: Images) -> tuple[Prepared, Prepared]:
+  """Both sides of a block, prepared where they are not; one object where x1 is x2."""
+  first = x1 if isinstance(x1, Prepared) else kernel.prepare(x1)
+  if x2 is x1:
+    return first, first
+  return first, x2 if isinstance(x2, Prepared) else kernel.prepare(x2)
+
+
+class Wrapper(Kernel):
+  """A kernel around another, `inner`, whose attributes it has and to whose methods it passes on."""
+
+  def __init__(self, inner: Kernel):
+    self.inner = inner
+    self.implementation = inner.implementation
+    self.architecture = inner.architecture
+    self.dtype = inner.dtype
+    self.instruction_set = inner.instruction_set
+    self.device = inner.device
+    self.kept_bytes = inner.kept_bytes
+
+  def prepare(self, x: np.ndarray) -> Prepared:
+    return self.inner.prepare(x)
+
+  def block(self, x1: Images, x2: Images) -> np.ndarray:
+    return self.inner.block(x1, x2)
+
+  def block_vjp(
+    self, x1: Images, x2: Images, cotangent: Cotangent
+  ) -> tuple[np.ndarray, np.ndarray]:
+    return self.inner.block_vjp(x1, x2, cotangent)
+
+  def linearise(self, x1: Images, x2: Images) -> Linearised:
+    return self.inner.linearise(x1, x2)

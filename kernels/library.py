@@ -8,35 +8,31 @@ from kernels.contract import Kernel, Prepared
 
 
 class Library:
-  """A fixed set of images of which parts are used again and again. Thread safe.
-
-  Each image's variances are computed once, when they are first asked for.
-  """
+  """Images [N, H, W, D], each prepared once, when it is first asked for. Thread safe."""
 
   def __init__(self, kernel: Kernel, images: np.ndarray):
-    """`images` [N, H, W, D] may be memory-mapped; only what is asked for is read."""
+    """`images` may be memory-mapped; only those asked for are read."""
     self._kernel, self._images = kernel, images
-    self._known = np.zeros(len(images), bool)
-    self._variances: list[np.ndarray] | None = None
-    self._maker = None
+    self._is_prepared = np.zeros(len(images), bool)
+    self._variances: list[np.ndarray] = []
+    self._maker: object = None
     self._lock = threading.Lock()
 
-  def __getitem__(self, index: 'slice | np.ndarray') -> Prepared:
+  def __getitem__(self, index: slice | np.ndarray) -> Prepared:
     chosen = np.arange(len(self._images))[index]
     with self._lock:
-      new = np.unique(chosen[~self._known[chosen]])
+      new = np.unique(chosen[~self._is_prepared[chosen]])
       if len(new):
-        fresh = self._kernel.prepare(self._images[new])
-        if self._variances is None:
-          self._maker = fresh.kernel
-          self._variances = [
-            np.empty((len(self._images),) + q.shape[1:], q.dtype) for q in fresh.variances
-          ]
-        for kept, q in zip(self._variances, fresh.variances):
-          kept[new] = q
-        self._known[new] = True
-    return Prepared(
-      np.asarray(self._images[chosen], self._kernel.dtype),
-      [q[chosen] for q in self._variances],
-      self._maker,
-    )
+        self._prepare(new)
+    images = np.asarray(self._images[chosen], self._kernel.dtype)
+    return Prepared(images, [q[chosen] for q in self._variances], self._maker)
+
+  def _prepare(self, new: np.ndarray) -> None:
+    fresh = self._kernel.prepare(self._images[new])
+    if self._maker is None:
+      shapes = [(len(self._images), *q.shape[1:]) for q in fresh.variances]
+      self._variances = [np.empty(s, q.dtype) for s, q in zip(shapes, fresh.variances)]
+      self._maker = fresh.kernel
+    for kept, q in zip(self._variances, fresh.variances):
+      kept[new] = q
+    self._is_prepared[new] = True

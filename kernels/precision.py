@@ -1,5 +1,4 @@
-"""JAX's settings for the whole process: every module that uses JAX imports this first, so that all
-agree.
+"""JAX's settings for the whole process. Every module that uses JAX imports this one first.
 
 float64 is on: kernels cast explicitly, the coordinator's state and checks use it. CPU computations
 run in the Python thread that calls them: dispatched asynchronously, they queue for a pool of NPROC

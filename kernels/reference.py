@@ -1,10 +1,13 @@
-"""Neural Tangents: the oracle of every kernel, the fallback, and the finite networks of an
-architecture."""
+"""Neural Tangents: the oracle of every kernel, the fallback, and the finite networks.
+
+Novak et al. 2020, https://arxiv.org/abs/1912.02803.
+"""
 
 import concurrent.futures
 import functools
 import sys
 import types
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -17,7 +20,9 @@ sys.modules.setdefault(
 import neural_tangents as nt
 
 import kernels.precision  # noqa: F401
-from kernels import architectures, contract
+from kernels import architectures
+from kernels.contract import Cotangent, Images, Kernel, Prepared, pixels
+from kernels.tiling import power_of_two_from, tiles
 
 # Neural Tangents holds about this many [H, W, H, W] arrays a pair of images, forward and backward
 # together.
@@ -31,14 +36,14 @@ def network(
   width: int = 1,
   outputs: int = 1,
   parameterization: str = 'ntk',
-):
+) -> tuple[Callable, Callable, Callable]:
   """The architecture as Neural Tangents layers.
 
   Args:
     architecture: the description.
     width: channels of every convolution and hidden layer; of kernels, only the NTK in standard
       parameterisation depends on it.
-    outputs: number of outputs `C`.
+    outputs: number of outputs C.
     parameterization: 'ntk' or 'standard'.
 
   Returns:
@@ -60,7 +65,7 @@ def network(
   return nt.stax.serial(*layers)
 
 
-class ReferenceKernel:
+class ReferenceKernel(Kernel):
   """NTK or NNGP blocks by Neural Tangents: O(A·B·(H·W)²) time, tile by tile in bounded memory.
 
   Tiles run on `threads` Python threads and are put together in a fixed order, so that the result
@@ -86,30 +91,26 @@ class ReferenceKernel:
       architecture, self.dtype, kind, parameterization, width
     )
 
-  def prepare(self, x: np.ndarray) -> contract.Prepared:
-    """See `contract.Kernel.prepare`: nothing is computed ahead."""
-    return contract.Prepared(x, [], self)
+  def prepare(self, x: np.ndarray) -> Prepared:
+    """See `Kernel.prepare`: nothing is computed ahead."""
+    return Prepared(x, [], self)
 
-  def block(self, x1: contract.Images, x2: contract.Images) -> np.ndarray:
-    """See `contract.Kernel.block`."""
-    x1, x2 = _arrays(x1, x2)
+  def block(self, x1: Images, x2: Images) -> np.ndarray:
+    """See `Kernel.block`."""
+    x1, x2 = pixels(x1), pixels(x2)
     a, b = self._tile_shape(x1, x2)
-    rows, columns = _tiles(x1, a), _tiles(x2, b)
-    tiles = list(
-      self._pool.map(
-        lambda pair: np.asarray(self._block(*pair)), [(r, c) for r in rows for c in columns]
-      )
-    )
-    n = len(columns)
-    return np.block([tiles[i * n : (i + 1) * n] for i in range(len(rows))])[: len(x1), : len(x2)]
+    rows, columns = tiles(x1, a), tiles(x2, b)
+    pairs = [(r, c) for r in rows for c in columns]
+    blocks = list(self._pool.map(lambda pair: np.asarray(self._block(*pair)), pairs))
+    return _joined(blocks, len(columns))[: len(x1), : len(x2)]
 
   def block_vjp(
-    self, x1: contract.Images, x2: contract.Images, cotangent
+    self, x1: Images, x2: Images, cotangent: Cotangent
   ) -> tuple[np.ndarray, np.ndarray]:
-    """See `contract.Kernel.block_vjp`. A cotangent that is a function costs one more forward pass."""
-    x1, x2 = _arrays(x1, x2)
+    """See `Kernel.block_vjp`. A cotangent that is a function costs one more forward pass."""
+    x1, x2 = pixels(x1), pixels(x2)
     a, b = self._tile_shape(x1, x2)
-    rows, columns = _tiles(x1, a), _tiles(x2, b)
+    rows, columns = tiles(x1, a), tiles(x2, b)
     if callable(cotangent):
       cotangent = cotangent(self.block(x1, x2))
     padded = np.zeros((a * len(rows), b * len(columns)), self.dtype)
@@ -119,29 +120,39 @@ class ReferenceKernel:
       for i, r in enumerate(rows)
       for j, c in enumerate(columns)
     ]
-    tiles = list(self._pool.map(lambda task: jax.device_get(self._block_vjp(*task)), tasks))
-    n = len(columns)
-    value = np.block([[t[0] for t in tiles[i * n : (i + 1) * n]] for i in range(len(rows))])[
-      : len(x1), : len(x2)
-    ]
+    results = list(self._pool.map(lambda task: jax.device_get(self._block_vjp(*task)), tasks))
+    block = _joined([block for block, _ in results], len(columns))[: len(x1), : len(x2)]
     gradient = np.zeros((a * len(rows),) + x1.shape[1:], np.float64)
-    for k, (_, piece) in enumerate(tiles):
-      gradient[k // n * a : (k // n + 1) * a] += piece
-    return value, gradient[: len(x1)].astype(self.dtype)
+    for k, (_, piece) in enumerate(results):
+      i = k // len(columns)
+      gradient[i * a : (i + 1) * a] += piece
+    return block, gradient[: len(x1)].astype(self.dtype)
 
-  def _tile_shape(self, x1, x2) -> tuple[int, int]:
+  def _tile_shape(self, x1: np.ndarray, x2: np.ndarray) -> tuple[int, int]:
     """Powers of two, so that ragged sizes compile a few shapes only."""
-    pixels = x1.shape[1] * x1.shape[2]
+    size = x1.shape[1] * x1.shape[2]
     if self.architecture.is_convolutional:
-      pairs = max(1, _TILE_BYTES // (_ARRAYS_PER_PAIR * pixels**2 * self.dtype.itemsize))
+      pairs = max(1, _TILE_BYTES // (_ARRAYS_PER_PAIR * size**2 * self.dtype.itemsize))
     else:
       pairs = 2**16
-    a = min(_power_of_two_from(len(x1)), 2 ** (pairs.bit_length() // 2))
-    return a, min(_power_of_two_from(len(x2)), max(1, 2 ** (pairs.bit_length() - 1) // a))
+    a = min(power_of_two_from(len(x1)), 2 ** (pairs.bit_length() // 2))
+    return a, min(power_of_two_from(len(x2)), max(1, 2 ** (pairs.bit_length() - 1) // a))
 
 
-@functools.lru_cache(maxsize=None)  # kernels of the same network compile once a process
-def _functions(architecture, dtype, kind, parameterization, width):
+def _joined(blocks: list[np.ndarray], columns: int) -> np.ndarray:
+  """One array from a list of tiles, row after row of `columns` of them."""
+  return np.block([blocks[i : i + columns] for i in range(0, len(blocks), columns)])
+
+
+@functools.cache  # Kernels of the same network compile once a process.
+def _functions(
+  architecture: architectures.Architecture,
+  dtype: np.dtype,
+  kind: str,
+  parameterization: str,
+  width: int,
+):
+  """The block, and the block with its gradient, compiled."""
   kernel_fn = network(architecture, width=width, parameterization=parameterization)[2]
 
   def block(x1, x2):
@@ -153,17 +164,3 @@ def _functions(architecture, dtype, kind, parameterization, width):
     return value, pull_back(cotangent)[0]
 
   return jax.jit(block), jax.jit(block_vjp)
-
-
-def _arrays(*images):
-  return [x.images if isinstance(x, contract.Prepared) else x for x in images]
-
-
-def _power_of_two_from(n: int) -> int:
-  return 1 << (n - 1).bit_length()
-
-
-def _tiles(x, size):
-  """`x` cut into tiles of exactly `size` images, the last one filled up with its last image."""
-  x = np.concatenate([x, np.repeat(x[-1:], -len(x) % size, axis=0)])
-  return [x[i : i + size] for i in range(0, len(x), size)]

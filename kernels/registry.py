@@ -1,31 +1,20 @@
-"""The implementations by name: `make_kernel` picks one, and all obey the contract."""
+"""The implementations by name; `make_kernel` picks one. All obey the contract."""
 
-import importlib
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from kernels import architectures
-from kernels.checked import Checked
+from kernels import architectures, checked
 from kernels.contract import DTYPES, IMPLEMENTATIONS, KINDS, PARAMETERIZATIONS, Kernel
-from kernels.scale_free import ScaleFree
 
 if TYPE_CHECKING:
   from configs import schema
 
-# Module and class of each; imported when asked for, because Neural Tangents takes seconds to import
-# and only one of them needs it.
-_CLASSES = {
-  'cuda': ('kernels.cuda.kernel', 'CudaKernel'),
-  'native': ('kernels.native.kernel', 'NativeKernel'),
-  'jax': ('kernels.band', 'JaxKernel'),
-  'reference': ('kernels.reference', 'ReferenceKernel'),
-}
-
 
 def make_kernel(
-  architecture,
+  architecture: str | Mapping[str, Any] | architectures.Architecture,
   *,
   implementation: str = 'auto',
   dtype: str = 'float32',
@@ -34,27 +23,25 @@ def make_kernel(
   parameterization: str = 'ntk',
   width: int = 1024,
 ) -> Kernel:
-  """An evaluator of `architecture`'s kernel.
+  """Makes an evaluator of `architecture`'s kernel.
 
   Args:
-    architecture: a name, a dict of stages or an `architectures.Architecture`; see
-      `architectures.get`.
+    architecture: a name, a dict of stages or an `Architecture`; see `architectures.get`.
     implementation: 'reference' is Neural Tangents, 'jax' runs wherever JAX does, 'native' is C++
-      for CPUs (`python -m kernels.native.build`), 'cuda' CUDA C++ for NVIDIA's GPUs (`make cuda`);
-      'auto' is the fastest one this machine can run that can do what is asked.
+      for CPUs (`python -m kernels.native.build`), 'cuda' is CUDA C++ for NVIDIA's GPUs (`make
+      cuda`); 'auto' is the fastest one this machine can run that can do what is asked.
     dtype: 'float32' or 'float64'.
-    threads: how many CPU threads to use; by default as many as this process may. No result depends
-      on it.
-    kind: 'ntk', or 'nngp'.
-    parameterization: 'ntk', or 'standard' (https://arxiv.org/abs/2001.07301): 'reference' alone.
+    threads: CPU threads to use; by default as many as this process may. No result depends on it.
+    kind: 'ntk' or 'nngp'.
+    parameterization: 'ntk', or 'standard' (Sohl-Dickstein et al. 2020,
+      https://arxiv.org/abs/2001.07301), which 'reference' alone knows.
     width: of every hidden layer, which the NTK in standard parameterisation depends on.
 
   Raises:
-    ValueError: for an unknown architecture, implementation or dtype, and by the returned object for
-      images that are not [N, H, W, D] with N >= 1 and equal H, W, D, that are too small for the
-      network's poolings, or that contain NaN or infinity.
+    ValueError: unknown architecture, or a setting that is not one of these; and by the returned
+      kernel, see `checked.Checked`.
   """
-  architecture = architectures.get(architecture)
+  network = architectures.get(architecture)
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f'implementation: expected one of {", ".join(IMPLEMENTATIONS)}, got {implementation!r}.'
@@ -65,22 +52,26 @@ def make_kernel(
   threads = threads or len(os.sched_getaffinity(0))
   if implementation == 'auto':
     implementation = _fastest() if parameterization == 'ntk' else 'reference'
-  module, name = _CLASSES[implementation]
-  extra = (parameterization, width) if implementation == 'reference' else ()
 
-  def make(dtype):
-    implementation_of = getattr(importlib.import_module(module), name)
-    kernel = implementation_of(architecture, dtype, threads, kind, *extra)
-    return kernel if architecture.b_std else ScaleFree(kernel)
+  # Imported when asked for: Neural Tangents alone takes seconds to import.
+  def make(dtype: str) -> Kernel:
+    if implementation == 'cuda':
+      from kernels.cuda import kernel as cuda
 
-  has_relu = architecture.hidden > 0 or any(stage.convs for stage in architecture.stages)
-  is_delicate = (
-    has_relu
-    and architecture.is_convolutional
-    and dtype == 'float32'
-    and implementation != 'reference'
-  )
-  return Checked(make(dtype), lambda: Checked(make('float64')), is_delicate)
+      return cuda.CudaKernel(network, dtype, kind)
+    if implementation == 'native':
+      from kernels.native import kernel as native
+
+      return native.NativeKernel(network, dtype, threads, kind)
+    if implementation == 'jax':
+      from kernels.band import kernel as band
+
+      return band.JaxKernel(network, dtype, threads, kind)
+    from kernels import reference
+
+    return reference.ReferenceKernel(network, dtype, threads, kind, parameterization, width)
+
+  return checked.wrap(make, dtype)
 
 
 def for_run(run: 'schema.Run', threads: int) -> Kernel:
@@ -97,7 +88,7 @@ def for_run(run: 'schema.Run', threads: int) -> Kernel:
 
 
 def check_variant(implementation: str, kind: str, parameterization: str) -> None:
-  """Raises ValueError where there is no such kernel, or `implementation` cannot do it."""
+  """Raises ValueError where there is no such kernel, or `implementation` cannot compute it."""
   if kind not in KINDS:
     raise ValueError(f'kernel: expected one of {", ".join(KINDS)}, got {kind!r}.')
   if parameterization not in PARAMETERIZATIONS:
@@ -106,18 +97,18 @@ def check_variant(implementation: str, kind: str, parameterization: str) -> None
     )
   if parameterization != 'ntk' and implementation not in ('auto', 'reference'):
     raise ValueError(
-      f'implementation: {implementation!r} knows NTK parameterisation alone; parameterization={parameterization!r} needs '
-      'reference (or auto).'
+      f'implementation: {implementation!r} knows NTK parameterisation alone; '
+      f'parameterization={parameterization!r} needs reference (or auto).'
     )
 
 
 def available() -> list[str]:
-  """The implementations that this machine can run, 'auto' apart."""
+  """The implementations that this machine can run, without 'auto'."""
   from kernels.cuda import kernel as cuda
   from kernels.native import build
 
   missing = {'cuda': not cuda.is_available(), 'native': not build.is_built()}
-  return [name for name in _CLASSES if not missing.get(name)]
+  return [name for name in IMPLEMENTATIONS if name != 'auto' and not missing.get(name)]
 
 
 def _fastest() -> str:

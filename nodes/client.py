@@ -2,12 +2,14 @@
 
 import threading
 import time
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from absl import logging
 
-_PAUSE = 0.5  # seconds between tries
-_SILENCE = 15.0  # seconds before it is worth a word
+from artifacts.waiting import pause
+
+_SILENCE = 15.0  # seconds before a line is logged
 
 
 class CoordinatorLost(ConnectionError):
@@ -23,8 +25,7 @@ class Stopping(Exception):
 
 
 class Retrying:
-  """Wraps a coordinator, local or remote: a call that does not get through is repeated until
-  `timeout` seconds have passed.
+  """Repeats a coordinator's calls that do not get through, until `timeout` seconds have passed.
 
   Every call of the coordinator's may safely be made twice. Where there were answers before, half of
   `timeout` is enough: a process that is then started afresh, with a new connection, has the other
@@ -40,6 +41,7 @@ class Retrying:
     listening: Callable[[], bool] = lambda: True,
     answered: Callable[[str], None] = lambda method: None,
     address: str = '',
+    pause_seconds: float = 0.5,
   ):
     """
     Args:
@@ -47,15 +49,16 @@ class Retrying:
       timeout: seconds.
       stop: set when the process is to stop.
       unreachable: tells an error of the connection from one that the coordinator raised.
-      listening: whether it is worth another try. gRPC backs off further with every try that fails,
+      listening: whether another try makes sense. gRPC backs off further with every try that fails,
         up to two minutes.
       answered: called with the method's name after each call.
       address: where the coordinator is, for messages.
+      pause_seconds: between two tries.
     """
     self._coordinator, self._timeout, self._stop = coordinator, timeout, stop
     self._unreachable, self._listening, self._answered = unreachable, listening, answered
     self._where = f' at {address}' if address else ''
-    self._was_there = False
+    self._pause, self._was_there = pause_seconds, False
 
   def until(self, stop: threading.Event) -> 'Retrying':
     """The same, but its calls are given up when `stop` is set."""
@@ -64,8 +67,8 @@ class Retrying:
     return other
 
   def __getattr__(self, method: str) -> Callable[..., Any]:
-    def call(*args):
-      start, told, lost = time.monotonic(), 0.0, None
+    def call(*args: Any) -> Any:
+      start, logged, lost = time.monotonic(), 0.0, None
       while True:
         if lost is None or self._listening():
           try:
@@ -78,28 +81,23 @@ class Retrying:
             if not self._unreachable(error):
               raise
             lost = error
-        silent, timeout = (
-          time.monotonic() - start,
-          self._timeout / 2 if self._was_there else self._timeout,
-        )
+        silent = time.monotonic() - start
+        timeout = self._timeout / 2 if self._was_there else self._timeout
         if silent > timeout:
           raise CoordinatorLost(
             f'the coordinator has not answered for {silent:.0f} s{self._where}: {lost}',
             self._was_there,
           ) from lost
-        if silent > told + _SILENCE:
+        if silent > logged + _SILENCE:
           logging.info(
             'The coordinator has not answered for %.0f s%s; trying for %.0f s more.',
             silent,
             self._where,
             timeout - silent,
           )
-          told = silent
-        end = time.monotonic() + _PAUSE
-        while time.monotonic() < end:
-          # Event.wait can deadlock with a signal handler that sets the event.
-          if self._stop.is_set():
-            raise Stopping()
-          time.sleep(0.05)
+          logged = silent
+        pause(self._pause, self._stop)
+        if self._stop.is_set():
+          raise Stopping()
 
     return call

@@ -113,7 +113,7 @@ class Evaluator:
         unwritable = isinstance(error, RunDirectoryError)  # after many tries
         if unwritable or attempt + 1 == _TRIES:
           reason = str(error) if unwritable else f'{type(error).__name__}: {error}'
-          self._coordinator.broken(_NAME, reason)
+          self._coordinator.report_unusable(_NAME, reason)
           raise
       waiting.pause(self._pause, self._stop)
 

@@ -1,17 +1,19 @@
-"""Hands the tasks of a phase out to workers and collects their pieces. Thread safe; knows nothing
-of kernels."""
+"""Hands tasks out to workers and collects their pieces. Knows nothing of kernels."""
 
 import collections
+import itertools
 import math
 import statistics
 import threading
 import time
-from typing import Callable, Container, NamedTuple
+from collections.abc import Callable, Container, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
+from distillation import plan
+from distillation.plan import Range, Task
+from distillation.step import Piece
 
-from nodes.tasks import SUPPORT_PHASES, Range, Task
-
+IN_HAND = 2  # tasks that a worker may have: one in work and one ahead
 MAX_ERRORS = 3
 MAX_LOST = 20  # leases of one task that came to nothing
 _DEADLINE_FACTOR = 5  # of the usual time of that kind of task
@@ -21,12 +23,9 @@ _AWAY_SECONDS = 1.0  # without a word, after which others take a worker's tasks
 _LOOK = 0.5  # seconds between an idle worker's looks at what time alone may bring up
 _HISTORY = 64
 
-Piece = dict[str, np.ndarray]
-
 
 class TaskFailed(RuntimeError):
-  """A task raised in a worker MAX_ERRORS times, or was lost MAX_LOST times; the message tells the
-  cause."""
+  """A task raised in a worker MAX_ERRORS times, or was lost MAX_LOST times; says why."""
 
 
 class Lease(NamedTuple):
@@ -48,30 +47,42 @@ class WorkerCounts(NamedTuple):
 
 
 class TaskBoard:
-  """`post` tasks, `extend` them, let workers `lease` and `complete`, `take` the pieces in plan
-  order.
+  """`post` tasks, let workers `lease` and `complete` them, `take` the pieces. Thread safe.
 
-  A worker says what it holds when it asks for more: a task of which it says nothing is lost. So is
-  one that passes its deadline; such tasks are given out again, and when nothing else is left, so is
-  a task that takes unusually long. The first answer counts and later ones change nothing. A task
-  whose computation raises is tried MAX_ERRORS times in all; lost leases are counted apart.
+  A worker says what it holds when it asks for more: a task that it does not name is lost. So is one
+  that passes its deadline. Lost tasks are leased again; when nothing else is left, so is a task
+  that takes unusually long. The first answer counts and later ones change nothing. A task whose
+  computation raises is tried MAX_ERRORS times in all; lost leases are counted apart.
 
-  Who holds a task already may have another ahead, as long as there is one left for each of the
-  others.
+  A busy worker may prefetch one more task if enough remain for the others.
 
-  A step in two halves: the second half of a task goes to who did the first, and is cheap there; to
-  others when that one is slow or gone.
+  In a step in two halves the second half of a task goes to the worker that did the first, where it
+  is cheap; to others when that one is slow or gone.
   """
 
-  def __init__(self, lease_seconds: float, clock: Callable[[], float] = time.monotonic):
-    self._lease_seconds, self._clock = lease_seconds, clock
+  def __init__(
+    self,
+    lease_seconds: float,
+    num_workers: int = 1,
+    in_halves: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    """
+    Args:
+      lease_seconds: within which a task is expected, at least.
+      num_workers: that the run is meant to have.
+      in_halves: whether steps have two halves.
+      clock: gives seconds.
+    """
+    self._lease_seconds, self._num_workers = lease_seconds, num_workers
+    self._in_halves, self._clock = in_halves, clock
     self._patience = min(lease_seconds, _SLOW_SECONDS)
     self._lock = threading.RLock()
-    self._piece = threading.Condition(self._lock)  # what who takes the pieces waits for
-    # What each worker that has no work waits for: each its own, so that few wake in vain.
+    self._piece = threading.Condition(self._lock)  # `take` waits for it
+    # By idle worker: one condition per worker avoids a thundering herd.
     self._idle: dict[str, threading.Condition] = {}
     self._tasks: dict[Task, Piece | None] = {}  # in plan order; {} once it is taken
-    self._missing = 0
+    self._step = -1
     self._awaited: Task | None = None
     self._pending: dict[str | None, dict[Task, None]] = {}  # by owner, in plan order
     # Who did the first half of a task on these ranges.
@@ -91,38 +102,42 @@ class TaskBoard:
     self._heard: dict[str, float] = {}
     self._last_progress = self._last_sign = clock()
     self._totals = collections.Counter()
+    self.pairs_taken = 0  # kernel entries of the pieces that were taken
 
-  def post(self, tasks: list[Task]) -> None:
-    """Starts a phase; what was left of the one before is forgotten."""
-    with self._lock:
-      for of_this_phase in (
-        self._tasks,
-        self._pending,
-        self._leases,
-        self._held,
-        self._late,
-        self._errors,
-        self._lost,
-        self._owners,
-      ):
-        of_this_phase.clear()
-      self._missing, self._failure = 0, None
-      self._last_progress = self._last_sign = self._clock()
-      self.extend(tasks)
+  def post(self, tasks: Sequence[Task]) -> None:
+    """Adds tasks; those of another step replace what was there.
 
-  def extend(self, tasks: list[Task], first: bool = False) -> None:
-    """Adds tasks to those posted; `first`: given out before these."""
+    Tasks that end a step's work on a group of targets are leased before those that begin another.
+    """
     with self._lock:
+      if tasks[0].step != self._step:
+        self.clear()
+        self._step = tasks[0].step
       self._tasks.update(dict.fromkeys(tasks))
-      self._missing += len(tasks)
-      for task in reversed(tasks) if first else tasks:
-        self._put(task, first)
+      goes_first = tasks[0].phase in plan.VJP_PHASES
+      for task in reversed(tasks) if goes_first else self._arranged(tasks):
+        self._put(task, goes_first)
+
+  def clear(self) -> None:
+    """Forgets all tasks."""
+    with self._lock:
+      of_a_step = self._tasks, self._pending, self._leases, self._held, self._late
+      for values in (*of_a_step, self._errors, self._lost, self._owners):
+        values.clear()
+      self._step, self._failure = -1, None
+      self._last_progress = self._last_sign = self._clock()
 
   def lease(
     self, worker: str, wait: float, pairs_per_second: float = 0.0, holding: Container[int] = ()
   ) -> Lease | None:
-    """A task for `worker`, which is `holding` these leases, or None if there is none within `wait`
-    seconds. `pairs_per_second` is its speed, where known."""
+    """Leases a task; None if there is none within `wait` seconds.
+
+    Args:
+      worker: its name.
+      wait: seconds.
+      pairs_per_second: its speed, where known.
+      holding: leases that it still has.
+    """
     end = self._clock() + wait
     with self._lock:
       self._workers.setdefault(worker, WorkerCounts())
@@ -139,19 +154,7 @@ class TaskBoard:
         if task is not None:
           if self._pending.get(None):
             self._wake()
-          usual = self._usual.get(task.phase) or (
-            task.pairs / pairs_per_second if pairs_per_second else 0.0
-          )
-          lease = Lease(
-            self._next_lease,
-            task,
-            worker,
-            now,
-            now + max(self._lease_seconds, _DEADLINE_FACTOR * usual),
-          )
-          self._next_lease += 1
-          self._leases[lease.id] = self._held.setdefault(worker, {})[lease.id] = lease
-          return lease
+          return self._leased(task, worker, now, pairs_per_second)
         if now >= end:
           return None
         waiting = self._idle[worker] = threading.Condition(self._lock)
@@ -160,8 +163,7 @@ class TaskBoard:
           del self._idle[worker]
 
   def complete(self, task: Task, lease_id: int, worker: str, piece: Piece) -> bool:
-    """Takes a piece. False where it was of no use: another answer came first, or the phase is
-    over."""
+    """Takes a piece; returns False if another answer came first, or the step is over."""
     with self._lock:
       self._last_sign = self._heard[worker] = now = self._clock()
       lease = self._release(lease_id) or self._late.pop(lease_id, None)
@@ -169,8 +171,8 @@ class TaskBoard:
         self._totals['duplicate_answers'] += 1
         return False
       self._tasks[task] = piece
-      self._missing -= 1
-      self._owners[_ranges(task)] = worker
+      if self._in_halves:
+        self._owners[_ranges(task)] = worker
       self._last_progress = now
       seconds = 0.0
       if lease is not None:
@@ -187,8 +189,8 @@ class TaskBoard:
         self._piece.notify_all()
       return True
 
-  def fail(self, task: Task, lease_id: int, message: str) -> None:
-    """Takes note that computing `task` raised in a worker."""
+  def report_error(self, task: Task, lease_id: int, message: str) -> None:
+    """Records that computing `task` raised in a worker; it is tried again, or the run fails."""
     with self._lock:
       self._last_sign = self._clock()
       lease = self._release(lease_id)
@@ -196,15 +198,14 @@ class TaskBoard:
         return
       self._errors[task] += 1
       if self._errors[task] >= MAX_ERRORS:
-        self._fail(
+        self._end_failed(
           f'{_name(task)} failed {MAX_ERRORS} times, last in worker {lease.worker}: {message}'
         )
       else:
         self._put(task)
 
   def take(self, task: Task, wait: float) -> Piece | None:
-    """The piece of a task, which the board then forgets, or None if it is not there within `wait`
-    seconds.
+    """The piece of a task, given once; None if it is not there within `wait` seconds.
 
     Raises:
       TaskFailed: a task has used up its tries.
@@ -217,20 +218,17 @@ class TaskBoard:
       piece = self._tasks[task]
       if piece is not None:
         self._tasks[task] = {}
+        self.pairs_taken += task.pairs
       return piece
 
   def silence(self) -> float:
-    """Seconds for which no worker has asked or answered, and none was computing within its
-    deadline."""
+    """Seconds without any call of a worker; a worker within its deadline counts as heard of."""
     with self._lock:
-      return max(
-        0.0,
-        self._clock()
-        - max([self._last_sign, *(lease.deadline for lease in self._leases.values())]),
-      )
+      signs = [self._last_sign, *(lease.deadline for lease in self._leases.values())]
+      return max(0.0, self._clock() - max(signs))
 
   def stall(self) -> tuple[float, str]:
-    """Seconds since the phase last got on, and what it waits for."""
+    """Seconds since the last piece came, and what is missing."""
     with self._lock:
       now, missing = self._clock(), [task for task, piece in self._tasks.items() if piece is None]
       held = [
@@ -238,63 +236,86 @@ class TaskBoard:
         for lease in self._leases.values()
         if self._tasks[lease.task] is None
       ]
-      what = (
-        f'{len(missing)} of {len(self._tasks)} {missing[0].phase} tasks missing'
-        if missing
-        else 'nothing missing'
-      )
-      return (
-        now - self._last_progress,
-        f'{what}; in work: {", ".join(held[:4]) or "none"}{" ..." if len(held) > 4 else ""}',
-      )
+      what = 'nothing missing'
+      if missing:
+        phase = missing[0].phase
+        number, total = (
+          sum(task.phase == phase for task in of) for of in (missing, list(self._tasks))
+        )
+        what = f'{number} of {total} {phase} tasks missing'
+      more = ' ...' if len(held) > 4 else ''
+      return now - self._last_progress, f'{what}; in work: {", ".join(held[:4]) or "none"}{more}'
 
-  def counters(self) -> dict[str, object]:
-    """Totals since the board was made: `workers` {name: {tasks, pairs, seconds}}, and what became
-    of leases and answers."""
+  def counters(self) -> dict[str, Any]:
+    """Totals since the board was made.
+
+    Returns:
+      `workers` {name: {tasks, pairs, seconds}}, and the numbers of `lost_leases`, `expired_leases`,
+      `second_leases`, `duplicate_answers`; `pairs`, kernel entries that were taken.
+    """
+    names = 'lost_leases', 'expired_leases', 'second_leases', 'duplicate_answers'
     with self._lock:
-      return {
-        'workers': {name: counts._asdict() for name, counts in sorted(self._workers.items())},
-        **{
-          name: self._totals[name]
-          for name in ('lost_leases', 'expired_leases', 'second_leases', 'duplicate_answers')
-        },
-      }
+      workers = {name: counts._asdict() for name, counts in sorted(self._workers.items())}
+      totals = {name: self._totals[name] for name in names}
+      return {'workers': workers, **totals, 'pairs': self.pairs_taken}
+
+  def _arranged(self, tasks: Sequence[Task]) -> list[Task]:
+    """The order in which a step's first tasks are leased.
+
+    Nothing can be solved without K_ss, so its tasks are the first of their workers; but many images
+    are sent for them, so those of the other workers, who all wait, go out before.
+    """
+    support = [task for task in tasks if task.phase == plan.SUPPORT_BLOCKS]
+    others = [task for task in tasks if task.phase != plan.SUPPORT_BLOCKS]
+    early = IN_HAND * (max(0, self._num_workers - len(support)) // 2) if support else len(others)
+    late = others[early:]
+    alternating = itertools.chain(*zip(support, late))
+    return [*others[:early], *alternating, *support[len(late) :], *late[len(support) :]]
+
+  def _leased(self, task: Task, worker: str, now: float, pairs_per_second: float) -> Lease:
+    usual = self._usual.get(task.phase)
+    if usual is None:
+      usual = task.pairs / pairs_per_second if pairs_per_second else 0.0
+    deadline = now + max(self._lease_seconds, _DEADLINE_FACTOR * usual)
+    lease = Lease(self._next_lease, task, worker, now, deadline)
+    self._next_lease += 1
+    self._leases[lease.id] = self._held.setdefault(worker, {})[lease.id] = lease
+    return lease
 
   def _next(self, worker: str, now: float) -> Task | None:
-    """What to give out: the worker's own; else what is nobody's; else what nobody will have soon;
-    else the task that has been in work unusually long, if nobody else tries it too."""
+    """The task to lease: one that the worker owns; else one without an owner; else one whose owner
+    is slow or gone; else one that has been in work unusually long, once more."""
     task = self._pop(worker)
     if task is None and self._has_enough(worker):
       task = self._pop(None)
     if task is not None or worker in self._held:
       return task
-    for owner in [
-      owner for owner, waiting in self._pending.items() if waiting and now >= self._away_at(owner)
-    ]:
-      task = self._pop(owner)
-      if task is not None:
+    owners = [owner for owner, waiting in self._pending.items() if owner is not None and waiting]
+    for owner in owners:
+      if now >= self._away_at(owner) and (task := self._pop(owner)) is not None:
         return task
-    slow = (
-      [lease for lease in self._open() if now >= self._slow_at(lease)]
-      if now >= self._oldest() + self._patience
-      else []
-    )
+    if now < self._oldest() + self._patience:
+      return None
+    slow = [lease for lease in self._open() if now >= self._slow_at(lease)]
     if not slow:
       return None
     self._totals['second_leases'] += 1
     return min(slow, key=lambda lease: lease.start).task
 
   def _has_enough(self, worker: str) -> bool:
-    """Whether `worker` may have what is nobody's: ahead only if that is left for others too, and no
-    sooner done by them."""
+    """Whether `worker` may lease a task that nobody owns.
+
+    A busy one only if there are enough for the others too, and these would not do it sooner.
+    """
     waiting, held = self._pending.get(None, {}), self._held.get(worker)
-    return not held or (
-      len(waiting) >= len(self._held)
-      and next(iter(held.values())).task.pairs <= next(iter(waiting)).pairs
-    )
+    if not held:
+      return True
+    if len(waiting) < len(self._held):
+      return False
+    return next(iter(held.values())).task.pairs <= next(iter(waiting)).pairs
 
   def _put(self, task: Task, first: bool = False) -> None:
-    """Makes a task pending, and wakes who may do it."""
+    """Makes a task pending, and wakes a worker for it."""
     owner = self._owners.get(_ranges(task))
     waiting = self._pending.setdefault(owner, {})
     if first:
@@ -304,8 +325,9 @@ class TaskBoard:
     self._wake(owner)
 
   def _wake(self, worker: str | None = None) -> None:
-    """Wakes a worker that waits for work: this one, or the first."""
-    waiting = self._idle.pop(next(iter(self._idle), None) if worker is None else worker, None)
+    """Wakes `worker`, or the first that waits."""
+    name = next(iter(self._idle), None) if worker is None else worker
+    waiting = self._idle.pop(name, None) if name is not None else None
     if waiting:
       waiting.notify()
 
@@ -321,7 +343,9 @@ class TaskBoard:
   def _away_at(self, owner: str) -> float:
     """When a worker is no longer expected to ask for its next task soon."""
     held = self._held.get(owner)
-    return self._slow_at(next(iter(held.values()))) if held else self._heard[owner] + _AWAY_SECONDS
+    if held:
+      return self._slow_at(next(iter(held.values())))
+    return self._heard[owner] + _AWAY_SECONDS
 
   def _open(self) -> list[Lease]:
     """Leases of tasks that are not done and in one worker's hands only."""
@@ -333,8 +357,7 @@ class TaskBoard:
     ]
 
   def _oldest(self) -> float:
-    """The start of the oldest lease. Nothing happens to a lease before `_patience` has passed;
-    looking at each of them takes time."""
+    """The start of the oldest lease: spares a look at each of them before `_patience` is over."""
     return next(iter(self._leases.values())).start if self._leases else math.inf
 
   def _slow_at(self, lease: Lease) -> float:
@@ -359,27 +382,28 @@ class TaskBoard:
       )
 
   def _take_back(self, lease: Lease, why: str) -> None:
-    self._late[lease.id] = self._release(lease.id)
-    task = lease.task
+    self._release(lease.id)
+    self._late[lease.id], task = lease, lease.task
     if self._tasks[task] is not None:
       return
     self._totals[why] += 1
     self._lost[task] += 1
     if self._lost[task] >= MAX_LOST:
-      self._fail(
-        f'{_name(task)} was given to workers {MAX_LOST} times, last to {lease.worker}, and never came back: computing it '
-        'kills them (see their output) or takes longer than system.lease_seconds.'
+      self._end_failed(
+        f'{_name(task)} was given to workers {MAX_LOST} times, last to {lease.worker}, and never '
+        'came back: computing it kills them (see their output) or takes longer than '
+        'system.lease_seconds.'
       )
     elif not any(other.task == task for other in self._leases.values()):
       self._put(task, first=True)
 
-  def _fail(self, message: str) -> None:
+  def _end_failed(self, message: str) -> None:
     self._failure = message
     self._piece.notify_all()
 
 
 def _ranges(task: Task) -> tuple[bool, Range, Range]:
-  return task.phase in SUPPORT_PHASES, task.target_range, task.support_range
+  return task.phase in plan.SUPPORT_PHASES, task.target_range, task.support_range
 
 
 def _name(task: Task) -> str:

@@ -9,7 +9,6 @@ from configs import schema
 from data import store
 from kernels import architectures, contract
 from kernels.native import build
-from nodes import tasks
 
 _PROCESS = 2**27  # interpreter and libraries
 _NETWORK = 2**28  # Neural Tangents, and what XLA makes of a finite network
@@ -59,7 +58,7 @@ def needs(config: schema.Config, prepared: store.Prepared) -> Needs:
   gradient, tile = 8 * support * height * width * channels, min(plan.target_tile, targets)
   is_native = run.implementation in ('native', 'auto') and build.is_built()
   derivatives = min(_DERIVATIVES, support * (tile + _LANES) * (image + table))
-  tasks_a_step = len(tasks.ranges(targets, run.plan.targets_per_task))
+  tasks_a_step = len(plan.ranges(targets, run.plan.targets_per_task))
 
   # The state, its optimiser's moments and the gradient; a step's pieces; K_ss and its solve.
   coordinator = _PROCESS + 10 * gradient + tasks_a_step * gradient // 2 + 6 * 8 * support**2

@@ -15,8 +15,7 @@ from absl import flags
 from artifacts import run_directory
 from configs import schema, validation
 from data import DataError, classes, store
-from distillation import evaluation, initial_support
-from nodes import tasks
+from distillation import evaluation, initial_support, plan
 from programs import command_line, memory, placement
 from programs.command_line import BadInput, log_plainly
 
@@ -194,8 +193,8 @@ def _remark_on_plan(config: schema.Config, num_classes: int) -> str:
     run.plan.split_support(support) or support,
     min(run.plan.targets_per_task, targets),
   )
-  parts = len(tasks.ranges(support, part))
-  count = parts * len(tasks.ranges(targets, group))
+  parts = len(plan.ranges(support, part))
+  count = parts * len(plan.ranges(targets, group))
   rounds = -(-count // num_workers)
   # In two halves K_ss is computed beside them.
   pairs = support * (targets + support if part < support else targets)

@@ -1,8 +1,8 @@
 """Builds the native kernel with the system's C++ compiler: `python -m kernels.native.build`.
 
 One shared library per instruction set, from the same sources. Their names carry a hash of sources,
-flags and XLA's headers, and a library of another name is stale. The compiler does not count: what
-is built is found without one. To build with another, remove `build/`.
+flags and XLA's headers, and a library of another name is stale. The compiler is not in the hash:
+what is built is found without one. To build with another compiler, remove `build/`.
 """
 
 import concurrent.futures
@@ -12,9 +12,9 @@ import pathlib
 import platform
 import shutil
 import subprocess
-import sys
 
-INSTRUCTION_SETS = {  # the best one first
+# The best one first.
+INSTRUCTION_SETS = {
   'avx512': (
     '-mavx512f',
     '-mavx512dq',
@@ -47,68 +47,69 @@ _FLAGS = (
 
 
 def compiler() -> list[str] | None:
-  """The C++ compiler's command: $CXX, or the system's c++."""
+  """The C++ compiler's command, $CXX or the system's c++; None where there is no such program."""
   command = os.environ.get('CXX', 'c++').split()
   return command if command and shutil.which(command[0]) else None
 
 
-def find(instruction_set: str) -> pathlib.Path | None:
+def find(
+  instruction_set: str, folder: pathlib.Path = FOLDER, sources: pathlib.Path = SOURCES
+) -> pathlib.Path | None:
   """The library for `instruction_set`, if one is built from these very sources."""
-  path = _path(instruction_set)
+  path = _path(instruction_set, folder, sources)
   return path if path.exists() else None
 
 
-def is_built() -> bool:
-  return all(find(name) for name in INSTRUCTION_SETS)
+def is_built(folder: pathlib.Path = FOLDER, sources: pathlib.Path = SOURCES) -> bool:
+  """Whether there is a library for every instruction set."""
+  return all(find(name, folder, sources) for name in INSTRUCTION_SETS)
 
 
-def build() -> str:
-  """Builds what is missing; returns a line that says what was done, or why nothing can be."""
-  if platform.machine() not in ('x86_64', 'AMD64'):
-    return (
-      f'native kernel: not built, {platform.machine()} is not x86-64; the JAX kernel will be used.'
-    )
-  missing = [name for name in INSTRUCTION_SETS if not find(name)]
+def build(folder: pathlib.Path = FOLDER, machine: str = platform.machine()) -> str:
+  """Builds the missing libraries in `folder`.
+
+  Returns:
+    a line that says what was built, or why nothing could be.
+  """
+  refusal = 'native kernel: not built, {}; the JAX kernel will be used.'
+  if machine not in ('x86_64', 'AMD64'):
+    return refusal.format(f'{machine} is not x86-64')
+  missing = [name for name in INSTRUCTION_SETS if not find(name, folder)]
   if not missing:
-    return f'native kernel: up to date in {FOLDER}.'
+    return f'native kernel: up to date in {folder}.'
   command = compiler()
   if not command:
     wanted = os.environ.get('CXX', 'c++')
-    return f'native kernel: not built, no C++ compiler ({wanted}) found; install one or set CXX. The JAX kernel will be used.'
-  try:
-    FOLDER.mkdir(exist_ok=True)
-  except OSError as error:
     return (
-      f'native kernel: not built, {FOLDER} cannot be written ({error.strerror}); '
-      'the JAX kernel will be used.'
+      f'native kernel: not built, no C++ compiler ({wanted}) found; install one or set CXX. '
+      'The JAX kernel will be used.'
     )
+  try:
+    folder.mkdir(exist_ok=True)
+  except OSError as error:
+    return refusal.format(f'{folder} cannot be written ({error.strerror})')
+  paths = {name: _path(name, folder) for name in INSTRUCTION_SETS}
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    compiled = pool.map(lambda name: _compile(command, name, _path(name)), missing)
-    errors = list(filter(None, compiled))
+    compiled = pool.map(lambda name: _compile(command, name, paths[name]), missing)
+    errors = [error for error in compiled if error]
   if errors:
-    return f'native kernel: not built, {" ".join(command)} failed; the JAX kernel will be used.\n{errors[0]}'
-  current = {_path(name) for name in INSTRUCTION_SETS}
-  for path in FOLDER.glob('*.so'):
-    if path not in current:
+    return refusal.format(f'{" ".join(command)} failed') + f'\n{errors[0]}'
+  for path in folder.glob('*.so'):
+    if path not in paths.values():
       path.unlink(missing_ok=True)
-  return f'native kernel: built for {", ".join(missing)} in {FOLDER}.'
+  return f'native kernel: built for {", ".join(missing)} in {folder}.'
 
 
 def _compile(command: list[str], instruction_set: str, path: pathlib.Path) -> str | None:
-  """Compiles to a name of its own and renames, so that two builds at once do no harm. Returns the
-  compiler's complaint, if any."""
+  """Compiles to a name of its own and renames, so that two builds at once do no harm.
+
+  Returns:
+    the compiler's complaint, if any.
+  """
   partial = path.with_suffix(f'.{os.getpid()}.partial')
+  flags = [*_FLAGS, *INSTRUCTION_SETS[instruction_set], '-isystem', str(_headers())]
   result = subprocess.run(
-    [
-      *command,
-      *_FLAGS,
-      *INSTRUCTION_SETS[instruction_set],
-      '-isystem',
-      str(_headers()),
-      str(SOURCES / 'ffi.cc'),
-      '-o',
-      str(partial),
-    ],
+    [*command, *flags, str(SOURCES / 'ffi.cc'), '-o', str(partial)],
     capture_output=True,
     text=True,
     check=False,
@@ -120,20 +121,21 @@ def _compile(command: list[str], instruction_set: str, path: pathlib.Path) -> st
   return None
 
 
-def _path(instruction_set: str) -> pathlib.Path:
+def _path(
+  instruction_set: str, folder: pathlib.Path, sources: pathlib.Path = SOURCES
+) -> pathlib.Path:
   digest = hashlib.sha256(repr((_FLAGS, INSTRUCTION_SETS[instruction_set])).encode())
   headers = _headers()
-  for path in [*sorted(SOURCES.iterdir()), *sorted((headers / 'xla' / 'ffi' / 'api').glob('*.h'))]:
+  for path in [*sorted(sources.iterdir()), *sorted((headers / 'xla' / 'ffi' / 'api').glob('*.h'))]:
     digest.update(path.name.encode() + path.read_bytes())
-  return FOLDER / f'kip-{instruction_set}-{digest.hexdigest()[:16]}.so'
+  return folder / f'kip-{instruction_set}-{digest.hexdigest()[:16]}.so'
 
 
 def _headers() -> pathlib.Path:
-  import jaxlib  # not jax.ffi.include_dir(), which imports all of JAX for the same folder
+  import jaxlib  # Not jax.ffi.include_dir(), which imports all of JAX for the same folder.
 
   return pathlib.Path(jaxlib.__file__).parent / 'include'
 
 
 if __name__ == '__main__':
   print(build())
-  sys.exit(0)

@@ -1,8 +1,9 @@
-"""Fits the polynomial of the arc-cosine kernels; prints src/arc_cosine_coefficients.h (python -m
-kernels.native.fit | clang-format --assume-filename=x.h > that file).
+"""Fits the polynomial of the arc-cosine kernels: `python -m kernels.native.fit`.
 
-Both kernels of a ReLU layer need acos(c) and sqrt(1 - c^2). With one square root s = sqrt(1 - c^2)
-/ pi,
+Prints src/arc_cosine_coefficients.h, for `clang-format --assume-filename=x.h` to break its lines.
+
+Both kernels of a ReLU layer (Cho and Saul 2009) need acos(c) and sqrt(1 - c^2). With one square
+root s = sqrt(1 - c^2) / pi,
 
     acos(c) / 2 pi = s * p(c),    p(c) = acos(c) / (2 sqrt(1 - c^2)),    0 <= c <= 1,
 
@@ -14,6 +15,23 @@ it is what half squared distances are good to.
 import numpy as np
 
 DEGREES = {'float': 8, 'double': 22}
+
+_HEADER = """\
+// Written by fit.py: p(c) = acos(c) / (2 sqrt(1 - c^2)), 0 <= c <= 1; do not edit.
+#pragma once
+
+namespace kip {
+
+template <class T>
+struct ArcCosine;
+"""
+_STRUCT = """
+// Degree {degree} in {variable}; largest error: {error:.1e}.
+template <>
+struct ArcCosine<{scalar}> {{
+  static constexpr {scalar} powers[] = {{{values}}};
+}};
+"""
 
 
 def p(c: np.ndarray) -> np.ndarray:
@@ -30,23 +48,20 @@ def fit(degree: int) -> tuple[np.ndarray, float]:
 
 
 def main():
-  print(
-    '// Written by fit.py: p(c) = acos(c) / (2 sqrt(1 - c^2)), 0 <= c <= 1; do not edit.\n#pragma once\n\nnamespace kip {\n'
-  )
-  print('template <class T>\nstruct ArcCosine;\n')
+  header = _HEADER
   for scalar, degree in DEGREES.items():
     powers, error = fit(degree)
     if scalar == 'float':
       # In powers of (1 - c) / pi; double keeps 2c - 1, whose coefficients decay.
       powers = np.polynomial.Polynomial(powers)(np.polynomial.Polynomial([1, -2 * np.pi])).coef
-    variable = '(1 - c) / pi' if scalar == 'float' else '2c - 1'
-    print(f'// Degree {degree} in {variable}; largest error: {error:.1e}.')
-    suffix = 'f' if scalar == 'float' else ''
-    values = ', '.join(f'{c:.9g}{suffix}' if suffix else f'{c:.17g}' for c in powers)
-    print(
-      f'template <>\nstruct ArcCosine<{scalar}> {{\n  static constexpr {scalar} powers[] = {{{values}}};\n}};\n'
+      variable, form = '(1 - c) / pi', '{:.9g}f'
+    else:
+      variable, form = '2c - 1', '{:.17g}'
+    values = ', '.join(map(form.format, powers))
+    header += _STRUCT.format(
+      degree=degree, variable=variable, error=error, scalar=scalar, values=values
     )
-  print('}  // namespace kip')
+  print(header + '\n}  // namespace kip')
 
 
 if __name__ == '__main__':

@@ -9,12 +9,14 @@ import jax.ffi
 import numpy as np
 
 import kernels.precision  # noqa: F401
-from kernels import architectures, contract
+from kernels import architectures
+from kernels.contract import Cotangent, Images, Kernel, Linearised, Prepared, prepared
 from kernels.native import build
 
 # Below this, the derivatives of all pairs are kept until the cotangent is known; above, the forward
 # pass is run twice.
-_DERIVATIVES_BYTES = 2**28
+DERIVATIVES_BYTES = 2**28
+
 _HANDLERS = {
   'tables': 'KipTables',
   'block': 'KipBlock',
@@ -22,26 +24,48 @@ _HANDLERS = {
   'derivatives': 'KipDerivatives',
   'pull_back': 'KipPullBack',
 }
-_HOW_TO_BUILD = 'build it by `python -m kernels.native.build` (needs x86-64 and a C++17 compiler)'
+
+
+def supported_instruction_sets() -> list[str]:
+  """The instruction sets that this machine has, the best one first.
+
+  Raises:
+    ValueError: the kernel is not built.
+  """
+  best = load('portable').kip_best_instruction_set().decode()
+  names = list(build.INSTRUCTION_SETS)
+  return names[names.index(best) :]
 
 
 def best_instruction_set() -> str:
-  """$KIP_INSTRUCTION_SET, or the best one that this machine has."""
-  best = _load('portable').kip_best_instruction_set().decode()
-  supported = list(build.INSTRUCTION_SETS)[list(build.INSTRUCTION_SETS).index(best) :]
-  forced = os.environ.get('KIP_INSTRUCTION_SET') or best
+  """$KIP_INSTRUCTION_SET, or the best one that this machine has.
+
+  Raises:
+    ValueError: this machine lacks $KIP_INSTRUCTION_SET, or the kernel is not built.
+  """
+  supported = supported_instruction_sets()
+  forced = os.environ.get('KIP_INSTRUCTION_SET') or supported[0]
   if forced not in supported:
     raise ValueError(
-      f'KIP_INSTRUCTION_SET: expected one of {", ".join(supported)} on this machine, got {forced!r}.'
+      f'KIP_INSTRUCTION_SET: expected one of {", ".join(supported)} on this machine, '
+      f'got {forced!r}.'
     )
   return forced
 
 
 @functools.cache
-def _load(instruction_set: str) -> ctypes.CDLL:
+def load(instruction_set: str) -> ctypes.CDLL:
+  """Loads the library for an instruction set, and registers its functions with XLA.
+
+  Raises:
+    ValueError: it is not built.
+  """
   path = build.find(instruction_set)
   if path is None:
-    raise ValueError(f'implementation: the native kernel is not built; {_HOW_TO_BUILD}.')
+    raise ValueError(
+      'implementation: the native kernel is not built; build it by '
+      '`python -m kernels.native.build` (needs x86-64 and a C++17 compiler).'
+    )
   library = ctypes.CDLL(str(path))
   library.kip_best_instruction_set.restype = ctypes.c_char_p
   for name, symbol in _HANDLERS.items():
@@ -51,30 +75,31 @@ def _load(instruction_set: str) -> ctypes.CDLL:
   return library
 
 
-class NativeKernel:
-  """NTK (or NNGP) blocks in C++: O(A·B·H·W·offsets) time, `threads` threads; no result depends on
-  their number.
+class NativeKernel(Kernel):
+  """NTK (or NNGP) blocks in C++: O(A·B·H·W·offsets) time, `threads` threads.
 
-  Best with B a multiple of 16: the images of x2 lie across the lanes of vectors.
+  No result depends on their number. Best with B a multiple of 16: the images of x2 lie across the
+  lanes of vectors.
   """
 
   implementation = 'native'
 
   def __init__(
-    self, architecture: architectures.Architecture, dtype: str, threads: int, kind: str = 'ntk'
+    self,
+    architecture: architectures.Architecture,
+    dtype: str,
+    threads: int,
+    kind: str = 'ntk',
+    derivatives_bytes: int = DERIVATIVES_BYTES,
   ):
+    """`derivatives_bytes`: how much `linearise` may keep."""
     self.architecture = architecture
     self.dtype = np.dtype(dtype)
     self.instruction_set = best_instruction_set()
-    self._lanes = _load(self.instruction_set).kip_vector_bytes() // self.dtype.itemsize
-    convs = [0]
-    for stage in architecture.stages:
-      convs[-1] += stage.convs
-      if stage.pool:
-        convs.append(0)
-    self._convs = tuple(convs)
+    self._derivatives_bytes = derivatives_bytes
+    self._lanes = load(self.instruction_set).kip_vector_bytes() // self.dtype.itemsize
     self._network = dict(
-      convs=np.array(convs, np.int64),
+      convs=np.array(architecture.convs_by_level, np.int64),
       all_offsets=np.int64(architecture.readout == 'global_average_pool'),
       hidden=np.int64(architecture.hidden),
       nngp=np.int64(kind == 'nngp'),
@@ -84,86 +109,86 @@ class NativeKernel:
     )
     self._cpu = jax.devices('cpu')[0]
 
-  def prepare(self, x: np.ndarray) -> contract.Prepared:
-    """See `contract.Kernel.prepare`; the tables of plan.h are [N, V + P]: V variances of convolutions'
-    ReLU inputs, P pooled values. Then, in float64, the variances and spreads of what the readout
-    reads, [N, 2]."""
-    variances, pooled = self._table(*x.shape[1:3])
-    shapes = [(len(x), variances + pooled), (len(x), 2)]
-    outputs = self._call('tables', shapes, x, dtypes=[self.dtype, np.float64])
-    return contract.Prepared(x, [np.asarray(output) for output in outputs], self)
+  def prepare(self, x: np.ndarray) -> Prepared:
+    """See `Kernel.prepare`.
 
-  def block(self, x1: contract.Images, x2: contract.Images) -> np.ndarray:
-    """See `contract.Kernel.block`."""
-    left, right = self._prepared(x1, x2)
+    The variances are the tables of plan.h [N, V + P], V variances of convolutions' ReLU inputs and
+    P pooled values, then, in float64, the variances and spreads at the readout [N, 2].
+    """
+    variances, pooled = self._table_size(*x.shape[1:3])
+    shapes = [(len(x), variances + pooled), (len(x), 2)]
+    tables, readouts = self._call('tables', shapes, x, dtypes=[self.dtype, np.dtype(np.float64)])
+    return Prepared(x, [np.asarray(tables), np.asarray(readouts)], self)
+
+  def block(self, x1: Images, x2: Images) -> np.ndarray:
+    """See `Kernel.block`."""
+    left, right = prepared(self, x1, x2)
+    shape = len(left), len(right)
     symmetric = np.int64(left.images is right.images)
-    return np.array(
-      self._call(
-        'block', [(len(left), len(right))], *_arrays(left), *_arrays(right), symmetric=symmetric
-      )[0]
-    )
+    (block,) = self._call('block', [shape], *_arrays(left), *_arrays(right), symmetric=symmetric)
+    return np.array(block)
 
   def block_vjp(
-    self, x1: contract.Images, x2: contract.Images, cotangent: contract.Cotangent
+    self, x1: Images, x2: Images, cotangent: Cotangent
   ) -> tuple[np.ndarray, np.ndarray]:
-    """See `contract.Kernel.block_vjp`."""
-    left, right = self._prepared(x1, x2)
+    """See `Kernel.block_vjp`."""
+    left, right = prepared(self, x1, x2)
     if callable(cotangent):
       block, pull_back, _ = self.linearise(left, right)
       return block, pull_back(cotangent(block))
-    block, gradient = self._call(
-      'vjp',
-      [(len(left), len(right)), left.images.shape],
-      *_arrays(left),
-      *_arrays(right),
-      cotangent,
-    )
+    shapes = [(len(left), len(right)), left.images.shape]
+    block, gradient = self._call('vjp', shapes, *_arrays(left), *_arrays(right), cotangent)
     return np.array(block), np.array(gradient)
 
-  def linearise(self, x1: contract.Images, x2: contract.Images) -> contract.Linearised:
-    """See `contract.Kernel.linearise`: the derivatives by x1 are kept pair by pair (20 kB a pair for a
-    ConvNet on 32x32x3), unless they are too many, or forming them again is cheap."""
-    left, right = self._prepared(x1, x2)
+  def linearise(self, x1: Images, x2: Images) -> Linearised:
+    """See `Kernel.linearise`.
+
+    The derivatives by x1 are kept pair by pair (20 kB a pair for a ConvNet on 32x32x3), unless they
+    are too many, or forming them again is cheap.
+    """
+    left, right = prepared(self, x1, x2)
     tiles = -(-len(right) // self._lanes)
-    variances = self._table(*left.images.shape[1:3])[0] + self.architecture.hidden
-    derivatives = (len(left), tiles, left.images[0].size + variances, self._lanes)
-    if (
-      self.architecture.is_convolutional
-      and np.prod(derivatives, dtype=np.int64) * self.dtype.itemsize <= _DERIVATIVES_BYTES
-    ):
-      block, values = self._call(
-        'derivatives', [(len(left), len(right)), derivatives], *_arrays(left), *_arrays(right)
-      )
-      pull_back = lambda cotangent: np.array(
-        self._call('pull_back', [left.images.shape], *_arrays(left), values, cotangent)[0]
-      )
-      return contract.Linearised(np.array(block), pull_back, values.nbytes)
-    return contract.Linearised(
-      self.block(left, right),
-      lambda cotangent: self.block_vjp(left, right, cotangent)[1],
-      right.images.nbytes,
-    )
+    variances = self._table_size(*left.images.shape[1:3])[0] + self.architecture.hidden
+    shape = len(left), tiles, left.images[0].size + variances, self._lanes
+    nbytes = np.prod(shape, dtype=np.int64) * self.dtype.itemsize
+    if not self.architecture.is_convolutional or nbytes > self._derivatives_bytes:
+      return super().linearise(left, right)
+    shapes = [(len(left), len(right)), shape]
+    block, derivatives = self._call('derivatives', shapes, *_arrays(left), *_arrays(right))
 
-  def _prepared(self, x1, x2) -> tuple[contract.Prepared, contract.Prepared]:
-    left = x1 if isinstance(x1, contract.Prepared) else self.prepare(x1)
-    if isinstance(x2, contract.Prepared):
-      return left, x2
-    return left, left if x2 is left.images else self.prepare(x2)
+    def pull_back(cotangent: np.ndarray) -> np.ndarray:
+      shapes = [left.images.shape]
+      (gradient,) = self._call('pull_back', shapes, *_arrays(left), derivatives, cotangent)
+      return np.array(gradient)
 
-  def _table(self, height: int, width: int) -> tuple[int, int]:
+    return Linearised(np.array(block), pull_back, derivatives.nbytes)
+
+  def _table_size(self, height: int, width: int) -> tuple[int, int]:
     """(V, P) of `prepare`."""
-    pixels = [(height >> p) * (width >> p) for p in range(len(self._convs))]
-    hidden = self.architecture.hidden
-    pooled = (2 * n for p, n in enumerate(pixels) if p and (hidden or any(self._convs[p:])))
-    return sum(c * n for c, n in zip(self._convs, pixels)), sum(pooled)
+    convs, hidden = self.architecture.convs_by_level, self.architecture.hidden
+    pixels = [(height >> p) * (width >> p) for p in range(len(convs))]
+    pooled = (2 * n for p, n in enumerate(pixels) if p and (hidden or any(convs[p:])))
+    return sum(c * n for c, n in zip(convs, pixels)), sum(pooled)
 
-  def _call(self, name: str, shapes, *arguments, dtypes=None, **attributes):
+  def _call(
+    self,
+    name: str,
+    shapes: list[tuple[int, ...]],
+    *arguments: np.ndarray | jax.Array,
+    dtypes: list[np.dtype] | None = None,
+    **attributes: np.int64,
+  ) -> list[jax.Array]:
+    """Calls a function of the library.
+
+    Args:
+      name: see _HANDLERS.
+      shapes, dtypes: of the results; dtypes are by default the kernel's.
+    """
     with jax.default_device(self._cpu):
-      outputs = list(map(jax.ShapeDtypeStruct, shapes, dtypes or [self.dtype] * len(shapes)))
-      return jax.ffi.ffi_call(f'kip_{self.instruction_set}_{name}', outputs)(
-        *arguments, **self._network, **attributes
-      )
+      results = list(map(jax.ShapeDtypeStruct, shapes, dtypes or [self.dtype] * len(shapes)))
+      call = jax.ffi.ffi_call(f'kip_{self.instruction_set}_{name}', results)
+      return list(call(*arguments, **self._network, **attributes))  # pyright: ignore[reportCallIssue]
 
 
-def _arrays(x: contract.Prepared) -> tuple[np.ndarray, ...]:
+def _arrays(x: Prepared) -> tuple[np.ndarray, ...]:
   return x.images, *x.variances

@@ -101,5 +101,5 @@ def test_what_a_step_sends(tmp_path, monkeypatch, support_per_task):
   assert (
     0 < row.efficiency < 1
     and 0 < row.cpu
-    and row.seconds > scale._kernel_seconds(case, scale.Costs(1e-6, 3e-6, 1e-6, [1.0])) / 3
+    and row.seconds > scale.kernel_seconds(case, scale.Costs(1e-6, 3e-6, 1e-6, [1.0])) / 3
   )

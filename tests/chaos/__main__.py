@@ -230,7 +230,7 @@ def compare(peace: str, fire: str) -> list[str]:
   for workdir in (peace, fire):
     with np.load(os.path.join(workdir, 'distilled.npz'), allow_pickle=False) as file:
       parameters = {name: file[name].astype(np.float64) for name in ('images', 'labels')}
-    template = checkpoints.SupportState(
+    template = SupportState(
       0, **parameters, optimizer=jax.device_get(optax.adam(1.0).init(parameters))
     )
     states.append(

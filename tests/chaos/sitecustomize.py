@@ -91,9 +91,9 @@ class _Proxy:
 def _kernel_worker(module):
   _around(
     module.KernelWorker,
-    '_work',
-    lambda self, *_: self._name,
-    lambda self, given: given.task.phase,
+    'compute',
+    'kernel_worker',
+    lambda self, leased: leased.task.phase,
     _TASK_SECONDS,
   )
 
@@ -102,20 +102,23 @@ def _evaluator(module):
   _around(module.Evaluator, '_evaluate', 'evaluator', 'evaluate', _EVALUATION_SECONDS)
 
 
-def _coordinator(module):
-  _around(module.Coordinator, '_write_snapshot', 'coordinator', 'snapshot')
-  _around(module.Coordinator, '_piece', 'coordinator', lambda self, task: task.phase)
-  phase, move = module.Coordinator._phase, module.Coordinator._move
+def _keeper(module):
+  _around(module.Keeper, 'write_snapshot', 'coordinator', 'snapshot')
 
-  def _phase(self, name, *args):
-    with _doing('coordinator', name):
-      yield from phase(self, name, *args)
 
-  def _move(self, state, gradient):
+def _exchange(module):
+  _around(module.Served, 'take', 'coordinator', lambda self, task: task.phase)
+  _around(module.Served, 'post', 'coordinator', lambda self, tasks: tasks[0].phase)
+
+
+def _state(module):
+  update = module.Update.__call__
+
+  def move(self, state, gradient):
     _tell('steps', str(state.step))
-    return move(self, state, gradient)
+    return update(self, state, gradient)
 
-  module.Coordinator._phase, module.Coordinator._move = _phase, _move
+  module.Update.__call__ = move
 
 
 def _checkpoints(module):
@@ -128,21 +131,33 @@ def _run_directory(module):
   os.fsync = lambda handle: (time.sleep(_FSYNC_SECONDS), fsync(handle))
 
 
-def _remote(module):
+def _client(module):
   begin = module.Retrying.__init__
 
-  def __init__(self, coordinator, *args):
-    begin(self, _Proxy(coordinator), *args)
+  def __init__(self, coordinator, *args, **kwargs):
+    begin(self, _Proxy(coordinator), *args, **kwargs)
 
   module.Retrying.__init__ = __init__
 
 
+_HOOKS = {
+  'artifacts.checkpoints': _checkpoints,
+  'artifacts.run_directory': _run_directory,
+  'distillation.state': _state,
+  'nodes.client': _client,
+  'nodes.evaluator': _evaluator,
+  'nodes.exchange': _exchange,
+  'nodes.keeper': _keeper,
+  'nodes.kernel_worker': _kernel_worker,
+}
+
+
 class _Hooks(importlib.machinery.PathFinder):
-  """Calls `_<module>` with each of the project's modules that has one here, once it is imported."""
+  """Calls the hook of each module that has one, once it is imported."""
 
   @classmethod
   def find_spec(cls, name, path=None, target=None):
-    hook = globals().get('_' + name.partition('.')[2]) if name.startswith('nodes.') else None
+    hook = _HOOKS.get(name)
     spec = super().find_spec(name, path, target) if hook else None
     if spec is not None:
       execute = spec.loader.exec_module

@@ -3,10 +3,12 @@
 import numpy as np
 
 
-def dense_ntk(architecture, x1, x2):
-  """The NTK of a pair of images [H, W, D] from all pixel pairs, in long double, where identical
-  pixels correlate to exactly 1."""
-  x1, x2 = np.longdouble(x1), np.longdouble(x2)
+def dense_ntk(architecture, x1, x2) -> float:
+  """The NTK of a pair of images [H, W, D] from all pixel pairs.
+
+  In long double, where identical pixels correlate to exactly 1.
+  """
+  x1, x2 = np.asarray(x1, np.longdouble), np.asarray(x2, np.longdouble)
   weight, bias = np.longdouble(architecture.w_std) ** 2, np.longdouble(architecture.b_std) ** 2
   pairs = ((x1, x2), (x1, x1), (x2, x2))
   n = [np.einsum('abd,efd->abef', x, y) / x1.shape[-1] for x, y in pairs]

@@ -1,5 +1,4 @@
-"""A CPU in the place of a GPU, for `kernels.cuda.kernel`: its source compiled as plain C++, with a
-shim for the machine."""
+"""A CPU in the place of a GPU: the CUDA kernel's source compiled as plain C++, with a shim."""
 
 import ctypes
 import hashlib
@@ -18,22 +17,25 @@ _FLAGS = ('-std=c++17', '-O1', '-fPIC', '-shared', '-pthread', '-w')
 
 
 class Emulator:
-  """See `kernels.cuda.kernel.Gpu`. A block's threads are real ones; memory starts as NaN."""
+  """A `kernels.cuda.kernel.Device`. A block's threads are real ones; memory starts as NaN."""
+
+  name = 'emulator'
 
   def __init__(
-    self, threads: int = 1, blocks: int = 1, shared_bytes: int = 2**20, kept_bytes: int = 2**28
+    self,
+    threads: int = 1,
+    blocks: int = 1,
+    shared_bytes: int = 2**20,
+    kept_bytes: int = 2**28,
+    table_bytes: int = 2**29,
   ):
-    self.name, self.threads, self.shared_bytes, self.kept_bytes = (
-      'emulator',
-      threads,
-      shared_bytes,
-      kept_bytes,
-    )
+    self.threads, self.shared_bytes = threads, shared_bytes
+    self.kept_bytes, self.table_bytes = kept_bytes, table_bytes
     self._blocks = blocks
 
   def load(self, plan):
     source = _SHIM.read_text(encoding='utf-8') + plan.source
-    command = [*build.compiler(), *_FLAGS]
+    command = [*(build.compiler() or ['c++']), *_FLAGS]
     path = _FOLDER / f'cuda-{hashlib.sha256((source + repr(command)).encode()).hexdigest()[:20]}.so'
     if not path.exists():
       _FOLDER.mkdir(exist_ok=True)

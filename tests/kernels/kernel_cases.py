@@ -1,5 +1,4 @@
-"""The table of architectures, sizes and images that drives the kernel tests and the golden
-values."""
+"""The table of architectures, sizes and images for the kernel tests and the golden values."""
 
 from typing import Any, NamedTuple
 
@@ -11,9 +10,16 @@ def _dict(*stages, **rest) -> dict[str, Any]:
 
 
 class Case(NamedTuple):
-  """`images` names a function below; `counts` are the numbers of images x1 and x2; `cheap`: small
-  enough to run Neural Tangents live; `dtypes`: the tested ones, one where compilation would take
-  long."""
+  """One row of the table.
+
+  Attributes:
+    architecture: see `architectures.get`.
+    shape: an image's [H, W, D].
+    images: the name of a function below.
+    counts: numbers of images x1 and x2.
+    cheap: small enough to run Neural Tangents live.
+    dtypes: the tested ones; only one where compilation would take long.
+  """
 
   architecture: Any
   shape: tuple[int, int, int]
@@ -100,8 +106,7 @@ def _digits(rng, shape, a, b):
 
 
 def _flat(rng, shape, a, b):
-  """Identical images, zero images, constant images, and images with large constant areas, all at
-  once."""
+  """Images that are identical, zero, constant, or constant in large parts, all at once."""
   x1, x2 = _random(rng, shape, a, b)
   x1[1, 2:] = 0.5
   x1[2] = 0
@@ -111,8 +116,7 @@ def _flat(rng, shape, a, b):
 
 
 def _near(rng, shape, a, b):
-  """x2 = x1 + ε · noise, ε from 1e-4 to 1e-1; float32 holds them exactly, as their differences are
-  what counts."""
+  """x2 = x1 + ε · noise, ε from 1e-4 to 1e-1, exact in float32: their differences count."""
   x1, noise = _random(rng, shape, a, b)
   x2 = x1 + np.geomspace(1e-4, 1e-1, b)[:, None, None, None] * noise
   return tuple(x.astype(np.float32).astype(np.float64) for x in (x1, x2))

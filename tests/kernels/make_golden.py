@@ -1,5 +1,7 @@
-"""Writes golden.npz: every case by Neural Tangents in float64. Run `NPROC=1 PYTHONPATH=. python
-tests/kernels/make_golden.py`."""
+"""Writes golden.npz: every case by Neural Tangents in float64.
+
+Run `NPROC=1 PYTHONPATH=. python tests/kernels/make_golden.py`.
+"""
 
 import pathlib
 

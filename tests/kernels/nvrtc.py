@@ -12,19 +12,26 @@ def library() -> ctypes.CDLL | None:
       spec = importlib.util.find_spec(package)
     except ModuleNotFoundError:
       spec = None
-    for folder in spec.submodule_search_locations if spec else ():
+    for folder in (spec.submodule_search_locations if spec else None) or ():
       for path in pathlib.Path(folder).glob('lib/libnvrtc.so.*'):
         return ctypes.CDLL(str(path))
   return None
 
 
 def compile_source(nvrtc: ctypes.CDLL, source: str, options: list[str]) -> tuple[bytes, str]:
-  """The cubin and the log. Raises ValueError with the log where there are errors."""
+  """Compiles CUDA C++.
+
+  Returns:
+    the cubin and the log.
+
+  Raises:
+    ValueError: there are errors; the message is the log.
+  """
   program = ctypes.c_void_p()
-  assert (
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b'kernel.cu', 0, None, None)
-    == 0
+  status = nvrtc.nvrtcCreateProgram(
+    ctypes.byref(program), source.encode(), b'kernel.cu', 0, None, None
   )
+  assert status == 0
   status = nvrtc.nvrtcCompileProgram(
     program, len(options), (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
   )

@@ -1,5 +1,4 @@
-"""A library of images gives what the images themselves give, to the bit, whatever was asked for
-before."""
+"""A library of images gives the bits that the images themselves give."""
 
 import time
 from concurrent import futures
@@ -7,19 +6,20 @@ from concurrent import futures
 import numpy as np
 import pytest
 
-from kernels import registry
+from kernels import contract, registry
 from kernels.library import Library
 
 
-class _Counting:
-  """A kernel that keeps count of the images it prepares."""
+class _Counting(contract.Wrapper):
+  """A kernel that counts the images it prepares."""
 
-  def __init__(self, kernel):
-    self.kernel, self.dtype, self.prepared = kernel, kernel.dtype, 0
+  def __init__(self, inner):
+    super().__init__(inner)
+    self.count = 0
 
   def prepare(self, x):
-    self.prepared += len(x)
-    return self.kernel.prepare(x)
+    self.count += len(x)
+    return super().prepare(x)
 
 
 @pytest.mark.parametrize('implementation', registry.available())
@@ -38,15 +38,15 @@ def test_same_bits_whatever_was_asked_for_before(implementation, architecture):
     slice(0, 29),
     np.arange(53)[::-1],
   ):
-    block, gradient = kernel.kernel.block_vjp(support, library[chosen], np.cos)
-    expected_block, expected_gradient = kernel.kernel.block_vjp(support, images[chosen], np.cos)
+    block, gradient = kernel.inner.block_vjp(support, library[chosen], np.cos)
+    expected_block, expected_gradient = kernel.inner.block_vjp(support, images[chosen], np.cos)
     assert block.tobytes() == expected_block.tobytes()
     assert gradient.tobytes() == expected_gradient.tobytes()
-  assert kernel.prepared == len(images)
+  assert kernel.count == len(images)
 
 
 class _Slow(_Counting):
-  """One that takes its time, so that threads meet in it."""
+  """A kernel that takes its time, so that threads meet in it."""
 
   def prepare(self, x):
     time.sleep(0.05)
@@ -61,8 +61,8 @@ def test_threads_that_ask_at_once_get_what_they_asked_for():
   with futures.ThreadPoolExecutor(len(parts)) as threads:
     found = list(threads.map(library.__getitem__, parts))
   for part, prepared in zip(parts, found):
-    expected = kernel.kernel.prepare(images[part])
+    expected = kernel.inner.prepare(images[part])
     assert prepared.images.tobytes() == images[part].tobytes()
     for q, wanted in zip(prepared.variances, expected.variances, strict=True):
       assert q.tobytes() == wanted.tobytes()
-  assert kernel.prepared == len(images)
+  assert kernel.count == len(images)

@@ -1,13 +1,13 @@
-"""What is the native kernel's own: instruction sets, threads, memory, and what happens where it is
-not built."""
+"""The native kernel's own: instruction sets, threads, memory, and its absence."""
 
 import hypothesis
 import numpy as np
 import pytest
 from dense_oracle import dense_ntk
 from hypothesis import strategies as st
+from implementations import error
 
-from kernels import architectures, registry
+from kernels import architectures, checked, registry
 from kernels.native import build
 from kernels.native import kernel as native
 
@@ -25,21 +25,11 @@ def _kernel(architecture, dtype='float32', threads=2):
   return registry.make_kernel(architecture, implementation='native', dtype=dtype, threads=threads)
 
 
-def _instruction_sets():
-  names = list(build.INSTRUCTION_SETS)
-  return (
-    names[names.index(native._load('portable').kip_best_instruction_set().decode()) :]
-    if build.is_built()
-    else []
-  )
-
-
-def _relative_error(value, expected):
-  return np.abs(value - expected).max() / np.abs(expected).max()
+INSTRUCTION_SETS = native.supported_instruction_sets() if build.is_built() else []
 
 
 @built
-@pytest.mark.parametrize('instruction_set', _instruction_sets())
+@pytest.mark.parametrize('instruction_set', INSTRUCTION_SETS)
 @pytest.mark.parametrize('architecture', IMAGE)
 def test_instruction_sets_agree(monkeypatch, architecture, instruction_set):
   x1, x2, cotangent = (
@@ -53,22 +43,22 @@ def test_instruction_sets_agree(monkeypatch, architecture, instruction_set):
     ('float64', 1e-13, 1e-12),
   ):
     kernel = _kernel(architecture, dtype)
-    assert kernel._kernel.instruction_set == instruction_set
+    assert kernel.instruction_set == instruction_set
     block, gradient = kernel.block_vjp(x1, x2, cotangent)
-    assert _relative_error(block, expected[0]) <= block_tolerance
-    assert _relative_error(gradient, expected[1]) <= gradient_tolerance
+    assert error(block, expected[0]) <= block_tolerance
+    assert error(gradient, expected[1]) <= gradient_tolerance
 
 
 @built
-@pytest.mark.parametrize('instruction_set', _instruction_sets())
+@pytest.mark.parametrize('instruction_set', INSTRUCTION_SETS)
 @pytest.mark.parametrize('architecture', IMAGE)
 def test_identical_images_do_not_see_the_cusp(monkeypatch, architecture, instruction_set):
   monkeypatch.setenv('KIP_INSTRUCTION_SET', instruction_set)
   (x,) = _images(architecture, 17)
   expected = _kernel(architecture, 'float64').block_vjp(x, x.copy(), np.eye(17))
   block, gradient = _kernel(architecture).block_vjp(x, x.copy(), np.eye(17))
-  assert _relative_error(block, expected[0]) <= 1e-6
-  assert _relative_error(gradient, expected[1]) <= 5e-6
+  assert error(block, expected[0]) <= 1e-6
+  assert error(gradient, expected[1]) <= 5e-6
 
 
 @built
@@ -109,15 +99,17 @@ def test_a_symmetric_block_is_the_block(architecture):
   kernel = _kernel(architecture)
   block = kernel.block(x, x)
   np.testing.assert_array_equal(block, block.T)
-  assert _relative_error(block, kernel.block(x, x.copy())) <= 1e-6
+  assert error(block, kernel.block(x, x.copy())) <= 1e-6
 
 
 @built
 @pytest.mark.parametrize('kept_bytes', [0, 2**30])
-def test_a_cotangent_that_is_a_function(monkeypatch, kept_bytes):
-  monkeypatch.setattr(native, '_DERIVATIVES_BYTES', kept_bytes)
+def test_a_cotangent_that_is_a_function(kept_bytes):
+  network = architectures.get('convnet')
+  kernel = checked.wrap(
+    lambda dtype: native.NativeKernel(network, dtype, 2, derivatives_bytes=kept_bytes), 'float64'
+  )
   x1, x2 = _images('convnet', 3, 20, dtype='float64')
-  kernel = _kernel('convnet', 'float64')
   block, gradient = kernel.block_vjp(x1, x2, np.sin)
   expected = kernel.block_vjp(x1, x2, np.sin(block))
   np.testing.assert_array_equal(block, expected[0])
@@ -138,8 +130,10 @@ def test_a_cotangent_that_is_a_function(monkeypatch, kept_bytes):
   seed=st.integers(0, 2**32 - 1),
 )
 def test_any_size_and_network(height, width, depth, convs, readout, hidden, b_std, blank, seed):
-  """Against all pixel pairs in long double; `blank`: one image is zero, where only K is defined
-  without a bias."""
+  """Against all pixel pairs in long double.
+
+  `blank`: one image is zero, where only K is defined without a bias.
+  """
   # Else the mean of an image, which may be all cancellation, decides alone.
   hypothesis.assume(b_std or any(convs))
   pools = min(len(convs), min(height, width).bit_length() - 1)
@@ -159,9 +153,9 @@ def test_any_size_and_network(height, width, depth, convs, readout, hidden, b_st
     x1.astype(np.float32), x2.astype(np.float32), cotangent
   )
   expected = np.array([[dense_ntk(architecture, a, b) for b in x2] for a in x1])
-  assert _relative_error(block, expected) <= 1e-10
-  assert _relative_error(single_block, expected) <= 1e-6
-  assert np.isfinite(gradient).all() and _relative_error(single_gradient, gradient) <= 5e-6
+  assert error(block, expected) <= 1e-10
+  assert error(single_block, expected) <= 1e-6
+  assert np.isfinite(gradient).all() and error(single_gradient, gradient) <= 5e-6
 
 
 @built
@@ -178,14 +172,13 @@ def test_zero_variances_are_neural_tangents():
   ).block_vjp(x1, x2, cotangent)
   for dtype, tolerances in (('float32', (1e-6, 5e-6)), ('float64', (1e-10, 1e-8))):
     block, gradient = _kernel(architecture, dtype).block_vjp(x1, x2, cotangent)
-    assert _relative_error(block, expected[0]) <= tolerances[0]
-    assert _relative_error(gradient, expected[1]) <= tolerances[1]
+    assert error(block, expected[0]) <= tolerances[0]
+    assert error(gradient, expected[1]) <= tolerances[1]
 
 
 @built
 def test_sums_in_rounds_are_the_sum():
-  """More right images than one round of units takes (64 MB of pieces): the parts' gradients add
-  up."""
+  """The parts' gradients add up where one round of units (64 MB of pieces) does not do."""
   kernel = registry.make_kernel('conv1', implementation='native', dtype='float64', threads=2)
   rng = np.random.default_rng(0)
   x1, x2 = rng.standard_normal((64, 32, 32, 3)), rng.standard_normal((300, 32, 32, 3))
@@ -206,30 +199,29 @@ def test_unknown_instruction_set(monkeypatch):
     _kernel('convnet')
 
 
-def test_not_built(monkeypatch, tmp_path):
-  monkeypatch.setattr(build, 'FOLDER', tmp_path)
-  native._load.cache_clear()
-  with pytest.raises(
-    ValueError, match='the native kernel is not built; build it by `python -m kernels.native.build`'
-  ):
+def test_not_built(monkeypatch):
+  monkeypatch.setattr(build, 'find', lambda instruction_set: None)
+  monkeypatch.setattr(build, 'is_built', lambda: False)
+  native.load.cache_clear()
+  message = (
+    'the native kernel is not built; build it by `python -m kernels.native.build` '
+    r'\(needs x86-64 and a C\+\+17 compiler\)'
+  )
+  with pytest.raises(ValueError, match=message):
     _kernel('convnet')
   said = []
   monkeypatch.setattr(
     registry.logging, 'log_first_n', lambda level, message, times: said.append((message, times))
   )
   assert registry.make_kernel('convnet').implementation == 'jax'
-  assert [times for _, times in said] == [1] and 'using the JAX kernel' in said[0][0]
-  native._load.cache_clear()
+  ((message, times),) = said
+  assert times == 1 and 'using the JAX kernel' in message
 
 
 def test_no_compiler(monkeypatch, tmp_path):
-  monkeypatch.setattr(build, 'FOLDER', tmp_path)
+  assert 'aarch64 is not x86-64' in build.build(tmp_path, machine='aarch64')
   monkeypatch.setenv('CXX', '/nowhere/c++')
-  assert 'no C++ compiler' in build.build()
-  monkeypatch.undo()
-  monkeypatch.setattr(build, 'FOLDER', tmp_path)
-  monkeypatch.setattr(build.platform, 'machine', lambda: 'aarch64')
-  assert 'aarch64 is not x86-64' in build.build()
+  assert 'no C++ compiler' in build.build(tmp_path)
   assert not list(tmp_path.iterdir())
 
 
@@ -243,17 +235,15 @@ def test_a_library_is_found_whatever_compiler_there_is(monkeypatch, tmp_path, co
   assert build.is_built() and 'up to date' in build.build()
 
 
-def test_a_folder_that_cannot_be_made(monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_made(tmp_path):
   (tmp_path / 'file').write_text('')
-  monkeypatch.setattr(build, 'FOLDER', tmp_path / 'file' / 'build')
-  assert 'cannot be written (Not a directory)' in build.build()
+  assert 'cannot be written (Not a directory)' in build.build(tmp_path / 'file' / 'build')
 
 
 @built
-def test_a_changed_source_is_not_built(monkeypatch, tmp_path):
+def test_a_changed_source_is_not_built(tmp_path):
   (tmp_path / 'ffi.cc').write_text('changed')
-  monkeypatch.setattr(build, 'SOURCES', tmp_path)
-  assert not build.is_built()
+  assert not build.is_built(sources=tmp_path)
 
 
 @built

@@ -1,5 +1,4 @@
-"""Float32 where it is hardest: images that nearly coincide, are multiples of each other, dim, or
-very unequal.
+"""Float32 where it is hardest: images that nearly coincide, are multiples, dim, or very unequal.
 
 Each network against Neural Tangents in float64, by the tolerances that README states.
 """
@@ -9,9 +8,9 @@ import functools
 import kernel_cases
 import numpy as np
 import pytest
-from test_ntk import FAST, TOLERANCES, error
+from implementations import FAST, TOLERANCES, error, make
 
-from kernels import architectures, contract, registry
+from kernels import architectures, contract
 
 NETWORKS = kernel_cases.NEAR_NETWORKS
 SHAPE = (8, 8, 2)
@@ -73,9 +72,7 @@ def _images(pairs):
 
 @functools.cache
 def _kernel(network, implementation, dtype, kind='ntk'):
-  return registry.make_kernel(
-    NETWORKS[network], implementation=implementation, dtype=dtype, threads=1, kind=kind
-  )
+  return make(implementation, NETWORKS[network], dtype, kind=kind)
 
 
 @functools.cache

@@ -1,41 +1,29 @@
-"""All kernel implementations against golden float64 values of Neural Tangents, a dense long-double
-oracle, and each other's properties."""
+"""All implementations by golden values of Neural Tangents, by a dense oracle, and by properties."""
 
 import functools
 import pathlib
 
-import emulator
 import hypothesis
 import kernel_cases
 import numpy as np
 import pytest
 from dense_oracle import dense_ntk
 from hypothesis import strategies as st
+from implementations import FAST, NAMES, TOLERANCES, error, make
 
-from kernels import architectures, band, contract, fit_polynomials, registry
-from kernels.cuda import kernel as cuda
-from kernels.native import build
-
-IMPLEMENTATIONS = registry.available()
-if 'cuda' not in IMPLEMENTATIONS and build.compiler():
-  cuda._gpu = emulator.Emulator
-  IMPLEMENTATIONS = ['cuda', *IMPLEMENTATIONS]
-FAST = tuple(name for name in IMPLEMENTATIONS if name != 'reference')
+from kernels import architectures, checked, contract, fit_polynomials, registry
+from kernels.band import budget, layers, offsets
+from kernels.band.kernel import JaxKernel
 
 GOLDEN = np.load(pathlib.Path(__file__).with_name('golden.npz'))
 
-# (block, gradient), relative to the largest entry. On images that coincide, Neural Tangents' own
-# float64 rounds to about 1e-8: the cusp of ReLU's dot at c = 1 turns 1e-16 into 1e-8. There the
-# dense oracle below is the stricter test.
-TOLERANCES = {'float32': (1e-6, 5e-6), 'float64': (1e-10, 1e-8)}
+# As TOLERANCES, for images that coincide: there Neural Tangents' own float64 rounds to about 1e-8,
+# since the cusp of ReLU's derivative at c = 1 turns 1e-16 into 1e-8, and the dense oracle below is
+# the stricter test.
 CUSP_TOLERANCES = {'float32': (1e-6, 5e-6), 'float64': (5e-8, 5e-8)}
 
 
-@functools.cache
-def kernel(implementation, architecture, dtype, threads=1):
-  return registry.make_kernel(
-    architecture, implementation=implementation, dtype=dtype, threads=threads
-  )
+kernel = functools.cache(make)
 
 
 def case_kernel(implementation, name, dtype, threads=1):
@@ -44,14 +32,10 @@ def case_kernel(implementation, name, dtype, threads=1):
   )
 
 
-def error(value, reference):
-  return np.abs(value - reference).max() / np.abs(reference).max()
-
-
 def runs():
   every = []
   for name, case in kernel_cases.CASES.items():
-    for implementation in IMPLEMENTATIONS:
+    for implementation in NAMES:
       for dtype in case.dtypes:
         if implementation != 'reference' or (case.cheap and dtype == 'float64'):
           every.append(
@@ -81,9 +65,9 @@ def test_nngp_equals_neural_tangents(implementation, name):
     case.architecture, implementation='reference', dtype='float64', kind='nngp'
   ).block_vjp(x, y, cotangent)
   for dtype in contract.DTYPES:
-    block, gradient = registry.make_kernel(
-      case.architecture, implementation=implementation, dtype=dtype, kind='nngp'
-    ).block_vjp(x, y, cotangent)
+    block, gradient = make(implementation, case.architecture, dtype, kind='nngp').block_vjp(
+      x, y, cotangent
+    )
     assert error(block, expected[0]) <= TOLERANCES[dtype][0]
     assert error(gradient, expected[1]) <= TOLERANCES[dtype][1]
 
@@ -127,22 +111,30 @@ def test_block_of_parts_is_parts_of_block(implementation, name):
 
 @pytest.mark.parametrize('name', SMALL)
 @pytest.mark.parametrize('implementation', FAST)
-def test_a_function_as_cotangent_sees_the_block_and_gives_the_same_gradient(
-  implementation, name, monkeypatch
-):
+def test_a_function_as_cotangent_sees_the_block_and_gives_the_same_gradient(implementation, name):
   case = kernel_cases.CASES[name]
   k = case_kernel(implementation, name, 'float32')
   x, y, _ = kernel_cases.images(case)
   block, gradient = k.block_vjp(x, y, np.sin(k.block_vjp(x, y, np.zeros((3, 4)))[0]))
-  for kept in (band._CPU.kept_bytes, 0):
-    monkeypatch.setattr(k._kernel, '_budget', band._CPU._replace(kept_bytes=kept), raising=False)
-    value, pulled = k.block_vjp(x, y, np.sin)
-    assert np.array_equal(value, block)
-    if implementation == 'native':
-      # It keeps derivatives for a function, and contracts them in another order.
-      assert error(pulled, gradient) <= 1e-6
-    else:
-      assert np.array_equal(pulled, gradient)
+  value, pulled = k.block_vjp(x, y, np.sin)
+  assert np.array_equal(value, block)
+  if implementation == 'native':
+    # It keeps derivatives for a function, and contracts them in another order.
+    assert error(pulled, gradient) <= 1e-6
+  else:
+    assert np.array_equal(pulled, gradient)
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_tiles_that_keep_nothing_for_a_cotangent_give_the_same_bits(name):
+  case = kernel_cases.CASES[name]
+  network = architectures.get(case.architecture)
+  x, y, _ = kernel_cases.images(case)
+  expected = case_kernel('jax', name, 'float32').block_vjp(x, y, np.sin)
+  nothing = budget.CPU._replace(kept_bytes=0)
+  k = checked.wrap(lambda dtype: JaxKernel(network, dtype, 1, budget=nothing), 'float32')
+  for value, kept in zip(k.block_vjp(x, y, np.sin), expected):
+    assert np.array_equal(value, kept)
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -252,7 +244,7 @@ def test_vjp_is_finite_differences(implementation, name, seed):
 )
 def test_an_axis_holds_every_pixel_pair_of_its_band_once(size, radius, pools):
   sizes = [(size, radius)] + [(size >> i, max(0, radius >> i)) for i in range(1, pools + 1)]
-  for axis, (n, r) in zip(band._axes(sizes), sizes):
+  for axis, (n, r) in zip(offsets.make_axes(sizes), sizes):
     pairs = [
       (y, partner) for row in axis.partner() for y, partner in enumerate(row) if partner >= 0
     ]
@@ -262,7 +254,7 @@ def test_an_axis_holds_every_pixel_pair_of_its_band_once(size, radius, pools):
 
 @pytest.mark.parametrize(
   'function, coefficients',
-  [(fit_polynomials.angle, band._ANGLE), (fit_polynomials.excess, band._EXCESS)],
+  [(fit_polynomials.angle, layers.ANGLE), (fit_polynomials.excess, layers.EXCESS)],
 )
 def test_polynomials_are_the_fitted_ones(function, coefficients):
   fitted, worst = fit_polynomials.minimax(function, fit_polynomials.DEGREE)

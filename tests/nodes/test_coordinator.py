@@ -7,21 +7,50 @@ import threading
 
 import numpy as np
 import pytest
+from test_workers import working
 
-from artifacts import checkpoints, files, run_directory
+from artifacts import RunDirectoryError, checkpoints, files
 from configs import schema
 from data import store
-from distillation import evaluation, optimizers
+from distillation import evaluation, optimizers, pieces, plan
+from distillation import state as states
 from nodes import coordinator as coordinator_node
-from nodes import kernel_worker, task_board, tasks
+from nodes import keeper, kernel_worker, messages, task_board
 from nodes.client import CoordinatorLost
+from nodes.errors import Stopped
 from programs import local, start
 
 FC1 = {'run.architecture': 'fc1', 'run.num_steps': 2}
 
 
-def _coordinator(run, **kwargs):
-  return coordinator_node.Coordinator(run.directory.path, run.cache, threading.Event(), **kwargs)
+QUICK = coordinator_node.Timing(
+  poll=0.05, long_poll=0.0, stall=0.1, handover=0.2, disk=files.Patience(1.0, 0.01)
+)
+
+
+def _coordinator(run, timing=coordinator_node.TIMING, stop=None):
+  return coordinator_node.Coordinator(
+    run.directory.path, run.cache, stop or threading.Event(), timing=timing
+  )
+
+
+def _targets(number, step=0, phase=plan.TARGETS):
+  return [plan.Task(step, phase, i, (5 * i, 5 * i + 5), (0, 6)) for i in range(number)]
+
+
+def _begun(run, tasks, timing=QUICK, **published):
+  """A coordinator in the middle of a step."""
+  coordinator = _coordinator(run, timing)
+  coordinator.exchange.publish('images', np.zeros((6, 8, 9, 2), np.float32))
+  for name, value in published.items():
+    coordinator.exchange.publish(name, value)
+  coordinator.exchange.post(tasks)
+  return coordinator
+
+
+def _life(coordinator):
+  description = json.loads(coordinator.describe())
+  return [description['run_id'], description['generation']]
 
 
 def _hello(**changes):
@@ -54,8 +83,8 @@ def test_a_second_coordinator_touches_nothing(make_run, tmp_path):
   first = _coordinator(run)
   run.directory.write_status('running', step=1, generation=1)
   before = run.directory.read_status()
-  with pytest.raises(run_directory.RunDirectoryError, match='has another coordinator'):
-    _coordinator(run, handover=0.2)
+  with pytest.raises(RunDirectoryError, match='has another coordinator'):
+    _coordinator(run, QUICK)
   assert run.directory.read_status() == before
   assert json.loads(first.describe())['generation'] == 1
 
@@ -93,17 +122,17 @@ def test_a_coordinator_that_cannot_start_says_so(
 
 def test_a_run_stops_however_fast_its_phases_are(make_run, tmp_path, monkeypatch):
   monkeypatch.setattr(task_board.TaskBoard, 'take', lambda self, task, wait: {})
-  coordinator = _coordinator(make_run(tmp_path, FC1))
-  coordinator._stop_event.set()
-  with pytest.raises(coordinator_node._Stopped):
-    next(coordinator._phase(tasks.TARGETS, 4))
+  stop = threading.Event()
+  coordinator = _coordinator(make_run(tmp_path, FC1), stop=stop)
+  stop.set()
+  with pytest.raises(Stopped):
+    coordinator.exchange.take(_targets(1)[0])
 
 
-def test_a_worker_that_would_compute_other_bits_is_refused(make_run, tmp_path, monkeypatch):
-  monkeypatch.setattr(coordinator_node, '_LONG_POLL', 0.0)
+def test_a_worker_that_would_compute_other_bits_is_refused(make_run, tmp_path):
   for allow in (False, True):
     coordinator = _coordinator(
-      make_run(tmp_path / str(allow), {**FC1, 'system.allow_mixed': allow})
+      make_run(tmp_path / str(allow), {**FC1, 'system.allow_mixed': allow}), QUICK
     )
     assert coordinator.lease('first', _hello()) is None
     answer = coordinator.lease('second', _hello(device='B'))
@@ -114,184 +143,180 @@ def test_a_worker_that_would_compute_other_bits_is_refused(make_run, tmp_path, m
     )
 
 
-def test_answers_from_another_life_or_step_are_dropped(make_run, tmp_path, monkeypatch):
-  monkeypatch.setattr(coordinator_node, '_LONG_POLL', 0.0)
-  coordinator = _coordinator(make_run(tmp_path, FC1))
-  coordinator._step = 4
-  task = tasks.Task(
-    coordinator._run_id, coordinator._generation, 4, tasks.TARGETS, 0, (0, 5), (0, 6)
-  )
-  coordinator._board.post([task])
+def test_answers_from_another_life_or_step_are_dropped(make_run, tmp_path):
+  [task] = tasks = _targets(1, step=4)
+  coordinator = _begun(make_run(tmp_path, FC1), tasks, alpha=np.ones(2))
+  life = _life(coordinator)
   answer = coordinator.lease('w', _hello())
-  [(given, lease, _)] = answer['tasks']
-  assert tasks.Task(*given) == task and answer['inputs'] == []
-  parts, digest = tasks.encode({'x': np.ones(3)})
-  for stale in (
-    task._replace(step=3),
-    task._replace(generation=task.generation + 1),
-    task._replace(run_id='other'),
+  [(leased, lease, _)] = answer['tasks']
+  assert plan.Task(*leased) == task and answer['inputs'] == [] and list(answer['life']) == life
+  parts, digest = messages.encode({'x': np.ones(3)})
+  run_id, generation = life
+  for about, stale in (
+    (life, task._replace(step=3)),
+    ([run_id, generation + 1], task),
+    (['other', generation], task),
   ):
-    coordinator.complete('w', list(stale), lease, 0, 1, parts[0], digest, [])
-    assert coordinator._board.take(task, 0) is None
-  coordinator._inputs = {'alpha': np.ones(2)}
-  assert coordinator.fetch(coordinator._generation, 3, 'alpha', 0, 2) is None
-  assert tasks.unpack(coordinator.fetch(coordinator._generation, 4, 'alpha', 0, 2))[
-    'alpha'
-  ].tolist() == [1, 1]
-  coordinator.complete('w', list(task), lease, 0, 1, parts[0], digest, [])
-  assert coordinator._board.take(task, 0)['x'].tolist() == [1, 1, 1]
+    coordinator.complete('w', about, list(stale), lease, 0, 1, parts[0], digest, [])
+    assert coordinator.board.take(task, 0) is None
+  assert coordinator.fetch(life, 3, 'alpha', 0, 2) is None
+  found = messages.unpack(coordinator.fetch(life, 4, 'alpha', 0, 2))
+  assert found['alpha'].tolist() == [1, 1]
+  coordinator.complete('w', life, list(task), lease, 0, 1, parts[0], digest, [])
+  assert coordinator.board.take(task, 0)['x'].tolist() == [1, 1, 1]
 
 
 def test_parts_may_arrive_twice_and_in_any_order(make_run, tmp_path, monkeypatch):
-  monkeypatch.setattr(coordinator_node, '_LONG_POLL', 0.0)
-  monkeypatch.setattr(tasks, 'PART_BYTES', 100)
-  coordinator = _coordinator(make_run(tmp_path, FC1))
-  coordinator._step = 0
-  task = tasks.Task(
-    coordinator._run_id, coordinator._generation, 0, tasks.TARGETS, 0, (0, 5), (0, 6)
-  )
-  coordinator._board.post([task])
+  monkeypatch.setattr(messages, 'PART_BYTES', 100)
+  [task] = tasks = _targets(1)
+  coordinator = _begun(make_run(tmp_path, FC1), tasks)
   [(_, lease, _)] = coordinator.lease('w', _hello())['tasks']
-  parts, digest = tasks.encode({'x': np.arange(30)})
+  parts, digest = messages.encode({'x': np.arange(30)})
   assert len(parts) > 2
   order = [1, 1, *range(2, len(parts)), 1, 0, 0, len(parts) - 1]
   for i in order:
-    coordinator.complete('w', list(task), lease, i, len(parts), parts[i], digest, [])
-  assert coordinator._board.take(task, 0)['x'].tolist() == list(range(30))
-  assert not coordinator._parts
+    coordinator.complete(
+      'w', _life(coordinator), list(task), lease, i, len(parts), parts[i], digest, []
+    )
+  assert coordinator.board.take(task, 0)['x'].tolist() == list(range(30))
+  assert coordinator.board.counters()['duplicate_answers'] == 0
 
 
 def test_a_resumed_run_wants_the_hardware_it_began_on(make_run, tmp_path):
-  run = make_run(tmp_path, FC1)
+  changes = {**FC1, 'system.num_workers': 1}
+  run = make_run(tmp_path, changes)
   local.distil(run, threading.Event())
-  coordinator = _coordinator(run)
+  run.directory.close()
+  coordinator = _coordinator(make_run(tmp_path, {**changes, 'run.num_steps': 3}), QUICK)
   assert 'device: B instead of' in coordinator.lease('w', _hello(device='B'))['stop']
-  coordinator._system.num_workers = 1
-  with pytest.raises(
-    coordinator_node.RunFailed,
-    match='no worker can start; the last one said: this worker would compute other bits',
-  ):
-    coordinator._check_progress()
+  coordinator.run()
+  status = run.directory.read_status()
+  assert status['state'] == 'failed'
+  assert re.match(
+    'every worker failed to start; last error: results would not be bit-identical',
+    status['message'],
+  )
 
 
 def test_a_full_disk_is_waited_for_and_then_named(make_run, tmp_path, monkeypatch, caplog):
-  run = make_run(tmp_path, FC1)
-  coordinator = _coordinator(run, patience=files.Patience(60.0, 0.01))
-  template = coordinator_node.initial_state(
-    run.config.run, coordinator._prepared, coordinator._optimizer
-  )
-  errors = [OSError(28, 'No space left on device')] * 2
-  save = coordinator._checkpoints.save
+  save = checkpoints.Checkpoints.save
+  full = [OSError(28, 'No space left on device')] * 2
 
-  def full(*args):
-    if errors:
-      raise errors.pop()
-    save(*args)
+  def fail(self, state, meta):
+    if state.step == 0 and full:
+      raise full.pop()
+    if state.step == 1:
+      raise OSError(30, 'Read-only file system')
+    save(self, state, meta)
 
-  monkeypatch.setattr(coordinator._checkpoints, 'save', full)
-  coordinator._save(template)
-  assert (
-    caplog.text.count(
-      'the checkpoint of step 0 cannot be written (No space left on device); trying again for'
-    )
-    == 2
-  )
+  monkeypatch.setattr(checkpoints.Checkpoints, 'save', fail)
+  run = make_run(tmp_path, {**FC1, 'system.checkpoint_seconds': 0.001})
+  with working(run, timing=QUICK) as coordinator:
+    coordinator.run()
+  words = 'the checkpoint of step 0 cannot be written (No space left on device); trying again for'
+  assert caplog.text.count(words) == 2
   assert os.listdir(run.directory.checkpoints) == ['00000000']
-  errors[:] = [OSError(30, 'Read-only file system')] * 10**6
-  coordinator._patience = files.Patience(0.1, 0.01)
-  with pytest.raises(
-    coordinator_node.RunFailed,
-    match=r'step 1 cannot be written \(Read-only file system\). Mend that, .* of step 0',
-  ):
-    coordinator._save(template._replace(step=1))
+  status = run.directory.read_status()
+  assert status['state'] == 'failed'
+  assert re.search(
+    r'step 1 cannot be written \(Read-only file system\). Mend that, .* of step 0',
+    status['message'],
+  )
+
+
+def _spoilt(monkeypatch, spoil):
+  """Pieces are what `spoil` makes of (task, piece)."""
+  compute = pieces.compute
+  monkeypatch.setattr(pieces, 'compute', lambda task, *more: spoil(task, compute(task, *more)))
 
 
 def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(make_run, tmp_path, monkeypatch):
-  compute = kernel_worker.KernelWorker._compute
+  def spoil(task, piece):
+    is_chosen = task.step == 1 and task.phase == plan.TARGETS
+    return {**piece, 'loss': np.asarray(1e7)} if is_chosen else piece
 
-  def spoil(self, task, inputs):
-    piece = compute(self, task, inputs)
-    return (
-      {**piece, 'loss': np.float64(1e7)}
-      if task.step == 1 and task.phase == tasks.TARGETS
-      else piece
-    )
-
-  monkeypatch.setattr(kernel_worker.KernelWorker, '_compute', spoil)
+  _spoilt(monkeypatch, spoil)
   run = make_run(tmp_path, FC1)
   local.distil(run, threading.Event())
   status = run.directory.read_status()
   assert (status['state'], status['step']) == ('failed', 0)
-  assert (
-    status['message']
-    == 'step 1: the training diverges, its loss is 4e+07; lower run.learning_rate or raise run.ridge.'
+  assert status['message'] == (
+    'step 1: the training diverges, its loss is 4e+07; lower run.learning_rate or raise run.ridge.'
   )
-  coordinator = _coordinator(run)
-  state = coordinator._restore()
-  assert state.step == 0 and np.isfinite(state.images).all()
-  gradient = coordinator_node.Gradient(
-    np.full_like(state.images, np.inf), np.zeros_like(state.labels)
-  )
-  with pytest.raises(
-    coordinator_node.RunFailed, match='step 0: the update makes the images NaN or infinite'
-  ):
-    coordinator._move(state, gradient)
+  assert os.listdir(run.directory.checkpoints) == ['00000000']
 
 
-def test_a_damaged_snapshot_is_skipped_and_a_damaged_last_one_reported(
-  make_run, tmp_path, monkeypatch
-):
+def test_an_update_without_numbers_is_an_error(make_run, tmp_path, monkeypatch):
+  def diverge(self, state, gradient):
+    raise states.Diverged('the update makes the images NaN or infinite; lower …')
+
+  monkeypatch.setattr(states.Update, '__call__', diverge)
   run = make_run(tmp_path, FC1)
   local.distil(run, threading.Event())
-  coordinator = _coordinator(run)
+  assert run.directory.read_status()['message'].startswith('step 0: the update makes the images')
+
+
+def test_a_damaged_snapshot_is_skipped(make_run, tmp_path):
+  run = make_run(tmp_path, FC1)
+  local.distil(run, threading.Event())
   for step in (0, 2):
     with open(run.directory.snapshot(step), 'r+b') as file:
       file.truncate(100)
+  coordinator = _coordinator(run, QUICK)
   assert coordinator.next_snapshot([])['step'] == 1
-  coordinator._over = True
-  assert 'stop' in coordinator.next_snapshot([1])
-  with pytest.raises(
-    coordinator_node.RunFailed, match='its evaluation failed: the snapshot of step 2 cannot be read'
-  ):
-    coordinator._await_evaluation()
+  assert coordinator.next_snapshot([1]) is None
 
 
-def test_an_evaluator_that_is_gone_is_not_waited_for_long(make_run, tmp_path, monkeypatch, caplog):
-  monkeypatch.setattr(coordinator_node, '_STALL', 0.1)
-  monkeypatch.setattr(coordinator_node, '_POLL', 0.05)
-  coordinator = _coordinator(make_run(tmp_path, {**FC1, 'system.worker_timeout': 0.5}))
-  coordinator._await_evaluation()
-  assert (
-    'Waiting for the last evaluation' in caplog.text
-    and 'ending without the last evaluation' in caplog.text
-  )
+def test_a_damaged_last_snapshot_is_reported(make_run, tmp_path, monkeypatch):
+  write = keeper.Keeper.write_snapshot
+
+  def damage(self, current, row):
+    write(self, current, row)
+    if current.step == 2:
+      with open(run.directory.snapshot(2), 'r+b') as file:
+        file.truncate(100)
+
+  monkeypatch.setattr(keeper.Keeper, 'write_snapshot', damage)
+  run = make_run(tmp_path, FC1)
+  local.distil(run, threading.Event())
+  status = run.directory.read_status()
+  assert status['state'] == 'failed'
+  assert 'its evaluation failed: the snapshot of step 2 cannot be read' in status['message']
 
 
-def test_a_stall_is_reported_with_what_is_missing(make_run, tmp_path, monkeypatch, caplog):
-  monkeypatch.setattr(coordinator_node, '_STALL', 0.1)
-  monkeypatch.setattr(coordinator_node, '_POLL', 0.05)
+def test_an_evaluator_that_is_gone_is_not_waited_for_long(make_run, tmp_path, caplog):
+  run = make_run(tmp_path, {**FC1, 'run.num_steps': 1, 'system.worker_timeout': 0.5})
+  with working(run, timing=QUICK) as coordinator:
+    coordinator.run()
+  assert run.directory.read_status()['state'] == 'finished'
+  assert 'Waiting for the last evaluation' in caplog.text
+  assert 'ending without the last evaluation' in caplog.text
+
+
+def test_a_stall_is_reported_with_what_is_missing(make_run, tmp_path, caplog):
   run = make_run(tmp_path, {**FC1, 'system.worker_timeout': 1.0})
-  coordinator = _coordinator(run)
-  coordinator._next_stall = 0.1
-  coordinator.run()
+  _coordinator(run, QUICK).run()
   assert re.search(
-    r'step 0: no progress for \d s: 3 of 3 support_blocks tasks missing; in work: none; no worker has been heard',
+    r'step 0: no progress for \d s: 3 of 3 support_blocks tasks missing; in work: none; '
+    'no worker has been heard',
     caplog.text,
   )
 
 
 def test_a_run_that_is_another_is_not_worked_for(make_run, tmp_path):
+  """Where a coordinator of another run has taken the place of the worker's."""
   run = make_run(tmp_path, FC1)
-  worker = kernel_worker.KernelWorker(None, 'w', 1, run.cache, threading.Event())
-  worker._run_id = 'this'
+  coordinator = _begun(run, _targets(3), alpha=np.ones((6, 3)))
+  lease = coordinator.lease
+  coordinator.lease = lambda *args: (answer := lease(*args)) and {**answer, 'life': ['that', 1]}
+  stop = threading.Event()
+  worker = kernel_worker.KernelWorker(coordinator, 'w', 1, run.cache, stop)
   with pytest.raises(CoordinatorLost, match='another run answers'):
-    worker._work(
-      kernel_worker._Given(tasks.Task('that', 1, 0, tasks.TARGETS, 0, (0, 5), (0, 6)), 0, {})
-    )
+    worker.run()
 
 
 def test_a_piece_damaged_on_its_way_is_computed_again(make_run, tmp_path, monkeypatch, caplog):
-  encode, spoilt = tasks.encode, []
+  encode, spoilt = messages.encode, []
 
   def spoil(piece):
     parts, checksum = encode(piece)
@@ -300,7 +325,7 @@ def test_a_piece_damaged_on_its_way_is_computed_again(make_run, tmp_path, monkey
       return parts, checksum[::-1]
     return parts, checksum
 
-  monkeypatch.setattr(tasks, 'encode', spoil)
+  monkeypatch.setattr(messages, 'encode', spoil)
   run = make_run(tmp_path, FC1)
   local.distil(run, threading.Event())
   assert (
@@ -311,33 +336,28 @@ def test_a_piece_damaged_on_its_way_is_computed_again(make_run, tmp_path, monkey
 
 
 def test_a_piece_with_nan_stops_the_run_naming_the_task(make_run, tmp_path, monkeypatch):
-  compute = kernel_worker.KernelWorker._compute
-
-  def spoil(self, task, inputs):
-    piece = compute(self, task, inputs)
-    if task.step == 1 and task.phase == tasks.TARGETS and task.index == 2:
+  def spoil(task, piece):
+    if task.step == 1 and task.phase == plan.TARGETS and task.index == 2:
       piece['gradient'][0] = np.nan
     return piece
 
-  monkeypatch.setattr(kernel_worker.KernelWorker, '_compute', spoil)
+  _spoilt(monkeypatch, spoil)
   run = make_run(tmp_path, FC1)
   local.distil(run, threading.Event())
   status = run.directory.read_status()
   assert status['state'] == 'failed' and status['step'] == 0  # the last checkpoint
-  assert (
-    'step 1: the targets task 2 failed 3 times' in status['message']
-    and 'gradient contains NaN or infinity' in status['message']
-  )
+  assert 'step 1: the targets task 2 failed 3 times' in status['message']
+  assert 'gradient contains NaN or infinity' in status['message']
 
 
 def test_support_images_that_coincide_are_an_error_with_a_remedy(make_run, tmp_path, monkeypatch):
-  initial = coordinator_node.initial_state
+  initial = states.initial
 
   def repeated(*args):
     state = initial(*args)
     return state._replace(images=np.repeat(state.images[:1], len(state.images), axis=0))
 
-  monkeypatch.setattr(coordinator_node, 'initial_state', repeated)
+  monkeypatch.setattr(states, 'initial', repeated)
   run = make_run(tmp_path, {**FC1, 'run.ridge': 1e-300})
   local.distil(run, threading.Event())
   status = run.directory.read_status()
@@ -364,7 +384,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_bits_stay_the_same(make_run
   local.distil(whole, threading.Event())
   run = make_run(tmp_path / 'cut', {**FC1, 'run.num_steps': 4})
   local.distil(run, threading.Event())
-  run.directory._lock.close()
+  run.directory.close()
   newest = max(os.listdir(run.directory.checkpoints))
   with open(
     os.path.join(run.directory.checkpoints, newest, 'meta.json'), 'a', encoding='utf-8'
@@ -398,7 +418,7 @@ def test_where_to_stop_may_be_chosen_anew(make_run, tmp_path, num_steps, refused
   if fixed:
     refused = f'holds another run: run.num_steps (7 there, {num_steps} here)'
   if refused:
-    with pytest.raises(run_directory.RunDirectoryError, match=re.escape(refused)):
+    with pytest.raises(RunDirectoryError, match=re.escape(refused)):
       make_run(tmp_path, {**changes, 'run.num_steps': num_steps})
   else:
     make_run(tmp_path, {**changes, 'run.num_steps': num_steps})
@@ -441,7 +461,7 @@ def test_the_time_of_a_state_is_when_it_was_reached(make_run, tmp_path, caplog):
     'system.checkpoint_seconds': 1000.0,
   }
   run = make_run(tmp_path, changes)
-  state = coordinator_node.initial_state(
+  state = states.initial(
     run.config.run,
     store.open_prepared(run.directory.read_saved().data_key, run.cache),
     optimizers.make(run.config.run.optimizer, run.config.run.learning_rate),
@@ -469,45 +489,6 @@ def test_what_a_finished_run_says(make_run, tmp_path, capsys, num_steps, words):
   assert capsys.readouterr().out.startswith(words)
 
 
-def test_pairs_per_step():
-  run = {
-    'targets_per_step': 33,
-    'plan': {
-      'support_tile': 4,
-      'target_tile': 5,
-      'target_tiles_per_task': 2,
-      'support_per_task': 0,
-    },
-  }
-  assert coordinator_node.pairs_per_step(run, 6) == (16 + 8 + 4) + 33 * 6 + 36
-
-
-@pytest.mark.parametrize(
-  'method, step, pairs',
-  [
-    ('kip', 0, 5 * 262),
-    ('kip', 3, 2 * 262),
-    ('label_solve+kip', 0, 4 * 262 + 600),
-    ('label_solve+kip', 1, 4 * 262),
-    ('kip+label_solve', 4, 600),
-    ('kip+label_solve', 5, 0),
-  ],
-)
-def test_pairs_to_go(method, step, pairs):
-  run = {
-    'method': method,
-    'num_steps': 5,
-    'targets_per_step': 33,
-    'plan': {
-      'support_tile': 4,
-      'target_tile': 5,
-      'target_tiles_per_task': 2,
-      'support_per_task': 0,
-    },
-  }
-  assert coordinator_node.pairs_to_go(run, 6, 100, step) == pairs
-
-
 @pytest.mark.parametrize('labels', ['learned', 'fixed'])
 def test_the_export_says_what_was_made(make_run, tmp_path, labels):
   from artifacts import distilled_set
@@ -527,14 +508,13 @@ def test_the_export_says_what_was_made(make_run, tmp_path, labels):
 
 
 def test_a_worker_gets_two_tasks_and_what_they_share_once(make_run, tmp_path):
-  coordinator = _coordinator(make_run(tmp_path, FC1))
-  coordinator._step = 0
-  coordinator._inputs = {'alpha': np.arange(6.0), 'residual': np.arange(5.0)}
   posted = [
-    tasks.Task(coordinator._run_id, coordinator._generation, 0, tasks.TARGET_VJP, i, (0, 5), rows)
+    plan.Task(0, plan.TARGET_VJP, i, (0, 5), rows)
     for i, rows in enumerate([(0, 2), (2, 4), (4, 6)])
   ]
-  coordinator._board.post(posted)
+  coordinator = _begun(
+    make_run(tmp_path, FC1), posted, alpha=np.arange(6.0), residual=np.arange(5.0)
+  )
   answer = coordinator.lease('w', _hello())
   assert [tuple(posted[0]), tuple(posted[1])] == [task for task, *_ in answer['tasks']]
   assert len(answer['inputs']) == 3
@@ -542,24 +522,20 @@ def test_a_worker_gets_two_tasks_and_what_they_share_once(make_run, tmp_path):
     inputs = {
       name: value.tolist()
       for i in indices
-      for name, value in tasks.unpack(answer['inputs'][i]).items()
+      for name, value in messages.unpack(answer['inputs'][i]).items()
     }
     assert inputs == {'alpha': alpha, 'residual': [0, 1, 2, 3, 4]}
-  assert coordinator._lease('w', [lease for _, lease, _ in answer['tasks']]) is None
+  holding = [lease for _, lease, _ in answer['tasks']]
+  assert coordinator.exchange.lease('w', 10.0, holding, 0.0) is None
 
 
-def test_who_hands_in_its_last_piece_waits_for_work(make_run, tmp_path):
-  coordinator = _coordinator(make_run(tmp_path, FC1))
-  coordinator._step = 0
-  first, second = (
-    tasks.Task(
-      coordinator._run_id, coordinator._generation, 0, tasks.LABEL_SOLVE, i, (0, 5), (0, 6)
-    )
-    for i in (0, 1)
-  )
-  coordinator._board.post([first])
+def test_a_worker_that_hands_in_its_last_piece_waits_for_work(make_run, tmp_path):
+  first, second = _targets(2, phase=plan.LABEL_SOLVE)
+  coordinator = _begun(make_run(tmp_path, FC1), [first], timing=coordinator_node.TIMING)
   [(_, lease, _)] = coordinator.lease('w', _hello())['tasks']
-  parts, digest = tasks.encode({'x': np.ones(3)})
-  threading.Timer(0.2, coordinator._board.extend, ([second],)).start()
-  answer = coordinator.complete('w', list(first), lease, 0, 1, parts[0], digest, [])
+  parts, digest = messages.encode({'x': np.ones(3)})
+  threading.Timer(0.2, coordinator.exchange.post, ([second],)).start()
+  answer = coordinator.complete(
+    'w', _life(coordinator), list(first), lease, 0, 1, parts[0], digest, []
+  )
   assert [task for task, *_ in answer['tasks']] == [tuple(second)]

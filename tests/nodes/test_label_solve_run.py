@@ -9,9 +9,10 @@ import pytest
 
 from artifacts import checkpoints, distilled_set
 from data import sampling, store
-from distillation import krr
+from distillation import krr, plan
+from distillation.state import LabelSolveState
 from kernels import registry
-from nodes import coordinator as coordinator_node
+from nodes import exchange
 from programs import local
 
 FC1 = {
@@ -25,7 +26,7 @@ FC1 = {
 def _distil(run):
   local.distil(run, threading.Event())
   assert run.directory.read_status()['state'] == 'finished', run.directory.read_status()
-  run.directory._lock.close()
+  run.directory.close()
   rows = {row['step']: row for row in run.directory.read_metrics()}
   return rows, distilled_set.load(run.directory.distilled)
 
@@ -103,22 +104,21 @@ def test_same_bits_whoever_computes(make_run, tmp_path, architecture):
 def test_a_stopped_run_goes_on_at_the_round_where_it_was(make_run, tmp_path, monkeypatch):
   changes = {**FC1, 'run.targets_per_step': 12}
   rows, distilled = _distil(make_run(tmp_path / 'whole', changes))
-  phase, rounds = coordinator_node.Coordinator._phase, []
+  post, rounds = exchange.Served.post, []
 
-  def counted(self, name, num_support, targets=None):
-    if name == 'label_solve':
-      rounds.append(targets)
-      if targets == stop_at:
+  def counted(self, tasks):
+    if tasks[0].phase == plan.LABEL_SOLVE:
+      rounds.append((tasks[0].target_range[0], tasks[-1].target_range[1]))
+      if rounds[-1] == stop_at:
         stop.set()
-        raise coordinator_node._Stopped()
-    return phase(self, name, num_support, targets)
+    post(self, tasks)
 
-  monkeypatch.setattr(coordinator_node.Coordinator, '_phase', counted)
+  monkeypatch.setattr(exchange.Served, 'post', counted)
   for stop_at in ((36, 48), (84, 96), None):
     stop = threading.Event()
     run = make_run(tmp_path / 'cut', {**changes, 'system.num_workers': 1 + len(rounds) % 3})
     local.distil(run, stop)
-    run.directory._lock.close()
+    run.directory.close()
     assert run.directory.read_status()['state'] == ('stopped' if stop_at else 'finished')
   assert [first for first, _ in rounds] == [0, 12, 24, 36, 36, 48, 60, 72, 84, 84]
   found = {row['step']: row for row in run.directory.read_metrics()}
@@ -166,9 +166,7 @@ def test_before_and_after_kip(make_run, tmp_path, method, solved, learn):
 def test_rounds_about_other_images_are_not_in_the_way(make_run, tmp_path):
   """More rounds of another Label Solve in the directory: the run's own are kept all the same."""
   run = make_run(tmp_path, {**FC1, 'run.targets_per_step': 12})
-  other = checkpoints.SupportState(
-    7, np.ones((6, 8, 9, 2)), np.ones((6, 3)), {'factor': np.ones((9, 9))}
-  )
+  other = LabelSolveState(7, np.ones((9, 9)))
   for folder in (run.directory.label_solve, os.path.join(run.directory.label_solve, 'another')):
     os.makedirs(folder, exist_ok=True)
     checkpoints.Checkpoints(folder).save(other, {'wall_seconds': 5.0})

@@ -7,7 +7,8 @@ from concurrent import futures
 import numpy as np
 import pytest
 
-from nodes import task_board, tasks
+from distillation import plan
+from nodes import task_board
 
 
 class Clock:
@@ -20,19 +21,34 @@ class Clock:
     return self.now
 
 
-def _tasks(n, step=0, phase=tasks.TARGETS):
-  return [tasks.Task('run', 1, step, phase, i, (10 * i, 10 * i + 10), (0, 4)) for i in range(n)]
+def _tasks(n, step=0, phase=plan.TARGETS):
+  return [plan.Task(step, phase, i, (10 * i, 10 * i + 10), (0, 4)) for i in range(n)]
 
 
 def _piece(i):
   return {'x': np.array(i)}
 
 
+class Board(task_board.TaskBoard):
+  """A board that knows what was posted last, and what was taken of it."""
+
+  def __init__(self, **kwargs):
+    super().__init__(**{'lease_seconds': 30, **kwargs})
+    self.posted, self.taken = [], {}
+
+  def post(self, tasks):
+    super().post(tasks)
+    self.posted, self.taken = tasks, {}
+
+
 def _collect(board):
-  """The pieces of all tasks in plan order, or None if one is missing. Raises TaskFailed."""
-  if board._missing:
-    return board.take(next(task for task, piece in board._tasks.items() if piece is None), 0)
-  return [board.take(task, 0) for task in board._tasks]
+  """The pieces of the tasks posted last in plan order, or None if one is missing."""
+  for task in board.posted:
+    if task not in board.taken and (piece := board.take(task, 0)) is not None:
+      board.taken[task] = piece
+  return (
+    [board.taken[task] for task in board.posted] if len(board.taken) == len(board.posted) else None
+  )
 
 
 @pytest.fixture
@@ -42,7 +58,13 @@ def clock():
 
 @pytest.fixture
 def board(clock):
-  return task_board.TaskBoard(lease_seconds=30, clock=clock)
+  return Board(clock=clock)
+
+
+@pytest.fixture
+def halves(clock):
+  """One for steps in two halves."""
+  return Board(clock=clock, in_halves=True)
 
 
 def test_pieces_come_back_in_plan_order(board):
@@ -111,7 +133,7 @@ def test_three_errors_stop_the_run_with_the_message(board):
     lease = next(
       lease for lease in iter(lambda: board.lease('w', 0), None) if lease.task.index == 0
     )
-    board.fail(lease.task, lease.id, f'ValueError: attempt {attempt}')
+    board.report_error(lease.task, lease.id, f'ValueError: attempt {attempt}')
   with pytest.raises(
     task_board.TaskFailed,
     match=r'step 0: the targets task 0 failed 3 times, last in worker w: ValueError: attempt 2',
@@ -134,7 +156,7 @@ def test_an_error_of_a_task_that_is_done_is_forgotten(board, clock):
   clock.now += 31
   fast = board.lease('fast', 0)
   board.complete(fast.task, fast.id, 'fast', _piece(1))
-  board.fail(slow.task, slow.id, 'too late')
+  board.report_error(slow.task, slow.id, 'too late')
   assert len(_collect(board)) == 1
 
 
@@ -230,7 +252,7 @@ def test_a_stall_names_what_is_missing(board, clock):
 
 def test_a_waiting_worker_takes_over_as_soon_as_a_task_is_slow(monkeypatch):
   monkeypatch.setattr(task_board, '_SLOW_SECONDS', 0.05)
-  board = task_board.TaskBoard(lease_seconds=30)
+  board = Board()
   board.post(_tasks(2))
   first = board.lease('a', 0)
   board.complete(first.task, first.id, 'a', _piece(0))
@@ -239,7 +261,7 @@ def test_a_waiting_worker_takes_over_as_soon_as_a_task_is_slow(monkeypatch):
 
 
 def test_a_waiting_worker_wakes_when_work_arrives():
-  board = task_board.TaskBoard(lease_seconds=30)
+  board = Board()
   got = []
   thread = threading.Thread(target=lambda: got.append(board.lease('a', 20)))
   thread.start()
@@ -251,11 +273,10 @@ def test_a_waiting_worker_wakes_when_work_arrives():
 @pytest.mark.parametrize('names', ['abcde', 'aabcd'])
 def test_each_task_wakes_a_worker(names):
   """With the second names, the first call was lost on its way and made again."""
-  board, num_workers = task_board.TaskBoard(lease_seconds=30), len(set(names))
+  board, num_workers = Board(), len(set(names))
   with futures.ThreadPoolExecutor(len(names)) as workers:
     waiting = [workers.submit(board.lease, name, 3) for name in names]
-    while len(board._idle) < num_workers:
-      time.sleep(0.01)
+    time.sleep(0.5)  # until they wait
     start = time.monotonic()
     board.post(_tasks(num_workers))
     leases = [
@@ -267,40 +288,40 @@ def test_each_task_wakes_a_worker(names):
   } == set(range(num_workers))
 
 
-def _done(board, worker):
+def _done(board, clock, worker):
   lease = board.lease(worker, 0)
-  board._clock.now += 0.1
+  clock.now += 0.1
   board.complete(lease.task, lease.id, worker, _piece(0))
   return lease.task.index
 
 
-def test_second_halves_go_to_those_who_did_the_first_and_before_others(board):
-  board.post(_tasks(6, phase=tasks.TARGET_BLOCKS))
-  assert [_done(board, worker) for worker in 'abab'] == [0, 1, 2, 3]
-  board.extend(_tasks(4, phase=tasks.TARGET_VJP), first=True)
-  assert [_done(board, worker) for worker in 'bbaa'] == [1, 3, 0, 2]
-  assert [_done(board, worker) for worker in 'ba'] == [4, 5]
-  board.post(_tasks(2, step=1, phase=tasks.TARGET_BLOCKS))
-  assert [_done(board, worker) for worker in 'ba'] == [0, 1]
+def test_second_halves_go_to_those_who_did_the_first_and_before_others(halves, clock):
+  halves.post(_tasks(6, phase=plan.TARGET_BLOCKS))
+  assert [_done(halves, clock, worker) for worker in 'abab'] == [0, 1, 2, 3]
+  halves.post(_tasks(4, phase=plan.TARGET_VJP))
+  assert [_done(halves, clock, worker) for worker in 'bbaa'] == [1, 3, 0, 2]
+  assert [_done(halves, clock, worker) for worker in 'ba'] == [4, 5]
+  halves.post(_tasks(2, step=1, phase=plan.TARGET_BLOCKS))
+  assert [_done(halves, clock, worker) for worker in 'ba'] == [0, 1]
 
 
-def test_others_do_the_second_halves_of_a_worker_that_is_slow_or_gone(board, clock):
-  board.post(_tasks(3, phase=tasks.TARGET_BLOCKS))
-  assert [_done(board, 'a') for _ in range(3)] == [0, 1, 2]
-  board.extend(_tasks(3, phase=tasks.TARGET_VJP), first=True)
-  assert board.lease('b', 0) is None and _done(board, 'a') == 0
+def test_others_do_the_second_halves_of_a_worker_that_is_slow_or_gone(halves, clock):
+  halves.post(_tasks(3, phase=plan.TARGET_BLOCKS))
+  assert [_done(halves, clock, 'a') for _ in range(3)] == [0, 1, 2]
+  halves.post(_tasks(3, phase=plan.TARGET_VJP))
+  assert halves.lease('b', 0) is None and _done(halves, clock, 'a') == 0
   clock.now += 1.1
-  assert _done(board, 'b') == 1  # nothing was heard of a
-  assert board.lease('a', 0).task.index == 2
+  assert _done(halves, clock, 'b') == 1  # nothing was heard of a
+  assert halves.lease('a', 0).task.index == 2
 
 
 def test_a_worker_that_waits_gets_what_another_leaves():
-  board = task_board.TaskBoard(lease_seconds=30)
-  board.post(_tasks(1, phase=tasks.TARGET_BLOCKS))
+  board = Board(in_halves=True)
+  board.post(_tasks(1, phase=plan.TARGET_BLOCKS))
   first = board.lease('a', 0)
   board.complete(first.task, first.id, 'a', _piece(0))
-  board.extend(_tasks(1, phase=tasks.TARGET_VJP))
-  assert board.lease('b', 20).task.phase == tasks.TARGET_VJP
+  board.post(_tasks(1, phase=plan.TARGET_VJP))
+  assert board.lease('b', 20).task.phase == plan.TARGET_VJP
 
 
 def test_who_holds_a_task_gets_another_ahead_while_there_is_one_for_everybody(board):
@@ -317,24 +338,24 @@ def test_who_holds_a_task_gets_another_ahead_while_there_is_one_for_everybody(bo
 
 def test_who_may_not_have_a_task_ahead_may_wait_for_one():
   """As a call does that got through twice."""
-  board = task_board.TaskBoard(lease_seconds=30)
+  board = Board()
   board.post(_tasks(3))
   a, _ = board.lease('a', 0), board.lease('b', 0)
   assert board.lease('a', 0.05, holding=[a.id]) is None
   assert board.lease('c', 0).task.index == 2
 
 
-def test_a_second_half_is_ahead_of_its_owner_alone(board):
-  board.post(_tasks(3, phase=tasks.TARGET_BLOCKS))
-  assert [_done(board, worker) for worker in 'aab'] == [0, 1, 2]
-  board.extend(_tasks(3, phase=tasks.TARGET_VJP), first=True)
-  a = board.lease('a', 0)
-  assert board.lease('a', 0, holding=[a.id]).task.index == 1
-  b = board.lease('b', 0)
+def test_a_second_half_is_ahead_of_its_owner_alone(halves, clock):
+  halves.post(_tasks(3, phase=plan.TARGET_BLOCKS))
+  assert [_done(halves, clock, worker) for worker in 'aab'] == [0, 1, 2]
+  halves.post(_tasks(3, phase=plan.TARGET_VJP))
+  a = halves.lease('a', 0)
+  assert halves.lease('a', 0, holding=[a.id]).task.index == 1
+  b = halves.lease('b', 0)
   assert (
     b.task.index == 2
-    and board.lease('b', 0, holding=[b.id]) is None
-    and board.lease('c', 0) is None
+    and halves.lease('b', 0, holding=[b.id]) is None
+    and halves.lease('c', 0) is None
   )
 
 
@@ -363,35 +384,17 @@ def test_a_task_ahead_is_in_work_when_the_one_before_is_done(board, clock):
 
 
 @pytest.mark.parametrize(
-  'num_support, num_targets, tile, group, part',
-  [(1, 1, 1, 1, 1), (7, 33, 3, 10, 5), (10, 100, 50, 7, 10), (12, 5, 4, 9, 7)],
+  'num_support, num_workers, first',
+  [
+    (2, 2, 'SbSb'),  # every worker begins with K_ss, then goes on
+    (1, 7, 'bbbbbbSb'),  # three workers of seven, with two tasks each, have images before K_ss
+    (8, 3, 'SbSb'),
+  ],
 )
-def test_the_plan_covers_every_pair_once(num_support, num_targets, tile, group, part):
-  def covered(phase, columns):
-    count = np.zeros((num_support, columns), int)
-    for (t0, t1), (s0, s1) in tasks.plan(phase, num_support, (0, num_targets), tile, group, part):
-      count[s0:s1, t0:t1] += 1
-    return count
-
-  for phase in (tasks.TARGETS, tasks.TARGET_BLOCKS, tasks.TARGET_VJP):
-    assert (covered(phase, num_targets) == 1).all()
-  for part in (part, 0):
-    assert (covered(tasks.SUPPORT_VJP, num_support) == 1).all()
-  upper = covered(tasks.SUPPORT_BLOCKS, num_support)
-  assert (np.maximum(upper, upper.T) == 1).all()
-
-
-@pytest.mark.parametrize('size', [1, 1000, 2 * tasks.PART_BYTES // 8 + 5])
-def test_pieces_survive_the_wire(size):
-  piece = {
-    'gradient': np.arange(size, dtype=np.float32),
-    'alpha_bar': np.random.default_rng(0).normal(size=size),
-    'loss': np.float64(0.1),
-  }
-  parts, checksum = tasks.encode(piece)
-  assert all(len(part) <= tasks.PART_BYTES for part in parts)
-  back = tasks.decode(parts, checksum)
-  assert {k: v.tobytes() for k, v in back.items()} == {k: v.tobytes() for k, v in piece.items()}
-  assert back['gradient'].dtype == np.float32
-  with pytest.raises(ValueError, match='checksum'):
-    tasks.decode([b'\0' + parts[0][1:], *parts[1:]], checksum)
+def test_tasks_of_k_ss_go_out_among_those_of_targets(clock, num_support, num_workers, first):
+  board = Board(clock=clock, num_workers=num_workers, in_halves=True)
+  board.post(
+    [*_tasks(num_support, phase=plan.SUPPORT_BLOCKS), *_tasks(9, phase=plan.TARGET_BLOCKS)]
+  )
+  phases = [board.lease(f'w{i}', 0).task.phase for i in range(len(first))]
+  assert ''.join('S' if phase == plan.SUPPORT_BLOCKS else 'b' for phase in phases) == first

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_step import working
+from test_workers import working
 
 import kernels.precision  # noqa: F401
 from artifacts import distilled_set
 from configs import own_architecture
 from data import sampling
+from distillation import optimizers, step
+from distillation import state as states
 from kernels import architectures, reference
-from nodes import coordinator as coordinator_node
 from programs import local
 
 STEPS = 2
@@ -44,11 +45,11 @@ def _written_out(
 
   parameters = {'images': images, **({'labels': labels} if learn_labels else {})}
   state, losses, gradient = optimizer.init(parameters), [], jax.jit(jax.value_and_grad(loss))
-  for step in range(STEPS):
+  for number in range(STEPS):
     chosen = batch
     if batch is None:
       chosen = sampling.class_balanced(
-        run.seed, sampling.TARGETS, step, prepared.train_labels, run.targets_per_step
+        run.seed, sampling.TARGETS, number, prepared.train_labels, run.targets_per_step
       )
     y_t = sampling.centred_one_hot(prepared.train_labels[chosen], prepared.num_classes)
     value, gradients = gradient(
@@ -126,16 +127,17 @@ SGD = {'run.optimizer': 'sgd', 'run.learning_rate': 50}
 def test_first_steps(make_run, tmp_path, changes, optimizer, written):
   run = make_run(tmp_path, {'run.architecture': 'fc1', 'run.kernel_dtype': 'float64', **changes})
   with working(run) as coordinator:
-    first = state = coordinator_node.initial_state(
-      run.config.run, coordinator._prepared, coordinator._optimizer
-    )
+    settings, prepared = run.config.run, coordinator.prepared
+    configured = optimizers.make(settings.optimizer, settings.learning_rate)
+    update = states.Update(settings, configured)
+    first = state = states.initial(settings, prepared, configured)
     losses = []
     for _ in range(STEPS):
-      metrics, gradient = coordinator._loss_and_gradient(state)
-      losses.append(metrics.train_loss)
-      state = coordinator._move(state, gradient)
+      metrics, gradient = step.loss_and_gradient(state, settings, prepared, coordinator.exchange)
+      losses.append(metrics.loss)
+      state = update(state, gradient)
   images, labels, expected = _written_out(
-    run.config.run, coordinator._prepared, first.images, first.labels, optimizer, **written
+    settings, prepared, first.images, first.labels, optimizer, **written
   )
   np.testing.assert_allclose(losses, expected, rtol=1e-7)
   for found, wanted, start in (
@@ -161,7 +163,7 @@ def test_an_own_architecture_through_the_whole_program(make_run, tmp_path):
   for num_steps in (1, 2):
     run = make_run(tmp_path, {**changes, 'run.num_steps': num_steps})
     local.distil(run, threading.Event())
-    run.directory._lock.close()
+    run.directory.close()
     assert run.directory.read_status()['state'] == 'finished'
   rows = {row['step']: row for row in run.directory.read_metrics()}
   assert (

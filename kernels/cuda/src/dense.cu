@@ -1,45 +1,38 @@
-// Fully-connected networks: no convolution and no pooling, so that the readout is a dot product of
-// images. All in double: one rounding would be seen at the cusp of a hidden layer.
+// Fully-connected networks, whose readout is a dot product of images: docs/kernel.md, "The head".
+// All in float64.
 namespace kip {
 
-// Of x and y [kPixels], the latter's entries `stride` apart, in order: the covariance of identical
-// images must equal their variance to the bit.
+// The mean product of x and y [kPixels], y's entries `stride` apart; in order, so that the
+// covariance of identical images equals their variance to the bit.
 inline double dot_product(const Real* x, const Real* y, long long stride) {
   double sum = 0;
   for (int e = 0; e < kPixels; ++e) sum += double(x[e]) * double(y[e * stride]);
   return sum / kPixels;
 }
 
-// Calls f for each of `count` numbers, spread over all threads.
-template <class F>
-inline void for_each_of(long long count, F f) {
-  for (long long k = (long long)block() * kThreads + thread(); k < count;
-       k += (long long)blocks() * kThreads)
-    f(k);
-}
-
-// Variances [count] of images [count, H, W, D].
+// Sets tables [count], the variances of images [count, H, W, D].
 KIP_KERNEL(1) kip_dense_tables(const Real* images, double* tables, int count) {
-  for_each_of(count, [&](long long image) {
+  for_each_index(count, [&](long long image) {
     tables[image] = dot_product(images + image * kPixels, images + image * kPixels, 1);
   });
 }
 
-// [kPixels, count], for the loads of the next kernel.
+// Sets transposed [kPixels, count], in which neighbouring threads of the next kernel read
+// neighbours.
 KIP_KERNEL(1) kip_dense_transpose(const Real* images, Real* transposed, int count) {
-  for_each_of((long long)count * kPixels,
-              [&](long long e) { transposed[e] = images[e % count * kPixels + e / count]; });
+  for_each_index((long long)count * kPixels,
+                 [&](long long e) { transposed[e] = images[e % count * kPixels + e / count]; });
 }
 
-// block [rows, columns], and each pair's derivatives [1 + kHidden, rows, columns] by n and by the
-// deviations, each times the deviation.
+// Sets values [rows, columns], and derivatives [1 + kHidden, rows, columns] of each by n and by the
+// left image's deviations, the latter times the deviation.
 KIP_KERNEL(1)
 kip_dense_block(const Real* __restrict__ left, const double* __restrict__ left_tables,
                 const Real* __restrict__ right_transposed, const double* __restrict__ right_tables,
                 int rows, int columns, Real* __restrict__ values,
                 double* __restrict__ derivatives) {
   const long long pairs = (long long)rows * columns;
-  for_each_of(pairs, [&](long long pair) {
+  for_each_index(pairs, [&](long long pair) {
     const long long i = pair / columns, j = pair % columns;
     const double n = dot_product(left + i * kPixels, right_transposed + j, columns);
     const Head head(n, 0, left_tables[i], right_tables[j]);
@@ -49,12 +42,13 @@ kip_dense_block(const Real* __restrict__ left, const double* __restrict__ left_t
   });
 }
 
-// The cotangent [rows] of each left image's variance.
+// Sets variances_bar [rows], the cotangents of the left images' variances, given the block's
+// cotangent [rows, columns].
 KIP_KERNEL(1)
 kip_dense_variances_vjp(const double* tables, const double* derivatives, const Real* cotangent,
                         int rows, int columns, double* variances_bar) {
   const long long pairs = (long long)rows * columns;
-  for_each_of(rows, [&](long long i) {
+  for_each_index(rows, [&](long long i) {
     double q_bar = 0, q[kHidden + 1];
     for_each_hidden(tables[i], [&](int l, double value) { q[l] = value; });
     for (int l = kHidden - 1; l >= 0; --l) {
@@ -67,13 +61,13 @@ kip_dense_variances_vjp(const double* tables, const double* derivatives, const R
   });
 }
 
-// The gradient [rows, H, W, D] by the left images.
+// Sets the gradient [rows, H, W, D] by the left images.
 KIP_KERNEL(1)
 kip_dense_vjp(const Real* __restrict__ left, const Real* __restrict__ right,
               const double* __restrict__ derivatives, const Real* __restrict__ cotangent,
               const double* __restrict__ variances_bar, int rows, int columns,
               double* __restrict__ gradient) {
-  for_each_of((long long)rows * kPixels, [&](long long e) {
+  for_each_index((long long)rows * kPixels, [&](long long e) {
     const long long i = e / kPixels;
     double sum = 2 * variances_bar[i] * left[e];
     for (int j = 0; j < columns; ++j)

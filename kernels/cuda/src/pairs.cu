@@ -1,16 +1,18 @@
-// Kernels of pairs of images, and images' tables. A block of threads takes one pair (or image) at a
-// time, and has a workspace of its own.
+// Blocks of the kernel and tables of images. A block of threads takes one pair (or image) at a
+// time, and has a workspace of its own [kWorkspace].
 //
-// A table has an image's pixels, a plane a channel; at each level the deviations (q / 2)^1/2 of
-// each ReLU's input, and, where n is held as m, q / 2 entering the level, and, after a pooling,
-// half of the spread. Readouts have, for hidden layers, the variance and the spread of what the
-// readout reads. A pair's derivatives are those by the first image's pixels, and by its deviations
-// (and hidden variances), each times the deviation.
+// Layouts, by plan.py. An image's table [kTable]: its pixels, a plane a channel; then, for each
+// level, the deviations (q / 2)^1/2 of each ReLU's input, and where m is held, half of the q that
+// enters the level and, after a pooling, half of the spread. Readouts [2]: variance and spread of
+// what the readout reads, where there are hidden layers. A pair's derivatives [kDerivatives]: by
+// the first image's pixels, then by its deviations and hidden variances, each times the deviation.
 namespace kip {
 
+// A block's shared memory; what the plan finds no room for there lies in the workspace.
 struct Shared {
   double *sums, *seeds;  // [2 kThreads], [2]
-  Real *exchange, *table;
+  Real* exchange;        // [kExchangeSize], the planes of Sweep
+  Real* table;           // [kTable], with margins
 
   Shared(double* shared, Real* workspace) : sums(shared), seeds(shared + 2 * kThreads) {
     exchange = kExchangeShared ? reinterpret_cast<Real*>(shared + 2 * kThreads + 2)
@@ -18,15 +20,18 @@ struct Shared {
     table = exchange + kExchangeSize + kMargin;
   }
 
-  // The second image's table, which every offset reads: where the plan has room, a copy.
+  // The second image's table, which every offset reads: a copy in shared memory, if there is room.
   const Real* hold(const Real* right) const {
-    if constexpr (!kTableShared) return right;
-    for (int e = thread() - kMargin; e < kTable + kMargin; e += kThreads) table[e] = right[e];
-    sync();
-    return table;
+    if constexpr (kTableShared) {
+      for (int e = thread() - kMargin; e < kTable + kMargin; e += kThreads) table[e] = right[e];
+      sync();
+      return table;
+    } else {
+      return right;
+    }
   }
 
-  // What all threads' numbers add up to, in a fixed order, for thread 0.
+  // Replaces thread 0's a and b by the sums over the first kCount threads, in a fixed order.
   template <int kCount>
   void add_up(double& a, double& b) const {
     sums[2 * thread()] = a, sums[2 * thread() + 1] = b;
@@ -36,14 +41,15 @@ struct Shared {
     for (int k = 0; k < kCount; ++k) a += sums[2 * k], b += sums[2 * k + 1];
   }
 
-  // Thread 0's numbers to all.
-  void spread(double& a, double& b) const {
+  // Replaces all threads' a and b by thread 0's.
+  void broadcast(double& a, double& b) const {
     if (!thread()) seeds[0] = a, seeds[1] = b;
     sync();
     a = seeds[0], b = seeds[1];
   }
 };
 
+// Levels p and above of a pair; sets the readout's sums of n (or m) and t, for thread 0.
 template <int p>
 inline void pair_forward(const Real* left, const Real* right, const Shared& shared, Real* bands,
                          double& n, double& t) {
@@ -60,6 +66,8 @@ inline void pair_forward(const Real* left, const Real* right, const Shared& shar
   }
 }
 
+// The adjoint of levels p and below, given the cotangents of the last level's outputs. Requires the
+// bands as `pair_forward` left them; stores the pair's derivatives.
 template <int p>
 inline void pair_backward(const Real* left, const Real* right, const Shared& shared, Real* bands,
                           Real n_bar, Real t_bar, Real* derivatives) {
@@ -73,18 +81,17 @@ inline void pair_backward(const Real* left, const Real* right, const Shared& sha
   }
 }
 
-// The covariance at the readout, which hidden layers need, given the mean half squared distance
-// there.
+// The covariance n at the readout, given the mean m of what it reads, spreads included, and both
+// images' readouts [2].
 inline double covariance(double m, const double* left, const double* right) {
   const double spreads = left[1] + right[1], variances = left[0] + right[0];
   m -= spreads / 2;
-  // The m below it are good to sqrt(m q) times an ulp.
   return variances / 2 -
          (m < double(kRounding<Real>) / 4 * square_root(spreads * (spreads + variances)) ? 0 : m);
 }
 
-// Pairs i, j of left images [rows] and right ones [columns], but for those with j < i - diagonal:
-// values[i, j].
+// Sets values [rows, columns] for all pairs i, j of left and right images (tables, readouts) but
+// those with j < i - diagonal; and, if kBackward, derivatives [rows, columns, kDerivatives].
 template <bool kBackward>
 inline void for_each_pair(const Real* left, const double* left_readouts, const Real* right,
                           const double* right_readouts, int rows, int columns, int diagonal,
@@ -110,13 +117,15 @@ inline void for_each_pair(const Real* left, const double* left_readouts, const R
           derivatives[unit * kDerivatives + kDerivatives - kHidden + l] = Real(head.sigma[l]);
     }
     if constexpr (kBackward) {
-      shared.spread(n, t);
+      shared.broadcast(n, t);
       pair_backward<kPairCount - 1>(x1, held, shared, bands, Real(n), Real(t),
                                     derivatives + unit * kDerivatives);
     }
   }
 }
 
+// Levels p and above of an image with itself, which fill its table; sets the readout's sums of m
+// and of the variances, for thread 0.
 template <int p>
 inline void self_forward(Real* table, const Shared& shared, Real* bands, double& m, double& q) {
   if constexpr (p < kSelfCount) {
@@ -132,6 +141,8 @@ inline void self_forward(Real* table, const Shared& shared, Real* bands, double&
   }
 }
 
+// The adjoint of levels p and below, given the cotangent of the readout's entries and those of the
+// deviations, each times the deviation, in `sums` [kDerivatives]; adds to gradient [D planes].
 template <int p>
 inline void self_backward(const Real* table, const Shared& shared, Real* bands, Real n_bar,
                           const double* sums, double* gradient) {
@@ -145,7 +156,7 @@ inline void self_backward(const Real* table, const Shared& shared, Real* bands, 
   }
 }
 
-// tables [count, kTable] and readouts [count, 2] of images [count, H, W, D].
+// Sets tables [count, kTable] and readouts [count, 2] of images [count, H, W, D].
 KIP_KERNEL(kBackwardBlocks)
 kip_tables(const Real* images, Real* tables, double* readouts, int count, Real* workspace) {
   KIP_SHARED(memory);
@@ -162,8 +173,7 @@ kip_tables(const Real* images, Real* tables, double* readouts, int count, Real* 
     sync();
     double m = 0, q = 0;
     self_forward<0>(table, shared, bands, m, q);
-    if (!thread()) {  // as after a pooling: the variance of a mean is the mean variance less the
-                      // spread
+    if (!thread()) {  // as after a pooling
       const double spread = m * kReadoutShare;
       readouts[2 * image] = q / kReadoutPixels - spread, readouts[2 * image + 1] = spread;
     }
@@ -171,7 +181,7 @@ kip_tables(const Real* images, Real* tables, double* readouts, int count, Real* 
   }
 }
 
-// values [rows, columns] of the block, but for those with j < i - diagonal.
+// Sets values [rows, columns], but for those with j < i - diagonal.
 KIP_KERNEL(kForwardBlocks)
 kip_block(const Real* __restrict__ left, const double* __restrict__ left_readouts,
           const Real* __restrict__ right, const double* __restrict__ right_readouts, int rows,
@@ -181,7 +191,7 @@ kip_block(const Real* __restrict__ left, const double* __restrict__ left_readout
                        nullptr, workspace, memory);
 }
 
-// values [rows, columns] of the block, and every pair's derivatives [rows, columns, kDerivatives].
+// Sets values [rows, columns] and derivatives [rows, columns, kDerivatives].
 KIP_KERNEL(kBackwardBlocks)
 kip_derivatives(const Real* __restrict__ left, const double* __restrict__ left_readouts,
                 const Real* __restrict__ right, const double* __restrict__ right_readouts, int rows,
@@ -197,8 +207,7 @@ kip_derivatives(const Real* __restrict__ left, const double* __restrict__ left_r
 KIP_KERNEL(1)
 kip_contract(const Real* __restrict__ derivatives, const Real* __restrict__ cotangent, int rows,
              int columns, double* __restrict__ sums) {
-  for (long long e = (long long)block() * kThreads + thread(); e < (long long)rows * kDerivatives;
-       e += (long long)blocks() * kThreads) {
+  for_each_index((long long)rows * kDerivatives, [&](long long e) {
     const long long i = e / kDerivatives;
     const Real* from = derivatives + i * columns * kDerivatives + e % kDerivatives;
     double sum = sums[e];
@@ -206,11 +215,11 @@ kip_contract(const Real* __restrict__ derivatives, const Real* __restrict__ cota
     for (int j = 0; j < columns; ++j)
       sum += double(cotangent[i * columns + j]) * double(from[j * (long long)kDerivatives]);
     sums[e] = sum;
-  }
+  });
 }
 
-// gradient [count, D planes] by the images: what `sums` has by their pixels, and through their
-// tables.
+// Sets gradient [count, D planes], given sums [count, kDerivatives] of derivatives times
+// cotangents: adds the part through the tables.
 KIP_KERNEL(1)
 kip_tables_vjp(Real* tables, const double* readouts, const double* sums, double* gradient,
                int count, Real* workspace) {

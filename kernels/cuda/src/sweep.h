@@ -1,25 +1,13 @@
-// One level (resolution) of one pair of images: its offsets, one after the other, through the
-// level's convolutions, forward and back.
-//
-// At a fixed offset d, covariances n and t, indexed by the pixel y of the first image, form a
-// plane. A thread owns patches of it, `rows` by 2 pixels: the same ones at every offset, so that
-// what it gathers for the first image (its pixels' and deviations' cotangents) stays in registers,
-// in a fixed order, and 2x2 windows of a pooling lie within a thread. Neighbours' values come
-// through planes in shared memory, written by all, read by all: one barrier for each convolution or
-// its adjoint. Where a plane has few patches, a block's threads are several groups, each at an
-// offset of its own, with planes and sums of its own. The mathematics is that of
-// native/src/lines.h: n is held as m = (q1 + q2) / 2 - n up to the last ReLU, and taps that only
-// one image has count q / 2 of it.
-//
-// Between levels, covariances at all offsets, and then their cotangents in their place, lie in the
-// block's workspace, which a cache holds.
+// One level of one pair of images: its offsets, one after the other, through the level's
+// convolutions, forward and back. docs/kernel.md has the mathematics ("Offsets" to "The backward
+// sweep"), and how threads share a plane ("One plane at a time").
 namespace kip {
 
 struct Offset {
   int dy, dx;
 };
 
-// Where pixel (y, x) of a plane in global memory is: the even columns of a row, then the odd ones,
+// Where a plane of a table or band has pixel (y, x): the even columns of a row, then the odd ones,
 // so that neighbouring threads, which are two columns apart, touch neighbouring words.
 constexpr int at(int width, int y, int x) {
   return (2 * y + (x & 1)) * ((width + 1) / 2) + (x >> 1);
@@ -27,6 +15,7 @@ constexpr int at(int width, int y, int x) {
 
 constexpr int plane_size(int height, int width) { return 2 * height * ((width + 1) / 2); }
 
+// double or Real, for sums of Real.
 template <bool kIsDouble>
 struct SumOf {
   using type = Real;
@@ -46,33 +35,40 @@ constexpr Level level(int p) {
   return kSelf ? kSelfLevels[p] : kPairLevels[p];
 }
 
-// kSelf: an image with itself, NNGP alone, for its variances; these fill its table on the way.
+// Level p. kSelf: of an image with itself, n alone, which fills the image's table with its
+// variances.
 template <bool kSelf, int p>
 class Sweep {
  public:
   static constexpr Level kLevel = level<kSelf>(p);
   static constexpr bool kLast = p + 1 == level_count<kSelf>();
   static constexpr Level kNext = level<kSelf>(kLast ? p : p + 1);
-  static constexpr bool kNtk = !kSelf, kHasNtk = kNtk && kLevel.has_ntk;
+  static constexpr bool kNtk = !kSelf, kHasNtk = kNtk && kLevel.has_ntk;  // whether t enters
   static constexpr bool kDistancesOut = kLast ? kHidden > 0 : kNext.distances;
-  static constexpr int kHeight = kLevel.height, kWidth = kLevel.width, kConvs = kLevel.convs,
-                       kRows = kLevel.rows;
-  static constexpr int kPlane = plane_size(kHeight, kWidth), kHalf = (kWidth + 1) / 2;
-  static constexpr int kPatchRows = (kHeight + kRows - 1) / kRows, kPatches = kPatchRows * kHalf;
-  static constexpr int kGroups = kLevel.groups, kMembers = kLevel.members;
-  static constexpr int kTimes = (kPatches + kMembers - 1) / kMembers, kOwn = kTimes * kRows * 2;
-  static constexpr int kBusy =
-      kGroups == 1 && kPatches < kThreads ? kPatches : kThreads;  // threads that may have sums
-  static constexpr int kLayers = kConvs ? kConvs : 1;             // arrays may not be empty
-  static constexpr int kUnroll = kOwn <= 16 && kConvs <= 4 ? kLayers : 1;
-  static constexpr bool kWhole =
-      kHeight % kRows == 0 && kWidth % 2 == 0;  // patches cover the plane exactly
-  static constexpr int kStride = kLevel.stride, kExchange = (kPatchRows * kRows + 2) * 2 * kStride;
-  static constexpr int kRing = 2 * (kHeight + kWidth) + 4,
-                       kRingTimes = (kRing + kMembers - 1) / kMembers;
   static constexpr bool kPositive = kBias > 1e-30;  // whether no variance can vanish
 
-  // left, right: the images' tables. exchange: 6 planes a group. bands: the workspace.
+  // A plane, and where its neighbours' values are exchanged: with a ring of pixels around it.
+  static constexpr int kHeight = kLevel.height, kWidth = kLevel.width, kConvs = kLevel.convs;
+  static constexpr int kPlane = plane_size(kHeight, kWidth), kHalf = (kWidth + 1) / 2;
+  static constexpr int kRows = kLevel.rows, kPatchRows = (kHeight + kRows - 1) / kRows;
+  static constexpr int kStride = kLevel.stride, kExchange = (kPatchRows * kRows + 2) * 2 * kStride;
+  static constexpr int kRing = 2 * (kHeight + kWidth) + 4;
+
+  // Whether patches cover the plane exactly.
+  static constexpr bool kWhole = kHeight % kRows == 0 && kWidth % 2 == 0;
+
+  // Groups of threads, and what is a thread's: kTimes patches of kOwn pixels together, kRingTimes
+  // places of the ring. kBusy: as many threads may have sums.
+  static constexpr int kGroups = kLevel.groups, kMembers = kLevel.members;
+  static constexpr int kPatches = kPatchRows * kHalf, kTimes = (kPatches + kMembers - 1) / kMembers;
+  static constexpr int kOwn = kTimes * kRows * 2, kRingTimes = (kRing + kMembers - 1) / kMembers;
+  static constexpr int kBusy = kGroups == 1 && kPatches < kThreads ? kPatches : kThreads;
+
+  // Arrays over layers may not be empty; loops over them are unrolled where registers allow.
+  static constexpr int kLayers = kConvs ? kConvs : 1;
+  static constexpr int kUnroll = kOwn <= 16 && kConvs <= 4 ? kLayers : 1;
+
+  // left, right: the images' tables. exchange: 6 planes a group [kExchange]. bands: the workspace.
   Sweep(const Real* left, const Real* right, Real* exchange, Real* bands)
       : left_(left),
         right_(right),
@@ -84,7 +80,7 @@ class Sweep {
       const int patch = member() + k * kMembers;
       const bool exists = is_member && (kPatches % kMembers == 0 || patch < kPatches);
       y_[k] = exists ? patch / kHalf * kRows : kNowhere, x_[k] = patch % kHalf * 2;
-      own_[k] = exists ? at(kWidth, y_[k], x_[k]) : 0,
+      own_[k] = exists ? at(kWidth, y_[k], x_[k]) : 0;
       place_[k] = exists ? position(y_[k], x_[k]) : 0;
     }
     for (int k = 0; k < kRingTimes; ++k) {
@@ -99,23 +95,27 @@ class Sweep {
     for (int e = thread(); e < kGroups * 6 * kExchange; e += kThreads) exchange_[e] = 0;
   }
 
-  // The readout's sums of n (or m) and t over this thread's pixels; of an image with itself, of m
-  // and of the variances.
+  // Of the last level, this thread's part of the readout's sums: of n (or m) and t; of an image
+  // with itself, of m and of the variances.
   double n_sum = 0, t_sum = 0;
 
+  // Adds the level's output to the next band, which it clears first, or to the sums. Requires what
+  // enters the level in its band (at level 0, tables have it).
   void forward() {
     clear_next();
     sync();
     load_own();
     for_each_offset([&](Offset d) { stream<false>(d); });
     sync();
-    if (kLast || kGroups == 1) return;
-    for (int e = thread(); e < kNextSize; e += kThreads)
-      for (int g = 1; g < kGroups; ++g) next_band_[e] += next_band_[g * kNextSize + e];
-    sync();
+    if constexpr (!kLast && kGroups > 1) {
+      for (int e = thread(); e < kNextSize; e += kThreads)
+        for (int g = 1; g < kGroups; ++g) next_band_[e] += next_band_[g * kNextSize + e];
+      sync();
+    }
   }
 
-  // n_bar, t_bar: the readout's cotangents, of the last level.
+  // The adjoint, given the cotangents of the level's output in the next band (at the last level,
+  // n_bar and t_bar for all entries). Those of what entered replace the band.
   void backward(Real n_bar, Real t_bar) {
     n_bar_ = n_bar, t_bar_ = t_bar;
     clear_own();
@@ -125,8 +125,8 @@ class Sweep {
     sync();
   }
 
-  // Cotangents of the pixels (at the first level) and of the deviations, each times the deviation,
-  // to their places in `derivatives`.
+  // After `backward`: stores the cotangents of the pixels (at the first level) and of the
+  // deviations, each times the deviation, at their places in `derivatives` [kDerivatives].
   void store(Real* derivatives) {
     if constexpr (kGroups > 1) add_up_sigma();
     if (group()) return;
@@ -139,7 +139,7 @@ class Sweep {
     });
   }
 
-  // Adds the pixels' cotangents, which `backward_self` halved.
+  // After `backward_self`, at the first level: adds the pixels' cotangents, which that halved.
   void add_pixels(double* gradient) const {
     for_each_pixel([&](int i, int y, int x) {
       for (int c = 0; c < kChannels; ++c)
@@ -147,8 +147,8 @@ class Sweep {
     });
   }
 
-  // An image with itself: fills `table`, which is `left` and `right`, with what the level adds to
-  // it. diagonals: two planes.
+  // As `forward`, of an image with itself; `table`, which is `left` and `right`, gets what the
+  // level adds to it. diagonals: two planes [kDiagonal], which take turns from level to level.
   void forward_self(Real* table, Real* diagonals) {
     if (!kLast) clear_next();
     sync();
@@ -160,8 +160,6 @@ class Sweep {
         for (int c = 0; c < kChannels; ++c) q[i] += left_[c * kPlane + e] * left_[c * kPlane + e];
         q[i] *= Real(1.0 / kChannels);
       } else if (kLevel.distances) {
-        // The variance of a mean is the mean variance less the spread, which the band holds at
-        // offset 0.
         constexpr int below = level<kSelf>(p ? p - 1 : 0).width;
         const Real* from = diagonals + (p - 1) % 2 * kDiagonal;
         const Real spread = band_[offset_index({0, 0}) * kPlane + e];
@@ -196,8 +194,8 @@ class Sweep {
     sync();
   }
 
-  // The adjoint, halved: the part of the pair (x, x) through its left image. sums: the cotangents
-  // of the table's deviations, each times the deviation, where `store` would put them.
+  // The adjoint of `forward_self`, halved: through the left image alone. sums: the cotangents of
+  // the table's deviations, each times the deviation, where `store` would put them.
   void backward_self(Real n_bar, const double* sums) {
     n_bar_ = n_bar, t_bar_ = 0;
     clear_own();
@@ -208,7 +206,7 @@ class Sweep {
     });
     // Offset 0 comes last: it takes what all the others give to the deviations.
     Real q_bar[kOwn], unused[kOwn];
-    leaving(view({0, 0}), q_bar, unused);
+    load_output_cotangents(view({0, 0}), q_bar, unused);
     for (int l = kConvs - 1; l >= 0; --l) {
       for_each_pixel([&](int i, int y, int x) {
         const Real q = 2 * s1_[l][i] * s1_[l][i];
@@ -235,8 +233,8 @@ class Sweep {
   static int group() { return kGroups > 1 ? thread() / kMembers : 0; }
   static int member() { return kGroups > 1 ? thread() % kMembers : thread(); }
 
-  // Calls f(offset) for each offset of this thread's group, as often as any group has one: for what
-  // is missing with one that has no pixel.
+  // Calls f(d) for each offset of this thread's group. All groups make as many calls, since all
+  // meet at barriers: one that has no offset left gets one without pixels.
   template <class F>
   static void for_each_offset(F f) {
     constexpr int columns = 2 * kLevel.radius_x + 1;
@@ -283,7 +281,7 @@ class Sweep {
     return unsigned(y) < unsigned(kHeight) && unsigned(x) < unsigned(kWidth);
   }
 
-  // In a plane, from a patch's first pixel to the one at (r, c).
+  // The way, in a plane of a table or band, from a patch's first pixel to the one at (r, c).
   static constexpr int step(int r, int c) { return 2 * kHalf * r + kHalf * c; }
 
   static int offset_index(Offset d) {
@@ -301,11 +299,10 @@ class Sweep {
   struct View {
     Offset d;
     bool live[kTimes];     // whether a patch has a pixel y for which y + d exists
-    bool valid[kOwn];      // whether a pixel is one
-    int right[kTimes][2];  // where the second table has y + d (or something else), for the first
-                           // pixel of a patch's columns
-    int ring[kRingTimes];  // where it has y + d for the places around the plane, -1 where it has
-                           // none
+    bool valid[kOwn];      // whether a pixel is such a one
+    int right[kTimes][2];  // where a plane of the second table has y + d (or something else), for
+                           // the first pixel in each column of a patch
+    int ring[kRingTimes];  // the same for the ring, -1 where there is none
   };
 
   View view(Offset d) const {
@@ -330,7 +327,7 @@ class Sweep {
     return v;
   }
 
-  // The first image's own.
+  // What is the first image's own.
 
   void load_own() {
     for (int i = 0; i < kOwn; ++i) {
@@ -355,22 +352,24 @@ class Sweep {
   }
 
   void clear_next() {
-    if (kLast) return;
-    for (int e = thread(); e < kGroups * kNextSize; e += kThreads) next_band_[e] = 0;
+    if constexpr (!kLast)
+      for (int e = thread(); e < kGroups * kNextSize; e += kThreads) next_band_[e] = 0;
   }
 
   // Planes of neighbours.
 
-  // which: 0 has ghosts around it, 1 and 2 have zeros. Two sets take turns: to write one, none need
-  // wait for all to have read the other.
+  // This group's exchanged planes. which: the ring of 0 has ghosts, that of 1 and 2 zeros. Two sets
+  // take turns, so that none need wait, to write one, for all to have read the other.
   Real* plane(int which, int group) const {
     return exchange_ + (6 * group + 3 * set_ + which) * kExchange;
   }
   Real* plane(int which) const { return plane(which, group()); }
 
+  // Where an exchanged plane has pixel (y, x).
   static int position(int y, int x) { return (2 * (y + 1) + (x & 1)) * kStride + ((x + 1) >> 1); }
 
-  // 3x3 box sums of the plane around the patch at `place`, in place of its values.
+  // Replaces a patch's values by the 3x3 box sums of the exchanged plane; `place` is its first
+  // pixel's.
   static void box(const Real* plane, int place, Real* own) {
     const Real* corner = plane + place - 2 * kStride;
     Real sums[4][kRows];
@@ -396,7 +395,7 @@ class Sweep {
     }
   }
 
-  // Calls f(i, where in an exchanged plane) for each pixel of this thread.
+  // Calls f(index, place in an exchanged plane) for each pixel of this thread.
   template <class F>
   void for_each_place(F f) const {
     for_each_patch([&](int k) {
@@ -407,7 +406,7 @@ class Sweep {
     });
   }
 
-  // What all groups gathered for the deviations, to the first one.
+  // Adds all groups' sigma to the first one's.
   void add_up_sigma() {
     for (int l = 0; l < kConvs; ++l) {
       for_each_place([&](int i, int place) { plane(0)[place] = sigma_[l][i]; });
@@ -420,7 +419,7 @@ class Sweep {
     }
   }
 
-  // A convolution of variances, or of their cotangents.
+  // A convolution, but for its bias, of variances or of their cotangents.
   void convolve_plain(Real (&q)[kOwn]) {
     Real* to = plane(1);
     for_each_place([&](int i, int place) { to[place] = q[i]; });
@@ -432,9 +431,9 @@ class Sweep {
     set_ ^= 1;
   }
 
-  // Hands layer l's input round; v and t become its box sums, with which it calls f(index) for each
-  // pixel. A tap that only one image has counts q / 2 of it: a variance that enters the level is
-  // halved in the table, a later one is twice the deviation's square, halved by the ReLU.
+  // Replaces v and t, layer l's input, by their box sums with ghosts, and calls f(index) for each
+  // pixel. A ghost is q / 2: a variance that enters the level is halved in the table, a later one
+  // is twice the deviation's square, halved by the ReLU.
   template <class F>
   void exchange(int l, const View& view, Real (&v)[kOwn], Real (&t)[kOwn], F f) {
     const bool with_t = kNtk && (l || kLevel.has_ntk);
@@ -464,8 +463,8 @@ class Sweep {
     set_ ^= 1;
   }
 
-  // The adjoint of the convolution before which n_bar (n_bar + t_bar of its output) and t_bar
-  // stand, times `scale`; then f(index) for each pixel.
+  // Replaces n_bar (which has t_bar added) and t_bar, of a convolution's output, by those of its
+  // input, with `scale` for its factor, and calls f(index) for each pixel.
   template <class F>
   void exchange_back(bool with_t, Real scale, const View& view, Real (&n_bar)[kOwn],
                      Real (&t_bar)[kOwn], F f) {
@@ -490,8 +489,7 @@ class Sweep {
 
   // Pooling.
 
-  // Whether an offset is odd along either axis: a thread's way through a window is compiled for
-  // each case.
+  // Whether an offset is odd along either axis: the way through a window is compiled for each case.
   template <bool y, bool x>
   struct Parity {
     static constexpr bool kOddY = y, kOddX = x;
@@ -505,10 +503,10 @@ class Sweep {
       d.dx & 1 ? f(Parity<false, true>()) : f(Parity<false, false>());
   }
 
-  // Calls f(b, a, cell, is_wanted) for the parts of a 2x2 window at (y, x): along an axis with an
-  // odd offset, part 0 is the even pixel's, part 1 the odd one's; else part 0 is both together.
-  // is_wanted: by the next level; cell: where in the next band the part is, or, in its margins too,
-  // something else.
+  // Calls f(b, a, cell, is_wanted) for each part of the 2x2 window at (y, x): along an axis with an
+  // odd offset, parts 0 and 1 are the even and the odd pixel, else part 0 is both. is_wanted:
+  // whether the next level has the part; `cell`: where its band has it (or, within its margins,
+  // something else).
   template <class P, class F>
   static void for_each_cell(P, int y, int x, Offset d, F f) {
     const int top = y >> 1, left = x >> 1, own = at(kNext.width, top, left);
@@ -528,7 +526,7 @@ class Sweep {
     }
   }
 
-  // Part (b, a) of a 2x2 window of values.
+  // The sum over part (b, a) of a 2x2 window of values.
   template <class P>
   static Real part(P, const Real* v, int b, int a) {
     const Real* row = v + 2 * b;
@@ -536,7 +534,7 @@ class Sweep {
     return P::kOddY ? here : here + (P::kOddX ? v[2 + a] : v[2] + v[3]);
   }
 
-  // Pools a plane into the next band; v and t become 0 where they are not valid.
+  // Pools v and t into the next band; they become 0 where they are not valid.
   void pool(const View& view, Real (&v)[kOwn], Real (&t)[kOwn]) const {
     for_each_patch([&](int k) {
       if (!view.live[k]) return;
@@ -548,7 +546,7 @@ class Sweep {
         for (int r = 0; r < kRows; r += 2) {
           const Real *n = v + (k * kRows + r) * 2, *ntk = t + (k * kRows + r) * 2;
           Real* const band = next_band_ + group() * kNextSize;
-          Real before[2][2][2];  // all are read before any is written: one wait
+          Real before[2][2][2];  // all read before any is written: a single wait
           for_each_cell(parity, y_[k] + r, x_[k], view.d, [&](int b, int a, int cell, bool) {
             before[b][a][0] = band[cell];
             if (kNtk && kNext.has_ntk) before[b][a][1] = band[cell + kNextT];
@@ -565,8 +563,8 @@ class Sweep {
     });
   }
 
-  // The cotangents of the level's output; 0 where they are not valid.
-  void leaving(const View& view, Real (&n_bar)[kOwn], Real (&t_bar)[kOwn]) const {
+  // Sets the cotangents of the level's output, 0 where they are not valid.
+  void load_output_cotangents(const View& view, Real (&n_bar)[kOwn], Real (&t_bar)[kOwn]) const {
     for (int i = 0; i < kOwn; ++i) n_bar[i] = t_bar[i] = 0;
     for_each_patch([&](int k) {
       if (!view.live[k]) return;
@@ -602,8 +600,8 @@ class Sweep {
 
   // One offset.
 
-  // What enters the level: m or n, and t.
-  void entering(const View& view, Real (&v)[kOwn], Real (&t)[kOwn]) const {
+  // Sets what enters the level: m (or n) and t.
+  void load_input(const View& view, Real (&v)[kOwn], Real (&t)[kOwn]) const {
     for (int i = 0; i < kOwn; ++i) v[i] = t[i] = 0;
     for_each_patch([&](int k) {
       if (!view.live[k]) return;
@@ -624,7 +622,6 @@ class Sweep {
                                  right[kLevel.halves + kPlane];
             const Real variances = halves_[i] + right[kLevel.halves];
             v[i] -= spreads;
-            // The m below it are good to sqrt(m q) times an ulp.
             constexpr Real rounding2 = kRounding<Real> * kRounding<Real> / 4;
             if (v[i] < 0 || v[i] * v[i] < rounding2 * spreads * (spreads + variances)) v[i] = 0;
           }
@@ -633,14 +630,15 @@ class Sweep {
     });
   }
 
+  // One offset through the level, and, if kBackward, back.
   template <bool kBackward>
   void stream(Offset d) {
     const View view = this->view(d);
     Real v[kOwn], t[kOwn], n_bar[kOwn], t_bar[kOwn];
     Real n_saved[kLayers][kOwn], dot_saved[kLayers][kOwn], dot_slope_saved[kLayers][kOwn],
         sine_slope_saved[kLayers][kOwn];
-    entering(view, v, t);
-    if (kBackward && !kConvs) leaving(view, n_bar, t_bar);
+    load_input(view, v, t);
+    if (kBackward && !kConvs) load_output_cotangents(view, n_bar, t_bar);
 #pragma unroll(kUnroll)
     for (int l = 0; l < kConvs; ++l) {
       const bool first_ntk = l == 0 && !kLevel.has_ntk, turn = kBackward && l + 1 == kConvs;
@@ -652,26 +650,27 @@ class Sweep {
           s2[i] = view.valid[i] ? s : Real(1);
         });
       });
-      if (turn) leaving(view, n_bar, t_bar);
+      if (turn) load_output_cotangents(view, n_bar, t_bar);
       exchange(l, view, v, t, [&](int i) {
         const Real s1 = s1_[l][i], radial = s1 - s2[i], m = v[i] * kScale;
-        // sqrt(q1 q2) (1 - cosine): the distance without the difference in length.
+        // sqrt(q1 q2) (1 - cosine).
         Real chord = larger(m - radial * radial, Real(0));
         const Real deviation = s1 * s2[i];
-        if (!kPositive) {  // patches may be multiples of each other
+        if (!kPositive) {
           constexpr Real rounding2 = kRounding<Real> * kRounding<Real> / 4;
           if (chord * chord <= rounding2 * m * (m + 2 * deviation)) chord = 0;
         }
-        // Of sizes far apart, or no pixels at all: what is not used must be a number, too.
+        // Where lengths are far apart, the rounding of m exceeds what cosines allow; and where
+        // there are no pixels, what is not used must be a number, too.
         chord = smaller(chord, deviation * (first_ntk ? 4 : 2));
         const Real n = 2 * deviation - chord, t_in = first_ntk || !kNtk ? n : t[i] * kScale + n;
         const bool positive = kPositive || deviation > 0;
         const Real inverse = positive ? reciprocal(deviation) * Real(0.5 / kPi) : Real(0);
         const Angle<Real> a = angle<Real>(positive ? chord * inverse : Real(1 / kPi), first_ntk);
-        const Real sine_slope = deviation * a.sine, dot_slope = t_in * (a.dot_slope * inverse);
+        const Real sine_slope = deviation * a.sine, dot_slope = t_in * (a.slope * inverse);
         if (turn) {
-          pull_back(n_bar[i], t_bar[i], n, a.dot, dot_slope, sine_slope, n_bar[i], t_bar[i],
-                    sigma_[l][i]);
+          relu_vjp(n_bar[i], t_bar[i], n, a.dot, dot_slope, sine_slope, n_bar[i], t_bar[i],
+                   sigma_[l][i]);
         } else {
           v[i] = kDistancesOut || l + 1 < kConvs ? m / 2 + (n * a.rest - sine_slope)
                                                  : n * a.dot + sine_slope;
@@ -687,16 +686,16 @@ class Sweep {
 #pragma unroll(kUnroll)
       for (int l = kConvs - 2; l >= 0; --l) {
         exchange_back(kNtk, kScale, view, n_bar, t_bar, [&](int i) {
-          pull_back(n_bar[i], t_bar[i], n_saved[l][i], dot_saved[l][i], dot_slope_saved[l][i],
-                    sine_slope_saved[l][i], n_bar[i], t_bar[i], sigma_[l][i]);
+          relu_vjp(n_bar[i], t_bar[i], n_saved[l][i], dot_saved[l][i], dot_slope_saved[l][i],
+                   sine_slope_saved[l][i], n_bar[i], t_bar[i], sigma_[l][i]);
         });
       }
       // The pooling below shares out sixteenths; the input is a mean over channels.
       constexpr double share = p ? 1.0 / 16 : 1.0 / kChannels;
       if (kConvs) exchange_back(kHasNtk, Real(kWeight / 9 * share), view, n_bar, t_bar, [](int) {});
-      entered(view, Real(kConvs ? 1 : share), n_bar, t_bar);
+      store_input_cotangents(view, Real(kConvs ? 1 : share), n_bar, t_bar);
     } else if constexpr (kLast) {
-      typename SumOf<(kHidden > 0)>::type n_part = 0;  // hidden layers take the spread from it
+      typename SumOf<(kHidden > 0)>::type n_part = 0;  // hidden layers subtract spreads
       Real t_part = 0;
       for (int i = 0; i < kOwn; ++i)
         if (view.valid[i]) n_part += v[i], t_part += t[i];
@@ -707,8 +706,10 @@ class Sweep {
     }
   }
 
-  // Cotangents of what entered the level: to the band; at the first level to the pixels.
-  void entered(const View& view, Real share, const Real (&n_bar)[kOwn], const Real (&t_bar)[kOwn]) {
+  // Stores the cotangents of what entered the level, times `share`, in its band; at the first level
+  // adds those of the pixels.
+  void store_input_cotangents(const View& view, Real share, const Real (&n_bar)[kOwn],
+                              const Real (&t_bar)[kOwn]) {
     for_each_patch([&](int k) {
       if (!view.live[k]) return;
       for_each_in_patch(k, [&](int i, int r, int c) {

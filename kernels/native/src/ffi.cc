@@ -1,5 +1,5 @@
-// The handlers that XLA calls; shapes are [A, H, W, D] images, [A, table] tables, [A, B] blocks, in
-// float32 or float64, and [A, 2] readouts in float64.
+// The handlers that XLA calls. Shapes: images [A, H, W, D], tables [A, table], blocks [A, B], in
+// float32 or float64, and readouts [A, 2] in float64.
 #include <stdexcept>
 #include <string>
 
@@ -21,7 +21,7 @@ A attribute(const Attributes& attributes, const char* name) {
   return *value;
 }
 
-// The network, and the number of threads.
+// The attributes that all handlers take: the network, and the number of threads.
 struct Settings {
   Network network;
   std::size_t threads;
@@ -37,6 +37,7 @@ struct Settings {
     threads = static_cast<std::size_t>(attribute<std::int64_t>(attributes, "threads"));
   }
 
+  // For images like x.
   Plan plan(const Array& x, bool pair) const {
     const auto shape = x.dimensions();
     return make_plan(network, static_cast<int>(shape[1]), static_cast<int>(shape[2]),
@@ -58,7 +59,7 @@ ImageSet<T> image_set(const Array& x, const Array& q, const Array& r) {
   return {data<T>(x), data<T>(q), data<double>(r), x.dimensions()[0]};
 }
 
-// Calls f(T{}) for the array's type T; nothing may be thrown into XLA.
+// Calls f(T{}) for the array's type T, and returns as an error what it throws.
 template <class F>
 ffi::Error dispatch(const Array& x, F f) {
   try {
@@ -152,7 +153,7 @@ KIP_HANDLER(KipPullBack, kip::pull_back_cotangent,
 
 extern "C" {
 
-// The widest instruction set among those built that this processor has.
+// The best instruction set of this processor, of those that libraries are built for.
 const char* kip_best_instruction_set() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
@@ -162,7 +163,6 @@ const char* kip_best_instruction_set() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "avx2" : "portable";
 }
 
-const char* kip_instruction_set() { return kip::kInstructionSet; }
-
+// Bytes of this library's vectors.
 int kip_vector_bytes() { return kip::kVectorBytes; }
 }

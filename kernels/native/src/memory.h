@@ -1,4 +1,4 @@
-// Zeroed buffers, aligned for vectors.
+// Buffers aligned for vectors.
 #pragma once
 
 #include <cstddef>
@@ -11,6 +11,7 @@ namespace kip {
 
 using Index = std::ptrdiff_t;
 
+// An array of `size` zeros, movable but not copyable; `data` is null where size is 0.
 template <class V>
 class Buffer {
  public:
@@ -36,6 +37,8 @@ class Buffer {
   std::size_t size() const { return size_; }
   V& operator[](std::size_t i) { return data_[i]; }
   const V& operator[](std::size_t i) const { return data_[i]; }
+
+  // Sets all to zero.
   void clear() {
     if (size_) std::memset(data_, 0, size_ * sizeof(V));
   }

@@ -1,5 +1,5 @@
-// Work shared out among threads. No result may depend on which thread does what: units are fixed,
-// and write to places of their own.
+// Work shared out among threads. No result may depend on which thread does what: units of work are
+// fixed, and each writes to places of its own.
 #pragma once
 
 #include <xmmintrin.h>
@@ -12,8 +12,8 @@
 
 namespace kip {
 
-// Flushes subnormal numbers to zero while it lives. XLA does so in its own threads; all threads
-// must agree, for speed and for equal bits.
+// Flushes subnormal numbers to zero in this thread while it lives. XLA does so in its own threads;
+// all threads must agree, for speed and for equal bits.
 class FlushSubnormals {
  public:
   FlushSubnormals() : saved_(_mm_getcsr()) {
@@ -27,8 +27,8 @@ class FlushSubnormals {
   unsigned saved_;
 };
 
-// Calls f(worker, i) once for each i < units; calls with the same `worker` < workers do not
-// overlap.
+// Calls f(worker, i) once for each 0 <= i < units, on `workers` threads, this one included, or as
+// many as there are. Calls with the same `worker` < workers do not overlap. f must not throw.
 template <class F>
 void parallel_for(std::size_t workers, Index units, F f) {
   std::atomic<Index> next{0};
@@ -41,7 +41,8 @@ void parallel_for(std::size_t workers, Index units, F f) {
   try {
     for (std::size_t worker = 1; worker < workers && Index(worker) < units; ++worker)
       threads.emplace_back(work, worker);
-  } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
+  } catch (const std::system_error&) {
+    // The threads that could be started do all the work.
   }
   work(0);
   for (std::thread& thread : threads) thread.join();

@@ -1,15 +1,15 @@
-// Between levels: 2x2 average pooling, and the readout.
+// Where a level's output goes: the next level's band, by 2x2 average pooling, or the readout.
 #pragma once
 
-#include <vector>
+#include <algorithm>
 
 #include "lines.h"
 
 namespace kip {
 
-// 2x2 average pooling (VALID) of one offset: each (d, y) feeds exactly one (D, Y), per axis Y = y
-// >> 1, D = ((y + d) >> 1) - Y. Row by row the cells of the next level's band that a row feeds, or
-// takes its cotangents from. What the next level does not need goes to `spare`.
+// 2x2 average pooling of one offset d of a level into the band of the next one: docs/kernel.md,
+// "Pooling and averages". `row(y)` gives the cells that row y of the rectangle feeds, or takes its
+// cotangents from. What the next level does not need goes to `spare` [width].
 template <class V>
 class PoolingCells {
  public:
@@ -47,36 +47,46 @@ class PoolingCells {
   int count_;
 };
 
-// The sum of the last level's output over all pixels and offsets: column by column, offset by
-// offset (in float64), so that rounding stays small; and the cotangent of such a sum, the same for
-// all entries.
+// The readout's sum of the last level's output over all pixels and offsets: by column within an
+// offset, then in float64, so that rounding stays small. In the backward sweep, the cotangent of
+// that sum, which is the same for all entries. As cells of Lines, see PoolingCells.
 template <class V>
 class Readout {
  public:
   static constexpr auto share = Scalar<V>(1);
   bool distances() const { return distances_; }
 
+  // distances: whether 2 m is summed, not 2 n.
   Readout(int max_width, bool distances)
       : half_((max_width + 1) / 2), columns_(4 * half_), distances_(distances) {}
 
-  void clear() { columns_.clear(); }
+  void clear() {
+    columns_.clear();
+    std::fill_n(n_sum, kLanes<Scalar<V>>, 0.0);
+    std::fill_n(t_sum, kLanes<Scalar<V>>, 0.0);
+  }
+
+  // Begins an offset whose rectangle is `width` wide.
   void begin(int width) { width_ = width; }
+
   Cells<V> row(int) {
     V* first = columns_.data();
     return {{first, first + half_}, {first + 2 * half_, first + 3 * half_}, width_};
   }
 
-  // Adds the sum over the columns to n and t [lanes], and forgets it.
-  void flush(double* n, double* t) {
+  // Ends an offset: adds its columns to the sums.
+  void end() {
     for (int i = 0; i < 4 * half_; ++i)
       for (int lane = 0; lane < kLanes<Scalar<V>>; ++lane)
-        (i < 2 * half_ ? n : t)[lane] += columns_[i][lane];
+        (i < 2 * half_ ? n_sum : t_sum)[lane] += columns_[i][lane];
     columns_.clear();
   }
 
   void set_cotangents(V n_bar, V t_bar) {
     for (int i = 0; i < 4 * half_; ++i) columns_[i] = i < 2 * half_ ? n_bar : t_bar;
   }
+
+  double n_sum[kLanes<Scalar<V>>] = {}, t_sum[kLanes<Scalar<V>>] = {};
 
  private:
   int half_, width_ = 0;

@@ -12,41 +12,40 @@
 
 namespace kip {
 
-// What is no more than rounding, relative to what it is the difference of: identical images must
-// not see the cusp of acos at c = 1.
+// The largest relative difference that is taken for rounding, some units in the last place: docs/
+// kernel.md, "Spread" and "The cusp".
 template <class T>
 inline constexpr T kRounding = sizeof(T) == 4 ? T(5e-7) : T(4e-15);
 
 inline constexpr double kPi = 3.14159265358979324;
 
-// All doubled.
+// Functions of an angle, all doubled.
 template <class V>
 struct Angle {
-  V sine;       // over pi
-  V rest;       // 1/2 - dot
-  V dot_slope;  // -d(dot)/d(gap), and 0 where the sine is 0
+  V sine;   // over pi
+  V rest;   // 1/2 - dot
+  V slope;  // -d(dot)/d(gap), 0 where the sine is 0
 };
 
-// acos(c) / (2 sine), 0 <= c <= 1.
+// acos(c) / (2 sqrt(1 - c^2)), given (1 - c) / pi with 0 <= c <= 1.
 template <class V>
 KIP_INLINE inline V arc_cosine_polynomial(V gap) {
   using T = Scalar<V>;
   constexpr auto& powers = ArcCosine<T>::powers;
   constexpr int degree = sizeof(powers) / sizeof(T) - 1;
   if constexpr (sizeof(T) == 8) gap = 1 - T(2 * kPi) * gap;
-  V value = spread<V>(powers[degree]);
+  V value = broadcast<V>(powers[degree]);
 #pragma GCC unroll 32
   for (int i = degree - 1; i >= 0; --i) value = value * gap + powers[i];
   return value;
 }
 
-// kSigned: whether the cosine can be negative; after the first ReLU it cannot.
+// The angle with cosine c, given gap = (1 - c) / pi. kSigned: c can be negative.
 template <bool kSigned, class V>
 KIP_INLINE inline Angle<V> angle(V gap) {
   using T = Scalar<V>;
   const V far = T(2 / kPi) - gap;
-  const TwiceRoots<V> sine =
-      twice_roots(gap * far);  // the square of it can be negative by rounding
+  const TwiceRoots<V> sine = twice_roots(gap * far);  // rounding can make the square negative
   if constexpr (!kSigned) {
     return {sine.root, sine.root * arc_cosine_polynomial(gap), sine.inverse * T(0.5 / kPi)};
   } else {

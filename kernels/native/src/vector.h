@@ -1,4 +1,4 @@
-// Vectors as wide as the instruction set this file is compiled for, one pair of images a lane.
+// Vectors as wide as the instruction set that this file is compiled for has them.
 #pragma once
 
 #include <immintrin.h>
@@ -11,13 +11,10 @@ namespace kip {
 
 #if defined(__AVX512F__)
 inline constexpr int kVectorBytes = 64;
-inline constexpr const char* kInstructionSet = "avx512";
 #elif defined(__AVX2__)
 inline constexpr int kVectorBytes = 32;
-inline constexpr const char* kInstructionSet = "avx2";
 #else
 inline constexpr int kVectorBytes = 16;
-inline constexpr const char* kInstructionSet = "portable";
 #endif
 
 template <class T>
@@ -52,13 +49,14 @@ struct ScalarOf<VectorD> {
 template <class V>
 using Scalar = typename ScalarOf<V>::type;
 
-// What the left image of a pair holds: a number for all lanes, or a number for each.
+// A vector with x in each lane; or x, which has a number a lane already. For code whose left image
+// is one for all lanes, or one a lane.
 template <class V>
-inline V spread(Scalar<V> x) {
+inline V broadcast(Scalar<V> x) {
   return x - V{};
 }
 template <class V>
-inline V spread(V x) {
+inline V broadcast(V x) {
   return x;
 }
 
@@ -82,13 +80,13 @@ inline VectorF estimate_inverse_root(VectorF x) {
 }
 #endif
 
-// Both 0 where x <= 0.
+// 2 x^1/2 and 2 x^-1/2, both 0 where x <= 0.
 template <class V>
 struct TwiceRoots {
-  V root, inverse;  // 2 x^1/2 and 2 x^-1/2
+  V root, inverse;
 };
 
-// To 2e-7: one Newton step costs less than a square root and a division.
+// In float32 to 2e-7: one Newton step costs less than a square root and a division.
 inline TwiceRoots<VectorF> twice_roots(VectorF x) {
   const VectorF estimate = estimate_inverse_root(x), root = x * estimate,
                 correction = 3 - root * estimate;
@@ -99,10 +97,6 @@ inline TwiceRoots<VectorD> twice_roots(VectorD x) {
   return {2 * root, root > VectorD{} ? 2 / root : VectorD{}};
 }
 
-inline VectorF absolute(VectorF x) {
-  typedef int Bits __attribute__((vector_size(kVectorBytes)));
-  return (VectorF)((Bits)x & 0x7fffffff);
-}
 inline VectorD absolute(VectorD x) { return x < VectorD{} ? -x : x; }
 
 }  // namespace kip

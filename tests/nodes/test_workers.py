@@ -15,7 +15,8 @@ import kernels.precision  # noqa: F401
 from artifacts import checkpoints
 from configs import schema
 from data import augment, sampling, store
-from distillation import optimizers
+from distillation import optimizers, step
+from distillation import state as states
 from kernels import architectures, contract, reference, registry
 from nodes import coordinator as coordinator_node
 from nodes import kernel_worker
@@ -41,10 +42,10 @@ GAP = {
 
 
 @contextlib.contextmanager
-def working(run, workers=2, threads=1):
+def working(run, workers=2, threads=1, timing=coordinator_node.TIMING):
   """A coordinator with workers around it, and no program running."""
   stop = threading.Event()
-  coordinator = coordinator_node.Coordinator(run.directory.path, run.cache, stop)
+  coordinator = coordinator_node.Coordinator(run.directory.path, run.cache, stop, timing=timing)
   nodes = [
     kernel_worker.KernelWorker(Retrying(coordinator, 5, stop), f'w{i}', threads, run.cache, stop)
     for i in range(workers)
@@ -55,10 +56,15 @@ def working(run, workers=2, threads=1):
   try:
     yield coordinator
   finally:
-    coordinator._over = True
+    stop.set()
     for thread in running:
       thread.join(STOP_TIMEOUT)
       assert not thread.is_alive()
+
+
+def _stepped(run, coordinator, state):
+  """Loss and gradient of a step by the coordinator's workers."""
+  return step.loss_and_gradient(state, run.config.run, coordinator.prepared, coordinator.exchange)
 
 
 _KNOWN = {}  # what the oracle said, by what is asked: neither implementation nor plan matters
@@ -135,54 +141,28 @@ def test_gradient_is_that_of_the_whole_loss(
     },
   )
   with working(run) as coordinator:
-    state = coordinator_node.initial_state(run.config.run, coordinator._prepared, optax.adam(0.04))
+    state = states.initial(run.config.run, coordinator.prepared, optax.adam(0.04))
     # Away from one-hot labels and from images that are exactly float32.
     noise = np.random.default_rng(0)
     state = state._replace(
       images=state.images + 0.1 * noise.normal(size=state.images.shape),
       labels=state.labels + 0.1 * noise.normal(size=state.labels.shape),
     )
-    metrics, gradient = coordinator._loss_and_gradient(state)
-  prepared = store.open_prepared(coordinator._prepared.key, run.cache, raw=more is AUGMENTED)
+    metrics, gradient = _stepped(run, coordinator, state)
+  prepared = store.open_prepared(coordinator.prepared.key, run.cache, raw=more is AUGMENTED)
   loss, d_images, d_labels = _oracle(run.config.run, state, prepared)
-  assert metrics.train_loss == pytest.approx(loss, rel=1e-8)
+  assert metrics.loss == pytest.approx(loss, rel=1e-8)
   # On the diagonal of K_ss Neural Tangents differentiates sqrt(1 - c^2) at c = 1 within rounding:
   # good to 2e-8.
   assert np.abs(gradient.images - d_images).max() <= 5e-8 * np.abs(d_images).max()
   assert np.abs(gradient.labels - d_labels).max() <= 1e-8 * np.abs(d_labels).max()
 
 
-def test_adam_moves_what_the_configuration_says(make_run, tmp_path):
-  """The first update of Adam is the learning rate times the gradient's sign, for images and, if
-  learned, for labels."""
-  for learn in (True, False):
-    run = make_run(
-      tmp_path / str(learn),
-      {'run.architecture': 'fc1', 'run.learn_labels': learn, 'run.learning_rate': 0.03},
-    )
-    coordinator = coordinator_node.Coordinator(run.directory.path, run.cache, threading.Event())
-    state = coordinator_node.initial_state(
-      run.config.run, coordinator._prepared, coordinator._optimizer
-    )
-    gradient = coordinator_node.Gradient(
-      np.where(np.arange(state.images.size).reshape(state.images.shape) % 2, 1.0, -2.0),
-      np.ones_like(state.labels),
-    )
-    moved = coordinator._move(state, gradient)
-    assert moved.step == 1
-    np.testing.assert_allclose(
-      moved.images, state.images - 0.03 * np.sign(gradient.images), rtol=0, atol=1e-9
-    )
-    np.testing.assert_allclose(
-      moved.labels, state.labels - (0.03 if learn else 0), rtol=0, atol=1e-9
-    )
-
-
 def _final(run):
   """The last checkpoint's state."""
   config = run.directory.read_saved().config
   optimizer = optimizers.make(config.run.optimizer, config.run.learning_rate)
-  template = coordinator_node.initial_state(
+  template = states.initial(
     config.run, store.open_prepared(run.directory.read_saved().data_key, run.cache), optimizer
   )
   state, _ = checkpoints.Checkpoints(run.directory.checkpoints).restore(template)
@@ -210,7 +190,7 @@ def test_target_tasks_of_parts_of_the_support_add_up_to_those_in_one_pass(
   do."""
   results = []
   for per_task, kept in ((0, 0), (part, contract.KEPT_BYTES), (part, 0)):
-    monkeypatch.setattr(contract, 'KEPT_BYTES', kept)
+    monkeypatch.setattr(contract.Kernel, 'kept_bytes', kept)
     run = make_run(
       tmp_path / f'{per_task} {kept}',
       {
@@ -221,13 +201,11 @@ def test_target_tasks_of_parts_of_the_support_add_up_to_those_in_one_pass(
       },
     )
     with working(run) as coordinator:
-      state = coordinator_node.initial_state(
-        run.config.run, coordinator._prepared, optax.adam(0.04)
-      )
-      results.append(coordinator._loss_and_gradient(state))
+      state = states.initial(run.config.run, coordinator.prepared, optax.adam(0.04))
+      results.append(_stepped(run, coordinator, state))
   (whole, gradient), (metrics, split), (_, again) = results
-  assert metrics.train_loss == pytest.approx(whole.train_loss, rel=tolerance)
-  assert metrics.train_accuracy == whole.train_accuracy
+  assert metrics.loss == pytest.approx(whole.loss, rel=tolerance)
+  assert metrics.accuracy == whole.accuracy
   for a, b, c in zip(gradient, split, again):
     assert np.abs(a - b).max() <= tolerance * np.abs(a).max()
     assert b.tobytes() == c.tobytes()
@@ -245,57 +223,9 @@ def test_a_task_brings_the_images_it_is_about(make_run, tmp_path, monkeypatch):
   monkeypatch.setattr(coordinator_node.Coordinator, 'fetch', note)
   run = make_run(tmp_path, {'run.architecture': 'fc1', 'run.plan.support_per_task': 4})
   with working(run, workers=1) as coordinator:
-    state = coordinator_node.initial_state(run.config.run, coordinator._prepared, optax.adam(0.04))
-    coordinator._loss_and_gradient(state)
+    state = states.initial(run.config.run, coordinator.prepared, optax.adam(0.04))
+    _stepped(run, coordinator, state)
   assert fetched == [('images', 0, 5), ('images', 5, 6)]
-
-
-@pytest.mark.parametrize('per_task', [0, 4])
-def test_a_worker_alone_makes_the_first_targets_of_a_step_before_it(
-  make_run, tmp_path, monkeypatch, per_task
-):
-  """From the third step on, and none twice; a worker that begins elsewhere makes its own."""
-  events, make, begin = (
-    [],
-    kernel_worker.KernelWorker._make_targets,
-    coordinator_node.Coordinator._begin,
-  )
-
-  def note(self, *tile):
-    events.append(tile)
-    return make(self, *tile)
-
-  def note_step(self, state):
-    events.append(state.step)
-    begin(self, state)
-
-  monkeypatch.setattr(kernel_worker.KernelWorker, '_make_targets', note)
-  monkeypatch.setattr(coordinator_node.Coordinator, '_begin', note_step)
-  run = make_run(
-    tmp_path,
-    {
-      'run.architecture': 'fc1',
-      'run.targets_per_step': 12,
-      'run.plan.target_tile': 5,
-      'run.plan.target_tiles_per_task': 1,
-      'run.plan.support_per_task': per_task,
-    },
-  )
-  with working(run, workers=1) as coordinator:
-    state = coordinator_node.initial_state(run.config.run, coordinator._prepared, optax.adam(0.04))
-    for step in range(4):
-      coordinator._loss_and_gradient(state._replace(step=step))
-  tiles = [event for event in events if isinstance(event, tuple)]
-  if not per_task:  # parts of the support have the same targets
-    assert sorted(tiles) == sorted(
-      {(step, *tile) for step in range(4) for tile in ((0, 5), (5, 10), (10, 12))} | {(4, 0, 5)}
-    )
-  for step in range(4):
-    assert (events.index((step, 0, 5)) < events.index(step)) == (step >= 2)
-  worker = kernel_worker.KernelWorker(None, 'w', 1, run.cache, threading.Event())
-  monkeypatch.setattr(worker, '_make_targets', lambda *tile: tile)
-  for tile in ((0, 0, 5), (1, 0, 5), (2, 5, 10), (3, 5, 10), (4, 5, 10), (5, 0, 5)):
-    assert worker._first_targets(*tile) == tile
 
 
 @pytest.mark.parametrize(
@@ -345,30 +275,30 @@ def test_same_bits_after_stop_and_resume(make_run, tmp_path):
 
   stop = threading.Event()
   run = make_run(tmp_path / 'cut', {**changes, 'run.num_steps': 6, 'system.num_workers': 1})
-  original = coordinator_node.Coordinator._move
+  update = states.Update.__call__
 
   def move(self, state, gradient):
     if state.step == 3:
       stop.set()
-    return original(self, state, gradient)
+    return update(self, state, gradient)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(coordinator_node.Coordinator, '_move', move)
+    patch.setattr(states.Update, '__call__', move)
     local.distil(run, stop)
   status = run.directory.read_status()
   assert (status['state'], status['step']) == ('stopped', 4)
-  run.directory._lock.close()
+  run.directory.close()
   for num_steps in (6, 8):
     run = make_run(
       tmp_path / 'cut', {**changes, 'run.num_steps': num_steps, 'system.num_workers': 3}
     )
     local.distil(run, threading.Event())
     assert run.directory.read_status()['state'] == 'finished'
-    run.directory._lock.close()
+    run.directory.close()
   assert_same_bits(_final(whole), _final(run))
   rows = {row['step']: row for row in run.directory.read_metrics()}
   expected = {row['step']: row for row in whole.directory.read_metrics()}
   assert sorted(rows) == [0, 1, 2, 4, 6, 8]
-  for step, row in rows.items():
+  for number, row in rows.items():
     for key in ('train_loss', 'train_accuracy', 'krr_test_accuracy', 'krr_test_mse'):
-      assert row[key] == expected[step][key], (step, key)
+      assert row[key] == expected[number][key], (number, key)

@@ -1,0 +1,140 @@
+"""The coordinator's side of a step: publishes its inputs, leases its tasks and takes the pieces."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from distillation import plan
+from distillation.step import Piece
+from nodes import messages
+from nodes.messages import Life
+from nodes.task_board import IN_HAND, TaskBoard
+
+
+class Served:
+  """An `Exchange` (distillation/step.py) whose pieces workers compute. Thread safe."""
+
+  def __init__(
+    self,
+    board: TaskBoard,
+    life: Life,
+    dtype: np.dtype,
+    in_halves: bool,
+    watch: Callable[[bool], None],
+    poll: float,
+  ):
+    """
+    Args:
+      board: leases the tasks.
+      life: of the coordinator; messages about tasks of another are dropped.
+      dtype: of the kernel, in which the cotangent of K_ss is sent.
+      in_halves: whether steps have two halves.
+      watch: called before every wait for a piece, with whether the last one was in vain; what it
+        raises ends the step.
+      poll: seconds of a wait.
+    """
+    self._board, self._life, self._dtype, self._in_halves = board, life, dtype, in_halves
+    self._watch, self._poll = watch, poll
+    self._lock = threading.Lock()
+    self._step = -1
+    self._published: dict[str, np.ndarray] = {}
+    self._packed: dict[tuple[str, int, int], bytes] = {}  # rows of these
+    # Pieces that are still arriving: lease -> part -> content; and leases whose piece is complete.
+    self._parts: dict[int, dict[int, bytes]] = {}
+    self._arrived: set[int] = set()
+
+  # What a step calls.
+
+  def publish(self, name: str, value: np.ndarray) -> None:
+    """Lets workers have an array; 'images' begins a step, and what was of another is dropped."""
+    with self._lock:
+      if name == 'images':
+        self._step, self._published, self._packed = -1, {}, {}
+        self._parts, self._arrived = {}, set()
+      self._published[name] = value
+
+  def post(self, tasks: Sequence[plan.Task]) -> None:
+    """Gives the tasks to the board."""
+    with self._lock:
+      self._step = tasks[0].step
+    self._board.post(tasks)
+
+  def take(self, task: plan.Task) -> Piece:
+    """The piece of a posted task, once it is there. Raises TaskFailed, and what `watch` raises."""
+    self._watch(False)
+    while (piece := self._board.take(task, self._poll)) is None:
+      self._watch(True)
+    return piece
+
+  # What workers call.
+
+  def fetch(self, life: Life, step: int, name: str, start: int, stop: int) -> bytes | None:
+    """Packed rows of a published array; None if the step is over."""
+    with self._lock:
+      is_current = (life, step) == (self._life, self._step)
+      return self._rows(name, start, stop) if is_current else None
+
+  def lease(
+    self, worker: str, pairs_per_second: float, holding: Sequence[int], wait: float
+  ) -> dict[str, Any] | None:
+    """Tasks for a worker, so that it has one in work and one ahead; one that is idle waits.
+
+    Returns:
+      None, or `life`, `tasks` [(task, lease, indices)] and the `inputs` [packed arrays] that these
+      are of, each once.
+    """
+    leased, inputs = [], {}  # id -> packed
+    while len(holding) + len(leased) < IN_HAND:
+      leases = [*holding, *(lease for _, lease, _ in leased)]
+      lease = self._board.lease(worker, 0.0 if leases else wait, pairs_per_second, leases)
+      if lease is None:
+        break
+      with self._lock:
+        if lease.task.step != self._step:
+          break
+        attached = self._attached(lease.task)
+      inputs.update((id(data), data) for data in attached)
+      places = [list(inputs).index(id(data)) for data in attached]
+      leased.append((tuple(lease.task), lease.id, places))
+    if not leased:
+      return None
+    return {'life': tuple(self._life), 'tasks': leased, 'inputs': list(inputs.values())}
+
+  def receive(
+    self, life: Life, task: plan.Task, lease: int, part: int, parts: int, data: bytes
+  ) -> list[bytes] | None:
+    """Keeps a part of a piece; all of them once the last is there, None before, and for stale ones.
+
+    Idempotent.
+    """
+    with self._lock:
+      if (life, task.step) != (self._life, self._step) or lease in self._arrived:
+        return None
+      received = self._parts.setdefault(lease, {})
+      received[part] = data
+      if len(received) < parts:
+        return None
+      del self._parts[lease]
+      self._arrived.add(lease)
+    return [received[i] for i in range(parts)]
+
+  def _attached(self, task: plan.Task) -> list[bytes]:
+    """The inputs sent with a task: those that tasks of other answers are not likely to need."""
+    if task.phase == plan.SUPPORT_VJP:
+      cotangent = self._published['cotangent'][plan.part(task, 'cotangent')]
+      return [messages.pack({'cotangent': cotangent.astype(self._dtype)})]
+    if self._in_halves and task.phase in (plan.SUPPORT_BLOCKS, plan.TARGET_BLOCKS):
+      return [self._rows('images', *task.support_range)]
+    if task.phase == plan.TARGET_VJP:
+      alpha = self._rows('alpha', *task.support_range)
+      return [alpha, self._rows('residual', *task.target_range)]
+    return []
+
+  def _rows(self, name: str, start: int, stop: int) -> bytes:
+    """Packed rows of a published array, which many workers need."""
+    key = name, start, stop
+    if key not in self._packed:
+      self._packed[key] = messages.pack({name: self._published[name][start:stop]})
+    return self._packed[key]

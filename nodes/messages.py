@@ -1,0 +1,71 @@
+"""What travels between the coordinator and its clients.
+
+Courier hangs on arrays in arguments, and takes twice as long for them in results, so arrays travel
+as bytes, and pieces in parts of at most PART_BYTES. Tasks carry indices, never images.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from distillation import plan
+
+PART_BYTES = 2**22
+_ALIGNMENT = 64
+
+
+class Life(NamedTuple):
+  """One life of a run's coordinator; every message about a task names it.
+
+  Attributes:
+    run_id: names the run.
+    generation: counts the coordinator's lives.
+  """
+
+  run_id: str
+  generation: int
+
+
+def task_from(fields: Sequence[Any]) -> plan.Task:
+  """The task that `list(task)` was made of."""
+  task = plan.Task(*fields)
+  return task._replace(
+    target_range=tuple(task.target_range), support_range=tuple(task.support_range)
+  )
+
+
+def encode(piece: Mapping[str, np.ndarray]) -> tuple[list[bytes], bytes]:
+  """A piece as parts to send, and their checksum."""
+  data = pack(piece)
+  parts = [data[i : i + PART_BYTES] for i in range(0, len(data), PART_BYTES)]
+  return parts, xxhash.xxh3_64_digest(data)
+
+
+def decode(parts: Sequence[bytes], checksum: bytes) -> dict[str, np.ndarray]:
+  """The piece again, read-only. Raises ValueError where the checksum does not fit."""
+  data = b''.join(parts)
+  if xxhash.xxh3_64_digest(data) != checksum:
+    raise ValueError('a piece arrived damaged: its checksum does not fit')
+  return unpack(data)
+
+
+def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
+  """A line of JSON that names the arrays, then their bytes."""
+  header = json.dumps([(name, a.dtype.str, a.shape) for name, a in arrays.items()]).encode()
+  header += b' ' * (-(len(header) + 1) % _ALIGNMENT) + b'\n'
+  contents = (np.ascontiguousarray(a).reshape(-1).view(np.uint8).data for a in arrays.values())
+  return b''.join([header, *contents])
+
+
+def unpack(data: bytes) -> dict[str, np.ndarray]:
+  """The arrays again, read-only."""
+  offset = data.index(b'\n') + 1
+  arrays = {}
+  for name, dtype, shape in json.loads(data[:offset]):
+    arrays[name] = np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape)
+    offset += arrays[name].nbytes
+  return arrays

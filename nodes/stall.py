@@ -1,0 +1,64 @@
+"""What a step that does not get on is waiting for, and when waiting is no use."""
+
+from absl import logging
+
+from configs import schema
+from nodes.admission import EVALUATOR, Admission
+from nodes.errors import RunFailed, Stopped
+from nodes.task_board import TaskBoard
+
+
+class StallWatch:
+  """Warns of a step without progress, at ever longer intervals, and ends it in the end."""
+
+  def __init__(self, board: TaskBoard, admission: Admission, system: schema.System, seconds: float):
+    """`seconds` without a piece, before a warning is logged."""
+    self._board, self._admission, self._system = board, admission, system
+    self._seconds = self._next = seconds
+
+  def check(self, step: int) -> None:
+    """Looks at the step in work.
+
+    Raises:
+      RunFailed: no worker can start.
+      Stopped: no worker has been heard of for `system.worker_timeout`.
+    """
+    error = self._admission.every_worker_failed()
+    if error:
+      raise RunFailed(f'every worker failed to start; last error: {error}')
+    silent, timeout = self._board.silence(), self._system.worker_timeout
+    if silent > timeout:
+      raise Stopped(f'no worker has been heard of for {silent:.0f} s (system.worker_timeout)')
+    stalled, missing = self._board.stall()
+    if stalled < self._seconds:
+      self._next = self._seconds
+    elif stalled >= self._next:
+      self._next = 2 * stalled
+      remedy = ''
+      if silent > self._seconds / 2:
+        remedy = (
+          f'; no worker has been heard of for {silent:.0f} s: see their output, or start some; '
+          f'after {timeout:.0f} s the run stops with a checkpoint'
+        )
+      logging.warning('step %d: no progress for %.0f s: %s%s.', step, stalled, missing, remedy)
+
+
+class EvaluatorWatch:
+  """Warns, at ever longer intervals, of an evaluator that is not heard of."""
+
+  def __init__(self, admission: Admission, seconds: float):
+    """`seconds` of silence, before a warning is logged."""
+    self._admission = admission
+    self._seconds = self._next = seconds
+
+  def check(self) -> float:
+    """Seconds since the evaluator was heard of."""
+    silent = self._admission.silence(EVALUATOR)
+    if silent < self._seconds:
+      self._next = self._seconds
+    elif silent >= self._next:
+      self._next = 2 * silent
+      logging.warning(
+        'Waiting for the last evaluation; the evaluator has not been heard of for %.0f s.', silent
+      )
+    return silent
