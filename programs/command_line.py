@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from absl import flags, logging
 from ml_collections import config_flags
 
+from artifacts.run_directory import BAD_INPUT_STATUS, RunDirectoryError
 from configs import validation
+from data import DataError
 
 CONFIG = config_flags.DEFINE_config_file(
   'config',
@@ -109,9 +111,15 @@ def _check_config_argument(argument: str) -> None:
 
 
 def exit_with(main: Callable[[list[str]], int]) -> None:
-  """Ends this process with the exit status that `main` returns; on Ctrl-C with one line."""
+  """Ends this process with the exit status that `main` returns for its arguments.
+
+  A mistake of the user's, or Ctrl-C, becomes one line.
+  """
   try:
     sys.exit(main(sys.argv))
+  except (BadInput, validation.ConfigError, DataError, RunDirectoryError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(BAD_INPUT_STATUS)
   except KeyboardInterrupt:
     print('Interrupted.', file=sys.stderr)
     sys.exit(128 + signal.SIGINT)
