@@ -19,10 +19,6 @@ _CALIBRATION_SECONDS = 80.0
 
 def fingerprint(kernel: Kernel, prepared: store.Prepared) -> dict[str, Any]:
   """Names all that can change the bits of a result, apart from the run's configuration."""
-  from jax import (
-    version,
-  )  # alone: JAX itself takes a second to import, and the CUDA kernel has no use for it
-
   return {
     'implementation': kernel.implementation,
     'dtype': str(kernel.dtype),
