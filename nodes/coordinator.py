@@ -329,7 +329,7 @@ class Coordinator:
       self._progress.log_step(current.step, row)
       if following is None:
         break
-      current = self._checked(current.step, following)
+      current, following = self._checked(current.step, following), None  # frees what it was made of
       self._progress.reach(current.step)
       if self._keeper.is_checkpoint_due():
         self._keeper.save(current)
