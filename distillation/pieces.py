@@ -18,7 +18,7 @@ class Targets(NamedTuple):
   labels: np.ndarray
 
 
-@runtime_checkable  # as the tests' shape checker needs it
+@runtime_checkable
 class Inputs(Protocol):
   """What a task is computed from; see distillation/inputs.py."""
 

@@ -34,7 +34,7 @@ class Metrics(NamedTuple):
   accuracy: float | None
 
 
-@runtime_checkable  # as the tests' shape checker needs it
+@runtime_checkable
 class Exchange(Protocol):
   """How a step gets its pieces: from workers, or computed on the spot."""
 
