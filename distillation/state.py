@@ -48,6 +48,11 @@ class LabelSolveState(NamedTuple):
   rounds: int
   factor: Float64[np.ndarray, 'SC SC']
 
+  @property
+  def step(self) -> int:
+    """What checkpoints count."""
+    return self.rounds
+
 
 class Gradient(NamedTuple):
   """Gradient of the loss by the support set."""

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 
 import kernels.precision  # noqa: F401
-from artifacts import run_directory
+from artifacts import RunDirectoryError, files, run_directory
 from artifacts.checkpoints import NoGoodCheckpoint
 from artifacts.waiting import pause
 from configs import validation
@@ -33,14 +33,7 @@ from nodes.task_board import TaskBoard, TaskFailed
 T = TypeVar('T')
 
 # Errors whose message is for the user, without their type.
-EXPECTED = (
-  RunFailed,
-  TaskFailed,
-  NoGoodCheckpoint,
-  run_directory.RunDirectoryError,
-  DataError,
-  OSError,
-)
+EXPECTED = (RunFailed, TaskFailed, NoGoodCheckpoint, RunDirectoryError, DataError, OSError)
 
 
 class Timing(NamedTuple):
@@ -51,12 +44,16 @@ class Timing(NamedTuple):
     long_poll: that a request for work may wait for some.
     linger: that the finished coordinator stays to tell the others to stop.
     stall: without a piece, or without a word of the evaluator, before a warning is logged.
+    handover: that another coordinator may take to end.
+    disk: of waiting for room on it.
   """
 
   poll: float = 0.5
   long_poll: float = 2.0
   linger: float = 10.0
   stall: float = 30.0
+  handover: float = run_directory.HANDOVER
+  disk: files.Patience = files.PATIENCE
 
 
 TIMING = Timing()
@@ -88,7 +85,7 @@ class Coordinator:
     """
     self._directory = run_directory.RunDirectory(workdir)
     self._cache, self._stop, self._progressed, self._timing = cache, stop, progressed, timing
-    self._claim = self._directory.claim()
+    self._claim = self._directory.claim(timing.handover)
     generation = 0
     try:
       generation = self._directory.next_generation()
@@ -134,7 +131,13 @@ class Coordinator:
     optimizer = optimizers.make(run.optimizer, run.learning_rate)
     self._update = state.Update(run, optimizer)
     self._keeper = Keeper(
-      self._directory, prepared, self._progress, self._admission, self._stop, self._progressed
+      self._directory,
+      prepared,
+      self._progress,
+      self._admission,
+      self._stop,
+      self._progressed,
+      self._timing.disk,
     )
     self._over = False
     self._released: set[str] = set()  # clients that have been told to stop
@@ -251,8 +254,8 @@ class Coordinator:
 
   def evaluated(self, row: str) -> None:
     """Records a row (JSON) that the evaluator has written."""
-    self._progress.last_row = json.loads(row)
-    if self._progress.last_row['step'] == self._run.num_steps:
+    self._progress.last_row = last = json.loads(row)
+    if last['step'] == self._run.num_steps:
       self._evaluated.set()
 
   # The program.

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from absl import flags, logging
 from ml_collections import config_flags
 
-from artifacts.run_directory import BAD_INPUT_STATUS, RunDirectoryError
+from artifacts import RunDirectoryError
+from artifacts.run_directory import BAD_INPUT_STATUS
 from configs import validation
 from data import DataError
 

@@ -17,7 +17,7 @@ import time
 import launchpad as lp
 from absl import flags, logging
 
-from artifacts import run_directory, waiting
+from artifacts import files, run_directory, waiting
 from configs import schema, validation
 from data import store
 from programs import (
@@ -99,7 +99,7 @@ def _supervise_coordinator(stop: threading.Event) -> int:
   port = run.config.system.port
   distill.check_port(port)
   address = f'{_HOST.value or own_host()}:{port or _free_port()}'
-  run_directory.write_atomically(run.directory.address, address + '\n')
+  files.write_atomically(run.directory.address, address + '\n')
   logging.info(
     'The coordinator is at %s. Whoever can connect to it can run code as you: see BUILD.md, '
     '"The coordinator\'s port".',

@@ -213,14 +213,15 @@ def compare(peace: str, fire: str) -> list[str]:
   import jax
   import optax
 
-  from artifacts import checkpoints  # here, because it imports JAX
+  from artifacts import checkpoints  # here and below: they import JAX
+  from distillation.state import SupportState
 
   found = []
 
   def final_state(workdir):
     with np.load(os.path.join(workdir, 'distilled.npz'), allow_pickle=False) as file:
       parameters = {name: file[name].astype(np.float64) for name in ('images', 'labels')}
-    template = checkpoints.SupportState(
+    template = SupportState(
       0, **parameters, optimizer=jax.device_get(optax.adam(1.0).init(parameters))
     )
     restored = checkpoints.Checkpoints(os.path.join(workdir, 'checkpoints')).restore(template)
