@@ -1,7 +1,7 @@
 """A worker's side of a step: the piece of a task, from the kernel and the task's inputs."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,6 +18,7 @@ class Targets(NamedTuple):
   labels: np.ndarray
 
 
+@runtime_checkable
 class Inputs(Protocol):
   """What a task is computed from; see distillation/inputs.py."""
 

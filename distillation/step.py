@@ -6,7 +6,7 @@ from pieces that workers compute (distillation/pieces.py), which they get throug
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -34,6 +34,7 @@ class Metrics(NamedTuple):
   accuracy: float | None
 
 
+@runtime_checkable
 class Exchange(Protocol):
   """How a step gets its pieces: from workers, or computed on the spot."""
 

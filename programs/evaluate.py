@@ -21,11 +21,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags, logging
-from numpy.lib.npyio import NpzFile
 
 from artifacts import distilled_set
 from configs import base, schema, validation
-from data import NPZ_ERRORS, DataError, released, store
+from data import DataError, npz, released, store
 from distillation import evaluation, krr
 from programs import command_line
 
@@ -113,20 +112,9 @@ def _load(path: str, cache: str, folder: str) -> _Set:
   if released.is_name(path):
     distilled = distilled_set.load_released(path, cache, folder)
     return _Set(distilled.images, distilled.labels, distilled.settings)
-  try:
-    with open(path, 'rb') as stream:
-      file = NpzFile(stream, allow_pickle=False)  # pyright: ignore[reportArgumentType]
-      if 'settings' not in file:
-        return _Set(file['images'], file['labels'], None)
-  except KeyError as error:
-    raise DataError(
-      f'{path!r} holds no array {error.args[0].split()[0]!r}; '
-      'expected images [S, H, W, D] and labels [S, C].'
-    ) from error
-  except NPZ_ERRORS as error:
-    raise DataError(
-      f'{path!r} is not a readable .npz file without pickled objects: {error}'
-    ) from error
+  file = npz.read(path, ('images', 'labels'), optional=('settings',))
+  if 'settings' not in file:
+    return _Set(file['images'], file['labels'], None)
   distilled = distilled_set.load(path)
   return _Set(distilled.images, distilled.labels, distilled.settings)
 
