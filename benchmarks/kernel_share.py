@@ -76,7 +76,7 @@ def _work() -> int:
     make(*arguments), os.path.join(os.environ[_NOTES], f'notes.{os.getpid()}')
   )
   start.parse(sys.argv)
-  return hosts.play()
+  return hosts.run_role('worker')
 
 
 def measure(data: str, workers: int, steps: int, folder: str) -> dict[str, float]:

@@ -122,9 +122,7 @@ def check_path(path: str) -> None:
   prefix = path.rpartition('.')[0] + '.'
   siblings = [field for field in known if field.startswith(prefix)]
   near = difflib.get_close_matches(path, known, n=3) or siblings or list(known)
-  raise ConfigError(
-    f'{" ".join(path.split())} is no field of the configuration; did you mean {", ".join(near)}?'
-  )
+  raise ConfigError(f'unknown field {" ".join(path.split())}; did you mean {", ".join(near)}?')
 
 
 def differences(saved: schema.Run, wanted: schema.Run) -> list[str]:

@@ -254,8 +254,8 @@ class Coordinator:
 
   def evaluated(self, row: str) -> None:
     """Records a row (JSON) that the evaluator has written."""
-    self._progress.last_row = json.loads(row)
-    if self._progress.last_row['step'] == self._run.num_steps:
+    self._progress.last_row = last = json.loads(row)
+    if last['step'] == self._run.num_steps:
       self._evaluated.set()
 
   # The program.

@@ -36,48 +36,41 @@ TASKS = {
 # TARGET_VJP's, so it never waits for them.
 AWAITED = {'one pass': TASKS['one pass'], 'two halves': TASKS['two halves'][:3]}
 TIMINGS = ('wall_seconds', 'kernel_pairs_per_second')  # of a row: what may differ
-PAUSES = (
-  'kernel_worker',
-  'evaluator',
-  'kernel_worker',
-  'coordinator',
-  'kernel_worker',
-  'evaluator',
-)
+PAUSES = (*['kernel_worker'] * 3, *['evaluator'] * 2, 'coordinator')
 WORKERS = 2
 
 
 class Activity:
-  """What the newest process of a role says it does."""
+  """What the newest process of a role records that it is doing."""
 
   def __init__(self, folder: str, role: str):
-    self._pattern, self.pid, self._file = os.path.join(folder, f'{role}*.*'), 0, None
+    self._pattern, self.pid = os.path.join(folder, f'{role}*.*'), 0
 
   def now(self) -> str:
     """'idle' between activities, 'dead' where no process is alive."""
     if not self._alive():
-      paths = [
-        path
-        for path in glob.glob(self._pattern)
-        if os.path.exists(f'/proc/{path.rpartition(".")[2]}')
-      ]
+      pids = {path: path.rpartition('.')[2] for path in glob.glob(self._pattern)}
+      paths = [path for path, pid in pids.items() if os.path.exists(f'/proc/{pid}')]
       if not paths:
         return 'dead'
       path = random.choice(paths)
-      self.pid, self._file = int(path.rpartition('.')[2]), open(path, 'rb', buffering=0)
+      self.pid, self._file = int(pids[path]), open(path, 'rb', buffering=0)
       if not self._alive():
         return 'dead'
-    return os.pread(self._file.fileno(), 32, 0).decode().strip()
+    return self._recorded()
 
   def at_death(self) -> str:
-    """The last word of a process that was just killed."""
+    """The last activity of a process that was just killed."""
     while self._alive():
       time.sleep(0.001)
-    return os.pread(self._file.fileno(), 32, 0).decode().strip()
+    return self._recorded()
 
   def forget(self) -> None:
     """The next `now` looks for a process again."""
     self.pid = 0
+
+  def _recorded(self) -> str:
+    return os.pread(self._file.fileno(), 32, 0).decode().strip()
 
   def _alive(self) -> bool:
     try:
@@ -102,17 +95,14 @@ class Havoc(threading.Thread):
       self._orders[role] = list(kinds) * kills
       self._random.shuffle(self._orders[role])
     self._pauses = list(PAUSES)
-    self.killed, self.missed, self.paused, self.cut = (
-      collections.Counter(),
-      0,
-      collections.Counter(),
-      '',
-    )
+    self.killed: collections.Counter[tuple[str, str]] = collections.Counter()
+    self.paused: collections.Counter[str] = collections.Counter()
+    self.missed, self.cut = 0, ''
     self.over = threading.Event()
 
   @property
   def left(self) -> list[str]:
-    """What has not struck."""
+    """The kills that have not struck."""
     return [f'{role} {activity}' for role, orders in self._orders.items() for activity in orders]
 
   def run(self):
@@ -177,7 +167,7 @@ class Havoc(threading.Thread):
 def launch(
   workdir: str, kind: str, steps: int, calls: float, havoc: Havoc | None, folder: str
 ) -> float:
-  """Runs launch.py with steps of a kind; gives its seconds."""
+  """Runs launch.py with steps of a kind; returns the seconds it took."""
   shutil.rmtree(folder, ignore_errors=True)
   os.makedirs(folder)
   command = [
@@ -219,26 +209,27 @@ def launch(
 
 
 def compare(peace: str, fire: str) -> list[str]:
-  """What differs between two run directories."""
+  """Names what differs between two run directories."""
   import jax
   import optax
 
   from artifacts import checkpoints  # here, because it imports JAX
 
   found = []
-  states = []
-  for workdir in (peace, fire):
+
+  def final_state(workdir):
     with np.load(os.path.join(workdir, 'distilled.npz'), allow_pickle=False) as file:
       parameters = {name: file[name].astype(np.float64) for name in ('images', 'labels')}
     template = checkpoints.SupportState(
       0, **parameters, optimizer=jax.device_get(optax.adam(1.0).init(parameters))
     )
-    states.append(
-      checkpoints.Checkpoints(os.path.join(workdir, 'checkpoints')).restore(template)[0]
-    )
+    restored = checkpoints.Checkpoints(os.path.join(workdir, 'checkpoints')).restore(template)
+    assert restored, f'{workdir} has no checkpoint'
+    return restored[0]
+
   if not all(
     np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    for a, b in zip(*map(jax.tree.leaves, states), strict=True)
+    for a, b in zip(*(jax.tree.leaves(final_state(path)) for path in (peace, fire)), strict=True)
   ):
     found.append('the final state')
   names = sorted(os.listdir(os.path.join(peace, 'snapshots')))
@@ -266,21 +257,22 @@ def compare(peace: str, fire: str) -> list[str]:
 
 
 def survives(kind: str, workdir: str, seed: int, steps: int, kills: int) -> bool:
-  """Whether runs with steps of a kind end the same in peace and under fire; says what happened."""
+  """Tells whether runs with steps of a kind end the same in peace and under fire; prints what
+  happened."""
   peace, fire = os.path.join(workdir, 'peace'), os.path.join(workdir, 'fire')
-  seconds = launch(peace, kind, steps, 0.0, None, os.path.join(workdir, 'peace_told'))
+  seconds = launch(peace, kind, steps, 0.0, None, os.path.join(workdir, 'peace_records'))
   print(f'{kind}, in peace: {steps} steps in {seconds:.0f} s', flush=True)
-  told = os.path.join(workdir, 'fire_told')
+  records = os.path.join(workdir, 'fire_records')
   activities = {
     'kernel_worker': TASKS[kind],
     'coordinator': (*AWAITED[kind], 'checkpoint', 'snapshot'),
     'evaluator': ('evaluate', 'append'),
   }
-  havoc = Havoc(told, fire, activities, seed, kills)
-  seconds_under_fire = launch(fire, kind, steps, 0.03, havoc, told)
+  havoc = Havoc(records, fire, activities, seed, kills)
+  seconds_under_fire = launch(fire, kind, steps, 0.03, havoc, records)
 
   def lines(name):
-    with open(os.path.join(told, name), encoding='utf-8') as file:
+    with open(os.path.join(records, name), encoding='utf-8') as file:
       return file.read().splitlines()
 
   calls = collections.Counter(line.split()[0] for line in lines('calls'))

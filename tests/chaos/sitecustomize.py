@@ -1,8 +1,8 @@
-"""In every node of a chaos run: says what the node is doing, makes tasks and disks slow enough to
-be hit, and repeats and loses calls.
+"""Changes every node of a chaos run: it records what it is doing, its tasks and disks are slow
+enough to be hit, and calls are repeated and lost.
 
 Python imports a module of this name when it starts, if it is on its path. Settings, in the
-environment: KIP_CHAOS, the folder for what is told; KIP_CHAOS_CALLS, the part of all calls that is
+environment: KIP_CHAOS, the folder for the records; KIP_CHAOS_CALLS, the share of all calls that are
 repeated, and again of those whose answer is lost.
 """
 
@@ -22,14 +22,14 @@ _random = random.Random(os.getpid())
 _activity = None
 
 
-def _tell(file, line):
+def _record(file, line):
   with open(os.path.join(_FOLDER, file), 'a', encoding='utf-8') as out:
     out.write(line + '\n')
 
 
 @contextlib.contextmanager
 def _doing(role, what):
-  """Inside, the file `<role>.<pid>` says `what`: whoever kills this process finds there what it was
+  """Makes the file `<role>.<pid>` say `what` inside: after a kill it says what the process was
   doing."""
   global _activity
   if _activity is None:
@@ -43,8 +43,10 @@ def _doing(role, what):
 
 
 def _around(cls, name, role, what, seconds=0.0):
-  """Method `name` becomes an activity that takes `seconds` longer. `role` and `what` may be
-  functions of its arguments."""
+  """Makes method `name` an activity that takes `seconds` longer.
+
+  `role` and `what` may be functions of its arguments.
+  """
   method = getattr(cls, name)
 
   @functools.wraps(method)
@@ -57,14 +59,14 @@ def _around(cls, name, role, what, seconds=0.0):
 
 
 class StatusNotOk(Exception):
-  """What a lost connection looks like to a client."""
+  """Courier's exception for a lost connection, by its name and code."""
 
   code = 'UNAVAILABLE'
 
 
 class _Proxy:
-  """Between a client and the coordinator: some calls get through twice, the second time later; of
-  others the answer is lost."""
+  """Stands between a client and the coordinator: some calls get through twice, the second time
+  later; of others the answer is lost."""
 
   def __init__(self, coordinator):
     self._coordinator = coordinator
@@ -74,17 +76,17 @@ class _Proxy:
       chance = _random.random()
       result = getattr(self._coordinator, method)(*args)
       if chance < _CALLS:
-        _tell('calls', f'repeated {method}')
+        _record('calls', f'repeated {method}')
         threading.Timer(_random.uniform(0, _MAX_DELAY), self._again, (method, args)).start()
       elif chance < 2 * _CALLS:
-        _tell('calls', f'lost {method}')
+        _record('calls', f'lost {method}')
         raise StatusNotOk('the answer is lost')
       return result
 
     return call
 
   def _again(self, method, args):
-    with contextlib.suppress(Exception):  # nobody is there to hear it
+    with contextlib.suppress(Exception):  # nobody waits for the answer
       getattr(self._coordinator, method)(*args)
 
 
@@ -115,7 +117,7 @@ def _state(module):
   update = module.Update.__call__
 
   def move(self, state, gradient):
-    _tell('steps', str(state.step))
+    _record('steps', str(state.step))
     return update(self, state, gradient)
 
   module.Update.__call__ = move
@@ -128,7 +130,12 @@ def _checkpoints(module):
 def _run_directory(module):
   _around(module.RunDirectory, 'append_metrics', 'evaluator', 'append')
   fsync = os.fsync
-  os.fsync = lambda handle: (time.sleep(_FSYNC_SECONDS), fsync(handle))
+
+  def slow_fsync(handle):
+    time.sleep(_FSYNC_SECONDS)
+    fsync(handle)
+
+  os.fsync = slow_fsync
 
 
 def _client(module):
@@ -152,18 +159,22 @@ _HOOKS = {
 }
 
 
-class _Hooks(importlib.machinery.PathFinder):
-  """Calls the hook of each module that has one, once it is imported."""
+class _Finder(importlib.machinery.PathFinder):
+  """Calls the hook of a module, if there is one, once the module is imported."""
 
   @classmethod
-  def find_spec(cls, name, path=None, target=None):
-    hook = _HOOKS.get(name)
-    spec = super().find_spec(name, path, target) if hook else None
-    if spec is not None:
+  def find_spec(cls, fullname, path=None, target=None):
+    spec, hook = super().find_spec(fullname, path, target), _HOOKS.get(fullname)
+    if hook is not None and spec is not None and spec.loader is not None:
       execute = spec.loader.exec_module
-      spec.loader.exec_module = lambda module: (execute(module), hook(module))
+
+      def exec_module(module):
+        execute(module)
+        hook(module)
+
+      spec.loader.exec_module = exec_module
     return spec
 
 
 if 'KIP_SUPERVISOR' in os.environ:
-  sys.meta_path.insert(0, _Hooks)
+  sys.meta_path.insert(0, _Finder)

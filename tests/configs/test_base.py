@@ -150,11 +150,7 @@ def test_shipped_configs_are_valid(name):
       "system.evaluation.nn_architecture: unknown name 'resnet'; known: fc1",
     ),
     ('run.architecture', '', "run.architecture: unknown name ''"),
-    (
-      'system.num_workrs',
-      3,
-      'system.num_workrs is no field of the configuration; did you mean system.num_workers',
-    ),
+    ('system.num_workrs', 3, 'unknown field system.num_workrs; did you mean system.num_workers'),
   ],
 )
 def test_mistakes(path, value, message):
@@ -244,7 +240,7 @@ def test_specs_by_dict():
     )
   )
   validation.check_path('run.learning_rate.init_value')
-  with pytest.raises(validation.ConfigError, match='run.optimizr is no field'):
+  with pytest.raises(validation.ConfigError, match='unknown field run.optimizr'):
     validation.check_path('run.optimizr')
 
 

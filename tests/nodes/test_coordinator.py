@@ -18,7 +18,7 @@ from nodes import coordinator as coordinator_node
 from nodes import keeper, kernel_worker, messages, task_board
 from nodes.client import CoordinatorLost
 from nodes.errors import Stopped
-from programs import local, start
+from programs import local, outcome
 
 FC1 = {'run.architecture': 'fc1', 'run.num_steps': 2}
 
@@ -70,7 +70,7 @@ def test_without_workers_the_run_stops_with_a_checkpoint(make_run, tmp_path, cap
   status = run.directory.read_status()
   assert status['state'] == 'stopped' and 'no worker has been heard of' in status['message']
   assert os.listdir(run.directory.checkpoints) == ['00000000']
-  assert start.outcome(run.directory) == 75
+  assert outcome.conclude(run.directory) == 75
   assert re.fullmatch(
     r'Stopped at step 0 of 2: no worker has been heard of for \d s \(system.worker_timeout\). '
     r"To go on from there:\n  python launch.py '--workdir=my run'\n",
@@ -103,7 +103,7 @@ def test_a_coordinator_that_cannot_start_says_so(
   run = make_run(tmp_path, FC1)
   run.directory.begin()
   local.distil(run, threading.Event())
-  assert start.outcome(run.directory) == 0
+  assert outcome.conclude(run.directory) == 0
   run.directory.close()
 
   def fail(*_):
@@ -116,7 +116,7 @@ def test_a_coordinator_that_cannot_start_says_so(
   status = run.directory.read_status()
   assert (status['state'], status['step'], status['generation']) == ('failed', 2, 2)
   assert message in status['message']
-  assert start.outcome(run.directory) == 1
+  assert outcome.conclude(run.directory) == 1
   assert f'The run failed: {status["message"]}' in capsys.readouterr().err
 
 
@@ -485,7 +485,7 @@ def test_what_a_finished_run_says(make_run, tmp_path, capsys, num_steps, words):
   run = make_run(tmp_path, {**FC1, 'run.num_steps': num_steps})
   run.directory.begin()
   local.distil(run, threading.Event())
-  assert start.outcome(run.directory) == 0
+  assert outcome.conclude(run.directory) == 0
   assert capsys.readouterr().out.startswith(words)
 
 
