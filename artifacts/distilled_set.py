@@ -14,8 +14,9 @@ import numpy as np
 
 from artifacts import files
 from configs import schema
-from data import NPZ_ERRORS, DataError, preprocess, released, store
+from data import DataError, npz, preprocess, released, store
 
+_ARRAYS = ('images', 'labels', 'mean', 'std', 'norm', 'zca_sha256', 'settings')  # that it must have
 # How to load one, for the documents: images [S, H, W, D] and labels [S, C], float32.
 _READ = "file = numpy.load('distilled.npz')\n"
 LOADING = {
@@ -94,20 +95,19 @@ def save(
 def load(path: str) -> Distilled:
   """Reads what `save` wrote. Raises DataError."""
   try:
-    with np.load(path, allow_pickle=False) as file:
-      transform = preprocess.Transform(file['mean'], file['std'], norm=float(file['norm']))
-      images, labels, digest = file['images'], file['labels'], str(file['zca_sha256'])
-      settings = json.loads(str(file['settings']))
-  except NPZ_ERRORS as error:
+    arrays = npz.read(path, _ARRAYS)
+    settings, norm = json.loads(str(arrays['settings'])), float(arrays['norm'])
+  except (ValueError, TypeError) as error:
     raise DataError(f'{path!r} is not a distilled set: {error}') from error
-  if digest:
+  transform = preprocess.Transform(arrays['mean'], arrays['std'], norm=norm)
+  if digest := str(arrays['zca_sha256']):
     transform = transform._replace(zca=_load_zca(path))
     if preprocess.digest(transform) != digest:
       raise DataError(
         f'{_transform_path(path)!r} is not the matrix that {path!r} was whitened by: '
         'their hashes differ.'
       )
-  return Distilled(images, labels, transform, settings)
+  return Distilled(arrays['images'], arrays['labels'], transform, settings)
 
 
 def load_released(name: str, cache: str, folder: str = '') -> Distilled:
@@ -173,9 +173,8 @@ def _settings(
 def _load_zca(path: str) -> np.ndarray:
   """The whitening matrix, float64 [d, d], that belongs to a distilled set. Raises DataError."""
   try:
-    with np.load(_transform_path(path), allow_pickle=False) as file:
-      return file['zca']
-  except NPZ_ERRORS as error:
+    return npz.read(_transform_path(path), ('zca',))['zca']
+  except DataError as error:
     raise DataError(
       f'{path!r} was whitened by the matrix in {_transform_path(path)!r}, which cannot be read: '
       f'{error}'

@@ -12,7 +12,7 @@ import numpy as np
 
 from artifacts import files
 from artifacts.run_directory import RunDirectory
-from data import NPZ_ERRORS, DataError
+from data import DataError, npz
 
 
 class Snapshot(NamedTuple):
@@ -57,9 +57,9 @@ def steps(directory: RunDirectory) -> list[int]:
 def read(directory: RunDirectory, step: int) -> Snapshot:
   """Reads the snapshot of a step. Raises DataError where it is missing or damaged."""
   try:
-    with np.load(directory.snapshot(step), allow_pickle=False) as file:
-      return Snapshot(file['images'], file['labels'], json.loads(str(file['metrics'])))
-  except NPZ_ERRORS as error:
+    arrays = npz.read(directory.snapshot(step), ('images', 'labels', 'metrics'))
+    return Snapshot(arrays['images'], arrays['labels'], json.loads(str(arrays['metrics'])))
+  except ValueError as error:
     raise DataError(f'the snapshot of step {step} cannot be read ({error})') from error
 
 

@@ -17,8 +17,8 @@ IN_HAND = 2  # tasks that a worker may have: one in work and one ahead
 MAX_ERRORS = 3
 MAX_LOST = 20  # leases of one task that came to nothing
 _DEADLINE_FACTOR = 5  # of the usual time of that kind of task
-# A task that takes longer than both is given to an idle worker too.
-_SLOW_FACTOR, _SLOW_SECONDS = 2, 1.0
+# A task that takes longer than this many times the usual is given to an idle worker too.
+_SLOW_FACTOR = 2
 _AWAY_SECONDS = 1.0  # without a word, after which others take a worker's tasks
 _LOOK = 0.5  # seconds between an idle worker's looks at what time alone may bring up
 _HISTORY = 64
@@ -65,6 +65,7 @@ class TaskBoard:
     lease_seconds: float,
     num_workers: int = 1,
     in_halves: bool = False,
+    slow_seconds: float = 1.0,
     clock: Callable[[], float] = time.monotonic,
   ):
     """
@@ -72,11 +73,13 @@ class TaskBoard:
       lease_seconds: within which a task is expected, at least.
       num_workers: that the run is meant to have.
       in_halves: whether steps have two halves.
+      slow_seconds: before which no task counts as slow.
       clock: gives seconds.
     """
     self._lease_seconds, self._num_workers = lease_seconds, num_workers
     self._in_halves, self._clock = in_halves, clock
-    self._patience = min(lease_seconds, _SLOW_SECONDS)
+    self._slow_seconds = slow_seconds
+    self._patience = min(lease_seconds, slow_seconds)
     self._lock = threading.RLock()
     self._piece = threading.Condition(self._lock)  # `take` waits for it
     # By idle worker: one condition per worker avoids a thundering herd.
@@ -362,7 +365,7 @@ class TaskBoard:
 
   def _slow_at(self, lease: Lease) -> float:
     usual = self._usual.get(lease.task.phase)
-    return lease.start + max(_SLOW_SECONDS, _SLOW_FACTOR * usual) if usual else lease.deadline
+    return lease.start + max(self._slow_seconds, _SLOW_FACTOR * usual) if usual else lease.deadline
 
   def _release(self, lease_id: int) -> Lease | None:
     lease = self._leases.pop(lease_id, None)

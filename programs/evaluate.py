@@ -112,9 +112,9 @@ def _load(path: str, cache: str, folder: str) -> _Set:
   if released.is_name(path):
     distilled = distilled_set.load_released(path, cache, folder)
     return _Set(distilled.images, distilled.labels, distilled.settings)
-  file = npz.read(path, ('images', 'labels'), optional=('settings',))
-  if 'settings' not in file:
-    return _Set(file['images'], file['labels'], None)
+  arrays = npz.read(path, ('images', 'labels'), optional=('settings',))
+  if 'settings' not in arrays:
+    return _Set(arrays['images'], arrays['labels'], None)
   distilled = distilled_set.load(path)
   return _Set(distilled.images, distilled.labels, distilled.settings)
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from artifacts import checkpoints
+from distillation.state import SupportState
 
 
 def _state(step, **kwargs):
@@ -17,9 +18,7 @@ def _state(step, **kwargs):
   parameters = {'images': rng.normal(size=(4, 3, 3, 1)), 'labels': rng.normal(size=(4, 2))}
   optimizer = optax.adam(0.1, **kwargs)
   state = optimizer.update(parameters, optimizer.init(parameters), parameters)[1]
-  return checkpoints.SupportState(
-    step, parameters['images'], parameters['labels'], jax.device_get(state)
-  )
+  return SupportState(step, parameters['images'], parameters['labels'], jax.device_get(state))
 
 
 def _same(a, b):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from artifacts import checkpoints, distilled_set, files, run_directory
 from data import DataError
+from distillation.state import SupportState
 
 ROWS = [{'step': step, 'krr_test_accuracy': step / 7} for step in range(4)]
 ROW = st.sampled_from(ROWS)
@@ -22,7 +23,7 @@ ROW = st.sampled_from(ROWS)
 def _state(step):
   rng = np.random.default_rng(step)
   parameters = {'images': rng.normal(size=(2, 3, 3, 1)), 'labels': rng.normal(size=(2, 2))}
-  return checkpoints.SupportState(
+  return SupportState(
     step, **parameters, optimizer=jax.device_get(optax.adam(0.1).init(parameters))
   )
 

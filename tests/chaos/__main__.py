@@ -220,7 +220,7 @@ def compare(peace: str, fire: str) -> list[str]:
   def final_state(workdir):
     with np.load(os.path.join(workdir, 'distilled.npz'), allow_pickle=False) as file:
       parameters = {name: file[name].astype(np.float64) for name in ('images', 'labels')}
-    template = checkpoints.SupportState(
+    template = SupportState(
       0, **parameters, optimizer=jax.device_get(optax.adam(1.0).init(parameters))
     )
     restored = checkpoints.Checkpoints(os.path.join(workdir, 'checkpoints')).restore(template)

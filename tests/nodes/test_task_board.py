@@ -250,9 +250,8 @@ def test_a_stall_names_what_is_missing(board, clock):
   assert board.stall() == (12, '2 of 3 targets tasks missing; in work: 1 with b for 12 s')
 
 
-def test_a_waiting_worker_takes_over_as_soon_as_a_task_is_slow(monkeypatch):
-  monkeypatch.setattr(task_board, '_SLOW_SECONDS', 0.05)
-  board = Board()
+def test_a_waiting_worker_takes_over_as_soon_as_a_task_is_slow():
+  board = Board(slow_seconds=0.05)
   board.post(_tasks(2))
   first = board.lease('a', 0)
   board.complete(first.task, first.id, 'a', _piece(0))

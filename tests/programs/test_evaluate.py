@@ -162,7 +162,7 @@ def test_a_set_that_the_authors_released_by_its_name(released_mnist):
       ('stray',),
       "'stray' is no flag; expected --dataset=FILE --config=FILE --baselines --json.",
     ),
-    ('no labels', CONFIG, "array 'labels' is missing; expected images, labels, got"),
+    ('no labels', CONFIG, "array 'labels' is missing; expected images, labels, got images."),
     ('small images', CONFIG, 'images must be [S, 8, 9, 2] for blobs, got [6, 8, 8, 2].'),
     ('few labels', CONFIG, 'labels must be [6, 3] for blobs, got [5, 3].'),
     ('nan', CONFIG, 'images must be finite floating-point numbers, got NaN or infinity.'),
