@@ -24,6 +24,7 @@ def make_step(make_run, tmp_path):
     run = make_run(tmp_path, {'run.kernel_dtype': 'float64', **changes})
     settings = run.config.run
     prepared = store.open_prepared(run.directory.read_saved().data_key, run.cache)
+    assert prepared is not None
     state = states.initial(settings, prepared, optax.adam(0.04))
     noise = np.random.default_rng(0)
     state = state._replace(
@@ -54,7 +55,7 @@ def test_kip_step_is_the_gradient_of_the_loss(make_step, architecture):
   value, (images, labels) = jax.jit(jax.value_and_grad(loss, (0, 1)))(state.images, state.labels)
   metrics, gradient = step.kip_step(state, x_t, y_t, kernel, run.ridge)
   assert metrics.loss == pytest.approx(float(value), rel=1e-9)
-  assert 0 <= metrics.accuracy <= 1
+  assert metrics.accuracy is not None and 0 <= metrics.accuracy <= 1
   assert np.abs(gradient.images - images).max() <= 5e-8 * np.abs(images).max()
   assert np.abs(gradient.labels - labels).max() <= 1e-8 * np.abs(labels).max()
 
@@ -71,6 +72,7 @@ def test_pieces_add_up_to_kip_step(make_step, architecture, part):
   metrics, gradient = step.loss_and_gradient(state, run, prepared, exchange)
   assert metrics.loss == pytest.approx(expected.loss, rel=1e-12)
   assert metrics.accuracy == expected.accuracy
+  assert gradient is not None
   for found, wanted in zip(gradient, whole):
     assert np.abs(found - wanted).max() <= 1e-11 * np.abs(wanted).max()
   alone, nothing = step.loss_and_gradient(state, run, prepared, exchange, with_gradient=False)
@@ -92,7 +94,7 @@ def test_rounds_of_label_solve_are_kept_and_gone_on_from(make_step):
   assert [rounds.rounds for rounds in kept] == [1, 2, 3]  # of 96 training images
   again, same = step.label_solve(*arguments, kept[1])
   assert again == metrics and metrics.accuracy is None
-  assert labels.tobytes() == same.tobytes()
+  assert labels is not None and same is not None and labels.tobytes() == same.tobytes()
   solved, _ = step.label_solve(
     state._replace(labels=labels), *arguments[1:], kept[2], with_labels=False
   )
