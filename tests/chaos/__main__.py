@@ -1,5 +1,6 @@
-"""Runs a distillation under fire and compares it, bit by bit, with the same one left in peace.
-`make chaos`, or
+"""Compares a run whose processes are killed with the same run left in peace, bit by bit.
+
+Run it by `make chaos`, or
 
     PYTHONPATH=. python tests/chaos --workdir=runs/chaos --seed=0
 
@@ -36,25 +37,19 @@ TASKS = {
 # TARGET_VJP's, so it never waits for them.
 AWAITED = {'one pass': TASKS['one pass'], 'two halves': TASKS['two halves'][:3]}
 TIMINGS = ('wall_seconds', 'kernel_pairs_per_second')  # of a row: what may differ
-PAUSES = (
-  'kernel_worker',
-  'evaluator',
-  'kernel_worker',
-  'coordinator',
-  'kernel_worker',
-  'evaluator',
-)
+PAUSES = {'kernel_worker': 3, 'coordinator': 1, 'evaluator': 2}
 WORKERS = 2
 
 
 class Activity:
-  """What the newest process of a role says it does."""
+  """The activity of one process of a role, from the file in which it says what it does."""
 
   def __init__(self, folder: str, role: str):
-    self._pattern, self.pid, self._file = os.path.join(folder, f'{role}*.*'), 0, None
+    self._pattern = os.path.join(folder, f'{role}*.*')
+    self.pid, self._path = 0, ''
 
   def now(self) -> str:
-    """'idle' between activities, 'dead' where no process is alive."""
+    """The activity; 'idle' between activities, 'dead' where no process is alive."""
     if not self._alive():
       paths = [
         path
@@ -63,21 +58,25 @@ class Activity:
       ]
       if not paths:
         return 'dead'
-      path = random.choice(paths)
-      self.pid, self._file = int(path.rpartition('.')[2]), open(path, 'rb', buffering=0)
+      self._path = random.choice(paths)
+      self.pid = int(self._path.rpartition('.')[2])
       if not self._alive():
         return 'dead'
-    return os.pread(self._file.fileno(), 32, 0).decode().strip()
+    return self._read()
 
   def at_death(self) -> str:
-    """The last word of a process that was just killed."""
+    """The last activity of a process that was just killed."""
     while self._alive():
       time.sleep(0.001)
-    return os.pread(self._file.fileno(), 32, 0).decode().strip()
+    return self._read()
 
   def forget(self) -> None:
-    """The next `now` looks for a process again."""
+    """Makes the next `now` look for a process again."""
     self.pid = 0
+
+  def _read(self) -> str:
+    with open(self._path, encoding='ascii') as file:
+      return file.read(32).strip()
 
   def _alive(self) -> bool:
     try:
@@ -101,18 +100,14 @@ class Havoc(threading.Thread):
     for role, kinds in activities.items():
       self._orders[role] = list(kinds) * kills
       self._random.shuffle(self._orders[role])
-    self._pauses = list(PAUSES)
-    self.killed, self.missed, self.paused, self.cut = (
-      collections.Counter(),
-      0,
-      collections.Counter(),
-      '',
-    )
+    self._pauses = collections.Counter(PAUSES)  # those that are left
+    self.killed, self.missed = collections.Counter[tuple[str, str]](), 0
+    self.paused, self.cut = collections.Counter[str](), ''
     self.over = threading.Event()
 
   @property
   def left(self) -> list[str]:
-    """What has not struck."""
+    """The kills that have not struck yet."""
     return [f'{role} {activity}' for role, orders in self._orders.items() for activity in orders]
 
   def run(self):
@@ -130,7 +125,7 @@ class Havoc(threading.Thread):
         elif (
           time.monotonic() > next_blow[role]
           and activity != 'idle'
-          and role in self._pauses
+          and self._pauses[role]
           and self._random.random() < 0.002
         ):
           self._pause(role, activities[role])
@@ -149,16 +144,11 @@ class Havoc(threading.Thread):
       self._cut_newest_checkpoint()
 
   def _pause(self, role, activity):
-    self._pauses.remove(role)
+    self._pauses[role] -= 1
     self.paused[role] += 1
     os.kill(activity.pid, signal.SIGSTOP)
-    threading.Timer(self._random.uniform(2, 6), self._continue, (activity.pid,)).start()
+    threading.Timer(self._random.uniform(2, 6), _continue, (activity.pid,)).start()
     activity.forget()
-
-  @staticmethod
-  def _continue(pid):
-    if os.path.exists(f'/proc/{pid}'):
-      os.kill(pid, signal.SIGCONT)
 
   def _cut_newest_checkpoint(self):
     folder = os.path.join(self._workdir, 'checkpoints')
@@ -174,10 +164,24 @@ class Havoc(threading.Thread):
       self.cut = steps[-1]
 
 
+def _continue(pid: int) -> None:
+  if os.path.exists(f'/proc/{pid}'):
+    os.kill(pid, signal.SIGCONT)
+
+
 def launch(
   workdir: str, kind: str, steps: int, calls: float, havoc: Havoc | None, folder: str
 ) -> float:
-  """Runs launch.py with steps of a kind; gives its seconds."""
+  """Runs launch.py with steps of a kind; returns its seconds.
+
+  Args:
+    workdir: of the run.
+    kind: one of KINDS.
+    steps: updates.
+    calls: fraction of calls that are repeated, and of those whose answers are lost.
+    havoc: begins with the run; None: nobody is killed.
+    folder: where the processes say what they do.
+  """
   shutil.rmtree(folder, ignore_errors=True)
   os.makedirs(folder)
   command = [
@@ -219,23 +223,23 @@ def launch(
 
 
 def compare(peace: str, fire: str) -> list[str]:
-  """What differs between two run directories."""
+  """Names the differences between two run directories."""
   import jax
   import optax
 
-  from artifacts import checkpoints  # here, because it imports JAX
+  from artifacts import checkpoints
+  from distillation import state
 
-  found = []
-  states = []
+  found, states = [], []
   for workdir in (peace, fire):
     with np.load(os.path.join(workdir, 'distilled.npz'), allow_pickle=False) as file:
       parameters = {name: file[name].astype(np.float64) for name in ('images', 'labels')}
-    template = checkpoints.SupportState(
-      0, **parameters, optimizer=jax.device_get(optax.adam(1.0).init(parameters))
-    )
-    states.append(
-      checkpoints.Checkpoints(os.path.join(workdir, 'checkpoints')).restore(template)[0]
-    )
+    optimizer = jax.device_get(optax.adam(1.0).init(parameters))
+    template = state.SupportState(0, **parameters, optimizer=optimizer)
+    restored = checkpoints.Checkpoints(os.path.join(workdir, 'checkpoints')).restore(template)
+    if restored is None:
+      return [f'{workdir} has no checkpoint']
+    states.append(restored[0])
   if not all(
     np.asarray(a).tobytes() == np.asarray(b).tobytes()
     for a, b in zip(*map(jax.tree.leaves, states), strict=True)
@@ -243,7 +247,7 @@ def compare(peace: str, fire: str) -> list[str]:
     found.append('the final state')
   names = sorted(os.listdir(os.path.join(peace, 'snapshots')))
   if names != sorted(os.listdir(os.path.join(fire, 'snapshots'))):
-    found.append('which snapshots there are')
+    found.append('the list of snapshots')
   for name in [os.path.join('snapshots', name) for name in names] + ['distilled.npz']:
     with np.load(os.path.join(peace, name)) as a, np.load(os.path.join(fire, name)) as b:
       found += [
@@ -266,7 +270,7 @@ def compare(peace: str, fire: str) -> list[str]:
 
 
 def survives(kind: str, workdir: str, seed: int, steps: int, kills: int) -> bool:
-  """Whether runs with steps of a kind end the same in peace and under fire; says what happened."""
+  """Whether runs with steps of a kind end the same in peace and under fire; prints a summary."""
   peace, fire = os.path.join(workdir, 'peace'), os.path.join(workdir, 'fire')
   seconds = launch(peace, kind, steps, 0.0, None, os.path.join(workdir, 'peace_told'))
   print(f'{kind}, in peace: {steps} steps in {seconds:.0f} s', flush=True)
@@ -310,7 +314,9 @@ def survives(kind: str, workdir: str, seed: int, steps: int, kills: int) -> bool
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser()
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--workdir', default='runs/chaos')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--steps', type=int, default=80, help='of each kind')

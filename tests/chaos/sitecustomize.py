@@ -1,9 +1,10 @@
-"""In every node of a chaos run: says what the node is doing, makes tasks and disks slow enough to
-be hit, and repeats and loses calls.
+"""Instruments every node of a chaos run.
 
-Python imports a module of this name when it starts, if it is on its path. Settings, in the
-environment: KIP_CHAOS, the folder for what is told; KIP_CHAOS_CALLS, the part of all calls that is
-repeated, and again of those whose answer is lost.
+It writes down what the node is doing, makes tasks and disks slow enough to be hit, and repeats and
+loses calls. Python imports a module of this name when it starts, if it is on its path.
+
+Settings, in the environment: KIP_CHAOS, the folder to write to; KIP_CHAOS_CALLS, the fraction of
+calls that are repeated, and the same of calls whose answers are lost.
 """
 
 import contextlib
@@ -29,8 +30,7 @@ def _tell(file, line):
 
 @contextlib.contextmanager
 def _doing(role, what):
-  """Inside, the file `<role>.<pid>` says `what`: whoever kills this process finds there what it was
-  doing."""
+  """Makes the file `<role>.<pid>` say `what` while the context lasts, even if the process dies."""
   global _activity
   if _activity is None:
     _activity = os.open(os.path.join(_FOLDER, f'{role}.{os.getpid()}'), os.O_RDWR | os.O_CREAT)
@@ -43,8 +43,10 @@ def _doing(role, what):
 
 
 def _around(cls, name, role, what, seconds=0.0):
-  """Method `name` becomes an activity that takes `seconds` longer. `role` and `what` may be
-  functions of its arguments."""
+  """Makes a method an activity that takes `seconds` longer.
+
+  `role` and `what` may be functions of its arguments.
+  """
   method = getattr(cls, name)
 
   @functools.wraps(method)
@@ -57,14 +59,13 @@ def _around(cls, name, role, what, seconds=0.0):
 
 
 class StatusNotOk(Exception):
-  """What a lost connection looks like to a client."""
+  """The error of a lost connection, as Courier's."""
 
   code = 'UNAVAILABLE'
 
 
 class _Proxy:
-  """Between a client and the coordinator: some calls get through twice, the second time later; of
-  others the answer is lost."""
+  """A coordinator of which some calls are repeated later, and some answers are lost."""
 
   def __init__(self, coordinator):
     self._coordinator = coordinator
@@ -98,8 +99,8 @@ def _kernel_worker(module):
   )
 
 
-def _evaluator(module):
-  _around(module.Evaluator, '_evaluate', 'evaluator', 'evaluate', _EVALUATION_SECONDS)
+def _evaluation(module):
+  _around(module.Evaluation, 'krr', 'evaluator', 'evaluate', _EVALUATION_SECONDS)
 
 
 def _keeper(module):
@@ -128,7 +129,12 @@ def _checkpoints(module):
 def _run_directory(module):
   _around(module.RunDirectory, 'append_metrics', 'evaluator', 'append')
   fsync = os.fsync
-  os.fsync = lambda handle: (time.sleep(_FSYNC_SECONDS), fsync(handle))
+
+  def slow(handle):
+    time.sleep(_FSYNC_SECONDS)
+    fsync(handle)
+
+  os.fsync = slow
 
 
 def _client(module):
@@ -143,9 +149,9 @@ def _client(module):
 _HOOKS = {
   'artifacts.checkpoints': _checkpoints,
   'artifacts.run_directory': _run_directory,
+  'distillation.evaluation': _evaluation,
   'distillation.state': _state,
   'nodes.client': _client,
-  'nodes.evaluator': _evaluator,
   'nodes.exchange': _exchange,
   'nodes.keeper': _keeper,
   'nodes.kernel_worker': _kernel_worker,
@@ -159,9 +165,15 @@ class _Hooks(importlib.machinery.PathFinder):
   def find_spec(cls, name, path=None, target=None):
     hook = _HOOKS.get(name)
     spec = super().find_spec(name, path, target) if hook else None
-    if spec is not None:
-      execute = spec.loader.exec_module
-      spec.loader.exec_module = lambda module: (execute(module), hook(module))
+    if hook is None or spec is None or spec.loader is None:
+      return None
+    execute = spec.loader.exec_module
+
+    def execute_and_hook(module):
+      execute(module)
+      hook(module)
+
+    spec.loader.exec_module = execute_and_hook
     return spec
 
 
