@@ -223,7 +223,7 @@ def test_a_full_disk_is_waited_for_and_then_named(make_run, tmp_path, monkeypatc
 
   monkeypatch.setattr(checkpoints.Checkpoints, 'save', fail)
   run = make_run(tmp_path, {**FC1, 'system.checkpoint_seconds': 0.001})
-  with working(run, timing=QUICK) as coordinator:
+  with small_runs.working(run, timing=QUICK) as coordinator:
     coordinator.run()
   words = 'the checkpoint of step 0 cannot be written (No space left on device); trying again for'
   assert caplog.text.count(words) == 2
