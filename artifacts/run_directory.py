@@ -26,7 +26,7 @@ _LOOK = 3.0
 
 
 class Saved(NamedTuple):
-  """What config.json holds.
+  """The content of config.json.
 
   Attributes:
     config: of the run.
