@@ -17,7 +17,6 @@ resumes).
 """
 
 import os
-import sys
 
 from programs import isolation, placement, supervisor
 
@@ -28,7 +27,6 @@ if not supervisor.is_child():  # the environment of a child is its parent's
 import launchpad as lp
 from absl import flags
 
-from artifacts import run_directory
 from programs import (
   command_line,
   distill,
@@ -45,18 +43,15 @@ flags.FLAGS.set_default('lp_launch_type', lp.LaunchType.LOCAL_MULTI_PROCESSING.v
 
 
 def main(argv: list[str]) -> int:
-  try:
-    start.parse(argv)
-    if status.STATUS.value or status.JSON.value:
-      return status.show()
-    if hosts.ROLE.value:
-      return hosts.run_role(hosts.ROLE.value)
-    if slurm_cluster.CLUSTER.value:
-      return slurm_cluster.submit(argv)
-    run = distill.prepare()
-  except (command_line.BadInput, run_directory.RunDirectoryError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return run_directory.BAD_INPUT_STATUS
+  """Does what the flags say; returns the exit status. Raises BadInput, RunDirectoryError."""
+  start.parse(argv)
+  if status.STATUS.value or status.JSON.value:
+    return status.show()
+  if hosts.ROLE.value:
+    return hosts.run_role(hosts.ROLE.value)
+  if slurm_cluster.CLUSTER.value:
+    return slurm_cluster.submit(argv)
+  run = distill.prepare()
   program = distill.make_program(run)
   with terminal.show_output(run.directory):
     run.directory.begin()

@@ -44,7 +44,7 @@ def prepare() -> start.Run:
   """Makes a run ready for a launch on this machine; the flags are parsed.
 
   Starts this process again in a network of its own: what needs the real one is done here. Raises
-  BadInput.
+  what `start.ready` raises.
   """
   run = start.ready(placement.no_gpus if _is_threaded() else placement.find_gpus)
   check_port(run.config.system.port)

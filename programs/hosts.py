@@ -60,7 +60,7 @@ _ELSEWHERE = '192.0.2.1', 9  # no host has this address: it is reserved for docu
 def run_role(role: str) -> int:
   """Runs the node that --role names until the run is over or the process is asked to stop.
 
-  Returns the exit status. Raises BadInput.
+  Returns the exit status. Raises what `start.ready` raises.
   """
   _check_flags(role)
   if supervisor.is_child():
@@ -92,7 +92,7 @@ def _check_flags(role: str) -> None:
 
 
 def _supervise_coordinator(stop: threading.Event) -> int:
-  """Prepares the run, publishes its address and supervises the coordinator. Raises BadInput."""
+  """Prepares the run, publishes its address and supervises the coordinator."""
   run = start.ready(None, memory.Here.COORDINATOR)
   for remark in run.remarks:
     logging.info(remark)
@@ -112,8 +112,7 @@ def _supervise_coordinator(stop: threading.Event) -> int:
 
 
 def _supervise_client(role: str, stop: threading.Event) -> int:
-  """Waits for the coordinator's address and supervises a worker or the evaluator. Raises
-  BadInput."""
+  """Waits for the coordinator's address and supervises a worker or the evaluator."""
   if not (_ADDRESS.value or _await_address(_published(), stop)):
     return 0 if stop.is_set() else 1
   config = _config()
@@ -157,17 +156,14 @@ def _config() -> schema.Config:
   directory's, or the defaults.
 
   Raises:
-    BadInput: there is no such run, or the settings are wrong.
+    BadInput, ConfigError, RunDirectoryError: there is no such run, or the settings are wrong.
   """
-  try:
-    if command_line.CONFIG.value:
-      return validation.validate(command_line.CONFIG.value.to_dict())
-    if not start.WORKDIR.value:
-      return schema.Config()
-    directory = run_directory.RunDirectory(start.WORKDIR.value)
-    saved = directory.read_config()
-  except (validation.ConfigError, run_directory.RunDirectoryError) as error:
-    raise command_line.BadInput(str(error)) from error
+  if command_line.CONFIG.value:
+    return validation.validate(command_line.CONFIG.value.to_dict())
+  if not start.WORKDIR.value:
+    return schema.Config()
+  directory = run_directory.RunDirectory(start.WORKDIR.value)
+  saved = directory.read_config()
   if saved is None:
     raise command_line.BadInput(
       f'--workdir={directory.path} holds no run; a worker without a shared disk needs '

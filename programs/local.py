@@ -5,7 +5,6 @@ way to run where Launchpad has no wheel.
 """
 
 import os
-import sys
 import threading
 
 from programs import placement
@@ -15,18 +14,13 @@ os.environ.update(placement.launcher_environment())
 
 from absl import logging
 
-from artifacts import run_directory
 from programs import command_line, outcome, signals, start, terminal
 
 
 def main(argv: list[str]) -> int:
-  """Runs to the end; returns the exit status."""
-  try:
-    start.parse(argv)
-    run = start.ready(placement.take_gpu)
-  except command_line.BadInput as error:
-    print(f'error: {error}', file=sys.stderr)
-    return run_directory.BAD_INPUT_STATUS
+  """Runs to the end; returns the exit status. Raises BadInput."""
+  start.parse(argv)
+  run = start.ready(placement.take_gpu)
   for remark in run.remarks:
     logging.info(remark)
   with terminal.show_output(run.directory):

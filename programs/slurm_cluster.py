@@ -44,7 +44,7 @@ def submit(argv: Sequence[str]) -> int:
   """Submits the jobs, and prints their ids and how to follow, extend and stop the run; inside an
   allocation becomes the script that runs it there.
 
-  Returns the exit status. Raises BadInput.
+  Returns the exit status. Raises BadInput, and what `start.ready` raises.
   """
   # The data are prepared on this host: others may have no way to them. Mistakes show at once, too.
   run = start.ready(None, memory.Here.NOTHING)

@@ -10,7 +10,7 @@ from absl import flags
 
 from artifacts import run_directory
 from configs import schema, validation
-from data import DataError, classes, store
+from data import classes, store
 from distillation import initial_support
 from programs import command_line, memory, placement, plan_advice
 
@@ -57,7 +57,8 @@ def ready(
     here: the processes for which this host needs memory.
 
   Raises:
-    BadInput: anything the user can mend; nothing has been started.
+    BadInput, ConfigError, DataError, RunDirectoryError: anything the user can mend; nothing has
+      been started.
   """
   if not command_line.CONFIG.value:
     raise command_line.BadInput(
@@ -70,27 +71,24 @@ def ready(
   raw, gpus = command_line.CONFIG.value.to_dict(), placement.Gpus((), '')
   if find_gpus:  # before JAX starts, to check the configuration
     gpus = find_gpus(str(validation.flatten(raw).get('run.implementation')))
-  try:
-    config = validation.validate(raw)
-    cache = store.cache_folder(config.system.cache_dir)
-    prepared = store.prepare(config.run.data, cache, raw=config.run.augmentation.is_on)
-    labels, num_classes = prepared.train_labels, prepared.num_classes
-    targets = validation.resolve_targets(config.run, labels, num_classes)
-    num_workers = placement.num_workers(config.system.num_workers, gpus.names)
-    config = dataclasses.replace(
-      config,
-      run=dataclasses.replace(config.run, targets_per_step=targets),
-      system=dataclasses.replace(config.system, num_workers=num_workers),
-    )
-    height, width, channels = prepared.train_images.shape[1:]
-    validation.validate_with_data(config, labels, num_classes, (height, width, channels))
-    memory_remark = memory.check(config, prepared, here)
-    initial_support.make(config.run, prepared, cache)
-    directory = run_directory.RunDirectory(WORKDIR.value)
-    directory.open(config, prepared.key)
-    directory.write_command([os.path.basename(sys.executable), *sys.orig_argv[1:]])
-  except (validation.ConfigError, DataError, run_directory.RunDirectoryError) as error:
-    raise command_line.BadInput(str(error)) from error
+  config = validation.validate(raw)
+  cache = store.cache_folder(config.system.cache_dir)
+  prepared = store.prepare(config.run.data, cache, raw=config.run.augmentation.is_on)
+  labels, num_classes = prepared.train_labels, prepared.num_classes
+  targets = validation.resolve_targets(config.run, labels, num_classes)
+  num_workers = placement.num_workers(config.system.num_workers, gpus.names)
+  config = dataclasses.replace(
+    config,
+    run=dataclasses.replace(config.run, targets_per_step=targets),
+    system=dataclasses.replace(config.system, num_workers=num_workers),
+  )
+  height, width, channels = prepared.train_images.shape[1:]
+  validation.validate_with_data(config, labels, num_classes, (height, width, channels))
+  memory_remark = memory.check(config, prepared, here)
+  initial_support.make(config.run, prepared, cache)
+  directory = run_directory.RunDirectory(WORKDIR.value)
+  directory.open(config, prepared.key)
+  directory.write_command([os.path.basename(sys.executable), *sys.orig_argv[1:]])
   remarks = (
     classes.in_words(prepared.class_names),
     *prepared.remarks,

@@ -213,7 +213,8 @@ def compare(peace: str, fire: str) -> list[str]:
   import jax
   import optax
 
-  from artifacts import checkpoints  # here, because it imports JAX
+  from artifacts import checkpoints  # here and below: they import JAX
+  from distillation.state import SupportState
 
   found = []
 

@@ -38,7 +38,7 @@ def make_step(make_run, tmp_path):
 
 def _targets(run, prepared, number):
   chosen = step.target_batch(number, run, prepared)
-  return prepared.train_images[chosen], step.targets_labels(number, run, prepared)
+  return prepared.train_images[chosen], step.target_labels(number, run, prepared)
 
 
 @pytest.mark.parametrize('architecture', ['fc1', 'convnet2'])

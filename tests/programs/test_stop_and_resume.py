@@ -23,6 +23,7 @@ from launching import (
   change_num_steps,
   command,
   free_port,
+  rows,
   run,
   started,
   status,
@@ -117,7 +118,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_resumes(
   workdir, port = tmp_path / 'run', free_port()
   flags = (*SMALL, f'--config.system.port={port}')
   with Terminal(command(workdir, *flags, ENDLESS, npz=npz, cache=cache)) as terminal:
-    wait(lambda: step(workdir) >= 3)
+    wait(lambda: step(workdir) >= 3 and 0 in rows(workdir))  # nobody is still starting
     everyone = _descendants(terminal.process)
     assert len(everyone) >= 4
     _assert_unreachable(terminal.process.pid, port)
@@ -133,7 +134,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_resumes(
   assert lines[0] == 'Stopping with a checkpoint; Ctrl-C again ends at once.'
   assert lines[-2] == f'Stopped at step {stopped} of 100000. To go on from there:'
   assert lines[-1].startswith('python') and lines[-1].endswith(f'cache_dir={cache}')
-  assert len(lines) <= 4 and 'checkpointed.' in lines[-3], lines
+  assert len(lines) <= 4 and 'checkpointed.' in lines[-3], '\n'.join(lines)
 
   num_steps = stopped + 3
   change_num_steps(workdir, num_steps)
@@ -205,7 +206,7 @@ def test_killed_nodes_come_back_and_the_launcher_takes_all_with_it(tmp_path, npz
     launcher.wait(20)
     assert not psutil.wait_procs(everyone, timeout=20)[1]
 
-  num_steps = status(workdir)['step'] + 60
+  num_steps = status(workdir)['step'] + 20
   change_num_steps(workdir, num_steps)
   done = run(command(workdir, *flags, f'--config.run.num_steps={num_steps}', npz=npz, cache=cache))
   assert done.returncode == 0, done.stdout + done.stderr
