@@ -43,6 +43,7 @@ flags.FLAGS.set_default('lp_launch_type', lp.LaunchType.LOCAL_MULTI_PROCESSING.v
 
 
 def main(argv: list[str]) -> int:
+  """Does what the flags say; returns the exit status. Raises BadInput, RunDirectoryError."""
   start.parse(argv)
   if status.STATUS.value or status.JSON.value:
     return status.show()

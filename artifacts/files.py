@@ -26,8 +26,8 @@ class Patience(NamedTuple):
 PATIENCE = Patience()
 
 
-def write_atomically(path: str, content: 'str | Callable[[BinaryIO], Any]') -> None:
-  """Replaces a file by `content`, a text or a function that writes to a binary file.
+def write_atomically(path: str, content: 'str | bytes | Callable[[BinaryIO], Any]') -> None:
+  """Replaces a file by `content`: text, bytes, or a function that writes to a binary file.
 
   Raises OSError, and what the function raises; the old file stays then.
   """
@@ -38,7 +38,7 @@ def write_atomically(path: str, content: 'str | Callable[[BinaryIO], Any]') -> N
     if callable(content):
       content(file)
     else:
-      file.write(content.encode())
+      file.write(content.encode() if isinstance(content, str) else content)
     file.flush()
     os.fsync(file.fileno())
     os.replace(scratch, path)

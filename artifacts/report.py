@@ -49,6 +49,8 @@ class _Support(NamedTuple):
 
 
 class _Figure(NamedTuple):
+  """A picture of the report, which is a file of the run directory too."""
+
   file_name: str
   caption: str
   png: bytes
@@ -80,10 +82,7 @@ def write(
   first, damage = _first_snapshot(directory, distilled)
   figures = _draw(first or final, shown, distilled, rows)
   for figure in figures:
-    png = figure.png
-    files.write_atomically(
-      os.path.join(directory.path, figure.file_name), lambda file, png=png: file.write(png)
-    )
+    files.write_atomically(os.path.join(directory.path, figure.file_name), figure.png)
   page = _page(directory, saved, distilled, rows, figures, damage)
   files.write_atomically(directory.report, page)
 
@@ -166,6 +165,7 @@ def _page(
   figures: Sequence[_Figure],
   damage: Sequence[str],
 ) -> str:
+  """The report's HTML, with `figures` and messages about snapshots that cannot be read."""
   run, name, step = saved.config.run, distilled.settings['data']['name'], distilled.settings['step']
   num_images, num_classes = distilled.labels.shape
   architecture = run.architecture if isinstance(run.architecture, str) else 'own architecture'
@@ -176,9 +176,7 @@ def _page(
     title=f'{run.method} on {name}: {num_images} images, {architecture}',
     results=_results(rows, directory.read_baselines() or [], step, published),
     is_published=published is not None,
-    class_names=''
-    if classes.are_numbers(distilled.class_names)
-    else ', '.join(f'{c} {class_name}' for c, class_name in enumerate(distilled.class_names)),
+    class_names=[] if classes.are_numbers(distilled.class_names) else distilled.class_names,
     damage=damage,
     figures=figures,
     num_images=num_images,
@@ -262,7 +260,7 @@ def _software_and_machine() -> list[tuple[str, str]]:
 
 
 def _workers(directory: run_directory.RunDirectory) -> list[tuple[str, str]]:
-  """What each worker has computed."""
+  """The number of tasks and kernel pairs that each worker has computed, and its speed."""
   lines = []
   for name, counts in (directory.read_status() or {}).get('workers', {}).items():
     rate = f', {counts["pairs"] / counts["seconds"]:.4g} pairs/s' if counts['seconds'] else ''

@@ -19,8 +19,6 @@ from configs import schema, validation
 # States in status.json. A run that is SUBMITTED waits for a scheduler to start it.
 FINISHED, FAILED, STOPPED, SUBMITTED = 'finished', 'failed', 'stopped', 'submitted'
 STARTING, RUNNING, EVALUATING = LIVE = 'starting', 'running', 'evaluating'
-EXIT_STATUS = {FINISHED: 0, FAILED: 1, STOPPED: 75}
-BAD_INPUT_STATUS = 2
 
 HANDOVER = 20.0  # seconds that a coordinator waits for its predecessor to end
 # Seconds to wait for a process that holds the lock only to look for a launch, or to submit one.
@@ -28,7 +26,7 @@ _LOOK = 3.0
 
 
 class Saved(NamedTuple):
-  """What config.json holds.
+  """The content of config.json.
 
   Attributes:
     config: of the run.

@@ -59,7 +59,7 @@ def write(
     with open(os.path.join(scratch, name), 'rb') as file:
       content = file.read()
   os.makedirs(directory.tensorboard, exist_ok=True)
-  files.write_atomically(_path(directory, row['step']), lambda file: file.write(content))
+  files.write_atomically(_path(directory, row['step']), content)
 
 
 def write_missing(

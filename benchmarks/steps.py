@@ -1,10 +1,13 @@
-"""What the benchmarks of whole steps share: runs on data in the shape of CIFAR-10, and a clock."""
+"""Runs on data in the shape of CIFAR-10, and a clock, for the benchmarks of whole steps."""
 
 import collections
 import contextlib
+import itertools
 import os
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -20,10 +23,10 @@ IMAGE, CLASSES = (32, 32, 3), 10
 def make_run(
   folder: str, num_images: int, num_steps: int, plan: dict[str, int], **run
 ) -> run_directory.RunDirectory:
-  """A run on noise, in a folder of its own in `folder`, which is its cache too.
+  """Makes a run on noise, in a folder of its own in `folder`, which is its cache too.
 
   Args:
-    folder: where.
+    folder: of all runs of the benchmark.
     num_images: training images, of 10 classes.
     num_steps: updates.
     plan: fields of `run.plan`.
@@ -44,13 +47,20 @@ def make_run(
 
 
 def pairs(directory: run_directory.RunDirectory) -> int:
-  """Kernel entries of one of its steps."""
+  """Kernel entries of a step of the run in a directory."""
   run = directory.read_saved().config.run
   return plan.pairs_per_step(run, run.images_per_class * CLASSES)
 
 
+def check_finished(directory: run_directory.RunDirectory) -> None:
+  """Raises RuntimeError unless the run has finished."""
+  status = directory.read_status()
+  if status is None or status['state'] != run_directory.FINISHED:
+    raise RuntimeError(f'the run of the benchmark failed: {status and status.get("message")}')
+
+
 def _write_data(path: str, num_images: int) -> None:
-  """Noise in the shape of CIFAR-10."""
+  """Writes noise in the shape of CIFAR-10."""
   rng = np.random.default_rng(0)
   arrays = {}
   for name, count in (('train', num_images), ('test', 100)):
@@ -60,14 +70,15 @@ def _write_data(path: str, num_images: int) -> None:
 
 
 class Clock:
-  """Seconds spent in functions, by name, and how far they had come at the beginning of each
-  step."""
+  """Seconds spent in functions, by name, in all and step by step."""
 
   def __init__(self):
-    self._seconds = collections.Counter()
-    self._laps = {}
+    self._seconds: dict[str, float] = collections.defaultdict(float)
+    self._laps: dict[int, dict[str, float]] = {}  # by step, the seconds when it began
 
-  def timed(self, name, function):
+  def timed(self, name: str, function: Callable) -> Callable:
+    """Wraps a function so that its seconds are counted."""
+
     def run(*args, **kwargs):
       start = time.perf_counter()
       try:
@@ -77,17 +88,18 @@ class Clock:
 
     return run
 
-  def watch(self, name, owner, attribute):
-    """Times a function that a module or a class holds, from now on."""
+  def watch(self, name: str, owner: Any, attribute: str) -> None:
+    """Times a function of a module, or a method of a class, from now on."""
     setattr(owner, attribute, self.timed(name, getattr(owner, attribute)))
 
   @contextlib.contextmanager
-  def lapped(self, module, function, number):
-    """Each call of a module's function begins a lap; `number(*args)` is its step."""
+  def lapped(self, module: Any, function: str, step: Callable[..., int]) -> Iterator[None]:
+    """Lets calls of a module's function begin the laps of their step, `step(*args)`."""
     original = getattr(module, function)
 
     def run(*args, **kwargs):
-      self.lap(number(*args))
+      now = {**self._seconds, 'step': time.perf_counter()}
+      self._laps.setdefault(step(*args), now)
       return original(*args, **kwargs)
 
     setattr(module, function, run)
@@ -96,13 +108,12 @@ class Clock:
     finally:
       setattr(module, function, original)
 
-  def lap(self, step):
-    self._laps.setdefault(step, collections.Counter(self._seconds, step=time.perf_counter()))
-
-  def medians(self, warm_up):
-    """Seconds a step, by name, after the first `warm_up` steps; 'step' is all of it."""
+  def medians(self, warm_up: int) -> dict[str, float]:
+    """Seconds a step, by name, after the first `warm_up` steps; 'step' is the whole of it."""
     laps = [self._laps[step] for step in sorted(self._laps) if step >= warm_up]
     return {
-      name: statistics.median(b[name] - a[name] for a, b in zip(laps, laps[1:]))
+      name: statistics.median(
+        b.get(name, 0.0) - a.get(name, 0.0) for a, b in itertools.pairwise(laps)
+      )
       for name in laps[-1]
     }

@@ -47,7 +47,7 @@ def target_images(
 
   Args:
     run: the run's configuration.
-    prepared: its data set, with raw images.
+    prepared: its data set, with raw images where augmentation is on.
     step: of the run.
     batch: int64 [T], the step's whole target batch.
     start, stop: range of the batch to compute.
@@ -57,14 +57,16 @@ def target_images(
     float32 [stop - start, H, W, D].
 
   Raises:
-    ValueError: `prepared` has no raw images.
+    ValueError: `prepared` has no raw images, but augmentation is on.
   """
+  wanted = batch[start:stop]
+  images = prepared.train_images[wanted]
+  if not run.augmentation.is_on:
+    return images
   if prepared.raw_images is None:
     raise ValueError('augmentation needs the raw images: prepare the data set with raw=True.')
   raw_images, transform = prepared.raw_images, prepared.transform
   settings, seed, num_images = run.augmentation, run.seed, len(prepared.train_labels)
-  wanted = batch[start:stop]
-  images = prepared.train_images[wanted]
   places = np.flatnonzero(chosen(settings.fraction, seed, step, batch, num_images)[start:stop])
   changes = draw(settings, seed, step, wanted[places], num_images, images.shape[1:3])
 

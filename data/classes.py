@@ -33,8 +33,7 @@ KNOWN = {
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-  """Sorts different names into the order of class numbers: by value if all are numbers, else as
-  text."""
+  """Different names in the order of class numbers: by value if all are numbers, else as text."""
   different = sorted(set(names))
   if all(re.fullmatch(r'-?[0-9]+(\.[0-9]+)?', name) for name in different):
     different.sort(key=float)

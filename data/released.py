@@ -1,8 +1,8 @@
 """Distilled sets that the authors of Nguyen et al. 2021b (NeurIPS, https://arxiv.org/abs/2107.13034)
 released, by their names in a public bucket (listed in their notebook `dataset.ipynb`).
 
-The server gives each file's MD5 with the file, and nobody else does, so a downloader that checks
-against a list of known hashes (pooch) would leave most of `_download` to be written here.
+A file's MD5 comes with the file, from the server alone: a downloader that checks against a list of
+known hashes (pooch) would leave most of `_download` to be written here.
 """
 
 import base64

@@ -1,5 +1,4 @@
-"""What tasks are computed from: parts of a step's published arrays, and target images that every
-worker makes from its own copy of the data."""
+"""Inputs of tasks: parts of a step's published arrays, and targets from a worker's own data."""
 
 import functools
 import threading
@@ -16,20 +15,21 @@ from distillation.pieces import Targets
 from kernels.contract import Kernel, Prepared
 from kernels.library import Library
 
-# Gives a part of an array that a step has published: (name, where).
+# Returns a part of an array that a step has published: (name, index).
 Fetch = Callable[[str, tuple[slice, ...]], np.ndarray]
 
 
 class Training:
-  """The training set as a run's targets are made of it. Thread safe."""
+  """The training set, from which a run's targets are made. Thread safe."""
 
   def __init__(self, run: schema.Run, prepared: store.Prepared, kernel: Kernel, threads: int = 1):
-    """
+    """Makes targets from prepared data.
+
     Args:
       run: with its seed, batch size and augmentation.
-      prepared: the data; with its raw images where targets are augmented.
+      prepared: the data; with raw images where targets are augmented.
       kernel: prepares images.
-      threads: CPU threads to augment on.
+      threads: CPU threads for augmentation.
     """
     self._run, self._prepared, self._threads = run, prepared, threads
     self._library = Library(kernel, prepared.train_images)
@@ -38,7 +38,7 @@ class Training:
     )
 
   def targets(self, of_step: int, tile: plan.Range) -> Targets:
-    """Images and labels of a tile of a step's batch."""
+    """Makes a tile of a step's batch."""
     batch = self._batch(of_step)
     chosen = batch[slice(*tile)]
     labels = self._labels(chosen)
@@ -50,7 +50,7 @@ class Training:
     return Targets(self._library[chosen], labels)
 
   def plain(self, tile: plan.Range) -> Targets:
-    """Images [start, stop) of the training set, and their labels."""
+    """Images [start, stop) of the training set and their labels, not augmented."""
     rows = slice(*tile)
     return Targets(self._prepared.train_images[rows], self._labels(rows))
 
@@ -59,24 +59,26 @@ class Training:
 
 
 class StepInputs:
-  """What the tasks of one step share, each fetched once. Thread safe."""
+  """The published arrays of one step, each part fetched once. Thread safe.
+
+  Attributes:
+    in_parts: whether tasks are about parts of the support set.
+  """
 
   def __init__(self, run: schema.Run, num_support: int, kernel: Kernel, fetch: Fetch):
     self._num_support, self._kernel, self._fetch = num_support, kernel, fetch
     self.in_parts = run.plan.split_support(num_support) > 0
     self._lock = threading.RLock()
-    self._known: dict[Any, Any] = {}
+    self._known: dict[Any, Any] = {}  # by name and rows
 
   def support(self, rows: plan.Range, given: np.ndarray | None = None) -> Prepared:
-    """Support images, `given` or fetched.
-
-    Where tasks are about parts of the support set, no other rows are fetched.
-    """
+    """Prepares support images, `given` or fetched: these rows if `in_parts`, else all, once."""
     if not self.in_parts:
       return self._once('images', lambda: self._prepared((0, self._num_support)))[slice(*rows)]
     return self._once(('images', rows), lambda: self._prepared(rows, given))
 
   def published(self, name: str, where: tuple[slice, ...]) -> np.ndarray:
+    """Fetches a part of an array."""
     key = name, tuple((part.start, part.stop) for part in where)
     return self._once(key, lambda: self._fetch(name, where))
 
@@ -84,6 +86,7 @@ class StepInputs:
     return self._kernel.prepare(self._fetch('images', (slice(*rows),)) if given is None else given)
 
   def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+    """Calls `make` the first time that a key is asked for; returns its result."""
     with self._lock:
       if key not in self._known:
         self._known[key] = make()
@@ -101,20 +104,21 @@ class TaskInputs:
     attached: Mapping[str, np.ndarray],
     ahead: futures.Executor | None = None,
   ):
-    """
+    """Fetches nothing before it is asked for.
+
     Args:
-      task: what is computed.
+      task: the task.
       of_step: shared by the step's tasks.
       training: makes targets.
-      attached: parts of published arrays that came with the task.
-      ahead: makes the next tile of targets while one is used; None: each when it is asked for.
+      attached: parts of published arrays that were sent with the task.
+      ahead: makes the next tile of targets while one is used; None: makes each when asked for.
     """
     self._task, self._of_step, self._training = task, of_step, training
     self._attached, self._ahead = attached, ahead
     self._first: Targets | None = None
 
   def prefetch(self, tiles: Sequence[plan.Range]) -> None:
-    """Fetches, or makes, what the task begins with; `tiles` are those of its target range."""
+    """Fetches, or makes, what the task needs first; `tiles` are those of its target range."""
     self.support(self._task.support_range)
     if self._of_step.in_parts and self._task.phase in plan.SUPPORT_PHASES:
       for columns in tiles:
@@ -125,6 +129,7 @@ class TaskInputs:
       self._first = self._training.targets(self._task.step, tiles[0])
 
   def support(self, rows: plan.Range) -> Prepared:
+    """See `pieces.Inputs`, as for the methods below."""
     is_own = rows == self._task.support_range
     return self._of_step.support(rows, self._attached.get('images') if is_own else None)
 

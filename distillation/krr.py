@@ -130,9 +130,12 @@ def alpha_bar(
 
 @one_thread
 def cotangent(
-  alpha: Float64[np.ndarray, 'S C'], scaled: Float64[np.ndarray, 'b C']
-) -> Float64[np.ndarray, 'S b']:
-  """Cotangent of the block K(support, tile), [S, b], from alpha and the tile's `scaled`."""
+  alpha: Float[np.ndarray, 'S C'], scaled: Float[np.ndarray, 'b C']
+) -> Float[np.ndarray, 'S b']:
+  """Cotangent of the block K(support, tile), [S, b], from alpha and the tile's `scaled`.
+
+  Its dtype is theirs, which is the kernel's where they have been sent to workers.
+  """
   return alpha @ scaled.T
 
 

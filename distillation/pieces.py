@@ -1,9 +1,11 @@
-"""A worker's side of a step: the piece of a task, from the kernel and the task's inputs."""
+"""The worker's side of a step: computes the piece of a task from the kernel and its inputs."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Float, Float64
 
 from configs import schema
 from distillation import krr, label_solve, plan
@@ -15,48 +17,46 @@ class Targets(NamedTuple):
   """Targets of one kernel block: images [b, H, W, D] and centred labels [b, C]."""
 
   images: Images
-  labels: np.ndarray
+  labels: Float64[np.ndarray, 'b C']
 
 
 @runtime_checkable
 class Inputs(Protocol):
-  """What a task is computed from; see distillation/inputs.py."""
+  """The inputs of a task; see distillation/inputs.py."""
 
   def support(self, rows: plan.Range) -> Prepared:
-    """Support images; the same object for the same rows."""
+    """Returns support images, the same object for the same rows."""
     ...
 
   def published(self, name: str) -> np.ndarray:
-    """The task's part of an array that the step has published."""
+    """Returns the task's part of an array that the step has published."""
     ...
 
   def targets(self, tiles: Sequence[plan.Range]) -> Iterable[Targets]:
-    """Targets of the step's batch, tile by tile."""
+    """Yields targets of the step's batch, tile by tile."""
     ...
 
   def training(self, tiles: Sequence[plan.Range]) -> Iterable[Targets]:
-    """Training images in their own order, never augmented, tile by tile."""
+    """Yields training images in their own order, never augmented, tile by tile."""
     ...
 
 
 class Linearisations:
-  """Linearised blocks between the two halves of a task, as far as there is room.
-
-  They are one step's: `begin` drops those of another.
-  """
+  """Linearised blocks of a step, kept from the first half of a task to the second."""
 
   def __init__(self, room: int):
-    """`room` is in bytes."""
+    """Makes room for so many bytes."""
     self._room = room
-    self._of: object = None
-    self._kept: dict[tuple, list[Linearised | None]] = {}
+    self._step: object = None
+    # By `_place` of their tasks, tile by tile; None for a tile that had no room.
+    self._kept: dict[tuple[bool, plan.Range, plan.Range], list[Linearised | None]] = {}
 
   def begin(self, step: object) -> None:
-    """Forgets what is of other steps; `step` tells them apart."""
-    if step != self._of:
-      self._of, self._kept = step, {}
+    """Forgets the blocks of another step; `step` is any value that differs between them."""
+    if step != self._step:
+      self._step, self._kept = step, {}
 
-  def keep(self, task: plan.Task, tiles: Iterable[Linearised]) -> np.ndarray:
+  def keep(self, task: plan.Task, tiles: Iterable[Linearised]) -> Float[np.ndarray, 'A B']:
     """Keeps the tiles of a task's block for which there is room; returns the block."""
     kept: list[Linearised | None] = []
     blocks, used = [], sum(tile.nbytes for tiles in self._kept.values() for tile in tiles if tile)
@@ -69,7 +69,7 @@ class Linearisations:
     return np.concatenate(blocks, axis=1)
 
   def take(self, task: plan.Task) -> list[Linearised | None] | None:
-    """What is kept of a task's block, tile by tile; None if nothing is."""
+    """Takes the kept tiles of a task's block, None for one that was not kept; None without any."""
     return self._kept.pop(_place(task), None)
 
 
@@ -81,20 +81,20 @@ def compute(
   inputs: Inputs,
   linearised: Linearisations,
 ) -> Piece:
-  """The piece of a task.
+  """Computes the piece of a task.
 
   Args:
-    task: what to compute.
+    task: one of `plan.tasks`.
     run: with its plan.
-    num_support: `S`.
-    kernel: by which images are prepared.
+    num_support: S.
+    kernel: the one that has prepared the inputs.
     inputs: of the task.
-    linearised: kept from one half of a step to the other.
+    linearised: blocks that are kept for second halves.
 
   Returns:
-    `block` [A, B] or `gradient` [A, H, W, D] by the task's support images, in the kernel's dtype;
-    `factor`, R of the rows of [K_ts, y_t]; for TARGETS `loss`, `correct`, `alpha_bar` [S, C] and
-    `gradient` [S, H, W, D].
+    For blocks `block` [A, B], for VJP_PHASES `gradient` [A, H, W, D] by the task's support images,
+    both in the kernel's dtype; for LABEL_SOLVE `factor`, R of the rows of [K_ts, y_t]; for TARGETS
+    `loss`, `correct`, `alpha_bar` [S, C] and `gradient` [S, H, W, D].
   """
   support, tiles = inputs.support(task.support_range), plan.tiles(task, run.plan.target_tile)
   if task.phase == plan.TARGETS:
@@ -116,22 +116,21 @@ def compute(
 def _targets(
   support: Prepared, targets: Iterable[Targets], run: schema.Run, kernel: Kernel, alpha: np.ndarray
 ) -> Piece:
-  """Rows of K_ts, their residual and their cotangent in one pass, summed in order in float64."""
+  """Computes K_ts, its residual and its gradient tile by tile, summed in order in float64."""
   loss, correct, alpha_bar = 0.0, 0, np.zeros_like(alpha)
   gradient = np.zeros(support.images.shape, np.float64)
-  for x_t, y_t in targets:
-    residual = krr.Residual(0.0, 0, np.zeros(0))
 
-    def cotangent(block: np.ndarray, y_t: np.ndarray = y_t) -> np.ndarray:
-      nonlocal residual, alpha_bar
-      block = block.astype(np.float64)
-      residual = krr.residual(krr.predictions(block, alpha), y_t, run.targets_per_step)
-      alpha_bar += krr.alpha_bar(block, residual.scaled)
-      return krr.cotangent(alpha, residual.scaled)
-
-    gradient += kernel.block_vjp(support, x_t, cotangent)[1]
+  def cotangent(y_t: np.ndarray, block: np.ndarray) -> np.ndarray:
+    nonlocal loss, correct, alpha_bar
+    block = block.astype(np.float64)
+    residual = krr.residual(krr.predictions(block, alpha), y_t, run.targets_per_step)
     loss += residual.loss
     correct += residual.correct
+    alpha_bar += krr.alpha_bar(block, residual.scaled)
+    return krr.cotangent(alpha, residual.scaled)
+
+  for x_t, y_t in targets:
+    gradient += kernel.block_vjp(support, x_t, functools.partial(cotangent, y_t))[1]
   return {
     'loss': np.asarray(loss),
     'correct': np.asarray(correct),
@@ -148,7 +147,7 @@ def _second_half(
   inputs: Inputs,
   linearised: Linearisations,
 ) -> np.ndarray:
-  """The gradient by the task's support images, tile by tile, summed in order in float64."""
+  """Pulls a task's block back to its support images, tile by tile, summed in order in float64."""
   gradient, first = np.zeros(support.images.shape, np.float64), task.target_range[0]
   kept = linearised.take(task) or [None] * len(tiles)
   for place, tile in zip(tiles, kept):
@@ -167,16 +166,18 @@ def _second_half(
 def _second_arguments(
   task: plan.Task, tiles: Sequence[plan.Range], inputs: Inputs
 ) -> Iterable[Images]:
+  """Yields the images that are the kernel's second argument, tile by tile."""
   if task.phase in plan.SUPPORT_PHASES:
     return (inputs.support(columns) for columns in tiles)
   return (targets.images for targets in inputs.targets(tiles))
 
 
 def _factor(support: Images, training: Iterable[Targets], kernel: Kernel) -> np.ndarray:
+  """R of the rows [K_ts, y_t] of some training images."""
   blocks, labels = zip(*((kernel.block(support, x), y) for x, y in training))
   return label_solve.factor(np.concatenate(blocks, axis=1), np.concatenate(labels))
 
 
-def _place(task: plan.Task) -> tuple:
-  """What both halves of a task share."""
+def _place(task: plan.Task) -> tuple[bool, plan.Range, plan.Range]:
+  """What both halves of a task have in common."""
   return task.phase in plan.SUPPORT_PHASES, task.target_range, task.support_range

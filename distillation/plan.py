@@ -1,7 +1,7 @@
-"""How a step is cut into tasks, and what each of them is about.
+"""Cuts a step into tasks.
 
-A plan fixes the order in which pieces are summed, so it belongs to what a run computes: any number
-of workers gives the same bits.
+The plan fixes the order in which their pieces are summed. So the results depend on it, and not on
+the number of workers.
 """
 
 from collections.abc import Sequence
@@ -9,19 +9,19 @@ from typing import NamedTuple
 
 from configs import schema
 
-# A step of KIP in one pass: SUPPORT_BLOCKS, then TARGETS, then SUPPORT_VJP.
+# Phases of a step of KIP in one pass: SUPPORT_BLOCKS, then TARGETS, then SUPPORT_VJP.
 SUPPORT_BLOCKS = 'support_blocks'  # tiles of K_ss on and above the diagonal
-TARGETS = 'targets'  # K_ts, its residual and its cotangent, all at once
-SUPPORT_VJP = 'support_vjp'  # all tiles of K_ss, pulled back through their first argument
-# A step in two halves: SUPPORT_BLOCKS with TARGET_BLOCKS, then SUPPORT_VJP with TARGET_VJP. There
-# both phases of K_ss are about `support_tile` whole rows, so that the gradient of a support image
-# comes in one piece.
+TARGETS = 'targets'  # K_ts, its residual, and its gradient, all at once
+SUPPORT_VJP = 'support_vjp'  # gradients of all tiles of K_ss by their first argument
+# Phases of a step in two halves: SUPPORT_BLOCKS with TARGET_BLOCKS, then SUPPORT_VJP with
+# TARGET_VJP. Tasks of K_ss are then `support_tile` whole rows, so that the gradient by a support
+# image comes in one piece.
 TARGET_BLOCKS = 'target_blocks'  # K_ts
-TARGET_VJP = 'target_vjp'  # these blocks, pulled back through the support images
-# Label Solve: SUPPORT_BLOCKS, then this one for the whole training set, round by round.
+TARGET_VJP = 'target_vjp'  # gradients of K_ts by the support images
+# Phases of Label Solve: SUPPORT_BLOCKS, then this one for the whole training set, round by round.
 LABEL_SOLVE = 'label_solve'  # the R factor of [K_ts, y_t]
 
-SUPPORT_PHASES = (SUPPORT_BLOCKS, SUPPORT_VJP)  # whose target_range is of the support set too
+SUPPORT_PHASES = (SUPPORT_BLOCKS, SUPPORT_VJP)  # both of their ranges are of the support set
 VJP_PHASES = (SUPPORT_VJP, TARGET_VJP)
 
 Range = tuple[int, int]
@@ -31,12 +31,12 @@ class Task(NamedTuple):
   """A unit of work.
 
   Attributes:
-    step: of the support set it is about.
+    step: number of the step.
     phase: one of those above.
     index: place in the phase's plan.
-    target_range: the second argument's images, [start, stop): of the step's target batch, of the
-      support set in SUPPORT_PHASES, of the training set in LABEL_SOLVE.
-    support_range: the first argument's images, [start, stop) of the support set.
+    target_range: [start, stop) of the kernel's second argument: in the step's target batch, in the
+      support set for SUPPORT_PHASES, in the training set for LABEL_SOLVE.
+    support_range: [start, stop) of the kernel's first argument, in the support set.
   """
 
   step: int
@@ -47,29 +47,29 @@ class Task(NamedTuple):
 
   @property
   def rows(self) -> slice:
-    """Of arrays over the support set."""
+    """Its part of arrays over the support set."""
     return slice(*self.support_range)
 
   @property
   def columns(self) -> slice:
-    """Of arrays over what `target_range` counts."""
+    """Its part of arrays over what `target_range` counts."""
     return slice(*self.target_range)
 
   @property
   def pairs(self) -> int:
-    """Kernel entries it asks for."""
+    """Kernel entries that it computes."""
     first, last = self.target_range
     start, stop = self.support_range
     return (last - first) * (stop - start)
 
 
 def ranges(total: int, size: int) -> list[Range]:
-  """[0, total) cut into pieces of `size`, the last one shorter."""
+  """Cuts [0, total) into ranges of `size`, the last one possibly shorter."""
   return [(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def tiles(task: Task, size: int) -> list[Range]:
-  """A task's target range cut into pieces of `size`; they are summed in this order."""
+  """Cuts a task's target range into tiles of `size`; they are summed in this order."""
   first, last = task.target_range
   return [(first + start, first + stop) for start, stop in ranges(last - first, size)]
 
@@ -77,14 +77,15 @@ def tiles(task: Task, size: int) -> list[Range]:
 def tasks(
   run: schema.Run, phase: str, step: int, num_support: int, targets: Range | None = None
 ) -> list[Task]:
-  """The tasks of a phase, in the order in which their pieces are summed.
+  """Makes the tasks of a phase, in the order in which their pieces are summed.
 
   Args:
     run: with its plan.
     phase: one of those above.
-    step: of the support set.
-    num_support: `S`.
-    targets: [start, stop) of what phases about targets are cut from; by default the step's batch.
+    step: number of the step.
+    num_support: S.
+    targets: [start, stop) of the targets to cut, by default the whole batch; no matter for
+      SUPPORT_PHASES.
   """
   part = run.plan.split_support(num_support)
   rows = ranges(num_support, run.plan.support_tile)
@@ -106,7 +107,7 @@ def tasks(
 
 
 def part(task: Task, name: str) -> tuple[slice, ...]:
-  """Where a task's part of an array that its step publishes is, by the array's name."""
+  """The index of a task's part of the published array `name`: see `step.Exchange.publish`."""
   return {
     'images': (task.rows,),
     'alpha': (task.rows,),
@@ -115,27 +116,27 @@ def part(task: Task, name: str) -> tuple[slice, ...]:
   }[name]
 
 
-def groups(of: Sequence[Task]) -> list[list[Task]]:
-  """Tasks about the same targets together, in order."""
+def groups(tasks: Sequence[Task]) -> list[list[Task]]:
+  """Groups tasks by their targets, in order."""
   found: dict[Range, list[Task]] = {}
-  for task in of:
+  for task in tasks:
     found.setdefault(task.target_range, []).append(task)
   return list(found.values())
 
 
 def pairs_per_step(run: schema.Run, num_support: int) -> int:
-  """Kernel entries of one step of KIP: forward and vjp count once where a task does both."""
+  """Kernel entries of a step of KIP; where one task does both, forward and vjp count once."""
   halves = (TARGET_BLOCKS, TARGET_VJP) if run.plan.split_support(num_support) else (TARGETS,)
   phases = (SUPPORT_BLOCKS, *halves, SUPPORT_VJP)
   return sum(task.pairs for phase in phases for task in tasks(run, phase, 0, num_support))
 
 
 def pairs_to_go(run: schema.Run, num_support: int, num_training: int, step: int) -> int:
-  """Kernel entries of the updates from `step` on; Label Solve's are forward alone.
+  """Kernel entries of the updates after the first `step`.
 
   Args:
     run: with its plan and number of steps.
-    num_support: `S`.
+    num_support: S.
     num_training: training images.
     step: updates made.
   """

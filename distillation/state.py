@@ -1,5 +1,4 @@
-"""What a run has come to: the support set and the optimiser's state, and how a gradient moves
-them."""
+"""The state of a run: support set and optimiser, and the update that a gradient makes."""
 
 from typing import Any, NamedTuple
 
@@ -18,16 +17,16 @@ _NAN = 'the update makes the {} NaN or infinite; lower run.learning_rate.'
 
 
 class Diverged(ArithmeticError):
-  """The run has left the numbers; one line says what to change."""
+  """The run diverges; the message is one line that says what to change."""
 
 
 class SupportState(NamedTuple):
-  """All that a step changes.
+  """The state of KIP between two steps.
 
   Attributes:
     step: updates made.
-    images: [S, H, W, D], preprocessed space.
-    labels: [S, C].
+    images: of the support set, in preprocessed space.
+    labels: of the support set.
     optimizer: optax's state, NumPy arrays in its own structure.
   """
 
@@ -38,15 +37,15 @@ class SupportState(NamedTuple):
 
 
 class LabelSolveState(NamedTuple):
-  """How far a Label Solve has come over the training set.
+  """The state of a Label Solve between two rounds over the training set.
 
   Attributes:
-    rounds: of `targets_per_step` training images each, done.
+    rounds: done, of `targets_per_step` training images each.
     factor: R of their rows of [K_ts, y_t], [S + C, S + C].
   """
 
   rounds: int
-  factor: Float64[np.ndarray, 'SC SC']
+  factor: Float64[np.ndarray, 'S+C S+C']
 
   @property
   def step(self) -> int:
@@ -55,7 +54,7 @@ class LabelSolveState(NamedTuple):
 
 
 class Gradient(NamedTuple):
-  """Gradient of the loss by the support set."""
+  """The gradient of the loss with respect to the support set."""
 
   images: Float64[np.ndarray, 'S H W D']
   labels: Float64[np.ndarray, 'S C']
@@ -67,14 +66,14 @@ def initial(
   optimizer: optax.GradientTransformation,
   cache: str = '',
 ) -> SupportState:
-  """The state at step 0; `cache` is the folder that keeps released sets. Raises DataError."""
+  """Makes the state at step 0; `cache` is the folder of released sets. Raises DataError."""
   images, labels = initial_support.make(run, prepared, cache)
   state = SupportState(0, images, labels, None)
   return state._replace(optimizer=jax.device_get(optimizer.init(_learned(run, state))))
 
 
 class Update:
-  """Moves a state against a gradient, by the run's optimiser."""
+  """The update of a state by the run's optimiser."""
 
   def __init__(self, run: schema.Run, optimizer: optax.GradientTransformation):
     self._run = run
@@ -82,9 +81,9 @@ class Update:
     self._compiled = jax.jit(self._traced)
 
   def __call__(self, state: SupportState, gradient: Gradient) -> SupportState:
-    """The next state. Raises Diverged."""
+    """Returns the next state. Raises Diverged where it is not finite."""
     arguments = _learned(self._run, gradient), state.optimizer, _learned(self._run, state)
-    # On the CPU also in a process whose kernels are on a GPU.
+    # On the CPU, also in a process whose kernels are on a GPU.
     with jax.default_device(jax.local_devices(backend='cpu')[0]):
       moved, optimizer, is_finite = jax.device_get(self._compiled(*arguments))
     for name in moved:
@@ -93,9 +92,9 @@ class Update:
     return state._replace(step=state.step + 1, optimizer=optimizer, **moved)
 
   def _traced(self, gradients: dict[str, Any], optimizer: Any, parameters: dict[str, Any]) -> Any:
-    """Parameters and the optimiser's state after an update, and which parameters are finite.
+    """Returns the next parameters and optimiser's state, and which of the parameters are finite.
 
-    All in one function, because its compiled form goes over memory once.
+    All of it is compiled together, so that memory is read once.
     """
     factors = {'images': 1.0, 'labels': self._run.label_learning_rate_factor}
     updates, optimizer = self._optimizer.update(gradients, optimizer, parameters)
@@ -103,6 +102,6 @@ class Update:
     return moved, optimizer, {name: jnp.isfinite(value).all() for name, value in moved.items()}
 
 
-def _learned(run: schema.Run, of: SupportState | Gradient) -> dict[str, np.ndarray]:
-  """The parts that the optimiser moves."""
-  return {'images': of.images, 'labels': of.labels} if run.learn_labels else {'images': of.images}
+def _learned(run: schema.Run, value: SupportState | Gradient) -> dict[str, np.ndarray]:
+  """The arrays that the optimiser moves, or their gradients, by name."""
+  return {'images': value.images, **({'labels': value.labels} if run.learn_labels else {})}

@@ -1,14 +1,18 @@
-"""A step of KIP (Nguyen et al. 2021a, https://arxiv.org/abs/2011.00050) and of Label Solve.
+"""A step of KIP, and of Label Solve.
 
-`kip_step` is the method on one page. `one_pass` and `two_halves` give the same loss and gradient
-from pieces that workers compute (distillation/pieces.py), which they get through an `Exchange`;
-`label_solve` does the same for the labels that fit the whole training set best.
+`kip_step` is KIP in a dozen lines. `one_pass` and `two_halves` give the same loss and gradient from
+pieces that workers compute (distillation/pieces.py) and that come through an `Exchange`.
+`label_solve` finds the labels that fit the whole training set best, from pieces too.
+
+Nguyen et al. 2021a (KIP, ICLR), https://arxiv.org/abs/2011.00050;
+Nguyen et al. 2021b (NeurIPS), https://arxiv.org/abs/2107.13034.
 """
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Float, Float64, Int64
 
 from configs import schema
 from data import sampling, store
@@ -17,17 +21,17 @@ from distillation import label_solve as solver
 from distillation.state import Diverged, Gradient, LabelSolveState, SupportState
 from kernels import contract
 
-_DIVERGED = 1e6  # a training loss of predictions that have nothing to do with labels in [-1, 1]
+_DIVERGED = 1e6  # a training loss that is far too large for labels in [-1, 1]
 
 Piece = dict[str, np.ndarray]
 
 
 class Metrics(NamedTuple):
-  """What a step tells of the state it starts from.
+  """Metrics of the state from which a step starts.
 
   Attributes:
-    loss: 1/2 mean((P - y_t)^2) over the step's targets; Label Solve's are the training set.
-    accuracy: part of the targets that is predicted right; None for Label Solve.
+    loss: 1/2 mean((P - y_t)^2) over the step's targets; for Label Solve, over the training set.
+    accuracy: fraction of the targets that is predicted right; None for Label Solve.
   """
 
   loss: float
@@ -36,24 +40,31 @@ class Metrics(NamedTuple):
 
 @runtime_checkable
 class Exchange(Protocol):
-  """How a step gets its pieces: from workers, or computed on the spot."""
+  """The source of a step's pieces: workers (nodes/exchange.py), or this process (in_process.py)."""
 
   def publish(self, name: str, value: np.ndarray) -> None:
-    """Lets tasks use an array: 'images' [S, H, W, D], 'alpha' [S, C], 'residual' [T, C], or the
-    'cotangent' of K_ss [S, S]."""
+    """Lets tasks use an array, to which the step may still write rows that no posted task needs.
+
+    It is 'images' [S, H, W, D], which begins a step, 'alpha' [S, C], 'residual' [T, C], or
+    'cotangent', that of K_ss, [S, S].
+    """
 
   def post(self, tasks: Sequence[plan.Task]) -> None:
-    """Asks for pieces; what they need but `residual` of other targets is published already."""
+    """Asks for the pieces of tasks, whose inputs are published."""
 
   def take(self, task: plan.Task) -> Piece:
-    """The piece of a posted task, once; waits for it."""
+    """Takes the piece of a posted task, once; waits for it."""
     ...
 
 
 def kip_step(
-  state: SupportState, x_t: np.ndarray, y_t: np.ndarray, kernel: contract.Kernel, ridge: float
+  state: SupportState,
+  x_t: Float[np.ndarray, 'T H W D'],
+  y_t: Float64[np.ndarray, 'T C'],
+  kernel: contract.Kernel,
+  ridge: float,
 ) -> tuple[Metrics, Gradient]:
-  """Loss and gradient over targets x_t [T, H, W, D], y_t [T, C]: what all others must equal."""
+  """Metrics and gradient of a step over targets x_t with labels y_t, all at once."""
   k_ss = kernel.linearise(state.images, state.images)
   k_st = kernel.linearise(state.images, x_t)
   solution = krr.solve(k_ss.block, state.labels, ridge)
@@ -73,11 +84,18 @@ def loss_and_gradient(
   exchange: Exchange,
   with_gradient: bool = True,
 ) -> tuple[Metrics, Gradient | None]:
-  """The step that the run's plan asks for; the last state of a run needs no gradient.
+  """Metrics and gradient of a step as the run's plan cuts it.
+
+  Args:
+    state: support set.
+    run: with its plan.
+    prepared: training set.
+    exchange: source of pieces.
+    with_gradient: False for the last state of a run, which needs no gradient: None in its place.
 
   Raises:
     NotPositiveDefiniteError: K_ss has no Cholesky factor.
-    Diverged: the loss is beyond all bounds.
+    Diverged: the loss is not finite, or far too large.
   """
   if run.plan.split_support(len(state.images)):
     return two_halves(state, run, prepared, exchange, with_gradient)
@@ -87,7 +105,7 @@ def loss_and_gradient(
 def one_pass(
   state: SupportState, run: schema.Run, exchange: Exchange, with_gradient: bool = True
 ) -> tuple[Metrics, Gradient | None]:
-  """Loss and gradient where each task does all that a group of targets asks for."""
+  """`loss_and_gradient` where each task does all that its targets need."""
   _, solution = _solved(state, run, exchange)
   exchange.publish('alpha', solution.alpha)
   targets = _tasks(plan.TARGETS, state, run)
@@ -119,16 +137,16 @@ def two_halves(
   exchange: Exchange,
   with_gradient: bool = True,
 ) -> tuple[Metrics, Gradient | None]:
-  """Loss and gradient where tasks are about parts of the support set.
+  """`loss_and_gradient` where tasks are about parts of the support set, in two halves.
 
-  Blocks come in, residuals go out, and gradients of parts of the support come in. A group of
-  targets goes on to its second half as soon as its rows of K_ts are whole, so that workers wait
-  for each other only at the end of a step.
+  Blocks come in, residuals go out, and gradients by parts of the support come in. A group of
+  targets enters its second half as soon as its rows of K_ts are complete, so that workers wait for
+  each other only at the end of a step.
   """
   exchange.publish('images', state.images.astype(run.kernel_dtype))
   support, blocks = _tasks(plan.SUPPORT_BLOCKS, state, run), _tasks(plan.TARGET_BLOCKS, state, run)
   exchange.post([*support, *blocks])
-  y_t = targets_labels(state.step, run, prepared)
+  y_t = target_labels(state.step, run, prepared)
   solution = krr.solve(_assembled(support, len(state.images), exchange), state.labels, run.ridge)
   residual, alpha_bar = np.empty_like(y_t, run.kernel_dtype), np.zeros_like(solution.alpha)
   exchange.publish('alpha', solution.alpha.astype(run.kernel_dtype))
@@ -169,19 +187,17 @@ def label_solve(
   rounds: LabelSolveState,
   keep: Callable[[LabelSolveState], None] = lambda rounds: None,
   with_labels: bool = True,
-) -> tuple[Metrics, np.ndarray | None]:
-  """The loss over the whole training set, and the labels [S, C] that make it least.
-
-  Nguyen et al. 2021b, https://arxiv.org/abs/2107.13034.
+) -> tuple[Metrics, Float64[np.ndarray, 'S C'] | None]:
+  """Metrics over the whole training set, and the labels that minimise the loss.
 
   Args:
-    state: its images are solved for.
+    state: its images are used, and its labels for the metrics.
     run: with its plan; a round is of `targets_per_step` images.
     prepared: the training set.
-    exchange: where pieces come from.
+    exchange: source of pieces.
     rounds: those that are done already.
     keep: called after each round.
-    with_labels: False where the loss is all that is wanted: None in place of the labels.
+    with_labels: False where metrics are all that is wanted: None in place of the labels.
 
   Raises:
     NotPositiveDefiniteError: K_ss has no Cholesky factor.
@@ -204,13 +220,15 @@ def no_rounds(state: SupportState) -> LabelSolveState:
   return LabelSolveState(0, np.zeros((width, width)))
 
 
-def target_batch(step: int, run: schema.Run, prepared: store.Prepared) -> np.ndarray:
-  """The training images that are a step's targets, int64 [T]."""
+def target_batch(step: int, run: schema.Run, prepared: store.Prepared) -> Int64[np.ndarray, ' T']:
+  """Indices of the training images that are a step's targets."""
   return sampling.targets(run.seed, step, prepared.train_labels, run.targets_per_step)
 
 
-def targets_labels(step: int, run: schema.Run, prepared: store.Prepared) -> np.ndarray:
-  """Their centred labels, float64 [T, C]."""
+def target_labels(
+  step: int, run: schema.Run, prepared: store.Prepared
+) -> Float64[np.ndarray, 'T C']:
+  """Centred labels of a step's targets."""
   chosen = prepared.train_labels[target_batch(step, run, prepared)]
   return sampling.centred_one_hot(chosen, prepared.num_classes)
 
@@ -224,7 +242,7 @@ def _tasks(
 def _solved(
   state: SupportState, run: schema.Run, exchange: Exchange
 ) -> tuple[np.ndarray, krr.Solution]:
-  """K_ss and its solution: how a step begins."""
+  """Begins a step: publishes the images, and returns K_ss [S, S] and its solution."""
   exchange.publish('images', state.images.astype(run.kernel_dtype))
   support = _tasks(plan.SUPPORT_BLOCKS, state, run)
   exchange.post(support)
@@ -232,8 +250,10 @@ def _solved(
   return k_ss, krr.solve(k_ss, state.labels, run.ridge)
 
 
-def _assembled(support: list[plan.Task], num_support: int, exchange: Exchange) -> np.ndarray:
-  """K_ss, [S, S]: on and above the diagonal as computed, below it the mirror image."""
+def _assembled(
+  support: list[plan.Task], num_support: int, exchange: Exchange
+) -> Float64[np.ndarray, 'S S']:
+  """Takes the pieces of K_ss and mirrors what is above the diagonal."""
   k_ss = np.zeros((num_support, num_support))
   for task in support:
     k_ss[task.rows, task.columns] = exchange.take(task)['block']

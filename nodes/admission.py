@@ -1,4 +1,4 @@
-"""Which clients take part in a run: their hardware, their speed, when each was last heard of."""
+"""Admits clients to a run, and knows their hardware, their speed and when each was last heard."""
 
 import json
 import threading
@@ -13,20 +13,28 @@ EVALUATOR = 'evaluator'
 
 
 class Admission:
-  """Admits workers whose results would be bit-identical to those before them. Thread safe."""
+  """Admits workers whose results are bit-identical to those of earlier ones. Thread safe.
+
+  Attributes:
+    fingerprint: of the first worker, in any life of the run.
+  """
 
   def __init__(
-    self, system: schema.System, welcome: Callable[[str, float, str], None] = lambda *_: None
+    self,
+    system: schema.System,
+    welcome: Callable[[str, float, str], None] = lambda *_: None,
+    clock: Callable[[], float] = time.monotonic,
   ):
     """
     Args:
       system: says how many workers there are meant to be, and whether they may differ.
       welcome: called with the name, pairs a second and implementation of each new worker.
+      clock: gives seconds.
     """
-    self._system, self._welcome = system, welcome
+    self._system, self._welcome, self._clock = system, welcome, clock
     self._lock = threading.Lock()
-    self.fingerprint: dict[str, str] | None = None  # of the first worker, in any life of the run
-    self._start = time.monotonic()
+    self.fingerprint: dict[str, str] | None = None
+    self._start = clock()
     self._heard: dict[str, float] = {}
     self._hellos: dict[str, str] = {}  # with which each worker was admitted
     self._rates: dict[str, float] = {}
@@ -55,12 +63,12 @@ class Admission:
     return self._rates[worker]
 
   def hear(self, client: str) -> None:
-    """Records that a client is there."""
-    self._heard[client] = time.monotonic()
+    """Records that a client is alive."""
+    self._heard[client] = self._clock()
 
   def heard_of(self, seconds: float) -> set[str]:
     """Clients heard of within the last `seconds`."""
-    now = time.monotonic()
+    now = self._clock()
     return {name for name, at in list(self._heard.items()) if now - at < seconds}
 
   def workers(self, seconds: float) -> set[str]:
@@ -69,7 +77,7 @@ class Admission:
 
   def silence(self, client: str) -> float:
     """Seconds since a client was heard of, or since the start."""
-    return time.monotonic() - self._heard.get(client, self._start)
+    return self._clock() - self._heard.get(client, self._start)
 
   def report_unusable(self, client: str, message: str) -> None:
     """Records that a client cannot start or go on, and why."""
@@ -77,7 +85,8 @@ class Admission:
     with self._lock:
       self._unusable[client] = message
 
-  def is_usable_again(self, client: str) -> None:
+  def report_usable(self, client: str) -> None:
+    """Withdraws a client's `report_unusable`: it was started again."""
     with self._lock:
       self._unusable.pop(client, None)
 
@@ -86,12 +95,13 @@ class Admission:
     return self._unusable.get(client)
 
   def every_worker_failed(self) -> str | None:
-    """The last worker's error where as many as the run has could not start, and none could."""
+    """The last worker's error, if as many workers as the run has failed to start, and none did."""
     errors = [message for name, message in list(self._unusable.items()) if name != EVALUATOR]
     failed = len(errors) >= self._system.num_workers and not self._rates
     return errors[-1] if failed else None
 
   def _greet(self, worker: str, fingerprint: dict[str, str], pairs_per_second: float) -> str | None:
+    """Takes a new worker's hello, or returns the reason for refusing it."""
     with self._lock:
       if self.fingerprint is None:
         self.fingerprint = fingerprint

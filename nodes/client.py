@@ -1,4 +1,4 @@
-"""Calls to the coordinator that neither hang nor give up at the first lost packet."""
+"""Calls the coordinator, again where a call is lost, up to a time limit."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ _SILENCE = 15.0  # seconds before a line is logged
 
 
 class CoordinatorLost(ConnectionError):
-  """The coordinator has not answered for too long. `was_there`: it did before."""
+  """The coordinator has not answered for too long; `was_there` tells whether it ever did."""
 
   def __init__(self, message: str, was_there: bool):
     super().__init__(message)
@@ -25,11 +25,12 @@ class Stopping(Exception):
 
 
 class Retrying:
-  """Repeats a coordinator's calls that do not get through, until `timeout` seconds have passed.
+  """A coordinator whose lost calls are repeated until `timeout` seconds have passed.
 
-  Every call of the coordinator's may safely be made twice. Where there were answers before, half of
-  `timeout` is enough: a process that is then started afresh, with a new connection, has the other
-  half and more.
+  Each of its methods may safely be called twice. After a first answer, half of `timeout` has to do:
+  that leaves time for this process to be started afresh, with a new connection.
+
+  Its methods raise CoordinatorLost, Stopping, and what the coordinator raised.
   """
 
   def __init__(
@@ -45,14 +46,14 @@ class Retrying:
   ):
     """
     Args:
-      coordinator: what to call.
+      coordinator: the coordinator, or a client of it.
       timeout: seconds.
       stop: set when the process is to stop.
-      unreachable: tells an error of the connection from one that the coordinator raised.
-      listening: whether another try makes sense. gRPC backs off further with every try that fails,
-        up to two minutes.
-      answered: called with the method's name after each call.
-      address: where the coordinator is, for messages.
+      unreachable: whether an error is the connection's, not one that the coordinator raised.
+      listening: whether the coordinator's port is open; while it is not, no try is made: gRPC backs
+        off further with every failed try, up to two minutes.
+      answered: called with the method's name after each answer.
+      address: of the coordinator, for messages.
       pause_seconds: between two tries.
     """
     self._coordinator, self._timeout, self._stop = coordinator, timeout, stop
@@ -61,7 +62,7 @@ class Retrying:
     self._pause, self._was_there = pause_seconds, False
 
   def until(self, stop: threading.Event) -> 'Retrying':
-    """The same, but its calls are given up when `stop` is set."""
+    """Copies this, with another event that makes calls raise Stopping."""
     other = Retrying.__new__(Retrying)
     vars(other).update(vars(self), _stop=stop)
     return other
@@ -77,7 +78,7 @@ class Retrying:
             self._answered(method)
             return result
           except Exception as error:
-            # The transport's own type is not known here; all but lost connections go on up.
+            # Any type: that of lost connections is the transport's own.
             if not self._unreachable(error):
               raise
             lost = error

@@ -1,5 +1,8 @@
-"""Owns the support set and the optimiser's state: runs step after step on what workers compute,
-checkpoints, and ends the run."""
+"""Owns the support set and the optimiser's state; serves workers and evaluator.
+
+It runs step after step on what the workers compute, saves checkpoints and snapshots, and ends the
+run.
+"""
 
 import functools
 import hashlib
@@ -32,20 +35,20 @@ from nodes.task_board import TaskBoard, TaskFailed
 
 T = TypeVar('T')
 
-# Errors whose message is for the user, without their type.
+# Errors whose message suffices for the user; of others the type is named too.
 EXPECTED = (RunFailed, TaskFailed, NoGoodCheckpoint, RunDirectoryError, DataError, OSError)
 
 
 class Timing(NamedTuple):
-  """Seconds.
+  """Intervals, in seconds.
 
   Attributes:
-    poll: between looks at the stop event while a step waits.
-    long_poll: that a request for work may wait for some.
-    linger: that the finished coordinator stays to tell the others to stop.
-    stall: without a piece, or without a word of the evaluator, before a warning is logged.
+    poll: between two looks at the stop event while a step waits.
+    long_poll: for which a request for work may wait for some.
+    linger: for which the finished coordinator stays, to tell its clients to stop.
+    stall: without a piece, or a sign of the evaluator, before a warning is logged.
     handover: that another coordinator may take to end.
-    disk: of waiting for room on it.
+    disk: how long to wait for room on it.
   """
 
   poll: float = 0.5
@@ -70,18 +73,19 @@ class Coordinator:
     progressed: Callable[[bool], None] = lambda lasting: None,
     timing: Timing = TIMING,
   ):
-    """
+    """Claims the run directory and restores the run.
+
     Args:
       workdir: run directory with its config.json.
-      cache: folder of prepared data that has this run's.
+      cache: folder of prepared data, this run's among them.
       stop: set when the process is to stop: the run is then checkpointed and ends as 'stopped'.
-      progressed: called with False after each piece that is accepted, and with True after each
-        checkpoint, which makes progress last.
-      timing: for tests.
+      progressed: called with False after each accepted piece, and with True after each checkpoint,
+        from which on that progress cannot be lost.
+      timing: intervals; tests shorten them.
 
     Raises:
       RunDirectoryError: another coordinator is at work in `workdir`; nothing there was touched.
-      RunFailed: and any other error, which status.json tells of then.
+      RunFailed: the prepared data are missing. This and every other error is in status.json.
     """
     self._directory = run_directory.RunDirectory(workdir)
     self._cache, self._stop, self._progressed, self._timing = cache, stop, progressed, timing
@@ -141,8 +145,8 @@ class Coordinator:
     )
     self._over = False
     self._released: set[str] = set()  # clients that have been told to stop
-    self._evaluated = threading.Event()
-    # Before any worker asks: its hardware is compared with that of earlier lives.
+    self._evaluated = threading.Event()  # set when the last step's row is there
+    # Restored before any worker asks: its hardware is compared with that of earlier lives.
     self._first: SupportState | None = self._keeper.restore(
       state.initial(run, prepared, optimizer, self._cache)
     )
@@ -150,11 +154,11 @@ class Coordinator:
   # RPCs of workers.
 
   def describe(self) -> str:
-    """The run, as JSON: `run`, `system`, `data_key`, `run_id`, `generation`."""
+    """Describes the run, as JSON: `run`, `system`, `data_key`, `run_id`, `generation`."""
     return json.dumps({**self._saved.to_dict(), **self._life._asdict()})
 
   def read_data(self, folder: str, file: str, offset: int) -> bytes:
-    """Part of a file of the prepared data; see `store.fetch`."""
+    """Reads part of a file of the prepared data; see `store.fetch`."""
     return store.read_chunk(self.prepared.key, self._cache, folder, file, offset)
 
   def lease(self, worker: str, hello: str) -> dict[str, Any] | None:
@@ -165,11 +169,12 @@ class Coordinator:
       hello: see `Admission.admit`.
 
     Returns:
-      None (ask again), `{'stop': reason}`, or `{'life': …, 'tasks': [(list(task), lease, indices)],
-      'inputs': [packed arrays]}`: one task to work on, one ahead if there are enough. The inputs,
-      in the kernel's dtype, are those that tasks of other answers are not likely to need: in a step
-      of two halves `images` for SUPPORT_BLOCKS and TARGET_BLOCKS, rows of `alpha` [S, C] and
-      `residual` [T, C] for TARGET_VJP; in any, for SUPPORT_VJP its part of the `cotangent` of K_ss.
+      None (ask again), `{'stop': reason}`, or `life`, `tasks` [(tuple(task), lease, indices)] and
+      `inputs` [packed arrays]: one task to work on, one ahead if there are enough, each with the
+      indices of the inputs that are sent with it. These, in the kernel's dtype, are arrays that the
+      worker's other tasks are not likely to need: for SUPPORT_VJP its part of the `cotangent` of
+      K_ss; in a step of two halves also rows of `images` for SUPPORT_BLOCKS and TARGET_BLOCKS, of
+      `alpha` [S, C] and `residual` [T, C] for TARGET_VJP. The rest is fetched.
     """
     refusal = self._admission.admit(worker, hello)
     if refusal:
@@ -180,8 +185,10 @@ class Coordinator:
     return self._lease(worker, [])
 
   def fetch(self, life: list[Any], step: int, name: str, start: int, stop: int) -> bytes | None:
-    """Packed rows of what the step's tasks share: `images` [S, H, W, D] in the kernel's dtype,
-    `alpha` [S, C]. None if the step is over."""
+    """Packs rows of an array that the step's tasks share; None if the step is over.
+
+    The array is `images` [S, H, W, D] in the kernel's dtype, or `alpha` [S, C].
+    """
     return self.exchange.fetch(Life(*life), step, name, start, stop)
 
   def complete(
@@ -196,11 +203,21 @@ class Coordinator:
     checksum: bytes,
     holding: list[int],
   ) -> dict[str, Any] | None:
-    """Takes part `part` of `parts` of a piece, each with the whole piece's checksum. Idempotent.
+    """Takes one part of a piece, and leases further tasks after the last one. Idempotent.
+
+    Args:
+      worker: its name.
+      life: of the coordinator that leased the task.
+      task: `list(task)`.
+      lease: of the task.
+      part: index of this part.
+      parts: of the piece.
+      data: content of this part.
+      checksum: of the whole piece.
+      holding: leases that the worker still has.
 
     Returns:
-      After the last part further tasks, as `lease` does, given that the worker still holds
-      `holding`; None if there are none, and before.
+      Further tasks, as from `lease`; None if there are none, and before the last part.
     """
     self._admission.hear(worker)
     done = messages.task_from(task)
@@ -214,8 +231,9 @@ class Coordinator:
       return None
     if self.board.complete(done, lease, worker, piece):
       self._progressed(False)
-    may_go_on = self._admission.is_admitted(worker) and not self._over
-    return self._lease(worker, holding) if may_go_on else None
+    if self._over or not self._admission.is_admitted(worker):
+      return None
+    return self._lease(worker, holding)
 
   def report_task_error(self, worker: str, task: list[Any], lease: int, message: str) -> None:
     """Records that computing a task raised in a worker."""
@@ -227,20 +245,20 @@ class Coordinator:
     self._admission.report_unusable(name, message)
 
   def heartbeat(self, name: str) -> None:
-    """Records that a client is alive, however busy it is."""
+    """Records that a client is alive, even while it computes."""
     self._admission.hear(name)
 
   # RPCs of the evaluator.
 
   def next_snapshot(self, done: list[int]) -> dict[str, Any] | None:
-    """The first snapshot whose step is not in `done`.
+    """Reads the first snapshot whose step is not in `done`.
 
     Returns:
       None (ask again), `{'stop': reason}`, or `run_id`, `step`, `images` [S, H, W, D] and `labels`
       [S, C] (float32), `metrics` (JSON), `final`.
     """
     self._admission.hear(EVALUATOR)
-    self._admission.is_usable_again(EVALUATOR)
+    self._admission.report_usable(EVALUATOR)
     for number in self._keeper.snapshots_to_evaluate():
       if number not in done and (snapshot := self._keeper.read_snapshot(number)) is not None:
         return {'run_id': self._life.run_id, **snapshot}
@@ -254,16 +272,19 @@ class Coordinator:
 
   def evaluated(self, row: str) -> None:
     """Records a row (JSON) that the evaluator has written."""
-    self._progress.last_row = last = json.loads(row)
-    if last['step'] == self._run.num_steps:
+    self._progress.last_row = written = json.loads(row)
+    if written['step'] == self._run.num_steps:
       self._evaluated.set()
 
   # The program.
 
   def run(self) -> None:
-    """Distils to the end, or until stopped; whatever happens, status.json tells."""
+    """Distils to the end, or until stopped, and records the outcome in status.json.
+
+    Raises errors that are none of EXPECTED.
+    """
     try:
-      first, self._first = self._first, None  # it is not kept beside the others
+      first, self._first = self._first, None  # so that its memory is freed after the first step
       assert first is not None, 'run() is called once'
       self._distil(first)
       self._progress.write_status(run_directory.FINISHED, self._progress.reached)
@@ -303,12 +324,12 @@ class Coordinator:
         self._keeper.save(current)
         raise
       if self._system.is_snapshot(current.step, num_steps):
-        self._keeper.save(current)  # first: no snapshot is of a step that the run could fall behind
+        self._keeper.save(current)  # first, so that no run resumes before a step it has shown
         self._keeper.write_snapshot(current, row)
       self._progress.log_step(current.step, row)
       if following is None:
         break
-      current = self._checked(current.step, following)
+      current, following = self._checked(current.step, following), None  # frees what it was made of
       self._progress.reach(current.step)
       if self._keeper.is_checkpoint_due():
         self._keeper.save(current)
@@ -317,22 +338,27 @@ class Coordinator:
   def _step(
     self, current: SupportState
   ) -> tuple[dict[str, Any], Callable[[], SupportState] | None]:
-    """The metrics of a state, and what makes the next one; None at the last."""
+    """Computes the metrics of a state and, unless it is the last, all that its update needs.
+
+    Returns:
+      The row of metrics; a function that makes the next state, or None. It is called after this
+      state's snapshot is written.
+    """
     run, solve_step = self._run, self._run.label_solve_step
-    is_last, num_steps = current.step == run.num_steps, run.num_steps
+    is_last = current.step == run.num_steps
     began, pairs = time.monotonic(), self.board.pairs_taken
-    data, following = (current, run, self.prepared, self.exchange), None
-    # Of a run that ends with Label Solve, the last state has the loss that was solved for.
-    if current.step == solve_step or (is_last and num_steps == solve_step + 1):
+    arguments, following = (current, run, self.prepared, self.exchange), None
+    # The last state of a run that ends with Label Solve is measured by the loss that was minimised.
+    if current.step == solve_step or (is_last and current.step == solve_step + 1):
       rounds = self._keeper.rounds(current)
       metrics, labels = self._checked(
-        current.step, lambda: step.label_solve(*data, *rounds, with_labels=not is_last)
+        current.step, lambda: step.label_solve(*arguments, *rounds, with_labels=not is_last)
       )
       if labels is not None:
         following = functools.partial(current._replace, step=current.step + 1, labels=labels)
     else:
       metrics, gradient = self._checked(
-        current.step, lambda: step.loss_and_gradient(*data, with_gradient=not is_last)
+        current.step, lambda: step.loss_and_gradient(*arguments, with_gradient=not is_last)
       )
       if gradient is not None:
         following = functools.partial(self._update, current, gradient)
@@ -345,14 +371,14 @@ class Coordinator:
     }, following
 
   def _checked(self, step: int, function: Callable[[], T]) -> T:
-    """What `function` gives; raises RunFailed, with the step, where the run has diverged."""
+    """Calls `function`. Raises RunFailed, naming the step, where the run has diverged."""
     try:
       return function()
     except (krr.NotPositiveDefiniteError, state.Diverged) as error:
       raise RunFailed(f'step {step}: {error}') from error
 
   def _watch(self, waited: bool) -> None:
-    """Called before every wait for a piece; `waited`: the last wait was in vain."""
+    """Is called before every wait for a piece, with whether the last wait ended without it."""
     if self._stop.is_set():
       raise Stopped()
     if waited:
@@ -367,7 +393,7 @@ class Coordinator:
   # The end.
 
   def _await_evaluation(self) -> None:
-    """Waits for the last row, while the evaluator is at work; the set is exported already.
+    """Waits for the last row as long as the evaluator is alive; the set is exported already.
 
     Raises Stopped, and RunFailed where the evaluation has failed.
     """
@@ -412,13 +438,13 @@ class Coordinator:
     )
 
   def _missing(self) -> str:
-    """What the evaluator has not done yet: a row is written before what is made of it."""
+    """Names what the evaluator has not finished: it writes the row first."""
     rows = {row['step'] for row in self._directory.read_metrics()}
     is_there = self._run.num_steps in rows
     return 'the baselines or the report' if is_there else 'the last evaluation'
 
   def _release(self) -> None:
-    """Tells all clients that are still there that the run is over, unless it was only stopped."""
+    """Stays until all clients know that the run is over, unless it was only stopped."""
     if self._stop.is_set():
       return
     self._over = True
@@ -430,7 +456,7 @@ class Coordinator:
 
 
 def _run_id(saved: run_directory.Saved) -> str:
-  """Names what a run computes."""
+  """Names a run by all that its results depend on."""
   irrelevant = 'run.num_steps', 'run.data.dir'
   fields = validation.flatten({'run': saved.to_dict()['run']})
   named = {path: value for path, value in fields.items() if path not in irrelevant}

@@ -1,4 +1,4 @@
-"""How a run ends before its time."""
+"""Exceptions that end a run early."""
 
 
 class RunFailed(RuntimeError):
@@ -6,4 +6,4 @@ class RunFailed(RuntimeError):
 
 
 class Stopped(Exception):
-  """The run is to stop with a checkpoint; a message says why, unless the process was asked to."""
+  """The run stops with a checkpoint; a message gives the reason, unless the process was told to."""

@@ -1,4 +1,4 @@
-"""The coordinator's side of a step: publishes its inputs, leases its tasks and takes the pieces."""
+"""The coordinator's side of a step: publishes its inputs, leases its tasks, collects its pieces."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -28,11 +28,11 @@ class Served:
     """
     Args:
       board: leases the tasks.
-      life: of the coordinator; messages about tasks of another are dropped.
+      life: of the coordinator; messages about tasks of another life are dropped.
       dtype: of the kernel, in which the cotangent of K_ss is sent.
       in_halves: whether steps have two halves.
-      watch: called before every wait for a piece, with whether the last one was in vain; what it
-        raises ends the step.
+      watch: called before every wait for a piece, with whether the last wait ended without it; an
+        exception that it raises ends the step.
       poll: seconds of a wait.
     """
     self._board, self._life, self._dtype, self._in_halves = board, life, dtype, in_halves
@@ -40,15 +40,15 @@ class Served:
     self._lock = threading.Lock()
     self._step = -1
     self._published: dict[str, np.ndarray] = {}
-    self._packed: dict[tuple[str, int, int], bytes] = {}  # rows of these
-    # Pieces that are still arriving: lease -> part -> content; and leases whose piece is complete.
+    self._packed: dict[tuple[str, int, int], bytes] = {}  # by name, start and stop of the rows
+    # Pieces that are still arriving, lease -> part -> content, and leases whose piece is complete.
     self._parts: dict[int, dict[int, bytes]] = {}
     self._arrived: set[int] = set()
 
   # What a step calls.
 
   def publish(self, name: str, value: np.ndarray) -> None:
-    """Lets workers have an array; 'images' begins a step, and what was of another is dropped."""
+    """Lets workers fetch an array; 'images' begins a step and drops what is left of another."""
     with self._lock:
       if name == 'images':
         self._step, self._published, self._packed = -1, {}, {}
@@ -71,7 +71,7 @@ class Served:
   # What workers call.
 
   def fetch(self, life: Life, step: int, name: str, start: int, stop: int) -> bytes | None:
-    """Packed rows of a published array; None if the step is over."""
+    """Packs rows of a published array; None if the step is over."""
     with self._lock:
       is_current = (life, step) == (self._life, self._step)
       return self._rows(name, start, stop) if is_current else None
@@ -79,13 +79,19 @@ class Served:
   def lease(
     self, worker: str, pairs_per_second: float, holding: Sequence[int], wait: float
   ) -> dict[str, Any] | None:
-    """Tasks for a worker, so that it has one in work and one ahead; one that is idle waits.
+    """Leases tasks to a worker, so that it has one in work and one ahead.
+
+    Args:
+      worker: its name.
+      pairs_per_second: its speed.
+      holding: leases that it still has.
+      wait: seconds to wait for a task, if it has none.
 
     Returns:
-      None, or `life`, `tasks` [(task, lease, indices)] and the `inputs` [packed arrays] that these
-      are of, each once.
+      None, or `life`, `tasks` [(tuple(task), lease, indices)] and the `inputs` [packed arrays] to
+      which the indices refer, each array once.
     """
-    leased, inputs = [], {}  # id -> packed
+    leased, inputs = [], {}  # inputs by their id(): tasks share packed arrays
     while len(holding) + len(leased) < IN_HAND:
       leases = [*holding, *(lease for _, lease, _ in leased)]
       lease = self._board.lease(worker, 0.0 if leases else wait, pairs_per_second, leases)
@@ -105,9 +111,10 @@ class Served:
   def receive(
     self, life: Life, task: plan.Task, lease: int, part: int, parts: int, data: bytes
   ) -> list[bytes] | None:
-    """Keeps a part of a piece; all of them once the last is there, None before, and for stale ones.
+    """Keeps a part of a piece. Idempotent.
 
-    Idempotent.
+    Returns:
+      All parts in order, once the last one is there; None before, after, and for a stale task.
     """
     with self._lock:
       if (life, task.step) != (self._life, self._step) or lease in self._arrived:
@@ -121,7 +128,7 @@ class Served:
     return [received[i] for i in range(parts)]
 
   def _attached(self, task: plan.Task) -> list[bytes]:
-    """The inputs sent with a task: those that tasks of other answers are not likely to need."""
+    """The inputs sent with a task: those that a worker's other tasks are not likely to need."""
     if task.phase == plan.SUPPORT_VJP:
       cotangent = self._published['cotangent'][plan.part(task, 'cotangent')]
       return [messages.pack({'cotangent': cotangent.astype(self._dtype)})]
@@ -133,7 +140,7 @@ class Served:
     return []
 
   def _rows(self, name: str, start: int, stop: int) -> bytes:
-    """Packed rows of a published array, which many workers need."""
+    """Rows of a published array, packed once for all workers."""
     key = name, start, stop
     if key not in self._packed:
       self._packed[key] = messages.pack({name: self._published[name][start:stop]})

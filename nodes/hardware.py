@@ -1,9 +1,10 @@
-"""What can change the bits of a worker's results, and how fast it is."""
+"""Describes a worker: all of it that can change the bits of its results, and its speed."""
 
 import platform
 import time
 from typing import Any
 
+import jax
 import numpy as np
 
 from artifacts import hardware
@@ -11,13 +12,13 @@ from configs import schema
 from data import store
 from kernels.contract import Kernel
 
-_CALIBRATION_SECONDS = 80.0  # by the rate so far, which a single pair makes look far too slow
+# A larger block is measured if it takes no longer than this at the speed so far, which is far too
+# low after a single pair.
+_CALIBRATION_SECONDS = 80.0
 
 
 def fingerprint(kernel: Kernel, prepared: store.Prepared) -> dict[str, Any]:
-  """All that can change the bits of a result, apart from the run's configuration."""
-  from jax import version  # alone: a worker with the CUDA kernel has no use for JAX's part of it
-
+  """Names all that can change the bits of a result, apart from the run's configuration."""
   return {
     'implementation': kernel.implementation,
     'dtype': str(kernel.dtype),
@@ -25,7 +26,7 @@ def fingerprint(kernel: Kernel, prepared: store.Prepared) -> dict[str, Any]:
     'device': kernel.device or _device(),
     'data': prepared.content,
     'numpy': np.__version__,
-    'jax': version.__version__,
+    'jax': jax.__version__,
     'python': platform.python_version(),
   }
 
@@ -33,7 +34,7 @@ def fingerprint(kernel: Kernel, prepared: store.Prepared) -> dict[str, Any]:
 def pairs_per_second(
   kernel: Kernel, images: np.ndarray, run: schema.Run, num_support: int
 ) -> float:
-  """Speed with a single pair, a few, and a full tile, as far as these are cheap; also compiles.
+  """Measures the speed on a single pair, then on larger blocks if these are cheap; also compiles.
 
   Args:
     kernel: to be measured.
@@ -63,8 +64,6 @@ def pairs_per_second(
 
 
 def _device() -> str:
-  """What JAX computes on."""
-  import jax
-
+  """Names the device that JAX computes on."""
   device = jax.devices()[0]
   return hardware.cpu_model() if device.platform == 'cpu' else device.device_kind

@@ -1,4 +1,4 @@
-"""What a coordinator keeps on disk: checkpoints, Label Solve's rounds, snapshots, the result."""
+"""Keeps a run on disk: checkpoints, Label Solve's rounds, snapshots, the distilled set."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from nodes.progress import Progress
 
 
 class Keeper:
-  """Saves and restores a run in its directory; a full disk is waited for."""
+  """Saves and restores a run in its directory; waits while the disk is full."""
 
   def __init__(
     self,
@@ -40,7 +40,7 @@ class Keeper:
       directory: of the run.
       prepared: its data.
       progress: knows the time that the run has taken.
-      admission: knows the hardware, and hears of a last snapshot that is damaged.
+      admission: knows the workers' hardware, and is told when the last snapshot is damaged.
       stop: set when the process is to stop.
       progressed: called with True after each checkpoint.
       patience: with a disk that is full.
@@ -56,7 +56,7 @@ class Keeper:
     self.saved_step = -1  # of the newest checkpoint
 
   def restore(self, template: SupportState) -> SupportState:
-    """The newest checkpoint's state, or the first one."""
+    """Restores the newest checkpoint; returns `template`, the first state, where there is none."""
     restored = self._checkpoints.restore(template)
     if restored is None:
       self._progress.reach(0)
@@ -71,10 +71,11 @@ class Keeper:
     return found
 
   def is_checkpoint_due(self) -> bool:
+    """Whether `system.checkpoint_seconds` have passed since the last one."""
     return time.monotonic() >= self._next_checkpoint
 
   def save(self, current: SupportState) -> None:
-    """Writes a checkpoint, unless the newest is of that step. Raises RunFailed."""
+    """Writes a checkpoint, unless the newest is of this step. Raises RunFailed."""
     if current.step != self.saved_step:
       meta = {
         'wall_seconds': self._progress.wall_seconds(),
@@ -91,10 +92,10 @@ class Keeper:
   def rounds(
     self, current: SupportState
   ) -> tuple[LabelSolveState, Callable[[LabelSolveState], None]]:
-    """The rounds of a Label Solve that are done, and what keeps the next ones.
+    """The rounds of a Label Solve that are done, and a function that saves a further one.
 
-    Their checkpoints stand in a folder named by the images: rounds about others would be in the
-    way.
+    Their checkpoints are in a folder named by a hash of the images; those of other images are
+    removed.
     """
     name = hashlib.sha256(current.images.tobytes()).hexdigest()[:16]
     folder = os.path.join(self._directory.label_solve, name)
@@ -128,7 +129,7 @@ class Keeper:
     return self._rounds, keep
 
   def write_snapshot(self, current: SupportState, row: dict[str, Any]) -> None:
-    """Writes what is evaluated of a state, and of the last one the result. Raises RunFailed."""
+    """Writes a state for the evaluator, and the last one as the distilled set. Raises RunFailed."""
     images, labels = current.images.astype(np.float32), current.labels.astype(np.float32)
     if current.step == self._config.run.num_steps:
       path, config = self._directory.distilled, self._config
@@ -169,7 +170,7 @@ class Keeper:
     }
 
   def _persist(self, what: str, write: Callable[[], None]) -> None:
-    """Writes; where that fails, again for a while: a full disk may be emptied. Raises RunFailed."""
+    """Writes, trying again for a while: somebody may make room on a full disk. Raises RunFailed."""
     try:
       files.persist(what, write, self._stop, self._patience)
     except RunDirectoryError as error:

@@ -1,4 +1,4 @@
-"""Leases tasks, computes their pieces, and submits them."""
+"""The worker: leases tasks, computes their pieces, and submits them."""
 
 import json
 import threading
@@ -23,11 +23,11 @@ T = TypeVar('T')
 
 
 class Stale(Exception):
-  """The coordinator has moved on from the step that a task is about."""
+  """A task's step is over."""
 
 
 class Leased(NamedTuple):
-  """A task in this worker's hands, and its inputs."""
+  """A task that this worker has, and its inputs."""
 
   life: Life
   task: plan.Task
@@ -36,16 +36,17 @@ class Leased(NamedTuple):
 
 
 class KernelWorker:
-  """One worker. Holds nothing between tasks that it could not fetch again.
+  """A worker. Whatever it keeps from task to task it could fetch or compute again.
 
   While the kernel computes, one thread submits the previous piece and receives the next task, and
   another prefetches that task's inputs.
   """
 
   def __init__(self, coordinator: Any, name: str, threads: int, cache: str, stop: threading.Event):
-    """
+    """Makes the worker; `run` talks to the coordinator.
+
     Args:
-      coordinator: a `client.Retrying` coordinator.
+      coordinator: a `client.Retrying`.
       name: unique among the run's workers.
       threads: CPU threads for the kernel.
       cache: this machine's folder of prepared data.
@@ -57,14 +58,18 @@ class KernelWorker:
     self._prefetcher: Prefetcher | None = None
 
   def run(self) -> None:
-    """Works until told to stop. Raises CoordinatorLost where the run's coordinator is gone."""
+    """Works until told to stop.
+
+    Raises CoordinatorLost where the run's coordinator is gone, and whatever kept the worker from
+    starting, after it is reported.
+    """
     try:
       try:
         hello = self._prepare()
       except (CoordinatorLost, Stopping):
         raise
       except Exception as error:
-        # Whatever it is: the user must hear of it where the run is followed.
+        # Any type: the user follows the run at the coordinator, and must see there what is wrong.
         self._coordinator.report_unusable(self._name, f'{type(error).__name__}: {error}')
         raise
       self._take_part(hello)
@@ -76,7 +81,7 @@ class KernelWorker:
         self._prefetcher.close()
 
   def _prepare(self) -> str:
-    """Gets data and kernel ready; returns what `Coordinator.lease` wants to know."""
+    """Gets data and kernel ready; returns the `hello` for `Coordinator.lease`."""
     description = json.loads(self._coordinator.describe())
     saved = run_directory.Saved.from_dict(description)
     self._run, self._run_id = saved.config.run, description['run_id']
@@ -94,9 +99,9 @@ class KernelWorker:
     return json.dumps({'fingerprint': fingerprint, 'pairs_per_second': rate})
 
   def _take_part(self, hello: str) -> None:
-    """Computes task after task; where there are enough, the next is there when one is done."""
+    """Computes task after task, one of them in advance where there are enough."""
     in_hand: list[Leased] = []
-    coming: futures.Future[list[Leased]] | None = None  # by the answer to the last piece
+    coming: futures.Future[list[Leased]] | None = None  # with the answer to the last piece
     while not self._stop.is_set():
       if coming and not in_hand:
         in_hand, coming = coming.result(), None
@@ -115,7 +120,7 @@ class KernelWorker:
       coming = self._submit_pool.submit(self._submit, leased, piece, holding)
 
   def compute(self, leased: Leased) -> Piece | None:
-    """A task's piece; None where it is stale or could not be computed, which is reported.
+    """Computes a task's piece; returns None where it is stale or failed, which is reported.
 
     Raises CoordinatorLost where another run's coordinator has taken the place of this run's.
     """
@@ -130,7 +135,7 @@ class KernelWorker:
     return pieces.compute(task, self._run, self._num_support, self._kernel, found, self._linearised)
 
   def _submit(self, leased: Leased, piece: Piece | None, holding: list[int]) -> list[Leased]:
-    """Submits a piece; returns the next tasks, given that this worker still holds `holding`."""
+    """Submits a piece; returns further tasks, given that this worker still holds `holding`."""
     if piece is None:
       return []
     return self._received(self._or_report(leased, lambda: self._send(leased, piece, holding)))
@@ -144,7 +149,7 @@ class KernelWorker:
     return answer
 
   def _received(self, answer: dict[str, Any] | None) -> list[Leased]:
-    """The tasks of an answer, their inputs being fetched."""
+    """Unpacks the tasks of an answer, and begins to fetch their inputs."""
     if answer is None:
       return []
     assert self._prefetcher is not None
@@ -157,22 +162,24 @@ class KernelWorker:
     return leased
 
   def _fetch(self, life: Life, step: int, name: str, start: int, stop: int) -> np.ndarray:
-    """Rows of an array that a step has published. Raises Stale where the step is over."""
+    """Fetches rows of an array that a step has published. Raises Stale where the step is over."""
     data = self._coordinator.fetch(list(life), step, name, start, stop)
     if data is None:
       raise Stale()
     return messages.unpack(data)[name]
 
   def _or_report(self, leased: Leased, function: Callable[[], T]) -> T | None:
-    """What a function about a task gives; None where the task is stale, or after an error, which
-    the coordinator is told: it tries the task elsewhere, then ends the run with this message."""
+    """Calls a function about a task; returns None where the task is stale or the function fails.
+
+    A failure is reported: the coordinator has the task tried again, and in the end fails the run.
+    """
     try:
       return function()
     except Stale:
       return None
     except (CoordinatorLost, Stopping):
       raise
-    except Exception as error:  # whatever it is
+    except Exception as error:  # any type: the coordinator decides
       logging.exception('%s failed at %s', self._name, leased.task)
       self._coordinator.report_task_error(
         self._name, list(leased.task), leased.lease, f'{type(error).__name__}: {error}'

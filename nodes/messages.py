@@ -1,4 +1,4 @@
-"""What travels between the coordinator and its clients.
+"""Formats of the messages between the coordinator and its clients.
 
 Courier hangs on arrays in arguments, and takes twice as long for them in results, so arrays travel
 as bytes, and pieces in parts of at most PART_BYTES. Tasks carry indices, never images.
@@ -19,19 +19,14 @@ _ALIGNMENT = 64
 
 
 class Life(NamedTuple):
-  """One life of a run's coordinator; every message about a task names it.
-
-  Attributes:
-    run_id: names the run.
-    generation: counts the coordinator's lives.
-  """
+  """One life of a run's coordinator, by the run's id and a count; messages about tasks name it."""
 
   run_id: str
   generation: int
 
 
 def task_from(fields: Sequence[Any]) -> plan.Task:
-  """The task that `list(task)` was made of."""
+  """Undoes `list(task)`, after a journey that may turn tuples into lists."""
   task = plan.Task(*fields)
   return task._replace(
     target_range=tuple(task.target_range), support_range=tuple(task.support_range)
@@ -39,14 +34,14 @@ def task_from(fields: Sequence[Any]) -> plan.Task:
 
 
 def encode(piece: Mapping[str, np.ndarray]) -> tuple[list[bytes], bytes]:
-  """A piece as parts to send, and their checksum."""
+  """Packs a piece into parts to send; returns these and their checksum."""
   data = pack(piece)
   parts = [data[i : i + PART_BYTES] for i in range(0, len(data), PART_BYTES)]
   return parts, xxhash.xxh3_64_digest(data)
 
 
 def decode(parts: Sequence[bytes], checksum: bytes) -> dict[str, np.ndarray]:
-  """The piece again, read-only. Raises ValueError where the checksum does not fit."""
+  """Unpacks a piece, its arrays read-only. Raises ValueError where the checksum does not fit."""
   data = b''.join(parts)
   if xxhash.xxh3_64_digest(data) != checksum:
     raise ValueError('a piece arrived damaged: its checksum does not fit')
@@ -54,7 +49,7 @@ def decode(parts: Sequence[bytes], checksum: bytes) -> dict[str, np.ndarray]:
 
 
 def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
-  """A line of JSON that names the arrays, then their bytes."""
+  """Packs arrays into bytes: a line of JSON with names, dtypes and shapes, then their contents."""
   header = json.dumps([(name, a.dtype.str, a.shape) for name, a in arrays.items()]).encode()
   header += b' ' * (-(len(header) + 1) % _ALIGNMENT) + b'\n'
   contents = (np.ascontiguousarray(a).reshape(-1).view(np.uint8).data for a in arrays.values())
@@ -62,7 +57,7 @@ def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def unpack(data: bytes) -> dict[str, np.ndarray]:
-  """The arrays again, read-only."""
+  """Undoes `pack`; the arrays are read-only."""
   offset = data.index(b'\n') + 1
   arrays = {}
   for name, dtype, shape in json.loads(data[:offset]):

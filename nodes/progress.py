@@ -1,4 +1,4 @@
-"""How far a run has come: its log lines, status.json and the time it takes."""
+"""Reports a run's progress: log lines, status.json, and the time it takes."""
 
 import os
 import time
@@ -12,11 +12,17 @@ from distillation import plan
 from nodes.admission import Admission
 from nodes.task_board import TaskBoard
 
-STATUS_SECONDS = 5.0  # at most so long between two writings of status.json
+STATUS_SECONDS = 5.0  # between two writings of status.json, at most
 
 
 class Progress:
-  """What the coordinator tells of its run."""
+  """Keeps a run's time and writes its log lines and status.json.
+
+  Attributes:
+    reached: step that the run has come to.
+    reached_seconds: `wall_seconds` when it did.
+    last_row: the evaluator's last row.
+  """
 
   def __init__(
     self,
@@ -32,11 +38,11 @@ class Progress:
     Args:
       directory: of the run.
       generation: counts the coordinator's lives.
-      board: has counted what was computed.
+      board: counts what is computed.
       admission: knows the workers.
       num_support: `S`.
       num_training: training images.
-      alive_seconds: a worker heard of within these counts as alive.
+      alive_seconds: a worker counts as alive for so long after it was last heard of.
     """
     self._start = time.monotonic()
     self._directory, self._generation = directory, generation
@@ -47,18 +53,17 @@ class Progress:
     self._earlier_seconds = 0.0
     self._end: float | None = None
     self._next_log = self._next_status = 0.0
-    self._reported: dict[str, Any] = {}  # by the last progress line
-    self.reached = 0  # step that the run has come to
-    self.reached_seconds = 0.0  # `wall_seconds` then
-    self.last_row: dict[str, Any] | None = None  # of the evaluator
+    self._reported: dict[str, Any] = {}  # in the last progress line
+    self.reached, self.reached_seconds = 0, 0.0
+    self.last_row: dict[str, Any] | None = None
 
   def resume(self, step: int, wall_seconds: float, reached_seconds: float) -> None:
-    """Goes on from a checkpoint: its step, and the seconds of earlier lives."""
+    """Goes on from a checkpoint's step and its `wall_seconds` and `reached_seconds`."""
     self._earlier_seconds, self.reached = wall_seconds, step
     self.reached_seconds = reached_seconds
 
   def resume_rounds(self, wall_seconds: float) -> None:
-    """Goes on from a Label Solve's rounds, if they came after the checkpoint."""
+    """Goes on from the `wall_seconds` of a Label Solve's rounds, if later than the checkpoint's."""
     self._earlier_seconds = max(self._earlier_seconds, wall_seconds)
 
   def reach(self, step: int) -> None:
@@ -66,15 +71,15 @@ class Progress:
     self.reached, self.reached_seconds = step, self.wall_seconds()
 
   def end(self) -> None:
-    """Records that the last update is computed: the time that follows is none of the run's."""
+    """Stops the run's time, and makes status.json due: the last update is computed."""
     self._end, self._next_status = time.monotonic(), 0.0
 
   def wall_seconds(self) -> float:
-    """Seconds of computing, over all lives; the wait for the last evaluation is none."""
+    """Seconds of computing, over all lives, without the wait for the last evaluation."""
     return self._earlier_seconds + (self._end or time.monotonic()) - self._start
 
   def log_joined(self, worker: str, pairs_per_second: float, implementation: str) -> None:
-    """Logs a new worker, and an estimate of what is left of the run with such workers."""
+    """Logs a new worker's speed, and an estimate of the run's remaining time at that speed."""
     rate, steps = pairs_per_second * self._system.num_workers, self._run.num_steps - self.reached
     estimate = 'all steps are done'
     if steps:
@@ -93,7 +98,7 @@ class Progress:
     )
 
   def log_round(self, done: int, seconds: float) -> None:
-    """Logs a Label Solve that has come to `done` training images, at `seconds` an image."""
+    """Logs that a Label Solve has done `done` training images, the last ones at `seconds` each."""
     logging.info(
       'label solve: %d of %d training images, %.3g pairs/s, %s to go',
       done,
@@ -103,7 +108,7 @@ class Progress:
     )
 
   def log_step(self, step: int, row: dict[str, Any]) -> None:
-    """Logs the metrics of the state at `step` and writes status.json, every `log_seconds`."""
+    """Logs the metrics of a step and writes status.json, if `log_seconds` have passed."""
     num_steps = self._run.num_steps
     if time.monotonic() < self._next_log and step < num_steps:
       return
@@ -114,7 +119,7 @@ class Progress:
     if self.last_row:
       tested = f', test {100 * self.last_row["krr_test_accuracy"]:.2f} %'
       tested += f' at step {self.last_row["step"]}'
-    # Label Solve's update needs no more than its metrics have taken already.
+    # A Label Solve's update has been computed along with its metrics.
     is_solved = step == self._run.label_solve_step
     seconds = self._pairs_to_go(step + is_solved) / rate
     logging.info(
@@ -136,6 +141,7 @@ class Progress:
     self.write_status(run_directory.RUNNING, step)
 
   def is_status_due(self) -> bool:
+    """Whether STATUS_SECONDS have passed since status.json was written."""
     return time.monotonic() >= self._next_status
 
   def write_status(self, state: str, step: int, **fields: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a step that does not get on is waiting for, and when waiting is no use."""
+"""Warns when a run makes no progress, and ends it when waiting cannot help."""
 
 from absl import logging
 
@@ -9,18 +9,18 @@ from nodes.task_board import TaskBoard
 
 
 class StallWatch:
-  """Warns of a step without progress, at ever longer intervals, and ends it in the end."""
+  """Warns of a step without progress, at ever longer intervals, and finally ends it."""
 
   def __init__(self, board: TaskBoard, admission: Admission, system: schema.System, seconds: float):
-    """`seconds` without a piece, before a warning is logged."""
+    """Takes the `seconds` without a piece before the first warning."""
     self._board, self._admission, self._system = board, admission, system
     self._seconds = self._next = seconds
 
   def check(self, step: int) -> None:
-    """Looks at the step in work.
+    """Warns if the step in work has made no progress for long.
 
     Raises:
-      RunFailed: no worker can start.
+      RunFailed: every worker failed to start.
       Stopped: no worker has been heard of for `system.worker_timeout`.
     """
     error = self._admission.every_worker_failed()
@@ -44,15 +44,15 @@ class StallWatch:
 
 
 class EvaluatorWatch:
-  """Warns, at ever longer intervals, of an evaluator that is not heard of."""
+  """Warns of a silent evaluator, at ever longer intervals."""
 
   def __init__(self, admission: Admission, seconds: float):
-    """`seconds` of silence, before a warning is logged."""
+    """Takes the `seconds` of silence before the first warning."""
     self._admission = admission
     self._seconds = self._next = seconds
 
   def check(self) -> float:
-    """Seconds since the evaluator was heard of."""
+    """Warns if the evaluator has been silent for long; returns for how many seconds it has been."""
     silent = self._admission.silence(EVALUATOR)
     if silent < self._seconds:
       self._next = self._seconds

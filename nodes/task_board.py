@@ -1,4 +1,4 @@
-"""Hands tasks out to workers and collects their pieces. Knows nothing of kernels."""
+"""Leases tasks to workers and collects their pieces. Knows nothing of kernels."""
 
 import collections
 import itertools
@@ -15,13 +15,12 @@ from distillation.step import Piece
 
 IN_HAND = 2  # tasks that a worker may have: one in work and one ahead
 MAX_ERRORS = 3
-MAX_LOST = 20  # leases of one task that came to nothing
-_DEADLINE_FACTOR = 5  # of the usual time of that kind of task
-# A task that takes longer than this many times the usual is given to an idle worker too.
-_SLOW_FACTOR = 2
-_AWAY_SECONDS = 1.0  # without a word, after which others take a worker's tasks
-_LOOK = 0.5  # seconds between an idle worker's looks at what time alone may bring up
-_HISTORY = 64
+MAX_LOST = 20  # leases of one task that end without an answer
+_DEADLINE_FACTOR = 5  # deadline over the usual time of that kind of task
+_SLOW_FACTOR = 2  # a task is slow, and leased to an idle worker too, after so many usual times
+_AWAY_SECONDS = 1.0  # of silence after which others take the tasks that a worker owns
+_LOOK = 0.5  # seconds after which a waiting worker looks for tasks that have become slow
+_HISTORY = 64  # durations of a kind of task whose median is the usual time
 
 
 class TaskFailed(RuntimeError):
@@ -39,7 +38,7 @@ class Lease(NamedTuple):
 
 
 class WorkerCounts(NamedTuple):
-  """What one worker has done: tasks and kernel pairs accepted, seconds from lease to answer."""
+  """Work of one worker: tasks and kernel pairs accepted, seconds from lease to answer."""
 
   tasks: int = 0
   pairs: int = 0
@@ -47,17 +46,20 @@ class WorkerCounts(NamedTuple):
 
 
 class TaskBoard:
-  """`post` tasks, let workers `lease` and `complete` them, `take` the pieces. Thread safe.
+  """The tasks of a step: `post` them, `lease` and `complete` each, `take` its piece. Thread safe.
 
-  A worker says what it holds when it asks for more: a task that it does not name is lost. So is one
-  that passes its deadline. Lost tasks are leased again; when nothing else is left, so is a task
-  that takes unusually long. The first answer counts and later ones change nothing. A task whose
-  computation raises is tried MAX_ERRORS times in all; lost leases are counted apart.
+  A worker names the leases that it holds when it asks for more: others of its leases are lost. So
+  is one that passes its deadline. Lost tasks are leased again; when nothing else is left, so is a
+  task that takes unusually long. The first answer counts and later ones change nothing. A task
+  whose computation raises is tried MAX_ERRORS times in all; lost leases are counted apart.
 
   A busy worker may prefetch one more task if enough remain for the others.
 
-  In a step in two halves the second half of a task goes to the worker that did the first, where it
-  is cheap; to others when that one is slow or gone.
+  In a step in two halves the worker that did the first half of a task owns the second, which is
+  cheap for it; others get it when that worker is slow or gone.
+
+  Attributes:
+    pairs_taken: kernel entries of the pieces that were taken.
   """
 
   def __init__(
@@ -65,34 +67,33 @@ class TaskBoard:
     lease_seconds: float,
     num_workers: int = 1,
     in_halves: bool = False,
-    slow_seconds: float = 1.0,
     clock: Callable[[], float] = time.monotonic,
+    slow_seconds: float = 1.0,
   ):
     """
     Args:
-      lease_seconds: within which a task is expected, at least.
+      lease_seconds: deadline of a task, at least.
       num_workers: that the run is meant to have.
       in_halves: whether steps have two halves.
-      slow_seconds: before which no task counts as slow.
       clock: gives seconds.
+      slow_seconds: a task is not slow before.
     """
     self._lease_seconds, self._num_workers = lease_seconds, num_workers
     self._in_halves, self._clock = in_halves, clock
-    self._slow_seconds = slow_seconds
-    self._patience = min(lease_seconds, slow_seconds)
+    self._slow_seconds, self._patience = slow_seconds, min(lease_seconds, slow_seconds)
     self._lock = threading.RLock()
-    self._piece = threading.Condition(self._lock)  # `take` waits for it
+    self._piece = threading.Condition(self._lock)  # for which `take` waits
     # By idle worker: one condition per worker avoids a thundering herd.
     self._idle: dict[str, threading.Condition] = {}
     self._tasks: dict[Task, Piece | None] = {}  # in plan order; {} once it is taken
     self._step = -1
     self._awaited: Task | None = None
-    self._pending: dict[str | None, dict[Task, None]] = {}  # by owner, in plan order
-    # Who did the first half of a task on these ranges.
+    self._pending: dict[str | None, dict[Task, None]] = {}  # by owner, in the order of leasing
+    # The workers that did the first halves, by `_ranges` of their tasks.
     self._owners: dict[tuple[bool, Range, Range], str] = {}
     self._leases: dict[int, Lease] = {}
     self._held: dict[str, dict[int, Lease]] = {}  # by worker, the one in work first
-    self._late: dict[int, Lease] = {}  # lost, but an answer may come yet
+    self._late: dict[int, Lease] = {}  # lost, but its answer may still come
     self._errors: collections.Counter[Task] = collections.Counter()
     self._lost: collections.Counter[Task] = collections.Counter()
     self._failure: str | None = None
@@ -100,12 +101,12 @@ class TaskBoard:
     self._durations: dict[str, collections.deque[float]] = collections.defaultdict(
       lambda: collections.deque(maxlen=_HISTORY)
     )
-    self._usual: dict[str, float] = {}  # their medians
+    self._usual: dict[str, float] = {}  # medians of `_durations`, by phase
     self._workers: dict[str, WorkerCounts] = {}
     self._heard: dict[str, float] = {}
     self._last_progress = self._last_sign = clock()
     self._totals = collections.Counter()
-    self.pairs_taken = 0  # kernel entries of the pieces that were taken
+    self.pairs_taken = 0
 
   def post(self, tasks: Sequence[Task]) -> None:
     """Adds tasks; those of another step replace what was there.
@@ -133,7 +134,7 @@ class TaskBoard:
   def lease(
     self, worker: str, wait: float, pairs_per_second: float = 0.0, holding: Container[int] = ()
   ) -> Lease | None:
-    """Leases a task; None if there is none within `wait` seconds.
+    """Leases a task; returns None if there is none within `wait` seconds.
 
     Args:
       worker: its name.
@@ -208,7 +209,7 @@ class TaskBoard:
         self._put(task)
 
   def take(self, task: Task, wait: float) -> Piece | None:
-    """The piece of a task, given once; None if it is not there within `wait` seconds.
+    """Takes the piece of a task, once; returns None if it is not there within `wait` seconds.
 
     Raises:
       TaskFailed: a task has used up its tries.
@@ -225,13 +226,13 @@ class TaskBoard:
       return piece
 
   def silence(self) -> float:
-    """Seconds without any call of a worker; a worker within its deadline counts as heard of."""
+    """Seconds since any worker called, or since the last deadline of a lease, if that is later."""
     with self._lock:
       signs = [self._last_sign, *(lease.deadline for lease in self._leases.values())]
       return max(0.0, self._clock() - max(signs))
 
   def stall(self) -> tuple[float, str]:
-    """Seconds since the last piece came, and what is missing."""
+    """Seconds since the last piece came, and the pieces that are missing, in words."""
     with self._lock:
       now, missing = self._clock(), [task for task, piece in self._tasks.items() if piece is None]
       held = [
@@ -242,9 +243,7 @@ class TaskBoard:
       what = 'nothing missing'
       if missing:
         phase = missing[0].phase
-        number, total = (
-          sum(task.phase == phase for task in of) for of in (missing, list(self._tasks))
-        )
+        number, total = (sum(t.phase == phase for t in some) for some in (missing, self._tasks))
         what = f'{number} of {total} {phase} tasks missing'
       more = ' ...' if len(held) > 4 else ''
       return now - self._last_progress, f'{what}; in work: {", ".join(held[:4]) or "none"}{more}'
@@ -263,10 +262,10 @@ class TaskBoard:
       return {'workers': workers, **totals, 'pairs': self.pairs_taken}
 
   def _arranged(self, tasks: Sequence[Task]) -> list[Task]:
-    """The order in which a step's first tasks are leased.
+    """Arranges a step's first tasks in the order in which they are leased.
 
-    Nothing can be solved without K_ss, so its tasks are the first of their workers; but many images
-    are sent for them, so those of the other workers, who all wait, go out before.
+    K_ss is needed first, so its tasks are the first of their workers. But they take long to send,
+    with many images, so the other workers' tasks, for which these all wait, are leased before.
     """
     support = [task for task in tasks if task.phase == plan.SUPPORT_BLOCKS]
     others = [task for task in tasks if task.phase != plan.SUPPORT_BLOCKS]
@@ -286,8 +285,11 @@ class TaskBoard:
     return lease
 
   def _next(self, worker: str, now: float) -> Task | None:
-    """The task to lease: one that the worker owns; else one without an owner; else one whose owner
-    is slow or gone; else one that has been in work unusually long, once more."""
+    """Finds the task to lease.
+
+    It is one that the worker owns; else one without an owner; else, for an idle worker, one whose
+    owner is slow or gone; else one that has been in work unusually long, once more.
+    """
     task = self._pop(worker)
     if task is None and self._has_enough(worker):
       task = self._pop(None)
@@ -306,9 +308,10 @@ class TaskBoard:
     return min(slow, key=lambda lease: lease.start).task
 
   def _has_enough(self, worker: str) -> bool:
-    """Whether `worker` may lease a task that nobody owns.
+    """Whether there are enough tasks without an owner for `worker` to lease one.
 
-    A busy one only if there are enough for the others too, and these would not do it sooner.
+    A busy worker may, if there is one for each busy worker, unless its own task is larger than the
+    next one: others would do that sooner.
     """
     waiting, held = self._pending.get(None, {}), self._held.get(worker)
     if not held:
@@ -318,7 +321,7 @@ class TaskBoard:
     return next(iter(held.values())).task.pairs <= next(iter(waiting)).pairs
 
   def _put(self, task: Task, first: bool = False) -> None:
-    """Makes a task pending, and wakes a worker for it."""
+    """Makes a task pending, `first` or last of its owner's, and wakes a worker for it."""
     owner = self._owners.get(_ranges(task))
     waiting = self._pending.setdefault(owner, {})
     if first:
@@ -335,6 +338,7 @@ class TaskBoard:
       waiting.notify()
 
   def _pop(self, owner: str | None) -> Task | None:
+    """Removes the first pending task of an owner that is not done."""
     waiting = self._pending.get(owner, {})
     while waiting:
       task = next(iter(waiting))
@@ -344,14 +348,14 @@ class TaskBoard:
     return None
 
   def _away_at(self, owner: str) -> float:
-    """When a worker is no longer expected to ask for its next task soon."""
+    """Time from which a worker is not expected to ask for its own tasks soon."""
     held = self._held.get(owner)
     if held:
       return self._slow_at(next(iter(held.values())))
     return self._heard[owner] + _AWAY_SECONDS
 
   def _open(self) -> list[Lease]:
-    """Leases of tasks that are not done and in one worker's hands only."""
+    """Leases of tasks that are not done and that only one worker has."""
     holders = collections.Counter(lease.task for lease in self._leases.values())
     return [
       lease
@@ -360,14 +364,16 @@ class TaskBoard:
     ]
 
   def _oldest(self) -> float:
-    """The start of the oldest lease: spares a look at each of them before `_patience` is over."""
+    """Start of the oldest lease: until `_patience` has passed since, none need be looked at."""
     return next(iter(self._leases.values())).start if self._leases else math.inf
 
   def _slow_at(self, lease: Lease) -> float:
+    """Time from which a leased task is slow."""
     usual = self._usual.get(lease.task.phase)
     return lease.start + max(self._slow_seconds, _SLOW_FACTOR * usual) if usual else lease.deadline
 
   def _release(self, lease_id: int) -> Lease | None:
+    """Ends a lease; returns it, or None if it has ended before."""
     lease = self._leases.pop(lease_id, None)
     if lease is not None:
       held = self._held[lease.worker]
@@ -377,7 +383,7 @@ class TaskBoard:
     return lease
 
   def _turn_to_next(self, worker: str, now: float) -> None:
-    """The task that the worker had ahead is in work from now on."""
+    """Begins the time of the task that the worker had ahead: it is in work from now on."""
     for lease in list(self._held.get(worker, {}).values())[:1]:
       del self._leases[lease.id]  # to the end, as they stand in order of `start`
       self._leases[lease.id] = self._held[worker][lease.id] = lease._replace(
@@ -385,6 +391,7 @@ class TaskBoard:
       )
 
   def _take_back(self, lease: Lease, why: str) -> None:
+    """Ends a lease without an answer, counts it as `why`, and makes its task pending again."""
     self._release(lease.id)
     self._late[lease.id], task = lease, lease.task
     if self._tasks[task] is not None:
@@ -401,11 +408,13 @@ class TaskBoard:
       self._put(task, first=True)
 
   def _end_failed(self, message: str) -> None:
+    """Makes `take` raise TaskFailed."""
     self._failure = message
     self._piece.notify_all()
 
 
 def _ranges(task: Task) -> tuple[bool, Range, Range]:
+  """What both halves of a task have in common."""
   return task.phase in plan.SUPPORT_PHASES, task.target_range, task.support_range
 
 

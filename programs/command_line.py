@@ -13,7 +13,6 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from artifacts import RunDirectoryError
-from artifacts.run_directory import BAD_INPUT_STATUS
 from configs import validation
 from data import DataError
 
@@ -24,6 +23,7 @@ CONFIG = config_flags.DEFINE_config_file(
   '--config.run.FIELD=VALUE or --config.system.FIELD=VALUE (configs/schema.py lists them).',
 )
 
+_BAD_INPUT_STATUS = 2
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # Those whose flags --help prints, in this order; '' stands for the program itself.
@@ -120,7 +120,7 @@ def exit_with(main: Callable[[list[str]], int]) -> None:
     sys.exit(main(sys.argv))
   except (BadInput, validation.ConfigError, DataError, RunDirectoryError) as error:
     print(f'error: {error}', file=sys.stderr)
-    sys.exit(BAD_INPUT_STATUS)
+    sys.exit(_BAD_INPUT_STATUS)
   except KeyboardInterrupt:
     print('Interrupted.', file=sys.stderr)
     sys.exit(128 + signal.SIGINT)

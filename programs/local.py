@@ -18,7 +18,7 @@ from programs import command_line, outcome, signals, start, terminal
 
 
 def main(argv: list[str]) -> int:
-  """Runs to the end; returns the exit status."""
+  """Runs to the end; returns the exit status. Raises BadInput."""
   start.parse(argv)
   run = start.ready(placement.take_gpu)
   for remark in run.remarks:

@@ -7,6 +7,7 @@ from typing import Any
 from artifacts import run_directory, words
 from distillation import evaluation
 
+_EXIT_STATUS = {run_directory.FINISHED: 0, run_directory.FAILED: 1, run_directory.STOPPED: 75}
 _BEGINNINGS = {'real': 'real images', 'noise': 'noise'}  # by run.initial_images
 
 
@@ -32,7 +33,7 @@ def conclude(directory: run_directory.RunDirectory) -> int:
     )
   else:
     print(f'The run failed{message}', file=sys.stderr)
-  return run_directory.EXIT_STATUS.get(state, 1)
+  return _EXIT_STATUS.get(state, 1)
 
 
 def summary(directory: run_directory.RunDirectory, status: dict[str, Any]) -> str:

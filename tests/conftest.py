@@ -8,15 +8,10 @@ from programs import placement
 # Before NumPy and JAX start, as in the program's own processes.
 os.environ.update(placement.launcher_environment())
 
-import typing
-
 import jaxtyping
-
-from kernels import contract
 
 # Types, shapes and dtypes of distillation/, which must not be imported before, are checked at every
 # call of its functions.
-typing.runtime_checkable(contract.Kernel)
 jaxtyping.install_import_hook('distillation', 'shape_checker.check')
 
 import numpy as np

@@ -1,5 +1,4 @@
-"""Files of a run directory that were cut, altered or left half-written: what was meant, or nothing,
-or one line; never something else."""
+"""Damaged files of a run directory are read as they were, refused in one line, or passed over."""
 
 import json
 import os

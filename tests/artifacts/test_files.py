@@ -11,7 +11,7 @@ from artifacts import RunDirectoryError, files
 @pytest.mark.parametrize('fails', ['at once', 'halfway'])
 def test_writing_atomically(tmp_path, fails):
   path = str(tmp_path / 'file')
-  files.write_atomically(path, 'old')
+  files.write_atomically(path, b'old')
   (tmp_path / 'plain').touch()
   # Who may read other new files may read these.
   assert os.stat(path).st_mode == os.stat(tmp_path / 'plain').st_mode

@@ -1,5 +1,4 @@
-"""The report holds what the run says and needs no network; the pictures have the size and content
-that their arguments ask for."""
+"""The report is complete and needs no network; its pictures show what they should."""
 
 import base64
 import dataclasses
@@ -311,8 +310,10 @@ def test_the_report_command_makes_what_is_missing(named):
   'images_per_class, num_classes, grid', [(1, 3, (2, 3)), (2, 3, (3, 5)), (12, 2, (2, 21))]
 )
 def test_a_row_a_class_or_a_column_with_one_image(images_per_class, num_classes, grid):
-  """A class's images are of one grey; the picture's rows (columns) show each class's grey, and ten
-  images a class at most."""
+  """Each class's images have a grey of their own, which the picture's rows or columns show.
+
+  It shows ten images a class at most.
+  """
   greys = numpy.linspace(0.0, 1.0, num_classes)
   images = numpy.repeat(greys, images_per_class)[:, None, None, None] * numpy.ones((1, 4, 4, 3))
   names = [str(c) for c in range(num_classes)]

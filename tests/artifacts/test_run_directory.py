@@ -1,4 +1,4 @@
-"""Who may write in a run directory, and its small files."""
+"""Locks of a run directory, and its small files."""
 
 import os
 

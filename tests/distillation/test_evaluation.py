@@ -136,6 +136,12 @@ def test_baselines_are_the_images_a_run_starts_from_with_hard_and_solved_labels(
     evaluate.baselines(7)
 
 
+def _counted(architecture):
+  """A kernel that keeps what it was asked for."""
+  kernel = registry.make_kernel(architecture)
+  return mock.Mock(wraps=kernel, spec=kernel)
+
+
 def _blocks(kernel):
   """Of each block that a mock of a kernel was asked for: its sides, and whether they are one."""
   pairs = [call.args for call in kernel.block.call_args_list]
@@ -144,7 +150,7 @@ def _blocks(kernel):
 
 @pytest.mark.parametrize('architecture', ['fc1', 'convnet2'])
 def test_k_ss_in_tiles(architecture):
-  kernel = mock.Mock(wraps=registry.make_kernel(architecture))
+  kernel = _counted(architecture)
   images = kernel.prepare(np.random.default_rng(0).normal(size=(7, 8, 9, 2)))
   whole = registry.make_kernel(architecture).block(images.images, images.images)
   np.testing.assert_array_equal(evaluation.support_block(kernel, images, 7), whole)
@@ -167,7 +173,7 @@ def test_k_ss_in_tiles(architecture):
 def test_krr_can_be_interrupted_at_every_tile_of_k_ss(make_run, tmp_path, blocks):
   run = make_run(tmp_path, {**FC1, 'system.evaluation.krr_tile': 3})
   prepared = _prepared(run)
-  kernel, images = mock.Mock(wraps=registry.make_kernel('fc1')), _support(prepared)[0]
+  kernel, images = _counted('fc1'), _support(prepared)[0]
 
   def check():
     if kernel.block.call_count >= blocks:

@@ -41,8 +41,8 @@ def test_noise_has_the_deviation_of_the_training_images(make_run, tmp_path):
 
 
 def test_a_distilled_set_goes_on(make_run, tmp_path):
-  """With its images and labels, whoever wrote them: our file, and one with nothing else in it, as
-  the papers' authors released theirs."""
+  """A run starts from the images and labels of our file, and of one with nothing else in it, as the
+  papers' authors released theirs."""
   first = make_run(tmp_path / 'first', FC1)
   local.distil(first, threading.Event())
   with np.load(first.directory.distilled) as file:
@@ -66,7 +66,7 @@ def test_a_distilled_set_goes_on(make_run, tmp_path):
 
 
 def test_a_released_set_goes_on(make_run, tmp_path, released_mnist):
-  """By its name, where the run's data and preprocessing are those of the name."""
+  """A released set is given by its name, which must fit the run's data and preprocessing."""
   name, folder, cache = released_mnist
   changes = {'run.data.name': 'mnist', 'run.data.dir': folder, 'run.initial_images': name}
   sizes = {'run.images_per_class': 1, 'run.targets_per_step': 10}

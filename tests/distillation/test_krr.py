@@ -82,7 +82,7 @@ def test_nan_is_refused():
 
 
 def test_shapes_and_types_are_checked_in_tests():
-  """By the hook of tests/conftest.py."""
+  """The hook of tests/conftest.py is on."""
   with pytest.raises(jaxtyping.TypeCheckError):
     krr.predictions(np.ones((3, 2)), np.ones((2, 1)))
   with pytest.raises(jaxtyping.TypeCheckError):

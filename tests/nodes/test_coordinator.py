@@ -4,15 +4,16 @@ import json
 import os
 import re
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
-from test_workers import working
+import small_runs
 
-from artifacts import RunDirectoryError, checkpoints, files
+from artifacts import RunDirectoryError, checkpoints, distilled_set, files
 from configs import schema
 from data import store
-from distillation import evaluation, optimizers, pieces, plan
+from distillation import evaluation, pieces, plan
 from distillation import state as states
 from nodes import coordinator as coordinator_node
 from nodes import keeper, kernel_worker, messages, task_board
@@ -38,9 +39,9 @@ def _targets(number, step=0, phase=plan.TARGETS):
   return [plan.Task(step, phase, i, (5 * i, 5 * i + 5), (0, 6)) for i in range(number)]
 
 
-def _begun(run, tasks, timing=QUICK, **published):
+def _begun(run, tasks, kind=coordinator_node.Coordinator, timing=QUICK, **published):
   """A coordinator in the middle of a step."""
-  coordinator = _coordinator(run, timing)
+  coordinator = kind(run.directory.path, run.cache, threading.Event(), timing=timing)
   coordinator.exchange.publish('images', np.zeros((6, 8, 9, 2), np.float32))
   for name, value in published.items():
     coordinator.exchange.publish(name, value)
@@ -53,13 +54,25 @@ def _life(coordinator):
   return [description['run_id'], description['generation']]
 
 
-def _hello(**changes):
-  return json.dumps(
-    {
-      'fingerprint': {'implementation': 'native', 'device': 'A', **changes},
-      'pairs_per_second': 10.0,
-    }
+def _ask(coordinator, worker='w', device='A'):
+  """The answer to a worker that asks for tasks."""
+  fingerprint = {'implementation': 'native', 'device': device}
+  return coordinator.lease(
+    worker, json.dumps({'fingerprint': fingerprint, 'pairs_per_second': 10.0})
   )
+
+
+def _answer(*args, **kwargs) -> dict[str, Any]:
+  """`_ask`, where there is one."""
+  answer = _ask(*args, **kwargs)
+  assert answer is not None
+  return answer
+
+
+def _taken(coordinator, task) -> dict[str, np.ndarray]:
+  piece = coordinator.board.take(task, 0)
+  assert piece is not None
+  return piece
 
 
 def test_without_workers_the_run_stops_with_a_checkpoint(make_run, tmp_path, capsys):
@@ -134,20 +147,19 @@ def test_a_worker_that_would_compute_other_bits_is_refused(make_run, tmp_path):
     coordinator = _coordinator(
       make_run(tmp_path / str(allow), {**FC1, 'system.allow_mixed': allow}), QUICK
     )
-    assert coordinator.lease('first', _hello()) is None
-    answer = coordinator.lease('second', _hello(device='B'))
-    assert (
-      answer is None
-      if allow
-      else 'device: B instead of A' in answer['stop'] and 'system.allow_mixed' in answer['stop']
-    )
+    assert _ask(coordinator, 'first') is None
+    if allow:
+      assert _ask(coordinator, 'second', 'B') is None
+    else:
+      refusal = _answer(coordinator, 'second', 'B')['stop']
+      assert 'device: B instead of A' in refusal and 'system.allow_mixed' in refusal
 
 
 def test_answers_from_another_life_or_step_are_dropped(make_run, tmp_path):
   [task] = tasks = _targets(1, step=4)
   coordinator = _begun(make_run(tmp_path, FC1), tasks, alpha=np.ones(2))
   life = _life(coordinator)
-  answer = coordinator.lease('w', _hello())
+  answer = _answer(coordinator)
   [(leased, lease, _)] = answer['tasks']
   assert plan.Task(*leased) == task and answer['inputs'] == [] and list(answer['life']) == life
   parts, digest = messages.encode({'x': np.ones(3)})
@@ -160,17 +172,17 @@ def test_answers_from_another_life_or_step_are_dropped(make_run, tmp_path):
     coordinator.complete('w', about, list(stale), lease, 0, 1, parts[0], digest, [])
     assert coordinator.board.take(task, 0) is None
   assert coordinator.fetch(life, 3, 'alpha', 0, 2) is None
-  found = messages.unpack(coordinator.fetch(life, 4, 'alpha', 0, 2))
-  assert found['alpha'].tolist() == [1, 1]
+  packed = coordinator.fetch(life, 4, 'alpha', 0, 2)
+  assert packed is not None and messages.unpack(packed)['alpha'].tolist() == [1, 1]
   coordinator.complete('w', life, list(task), lease, 0, 1, parts[0], digest, [])
-  assert coordinator.board.take(task, 0)['x'].tolist() == [1, 1, 1]
+  assert _taken(coordinator, task)['x'].tolist() == [1, 1, 1]
 
 
 def test_parts_may_arrive_twice_and_in_any_order(make_run, tmp_path, monkeypatch):
   monkeypatch.setattr(messages, 'PART_BYTES', 100)
   [task] = tasks = _targets(1)
   coordinator = _begun(make_run(tmp_path, FC1), tasks)
-  [(_, lease, _)] = coordinator.lease('w', _hello())['tasks']
+  [(_, lease, _)] = _answer(coordinator)['tasks']
   parts, digest = messages.encode({'x': np.arange(30)})
   assert len(parts) > 2
   order = [1, 1, *range(2, len(parts)), 1, 0, 0, len(parts) - 1]
@@ -178,7 +190,7 @@ def test_parts_may_arrive_twice_and_in_any_order(make_run, tmp_path, monkeypatch
     coordinator.complete(
       'w', _life(coordinator), list(task), lease, i, len(parts), parts[i], digest, []
     )
-  assert coordinator.board.take(task, 0)['x'].tolist() == list(range(30))
+  assert _taken(coordinator, task)['x'].tolist() == list(range(30))
   assert coordinator.board.counters()['duplicate_answers'] == 0
 
 
@@ -188,7 +200,7 @@ def test_a_resumed_run_wants_the_hardware_it_began_on(make_run, tmp_path):
   local.distil(run, threading.Event())
   run.directory.close()
   coordinator = _coordinator(make_run(tmp_path, {**changes, 'run.num_steps': 3}), QUICK)
-  assert 'device: B instead of' in coordinator.lease('w', _hello(device='B'))['stop']
+  assert 'device: B instead of' in _answer(coordinator, device='B')['stop']
   coordinator.run()
   status = run.directory.read_status()
   assert status['state'] == 'failed'
@@ -211,7 +223,7 @@ def test_a_full_disk_is_waited_for_and_then_named(make_run, tmp_path, monkeypatc
 
   monkeypatch.setattr(checkpoints.Checkpoints, 'save', fail)
   run = make_run(tmp_path, {**FC1, 'system.checkpoint_seconds': 0.001})
-  with working(run, timing=QUICK) as coordinator:
+  with small_runs.working(run, timing=QUICK) as coordinator:
     coordinator.run()
   words = 'the checkpoint of step 0 cannot be written (No space left on device); trying again for'
   assert caplog.text.count(words) == 2
@@ -263,7 +275,8 @@ def test_a_damaged_snapshot_is_skipped(make_run, tmp_path):
     with open(run.directory.snapshot(step), 'r+b') as file:
       file.truncate(100)
   coordinator = _coordinator(run, QUICK)
-  assert coordinator.next_snapshot([])['step'] == 1
+  snapshot = coordinator.next_snapshot([])
+  assert snapshot is not None and snapshot['step'] == 1
   assert coordinator.next_snapshot([1]) is None
 
 
@@ -286,7 +299,7 @@ def test_a_damaged_last_snapshot_is_reported(make_run, tmp_path, monkeypatch):
 
 def test_an_evaluator_that_is_gone_is_not_waited_for_long(make_run, tmp_path, caplog):
   run = make_run(tmp_path, {**FC1, 'run.num_steps': 1, 'system.worker_timeout': 0.5})
-  with working(run, timing=QUICK) as coordinator:
+  with small_runs.working(run, timing=QUICK) as coordinator:
     coordinator.run()
   assert run.directory.read_status()['state'] == 'finished'
   assert 'Waiting for the last evaluation' in caplog.text
@@ -303,14 +316,19 @@ def test_a_stall_is_reported_with_what_is_missing(make_run, tmp_path, caplog):
   )
 
 
+class _Another(coordinator_node.Coordinator):
+  """A coordinator of another run."""
+
+  def lease(self, worker, hello):
+    answer = super().lease(worker, hello)
+    return answer and {**answer, 'life': ['that', 1]}
+
+
 def test_a_run_that_is_another_is_not_worked_for(make_run, tmp_path):
   """Where a coordinator of another run has taken the place of the worker's."""
   run = make_run(tmp_path, FC1)
-  coordinator = _begun(run, _targets(3), alpha=np.ones((6, 3)))
-  lease = coordinator.lease
-  coordinator.lease = lambda *args: (answer := lease(*args)) and {**answer, 'life': ['that', 1]}
-  stop = threading.Event()
-  worker = kernel_worker.KernelWorker(coordinator, 'w', 1, run.cache, stop)
+  coordinator = _begun(run, _targets(3), _Another, alpha=np.ones((6, 3)))
+  worker = kernel_worker.KernelWorker(coordinator, 'w', 1, run.cache, threading.Event())
   with pytest.raises(CoordinatorLost, match='another run answers'):
     worker.run()
 
@@ -461,11 +479,7 @@ def test_the_time_of_a_state_is_when_it_was_reached(make_run, tmp_path, caplog):
     'system.checkpoint_seconds': 1000.0,
   }
   run = make_run(tmp_path, changes)
-  state = states.initial(
-    run.config.run,
-    store.open_prepared(run.directory.read_saved().data_key, run.cache),
-    optimizers.make(run.config.run.optimizer, run.config.run.learning_rate),
-  )
+  state = small_runs.first_state(run)
   checkpoints.Checkpoints(run.directory.checkpoints).save(
     state._replace(step=2), {'wall_seconds': 600.0, 'reached_seconds': 7.5, 'fingerprint': None}
   )
@@ -491,8 +505,6 @@ def test_what_a_finished_run_says(make_run, tmp_path, capsys, num_steps, words):
 
 @pytest.mark.parametrize('labels', ['learned', 'fixed'])
 def test_the_export_says_what_was_made(make_run, tmp_path, labels):
-  from artifacts import distilled_set
-
   run = make_run(tmp_path, {**FC1, 'run.learn_labels': labels == 'learned'})
   local.distil(run, threading.Event())
   distilled = distilled_set.load(run.directory.distilled)
@@ -515,7 +527,7 @@ def test_a_worker_gets_two_tasks_and_what_they_share_once(make_run, tmp_path):
   coordinator = _begun(
     make_run(tmp_path, FC1), posted, alpha=np.arange(6.0), residual=np.arange(5.0)
   )
-  answer = coordinator.lease('w', _hello())
+  answer = _answer(coordinator)
   assert [tuple(posted[0]), tuple(posted[1])] == [task for task, *_ in answer['tasks']]
   assert len(answer['inputs']) == 3
   for (_, _, indices), alpha in zip(answer['tasks'], ([0, 1], [2, 3])):
@@ -532,10 +544,10 @@ def test_a_worker_gets_two_tasks_and_what_they_share_once(make_run, tmp_path):
 def test_a_worker_that_hands_in_its_last_piece_waits_for_work(make_run, tmp_path):
   first, second = _targets(2, phase=plan.LABEL_SOLVE)
   coordinator = _begun(make_run(tmp_path, FC1), [first], timing=coordinator_node.TIMING)
-  [(_, lease, _)] = coordinator.lease('w', _hello())['tasks']
+  [(_, lease, _)] = _answer(coordinator)['tasks']
   parts, digest = messages.encode({'x': np.ones(3)})
   threading.Timer(0.2, coordinator.exchange.post, ([second],)).start()
   answer = coordinator.complete(
     'w', _life(coordinator), list(first), lease, 0, 1, parts[0], digest, []
   )
-  assert [task for task, *_ in answer['tasks']] == [tuple(second)]
+  assert answer is not None and [task for task, *_ in answer['tasks']] == [tuple(second)]

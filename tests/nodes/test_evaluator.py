@@ -54,7 +54,7 @@ class _Coordinator:
   def evaluated(self, row):
     self.rows.append(json.loads(row))
 
-  def broken(self, name, reason):
+  def report_unusable(self, name, reason):
     self.reasons.append((name, reason))
 
 

@@ -6,9 +6,10 @@ import threading
 
 import numpy as np
 import pytest
+import small_runs
 
 from artifacts import checkpoints, distilled_set
-from data import sampling, store
+from data import sampling
 from distillation import krr, plan
 from distillation.state import LabelSolveState
 from kernels import registry
@@ -32,18 +33,16 @@ def _distil(run):
 
 
 def _oracle(run, images):
-  """Labels by the dense pseudo-inverse, and a function from labels to ½ mean((P - y)²) over the
-  training set."""
-  prepared = store.open_prepared(run.directory.read_saved().data_key, run.cache)
+  """Labels by the dense pseudo-inverse, and a function from labels to the training loss."""
+  prepared = small_runs.prepared_data(run)
   kernel = registry.make_kernel(
     run.config.run.architecture, implementation='reference', dtype='float64'
   )
   k = krr.regularised(kernel.block(images, images), run.config.run.ridge)
   predict = kernel.block(prepared.train_images, images) @ np.linalg.inv(k)
   y_t = sampling.centred_one_hot(prepared.train_labels, prepared.num_classes)
-  return np.linalg.pinv(
-    predict, rcond=1e-12
-  ) @ y_t, lambda labels: 0.5 * np.mean((predict @ labels - y_t) ** 2)
+  labels = np.linalg.pinv(predict, rcond=1e-12) @ y_t
+  return labels, lambda labels: 0.5 * np.mean((predict @ labels - y_t) ** 2)
 
 
 @pytest.mark.parametrize(
@@ -53,8 +52,7 @@ def _oracle(run, images):
 def test_the_whole_training_set_is_fitted_as_by_the_pseudo_inverse(
   make_run, tmp_path, architecture, per_step, target_tile, per_task
 ):
-  """Rounds and tasks that divide the 96 training images, that do not, and that are smaller than S +
-  C."""
+  """Rounds and tasks that divide the 96 training images, that do not, or are smaller than S + C."""
   run = make_run(
     tmp_path,
     {

@@ -160,7 +160,7 @@ def test_a_set_that_the_authors_released_by_its_name(released_mnist):
     (
       'released',
       ('stray',),
-      "'stray' is no flag; expected --dataset=FILE --config=FILE --baselines --json.",
+      "unknown argument 'stray'; expected --dataset=FILE --config=FILE --baselines --json.",
     ),
     ('no labels', CONFIG, "array 'labels' is missing; expected images, labels, got images."),
     ('small images', CONFIG, 'images must be [S, 8, 9, 2] for blobs, got [6, 8, 8, 2].'),

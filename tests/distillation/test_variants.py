@@ -1,23 +1,20 @@
-"""Every variant of KIP against automatic differentiation of the whole loss and optax, both written
-out, in float64."""
+"""Every variant of KIP, in float64, against the whole loss written out for JAX and optax."""
 
-import threading
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_workers import working
+import small_runs
 
 import kernels.precision  # noqa: F401
-from artifacts import distilled_set
-from configs import own_architecture
 from data import sampling
 from distillation import optimizers, step
 from distillation import state as states
-from kernels import architectures, reference
-from programs import local
+from distillation.in_process import InProcess
+from kernels import architectures, reference, registry
 
 STEPS = 2
 
@@ -43,7 +40,7 @@ def _written_out(
     k = k_ss + run.ridge * jnp.trace(k_ss) / len(x) * jnp.eye(len(x))
     return 0.5 * jnp.mean((k_ts @ jnp.linalg.solve(k, y) - y_t) ** 2)
 
-  parameters = {'images': images, **({'labels': labels} if learn_labels else {})}
+  parameters: Any = {'images': images, **({'labels': labels} if learn_labels else {})}
   state, losses, gradient = optimizer.init(parameters), [], jax.jit(jax.value_and_grad(loss))
   for number in range(STEPS):
     chosen = batch
@@ -126,16 +123,16 @@ SGD = {'run.optimizer': 'sgd', 'run.learning_rate': 50}
 )
 def test_first_steps(make_run, tmp_path, changes, optimizer, written):
   run = make_run(tmp_path, {'run.architecture': 'fc1', 'run.kernel_dtype': 'float64', **changes})
-  with working(run) as coordinator:
-    settings, prepared = run.config.run, coordinator.prepared
-    configured = optimizers.make(settings.optimizer, settings.learning_rate)
-    update = states.Update(settings, configured)
-    first = state = states.initial(settings, prepared, configured)
-    losses = []
-    for _ in range(STEPS):
-      metrics, gradient = step.loss_and_gradient(state, settings, prepared, coordinator.exchange)
-      losses.append(metrics.loss)
-      state = update(state, gradient)
+  settings, prepared = run.config.run, small_runs.prepared_data(run)
+  exchange = InProcess(settings, prepared, registry.for_run(settings, 1))
+  update = states.Update(settings, optimizers.make(settings.optimizer, settings.learning_rate))
+  first = state = small_runs.first_state(run)
+  losses = []
+  for _ in range(STEPS):
+    metrics, gradient = step.loss_and_gradient(state, settings, prepared, exchange)
+    assert gradient is not None
+    losses.append(metrics.loss)
+    state = update(state, gradient)
   images, labels, expected = _written_out(
     settings, prepared, first.images, first.labels, optimizer, **written
   )
@@ -148,34 +145,3 @@ def test_first_steps(make_run, tmp_path, changes, optimizer, written):
       found - start, wanted - start, rtol=0, atol=1e-6 * np.abs(wanted - start).max()
     )
   assert np.abs(state.images - first.images).max() > 1e-2
-
-
-def test_an_own_architecture_through_the_whole_program(make_run, tmp_path):
-  """Kernel, finite network, export, and coming back to the run directory, whose JSON knows no
-  tuples."""
-  architecture = own_architecture.get_config().run.architecture.to_dict()
-  changes = {
-    'run.architecture': architecture,
-    'run.num_steps': 1,
-    'system.evaluation.nn_steps': 3,
-    'system.evaluation.nn_width': 4,
-  }
-  for num_steps in (1, 2):
-    run = make_run(tmp_path, {**changes, 'run.num_steps': num_steps})
-    local.distil(run, threading.Event())
-    run.directory.close()
-    assert run.directory.read_status()['state'] == 'finished'
-  rows = {row['step']: row for row in run.directory.read_metrics()}
-  assert (
-    sorted(rows) == [0, 1, 2]
-    and rows[2]['train_loss'] < rows[0]['train_loss']
-    and 0 <= rows[2]['nn_test_accuracy'] <= 1
-  )
-  saved = architectures.get(
-    distilled_set.load(run.directory.distilled).settings['run']['architecture']
-  )
-  assert (
-    saved.stages == ((2, True), (1, False))
-    and saved.readout == 'global_average_pool'
-    and saved.hidden == 1
-  )
