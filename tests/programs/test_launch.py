@@ -51,7 +51,7 @@ else:
 """)
   done = run(command(tmp_path / 'run', *SMALL, npz=npz, cache=cache), PYTHONPATH=str(tmp_path))
   assert done.returncode == 1
-  assert 'no worker can start; the last one said: RuntimeError: no kernel today' in done.stderr
+  assert 'every worker failed to start; last error: RuntimeError: no kernel today' in done.stderr
 
 
 def test_a_proxy_in_the_environment_is_not_for_the_nodes(tmp_path, npz, cache):
