@@ -1,4 +1,4 @@
-"""What this machine computes on."""
+"""This machine's hardware."""
 
 import platform
 

@@ -1,105 +1,118 @@
 """A run's TensorBoard events: `tensorboard --logdir=DIR`.
 
-One file a snapshot, made aside and renamed into place: none is ever torn, and one that is evaluated
-again replaces its own.
+Each row of metrics.jsonl has a file of its own, made aside and renamed into place: none is ever
+torn, and a row that is evaluated again replaces its own.
 """
 
 import io
 import os
 import tempfile
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorboardX
 from absl import logging
 from PIL import Image
 
-from artifacts import distilled_set, pictures, run_directory
+from artifacts import files, pictures, run_directory, snapshots
 from data import DataError, store
 from data.classes import are_numbers
 from distillation import evaluation
 
-_SCALARS = {
+_SCALARS = {  # name in a row: group
   'krr_test_accuracy': 'test',
   'krr_test_mse': 'test',
   'nn_test_accuracy': 'test',
   'train_loss': 'train',
-  # Name in a row: group.
   'train_accuracy': 'train',
   'kernel_pairs_per_second': 'run',
   'wall_seconds': 'run',
 }
-# Training images: on their range of brightness the support images of all steps are shown.
+# Training images whose range of brightness the support images of all steps are shown on.
 _RANGE = 200
 
 
 def write(
   directory: run_directory.RunDirectory,
   row: dict[str, Any],
-  images: np.ndarray | None,
-  labels: np.ndarray | None,
+  support: tuple[np.ndarray, np.ndarray] | None,
   prepared: store.Prepared,
 ) -> None:
-  """Writes a row's numbers, and the support set it is about as a grid of images and a heat map of
-  labels.
+  """Writes a row's numbers, and its support set as a grid of images and a heat map of labels.
 
   Args:
     directory: of the run.
     row: of metrics.jsonl.
-    images: [S, H, W, D], preprocessed space; labels: [S, C]; both None: the numbers alone.
+    support: images [S, H, W, D], preprocessed space, and labels [S, C]; None: the numbers alone.
     prepared: the data set, whose preprocessing is undone for display.
 
   Raises:
-    OSError: the files cannot be written.
+    OSError: the file cannot be written.
   """
-  transform = prepared.transform
-  step, num_classes = row['step'], prepared.num_classes
   with tempfile.TemporaryDirectory() as scratch:
     with tensorboardX.SummaryWriter(scratch) as writer:
-      for name, group in _SCALARS.items():
-        if evaluation.has(row, name):
-          network = evaluation.networks_in_words([row]) if name.startswith('nn') else ''
-          writer.add_scalar(f'{group}/{name}', row[name], step, summary_description=network)
-      if evaluation.has(row, 'nn_test_accuracy'):
-        writer.add_text('finite network', evaluation.network_in_words(row), step)
-      if not are_numbers(prepared.class_names):
-        names = ', '.join(f'{c} {name}' for c, name in enumerate(prepared.class_names))
-        writer.add_text('classes', names, step)
-      if images is not None:
-        shown = pictures.grid(images, num_classes, transform, prepared.train_images[:_RANGE])
-        writer.add_image('images', shown, step, dataformats='HWC')
-        if transform.zca is not None:
-          whitened = pictures.grid(images, num_classes)
-          writer.add_image('images_whitened', whitened, step, dataformats='HWC')
-        heat_map = io.BytesIO(pictures.label_heat_map(labels, prepared.class_names))
-        shown = np.asarray(Image.open(heat_map).convert('RGB'))
-        writer.add_image('labels', shown, step, dataformats='HWC')
+      _add_numbers(writer, row, prepared.class_names)
+      if support is not None:
+        _add_pictures(writer, row['step'], *support, prepared)
     (name,) = os.listdir(scratch)
     with open(os.path.join(scratch, name), 'rb') as file:
       content = file.read()
   os.makedirs(directory.tensorboard, exist_ok=True)
-  run_directory.write_atomically(_path(directory, step), lambda file: file.write(content))
+  files.write_atomically(_path(directory, row['step']), content)
 
 
 def write_missing(
   directory: run_directory.RunDirectory, rows: Sequence[dict[str, Any]], prepared: store.Prepared
 ) -> None:
-  """Writes the files that rows of metrics.jsonl lack, with images and labels of their snapshots.
+  """Writes the files that rows of metrics.jsonl lack, with the support sets of their snapshots.
 
   Raises OSError.
   """
-  size, num_classes = prepared.train_images.shape[1:], prepared.num_classes
+  image_shape, num_classes = prepared.train_images.shape[1:], prepared.num_classes
   for row in rows:
     if os.path.exists(_path(directory, row['step'])):
       continue
+    support = None
     try:
-      images, labels = distilled_set.load_snapshot(directory, row['step'], size, num_classes)
+      support = snapshots.read_checked(directory, row['step'], image_shape, num_classes)[:2]
     except DataError as error:
       logging.warning(
         'TensorBoard has the numbers of step %d, but no pictures: %s', row['step'], error
       )
-      images = labels = None
-    write(directory, row, images, labels, prepared)
+    write(directory, row, support, prepared)
+
+
+def _add_numbers(
+  writer: tensorboardX.SummaryWriter, row: dict[str, Any], class_names: Sequence[str]
+) -> None:
+  step = row['step']
+  for name, group in _SCALARS.items():
+    if evaluation.has(row, name):
+      network = evaluation.networks_in_words([row]) if name.startswith('nn') else ''
+      writer.add_scalar(f'{group}/{name}', row[name], step, summary_description=network)
+  if evaluation.has(row, 'nn_test_accuracy'):
+    writer.add_text('finite network', evaluation.network_in_words(row), step)
+  if not are_numbers(class_names):
+    names = ', '.join(f'{c} {name}' for c, name in enumerate(class_names))
+    writer.add_text('classes', names, step)
+
+
+def _add_pictures(
+  writer: tensorboardX.SummaryWriter,
+  step: int,
+  images: np.ndarray,
+  labels: np.ndarray,
+  prepared: store.Prepared,
+) -> None:
+  transform, num_classes = prepared.transform, prepared.num_classes
+  grid = pictures.grid(images, num_classes, transform, prepared.train_images[:_RANGE])
+  writer.add_image('images', grid, step, dataformats='HWC')
+  if transform.zca is not None:
+    whitened = pictures.grid(images, num_classes)
+    writer.add_image('images_whitened', whitened, step, dataformats='HWC')
+  heat_map = Image.open(io.BytesIO(pictures.label_heat_map(labels, prepared.class_names)))
+  writer.add_image('labels', np.asarray(heat_map.convert('RGB')), step, dataformats='HWC')
 
 
 def _path(directory: run_directory.RunDirectory, step: int) -> str:

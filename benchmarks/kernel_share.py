@@ -73,7 +73,7 @@ def _work() -> int:
   make, path = registry.for_run, os.path.join(os.environ[_NOTES], f'notes.{os.getpid()}')
   registry.for_run = lambda run, threads: _timed_kernel(make(run, threads), path)
   start.parse(sys.argv)
-  return hosts.play()
+  return hosts.run_role('worker')
 
 
 def measure(data: str, workers: int, steps: int, folder: str) -> dict[str, float]:

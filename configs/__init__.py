@@ -1,1 +1,1 @@
-"""One small file an experiment; `base.py` holds every field with its meaning, unit and default."""
+"""Configurations: fields and defaults (schema.py), checks (validation.py), a file an experiment."""

@@ -1,6 +1,5 @@
 """The defaults of every configuration file: KIP as published, on scikit-learn's digits."""
 
-
 import ml_collections
 
 from configs import schema

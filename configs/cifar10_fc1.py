@@ -1,9 +1,12 @@
-"""KIP with the FC1 kernel on CIFAR-10, 100 images, fixed labels: the run published in K1's notebook
-(test accuracy 46.74 % at step 300).
+r"""KIP, FC1 kernel, CIFAR-10, 10 images a class, fixed labels.
 
-    python launch.py --config=configs/cifar10_fc1.py --config.run.data.dir=FOLDER --workdir=runs/cifar10_fc1
+    python launch.py --config=configs/cifar10_fc1.py --config.run.data.dir=FOLDER \
+      --workdir=runs/cifar10_fc1
 
-Published test accuracy at steps 0, 20, 100, 200, 300: 24.26, 41.41, 45.44, 46.23, 46.74 %. Measured
+The run in the notebook of Nguyen et al. 2021a (KIP, ICLR, https://arxiv.org/abs/2011.00050).
+Published test accuracy at steps 0, 20, 100, 200, 300: 24.26, 41.41, 45.44, 46.23, 46.74 %.
+
+Measured
 on CIFAR-10 (JPEG copy): 23.27, 41.10, 45.12, 46.48, 46.64 %, in 248 s on 2 busy cores of an AMD
 EPYC with AVX-512. On a GPU: not measured.
 """

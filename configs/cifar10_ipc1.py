@@ -1,6 +1,7 @@
-"""KIP, ConvNet kernel, CIFAR-10, ZCA, 1 image a class (K2, Table 1).
+"""KIP, ConvNet kernel, CIFAR-10, ZCA, 1 image a class.
 
-Published test accuracy: KRR 63.4-64.7 %, finite network (width 1024, 5000 updates) 49.9 %.
+Published by Nguyen et al. 2021b (NeurIPS, https://arxiv.org/abs/2107.13034), Table 1: test accuracy
+KRR 63.4-64.7 %, finite network (width 1024, 5000 updates) 49.9 %.
 
     python launch.py --config=configs/cifar10_ipc1.py --workdir=runs/cifar10_ipc1
 

@@ -1,5 +1,4 @@
-"""KIP on scikit-learn's bundled 8x8 digits: 10 learned images with learned labels, ConvNet kernel.
-What `make demo` runs.
+"""KIP, ConvNet kernel, scikit-learn's 8x8 digits, 1 image a class, learned labels: `make demo`.
 
     python launch.py --config=configs/digits.py --workdir=runs/digits
 

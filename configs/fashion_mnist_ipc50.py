@@ -1,5 +1,7 @@
-"""KIP, ConvNet kernel, Fashion-MNIST, 50 images a class (K2, Table 1). Published test accuracy: KRR
-91.0 %.
+"""KIP, ConvNet kernel, Fashion-MNIST, 50 images a class.
+
+Published by Nguyen et al. 2021b (NeurIPS, https://arxiv.org/abs/2107.13034), Table 1: test accuracy
+KRR 91.0 %.
 
     python launch.py --config=configs/fashion_mnist_ipc50.py --workdir=runs/fashion_mnist_ipc50
 

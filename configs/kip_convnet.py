@@ -1,13 +1,15 @@
-"""KIP with the ConvNet kernel by K2's protocol, labels learned: what the cells of its Table 1
-share. Each has its own file; this is
+"""KIP, ConvNet kernel, learned labels: what all cells of a paper's table share; MNIST by default.
 
     python launch.py --config=configs/kip_convnet.py --workdir=runs/mnist_ipc1
 
-The papers' figures are those at convergence, after 50,000 updates at most: --config.run.num_steps
-says how far to go, and a run that is there goes on by the same command with more. They keep the
-learning rate constant; a schedule is set in a configuration file of one's own, in `with
-config.ignore_type():` as in configs/own_architecture.py. Which augmentations they use is published,
-their strengths are not: these are ours.
+The protocol is that of Nguyen et al. 2021b (NeurIPS, https://arxiv.org/abs/2107.13034), Table 1;
+configs/*_ipc*.py have a file for each cell. Its figures are those at convergence, after 50,000
+updates at most: --config.run.num_steps says how far to go, and a finished run goes on by the same
+command with more. The paper keeps the learning rate constant; a schedule is set in a configuration
+file of one's own, in `with config.ignore_type():` as in configs/own_architecture.py. Which
+augmentations it uses is published, their strengths are not: these are ours.
+
+Time and accuracy: see the files of the cells.
 """
 
 from configs import base

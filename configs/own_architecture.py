@@ -1,5 +1,6 @@
-"""A network of one's own, on scikit-learn's digits: how stages are written down
-(kernels/architectures.py tells what they mean).
+"""KIP with a network of one's own, on scikit-learn's digits.
+
+kernels/architectures.py explains the stages.
 
     python launch.py --config=configs/own_architecture.py --workdir=runs/own
 

@@ -1,15 +1,16 @@
 """Every field of a run's configuration: default, unit, allowed values, meaning.
 
-`Run` is all that defines the trajectory: a run directory only resumes under the same `run`;
+`Run` defines the trajectory: a run directory resumes under the same `run` only, except that
 `num_steps` may change, down to the step that is reached. `System` says how the run is computed and
-watched, and may change freely between lives of a run.
+watched, and may change whenever the run is started again.
 
-Configuration files hold the same fields as a ConfigDict (configs/base.py); `validation.validate`
-makes a `Config` of it.
+Configuration files hold the same fields in a ConfigDict (configs/base.py), of which
+`validation.validate` makes a `Config`; docs/configuration.md lists them (configs/reference.py).
 """
 
 import dataclasses
-from typing import Any, Mapping, TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from kernels import contract
 
@@ -23,7 +24,7 @@ _EVERY_AFTER = 500
 
 LIMIT = 10**9
 
-# Fields that take a name or number, or a dict which stays whole.
+# A name, or a dict that stays whole.
 Spec = str | Mapping[str, Any]
 
 
@@ -31,10 +32,10 @@ def _field(default: Any, doc: str, **limits: Any) -> Any:
   """A field with its documentation and what `validation` checks.
 
   Args:
-    default: of the type that values have.
+    default: its type is that of all values.
     doc: meaning and unit.
-    **limits: `above`, `at_least`, `at_most`, `below` of a number, or of each of several; `choices`;
-      `spec=True` where a dict may stand in place of a name or number.
+    **limits: `above`, `at_least`, `at_most`, `below` for a number, or for each of several;
+      `choices`; `spec=True` where a dict may stand in place of a name or number.
   """
   return dataclasses.field(default=default, metadata={'doc': doc, **limits})
 
@@ -56,16 +57,16 @@ class Data:
     'digits, mnist, fashion_mnist, cifar10, cifar100, svhn_cropped, or the path of an .npz file.',
   )
   dir: str = _field(
-    '', 'Folder with {train,test}.parquet or {train,test}/CLASS/IMAGE; empty: the named set itself.'
+    '', 'Folder with {train,test}.parquet or {train,test}/CLASS/IMAGE; empty: the set by its name.'
   )
   size: int = _field(
     0,
-    'Pixels a side: the shorter side is resized (by area where it shrinks) and the middle cut out; '
-    '0: images as they are.',
+    'Pixels a side: the shorter side is resized to it (by area where it shrinks), the middle cut '
+    'out; 0: images as they are.',
     at_least=0,
     at_most=4096,
   )
-  zca: bool = _field(False, 'Whiten the standardised images (the papers: for colour images).')
+  zca: bool = _field(False, 'Whiten the standardised images, as the papers do for colour images.')
   zca_regularisation: float = _field(
     0.1, "Added to the covariance's diagonal, relative to its mean.", above=0
   )
@@ -73,87 +74,91 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """Random changes of target images, image by image, anew each step, before they are preprocessed.
+  """Random changes of target images, drawn anew for each image and step, before preprocessing.
 
   The papers say which kinds they use, but publish no values: all are off by default.
   """
 
   fraction: float = _field(
-    0.0, "Part of a step's targets that is augmented; 0: none.", at_least=0, at_most=1
+    0.0, "Part of a step's targets to augment; 0: none.", at_least=0, at_most=1
   )
-  rotation: float = _field(0.0, 'Degrees, at most so many either way.', at_least=0, at_most=180)
+  rotation: float = _field(0.0, 'Greatest rotation either way, degrees.', at_least=0, at_most=180)
   width_shift: float = _field(
-    0.0, 'Part of the width, at most so much either way.', at_least=0, below=1
+    0.0, 'Greatest shift either way, as a part of the width.', at_least=0, below=1
   )
   height_shift: float = _field(
-    0.0, 'Part of the height, at most so much either way.', at_least=0, below=1
+    0.0, 'Greatest shift either way, as a part of the height.', at_least=0, below=1
   )
   horizontal_flip: bool = _field(False, 'Flip half of the augmented images; not for digits.')
   channel_shift: float = _field(
-    0.0, 'Units of the raw pixels, at most so many either way.', at_least=0
+    0.0, 'Greatest shift of a channel either way, in units of raw pixels.', at_least=0
   )
 
   @property
   def is_on(self) -> bool:
+    """Whether any target is augmented."""
     return self.fraction > 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How a step is cut into tasks. It fixes the order of sums, so it belongs to the trajectory."""
+  """Division of a step into tasks. It fixes the order of sums, so it belongs to the trajectory."""
 
   support_tile: int = _count(
-    50, 'Support images a side of a K_ss task; with support_per_task, its rows.'
+    50, 'Support images on each side of a K_ss task; with support_per_task, its rows.'
   )
-  target_tile: int = _count(250, 'Target images a kernel block.')
-  target_tiles_per_task: int = _count(1, 'Blocks that a worker sums before it answers.')
+  target_tile: int = _count(250, 'Target images in a kernel block.')
+  target_tiles_per_task: int = _count(1, 'Blocks that a worker sums for one answer.')
   support_per_task: int = _field(
-    0, 'Support images of a target task; 0: all, in one pass. See docs/sizing.md.', at_least=0
+    0, 'Support images in a target task; 0: all, in one pass. See docs/sizing.md.', at_least=0
   )
 
   @property
   def targets_per_task(self) -> int:
-    """Target images of a task; the last one may have fewer."""
+    """Target images in a task; the last one may have fewer."""
     return self.target_tile * self.target_tiles_per_task
 
   def split_support(self, num_support: int) -> int:
-    """Support images of a target task where a step has two halves; 0 where it has one pass."""
+    """Support images in a target task where a step has two halves; 0 where it has one pass."""
     return self.support_per_task if self.support_per_task < num_support else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """All that defines the trajectory of a run."""
+  """Settings that define the trajectory of a run."""
 
-  seed: int = _field(0, 'Of every random choice.', at_least=0, at_most=2**63 - 1)
+  seed: int = _field(0, 'Seed of every random choice.', at_least=0, at_most=2**63 - 1)
   method: str = _field(
     'kip',
-    'kip, label_solve, label_solve+kip or kip+label_solve: labels solved for by the first or the '
+    'KIP; Label Solve, in one update; or both, the labels being solved for by the first or by the '
     'last update.',
     choices=METHODS,
   )
-  num_steps: int = _count(1000, 'Updates; the one that solves for the labels counts as one.')
+  num_steps: int = _count(1000, 'Updates, that of Label Solve included.')
   images_per_class: int = _count(1, 'Support images of each class.')
   architecture: Spec = _field(
-    'convnet', 'Name (kernels/architectures.py) or dict of stages.', spec=True
+    'convnet', 'Name or dict of stages, as in kernels/architectures.py.', spec=True
   )
   implementation: str = _field(
-    'auto', 'Of the kernel: see kernels/registry.py.', choices=contract.IMPLEMENTATIONS
+    'auto',
+    'Implementation of the kernel: see kernels/registry.py.',
+    choices=contract.IMPLEMENTATIONS,
   )
   kernel_dtype: str = _field(
-    'float32', 'Of kernel blocks; everything else is float64.', choices=contract.DTYPES
+    'float32', 'Precision of kernel blocks; everything else is float64.', choices=contract.DTYPES
   )
-  kernel: str = _field('ntk', 'ntk or nngp.', choices=contract.KINDS)
+  kernel: str = _field('ntk', 'Neural tangent kernel, or NNGP.', choices=contract.KINDS)
   parameterization: str = _field(
-    'ntk', 'Of the network: ntk or standard.', choices=contract.PARAMETERIZATIONS
+    'ntk', 'Parameterisation of the network.', choices=contract.PARAMETERIZATIONS
   )
   standard_width: int = _count(
-    1024, 'Of every hidden layer; matters to the NTK in standard parameterisation alone.'
+    1024, 'Width of all hidden layers; matters to the NTK in standard parameterisation alone.'
   )
-  ridge: float = _field(1e-6, "Relative to the mean of K_ss's diagonal.", above=0)
+  ridge: float = _field(1e-6, "Added to K_ss's diagonal, relative to its mean.", above=0)
   optimizer: Spec = _field(
     'adam',
-    "Optimiser of optax, or a dict with its arguments: {'name': 'sgd', 'momentum': 0.9}.",
+    'Name of an optax optimiser (distillation/optimizers.py), or a dict with its arguments: '
+    "{'name': 'sgd', 'momentum': 0.9}.",
     spec=True,
   )
   learning_rate: float | Mapping[str, Any] = _field(
@@ -166,7 +171,7 @@ class Run:
   learn_labels: bool = _field(True, 'Move the labels with the images.')
   label_learning_rate_factor: float = _field(
     1.0,
-    "Of the labels' learning rate to the images'; 0.1 is better for finite networks (digits, "
+    "Ratio of the labels' learning rate to the images'; 0.1 is better for finite networks (digits, "
     'RESULTS.md).',
     above=0,
   )
@@ -177,8 +182,8 @@ class Run:
   )
   targets_per_step: int = _field(
     0,
-    'Class-balanced, drawn anew each step: a multiple of the number of classes; the whole training '
-    'set; or 0: 5000, or as many as the set allows.',
+    'Target images, class-balanced and drawn anew each step: a multiple of the number of classes; '
+    'the whole training set; or 0: 5000, or as many as the set allows.',
     at_least=0,
   )
   data: Data = Data()
@@ -193,36 +198,36 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """How snapshots are evaluated.
+  """Evaluation of snapshots.
 
   Finite networks follow Nguyen et al. 2021b (https://arxiv.org/abs/2107.13034), whose protocol is:
   width 1024, 5000 updates, batches of 100, learning-rate factor and L2 by a grid.
   """
 
-  krr_tile: int = _count(250, 'Images a kernel block, of the test set and of the support.')
-  baselines: bool = _field(
-    False, 'At the end, evaluate as many random real images beside the distilled ones.'
-  )
+  krr_tile: int = _count(250, 'Images in a kernel block, of the test set and of the support.')
+  baselines: bool = _field(False, 'At the end, evaluate as many random real images too.')
   nn_steps: int = _field(
     1000, 'Updates of a finite network; 0: train none.', at_least=0, at_most=10**7
   )
   nn_snapshots: tuple[int, ...] = _field(
-    (), 'Steps at which they are trained besides the first and the last.'
+    (), 'Steps at which networks are trained, besides the first and the last.'
   )
-  nn_architecture: Spec = _field('', "As run.architecture; empty: the kernel's.", spec=True)
-  nn_width: int = _count(128, 'Channels.')
-  nn_batch: int = _count(100, 'Images an update, at most the support.')
+  nn_architecture: Spec = _field(
+    '', "Finite network, as run.architecture; empty: the kernel's.", spec=True
+  )
+  nn_width: int = _count(128, 'Channels of every layer.')
+  nn_batch: int = _count(100, 'Images in an update; at most the support.')
   nn_loss: str = _field(
-    'mse', 'mse, or cross_entropy with the arg-max of the labels as classes.', choices=NN_LOSSES
+    'mse', 'Loss; cross_entropy takes the arg-max of the labels as classes.', choices=NN_LOSSES
   )
   nn_seeds: int = _count(
-    1, 'Networks: their mean accuracy is reported, and the deviation of several.'
+    1, 'Networks to train; mean and standard deviation of their accuracies are reported.'
   )
   nn_learning_rate_factors: tuple[float, ...] = _field(
     (0.1,),
-    'Relative to 2 C n / lambda_max of the empirical NTK. Of several values (and L2s) the pair is '
-    'taken that is best on the last 5000 training images (a tenth, if that is less; one at least), '
-    'never on test images.',
+    'Learning rates relative to 2 C n / lambda_max of the empirical NTK. Of several values here '
+    'and in nn_l2s, the pair is taken that is best on the last 5000 training images (or a tenth, '
+    'if that is less; at least one), never on test images.',
     above=0,
   )
   nn_l2s: tuple[float, ...] = _field(
@@ -232,47 +237,48 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class System:
-  """How a run is computed and watched."""
+  """Settings of how a run is computed and watched."""
 
   num_workers: int = _field(
-    0, 'Kernel-worker processes; 0: one a GPU, or 2 where there is none.', at_least=0
+    0, 'Kernel-worker processes; 0: one for each GPU, or 2 without a GPU.', at_least=0
   )
   worker_threads: int = _field(
-    0, 'CPU threads of each; 0: an equal share of the machine.', at_least=0, at_most=4096
+    0, 'CPU threads of each worker; 0: an equal share of the machine.', at_least=0, at_most=4096
   )
-  port: int = _field(0, 'Of the coordinator; 0: any free one.', at_least=0, at_most=65535)
+  port: int = _field(0, 'Port of the coordinator; 0: any free one.', at_least=0, at_most=65535)
   accept_open_port: bool = _field(
-    False, 'No warning where the port cannot be hidden from other hosts (BUILD.md tells the risk).'
+    False, 'Do not warn where other hosts can reach the port (BUILD.md explains the risk).'
   )
   cache_dir: str = _field(
     '',
-    "For preprocessed data. Empty: kip in the user's cache folder, or, if that cannot be written, "
-    'in a temporary one.',
+    "Folder for preprocessed data; empty: kip in the user's cache folder or, if that cannot be "
+    'written, in a temporary one.',
   )
   allow_mixed: bool = _field(
     False,
-    'Accept workers that differ in implementation, hardware or versions: results are not '
-    'bit-identical then.',
+    'Accept workers that differ in implementation, hardware or versions; results are then not '
+    'reproducible to the bit.',
   )
   snapshot_steps: tuple[int, ...] = _field(
     (), "Steps to evaluate besides the first and the last; empty: the papers' schedule."
   )
-  checkpoint_seconds: float = _seconds(60.0, 'Seconds between checkpoints, at most.')
-  log_seconds: float = _seconds(2.0, 'Seconds between progress lines, at least.')
+  checkpoint_seconds: float = _seconds(60.0, 'Longest time between checkpoints, seconds.')
+  log_seconds: float = _seconds(2.0, 'Shortest time between progress lines, seconds.')
   lease_seconds: float = _seconds(
     300.0,
-    'A task is given to another worker after this, or 5 times the usual time if that is longer.',
+    'Time after which a task is given to another worker, seconds; or 5 times the usual time of a '
+    'task, if that is longer.',
   )
   worker_timeout: float = _seconds(
-    600.0, 'Seconds without any worker after which the run stops with a checkpoint.'
+    600.0, 'Time without any worker after which the run stops with a checkpoint, seconds.'
   )
   coordinator_timeout: float = _seconds(
     120.0,
-    'Seconds to reach the coordinator; half of it where it was there before: the process then '
-    'starts afresh.',
+    'Time for a process to reach the coordinator, seconds; half of that once it has reached it. '
+    'The process then restarts.',
   )
   final_evaluation_timeout: float = _seconds(
-    3600.0, 'Seconds that the finished run waits for its last evaluation.'
+    3600.0, 'Time that a finished run waits for its last evaluation, seconds.'
   )
   evaluation: Evaluation = Evaluation()
 
@@ -288,13 +294,13 @@ class System:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The whole configuration of a run."""
+  """Configuration of a run."""
 
   run: Run = Run()
   system: System = System()
 
   def to_dict(self) -> dict[str, Any]:
-    """Nested dicts of plain values, as config.json has them."""
+    """Nested dicts of plain values, as in config.json."""
     return dataclasses.asdict(self)
 
 

@@ -1,5 +1,7 @@
-"""KIP, ConvNet kernel, SVHN, ZCA, 1 image a class (K2, Table 1). Published test accuracy: KRR 64.3
-%.
+"""KIP, ConvNet kernel, SVHN, ZCA, 1 image a class.
+
+Published by Nguyen et al. 2021b (NeurIPS, https://arxiv.org/abs/2107.13034), Table 1: test accuracy
+KRR 64.3 %.
 
     python launch.py --config=configs/svhn_ipc1.py --workdir=runs/svhn_ipc1
 

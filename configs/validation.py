@@ -1,10 +1,11 @@
-"""Checks configurations: of a ConfigDict's fields it makes a `schema.Config`."""
+"""Checks of configurations, which make a `schema.Config` of a ConfigDict."""
 
 import dataclasses
 import difflib
 import json
 import math
-from typing import Any, Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 import ml_collections
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from configs import schema
 from kernels import architectures, registry
 
-_TARGETS = 5000  # a step, where the set has so many (the papers)
+_TARGETS = 5000  # of a step, where the set has so many: as in the papers
 _ARCHITECTURES = ('run.architecture', 'system.evaluation.nn_architecture')
 _SPECS = tuple(path for path, field in schema.leaves().items() if field.metadata.get('spec'))
 _KINDS: dict[type, str] = {
@@ -29,10 +30,10 @@ class ConfigError(ValueError):
 
 
 def validate(config: Mapping[str, Any]) -> schema.Config:
-  """The configuration of nested dicts, after all checks that need no data.
+  """Makes a configuration of nested dicts, after all checks that need no data.
 
   Raises:
-    ConfigError: for the first field that is wrong.
+    ConfigError: the first field that is wrong.
   """
   values, known = flatten(config), schema.leaves()
   for path in values:
@@ -54,7 +55,7 @@ def validate(config: Mapping[str, Any]) -> schema.Config:
       f'run.num_steps must be 1 where run.method is label_solve; got {run.num_steps}.'
     )
   _check_augmentation(run.augmentation)
-  from distillation import optimizers  # here: optax takes a second to import
+  from distillation import optimizers  # here, because optax takes a second to import
 
   try:
     registry.check_variant(run.implementation, run.kernel, run.parameterization)
@@ -65,27 +66,27 @@ def validate(config: Mapping[str, Any]) -> schema.Config:
 
 
 def resolve_targets(run: schema.Run, labels: np.ndarray, num_classes: int) -> int:
-  """`run.targets_per_step`, or, where that is 0, as many as suit these data.
+  """`run.targets_per_step`, or, where that is 0, as many as the training set suggests.
 
   Args:
-    run: already validated.
-    labels: int64 [N], of the training images, every class present.
-    num_classes: `C`.
+    run: validated.
+    labels: of the training images, int64 [N], every class present.
+    num_classes: C.
   """
   per_class = min(_TARGETS // num_classes, np.bincount(labels, minlength=num_classes).min())
   return run.targets_per_step or num_classes * max(1, int(per_class))
 
 
 def validate_with_data(
-  config: schema.Config, labels: np.ndarray, num_classes: int, image_shape: tuple[int, int, int]
+  config: schema.Config, labels: np.ndarray, num_classes: int, image_shape: Sequence[int]
 ) -> None:
   """Checks what depends on the training set.
 
   Args:
-    config: its targets resolved.
-    labels: int64 [N], of the training images.
-    num_classes: `C`.
-    image_shape: `(H, W, D)`.
+    config: validated, its targets resolved.
+    labels: of the training images, int64 [N].
+    num_classes: C.
+    image_shape: (H, W, D).
 
   Raises:
     ConfigError: as `validate`.
@@ -106,14 +107,14 @@ def validate_with_data(
   validate_image_size(config, image_shape)
 
 
-def validate_image_size(config: schema.Config, image_shape: tuple[int, int, int]) -> None:
-  """Checks that the architectures leave something of images `(H, W, D)`. Raises ConfigError."""
+def validate_image_size(config: schema.Config, image_shape: Sequence[int]) -> None:
+  """Checks that images of shape (H, W, D) survive all poolings. Raises ConfigError."""
   for path in _ARCHITECTURES:
     _check_architecture(path, flatten(config.to_dict())[path], image_shape)
 
 
 def check_path(path: str) -> None:
-  """Raises ConfigError where `path`, such as 'run.seed', is no field, and lists those like it."""
+  """Raises ConfigError where `path`, such as 'run.seed', is no field; it lists similar ones."""
   known = schema.leaves()
   is_group = any(field.startswith(f'{path}.') for field in known)
   if path in known or path.startswith(tuple(f'{spec}.' for spec in _SPECS)) or is_group:
@@ -121,16 +122,14 @@ def check_path(path: str) -> None:
   prefix = path.rpartition('.')[0] + '.'
   siblings = [field for field in known if field.startswith(prefix)]
   near = difflib.get_close_matches(path, known, n=3) or siblings or list(known)
-  raise ConfigError(
-    f'{" ".join(path.split())} is no field of the configuration; did you mean {", ".join(near)}?'
-  )
+  raise ConfigError(f'unknown field {" ".join(path.split())}; did you mean {", ".join(near)}?')
 
 
 def differences(saved: schema.Run, wanted: schema.Run) -> list[str]:
-  """What keeps a saved run from going on: ['run.seed (0 there, 1 here)'].
+  """Differences that keep a saved run from resuming, such as ['run.seed (0 there, 1 here)'].
 
-  `data.dir` is only a place; `num_steps` says where to stop, and nothing of the way there, unless
-  the last update is of its own kind.
+  `data.dir` does not matter, since the data's content is compared elsewhere; nor does `num_steps`,
+  unless the last update differs from those before it.
   """
   there, here = (
     flatten({'run': json.loads(json.dumps(dataclasses.asdict(run)))}) for run in (saved, wanted)
@@ -146,7 +145,7 @@ def differences(saved: schema.Run, wanted: schema.Run) -> list[str]:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """{'run': {'seed': 0}} -> {'run.seed': 0}.
+  """Makes {'run.seed': 0} of {'run': {'seed': 0}}.
 
   The dict of an architecture, an optimiser or a schedule stays whole.
   """
@@ -165,17 +164,17 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 def _check_value(path: str, value: Any, field: 'dataclasses.Field[Any]') -> None:
   """Checks a value's type, and its range."""
   kind = type(field.default)
-  fits = type(value) is kind or kind is float and _is_number(value)
+  fits = type(value) is kind or (kind is float and _is_number(value))
   if not fits and not (kind is tuple and isinstance(value, list)):
     raise ConfigError(f'{path} must be {_KINDS[kind]}, got {value!r}.')
   if kind is tuple:
     _check_sequence(path, value, field)
-  elif kind in (int, float) and not _is_within(value, field):
+  elif _is_number(value) and not _is_within(value, field):
     raise ConfigError(f'{path} must {_range_in_words(field)}, got {value}.')
 
 
 def _check_sequence(path: str, values: Any, field: 'dataclasses.Field[Any]') -> None:
-  """Checks steps, or, where the field has limits, one or more numbers within them."""
+  """Checks a sequence: of numbers where the field has limits, else of steps."""
   if not field.metadata.keys() & {'above', 'at_least'}:
     if not all(type(value) is int and value >= 0 for value in values):
       raise ConfigError(
@@ -189,7 +188,7 @@ def _check_sequence(path: str, values: Any, field: 'dataclasses.Field[Any]') -> 
     )
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
   return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -226,14 +225,12 @@ def _check_augmentation(augmentation: schema.Augmentation) -> None:
     )
 
 
-def _check_architecture(
-  path: str, value: Any, image_shape: tuple[int, int, int] | None = None
-) -> None:
+def _check_architecture(path: str, value: Any, image_shape: Sequence[int] | None = None) -> None:
   if value == '' and path != 'run.architecture':
     return
   try:
     architecture = architectures.get(value)
     if image_shape:
-      architecture.check_image_size(*image_shape[:2])
+      architecture.check_image_size(image_shape[0], image_shape[1])
   except ValueError as error:
     raise ConfigError(f'{path}: {str(error).removeprefix("architecture: ")}') from error

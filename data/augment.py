@@ -1,13 +1,14 @@
-"""Random changes of target images, with the meaning that Keras' ImageDataGenerator gives them: the
-tool of the papers' authors.
+"""Random changes of target images as Keras' ImageDataGenerator makes them, which the authors of the
+papers used.
 
 Rotation, shift, channel shift and flip, in this order, on raw pixels; bilinear, the nearest pixel
-beyond the border. What is done to an image is a function of (seed, step, image index), so nobody
-needs to know who else augments what. The authors' version of Keras (its package
+beyond the border. An image's changes are a function of (seed, step, image index), so that any
+process can compute any part of a batch. The authors' version of Keras (its package
 keras_preprocessing, up to 1.1.2) turns images about the point (H/2 + 1/2, W/2 + 1/2), one pixel
 beyond the middle; so does this.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,13 +18,13 @@ from data import preprocess, sampling, store
 
 
 class Changes(NamedTuple):
-  """What happens to each of N images.
+  """Changes of N images; arrays [N].
 
   Attributes:
     rotation: degrees.
-    down, right: where in the image, in pixels, the new image looks: its content moves up and left.
+    down, right: pixels by which the view moves; the content moves up and left.
     channel_shift: added to every channel, clipped to the image's own least and greatest value.
-    flip: bool, left and right are exchanged.
+    flip: bool, whether left and right are exchanged.
   """
 
   rotation: np.ndarray
@@ -42,38 +43,48 @@ def target_images(
   stop: int,
   threads: int = 1,
 ) -> np.ndarray:
-  """Preprocessed target images, the chosen ones augmented before.
+  """Preprocessed target images, some of them augmented first.
 
   Args:
     run: the run's configuration.
-    prepared: with its raw images.
+    prepared: its data set, with raw images where augmentation is on.
     step: of the run.
-    batch: int64 [T], the step's whole target batch; images `start` to `stop` of it are wanted.
+    batch: int64 [T], the step's whole target batch.
+    start, stop: range of the batch to compute.
     threads: to compute on; no bit depends on it.
 
   Returns:
     float32 [stop - start, H, W, D].
+
+  Raises:
+    ValueError: `prepared` has no raw images, but augmentation is on.
   """
-  settings, seed, num_images = run.augmentation, run.seed, len(prepared.train_labels)
   wanted = batch[start:stop]
   images = prepared.train_images[wanted]
+  if not run.augmentation.is_on:
+    return images
+  if prepared.raw_images is None:
+    raise ValueError('augmentation needs the raw images: prepare the data set with raw=True.')
+  raw_images, transform = prepared.raw_images, prepared.transform
+  settings, seed, num_images = run.augmentation, run.seed, len(prepared.train_labels)
   places = np.flatnonzero(chosen(settings.fraction, seed, step, batch, num_images)[start:stop])
   changes = draw(settings, seed, step, wanted[places], num_images, images.shape[1:3])
 
-  def change(block):
+  def change(block: slice) -> None:
     some = places[block]
-    changed = apply(
-      prepared.raw_images[wanted[some]], Changes(*(values[block] for values in changes))
-    )
-    images[some] = preprocess.apply_to_block(prepared.transform, changed)
+    changed = apply(raw_images[wanted[some]], Changes(*(values[block] for values in changes)))
+    images[some] = preprocess.apply_to_block(transform, changed)
 
   preprocess.in_blocks(change, len(places), threads)
   return images
 
 
 def chosen(fraction: float, seed: int, step: int, batch: np.ndarray, num_images: int) -> np.ndarray:
-  """Which images of a batch [T] are augmented: bool [T], as many as int(fraction T) (K1's
-  notebook)."""
+  """Mask bool [T] of the images of a batch [T] that are augmented.
+
+  They are int(fraction * T), as in the notebook of Nguyen et al. 2021a (KIP, ICLR,
+  https://arxiv.org/abs/2011.00050).
+  """
   values = sampling.uniform(seed, sampling.AUGMENTED, step, num_images)[batch]
   mask = np.zeros(len(batch), bool)
   mask[np.argsort(values, kind='stable')[: int(fraction * len(batch))]] = True
@@ -86,12 +97,19 @@ def draw(
   step: int,
   indices: np.ndarray,
   num_images: int,
-  size: tuple[int, int],
+  size: Sequence[int],
 ) -> Changes:
-  """The changes of images `indices` of the training set's `num_images`, which are `size` = (H, W)
-  pixels large."""
+  """Draws the changes of images.
 
-  def symmetric(stream, most):
+  Args:
+    settings: what changes, and how much.
+    seed, step: of the run.
+    indices: [N], of the images in the training set.
+    num_images: of the training set.
+    size: (H, W), pixels.
+  """
+
+  def symmetric(stream: int, most: float) -> np.ndarray:
     return most * (2 * sampling.uniform(seed, stream, step, num_images)[indices] - 1)
 
   return Changes(
@@ -105,7 +123,7 @@ def draw(
 
 
 def apply(images: np.ndarray, changes: Changes) -> np.ndarray:
-  """Raw images [N, H, W, D] -> changed images, float64 [N, H, W, D]."""
+  """Changes raw images [N, H, W, D]; float64 [N, H, W, D]."""
   n, height, width, channels = images.shape
   angle = np.deg2rad(changes.rotation)[:, None, None]
   cos, sin = np.cos(angle), np.sin(angle)
@@ -114,7 +132,7 @@ def apply(images: np.ndarray, changes: Changes) -> np.ndarray:
   x = np.arange(width) - middle_x + changes.right[:, None, None]
   row, row_weight = _between(cos * y - sin * x + middle_y, height)
   column, column_weight = _between(sin * y + cos * x + middle_x, width)
-  # NumPy is slow at loops as short as the channels.
+  # Channels first: NumPy is slow at inner loops as short as the channels.
   planes = np.moveaxis(images, -1, 0).reshape(channels, -1)
   corner = np.arange(n)[:, None, None] * height * width + row * width + column
   # Steps to the neighbours; none beyond the border.
@@ -131,8 +149,7 @@ def apply(images: np.ndarray, changes: Changes) -> np.ndarray:
 
 
 def _between(position: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-  """The pixel before each position, clamped to [0, size - 1], and how far the position is beyond
-  it."""
+  """The pixel before each position, clamped to [0, size - 1], and the rest of the position."""
   position = np.clip(position, 0, size - 1)
   before = position.astype(np.int64)
   return before, position - before

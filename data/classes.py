@@ -1,60 +1,39 @@
-"""Classes: their numbers and their names."""
+"""Numbers and names of classes."""
 
 import re
-from typing import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from data import DataError
 
-_NUMBERS = tuple('0123456789')
+_NUMBERS = '0 1 2 3 4 5 6 7 8 9'
+_FASHION = 'T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot'
+_CIFAR10 = 'airplane automobile bird cat deer dog frog horse ship truck'
+_CIFAR100 = """
+  apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle
+  bowl boy bridge bus butterfly camel can castle caterpillar cattle
+  chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur
+  dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard
+  lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain
+  mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree
+  plain plate poppy porcupine possum rabbit raccoon ray road rocket
+  rose sea seal shark shrew skunk skyscraper snail snake spider
+  squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
+  train trout tulip turtle wardrobe whale willow_tree wolf woman worm"""
 # Of the known sets, for files of theirs that name no classes.
 KNOWN = {
-  'digits': _NUMBERS,
-  'mnist': _NUMBERS,
-  'svhn_cropped': _NUMBERS,
-  'fashion_mnist': (
-    'T-shirt/top',
-    'Trouser',
-    'Pullover',
-    'Dress',
-    'Coat',
-    'Sandal',
-    'Shirt',
-    'Sneaker',
-    'Bag',
-    'Ankle boot',
-  ),
-  'cifar10': (
-    'airplane',
-    'automobile',
-    'bird',
-    'cat',
-    'deer',
-    'dog',
-    'frog',
-    'horse',
-    'ship',
-    'truck',
-  ),
-  'cifar100': tuple(
-    """
-        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle
-        bowl boy bridge bus butterfly camel can castle caterpillar cattle
-        chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur
-        dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard
-        lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain
-        mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree
-        plain plate poppy porcupine possum rabbit raccoon ray road rocket
-        rose sea seal shark shrew skunk skyscraper snail snake spider
-        squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
-        train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split()
-  ),
+  'digits': _NUMBERS.split(),
+  'mnist': _NUMBERS.split(),
+  'svhn_cropped': _NUMBERS.split(),
+  'fashion_mnist': _FASHION.split(','),
+  'cifar10': _CIFAR10.split(),
+  'cifar100': _CIFAR100.split(),
 }
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-  """Different names in the order in which classes are numbered: numbers by value, else as text."""
+  """Different names in the order of class numbers: by value if all are numbers, else as text."""
   different = sorted(set(names))
   if all(re.fullmatch(r'-?[0-9]+(\.[0-9]+)?', name) for name in different):
     different.sort(key=float)
@@ -62,12 +41,12 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 
 def are_numbers(names: Sequence[str]) -> bool:
-  """Whether the names tell nothing that the classes' numbers do not."""
+  """Whether each class's name is its number."""
   return list(names) == [str(c) for c in range(len(names))]
 
 
 def in_words(names: Sequence[str]) -> str:
-  """Which class has which number: '4 classes: 0 one, 1 three, 2 two, 3 zero.'"""
+  """Lists numbers and names: '4 classes: 0 one, 1 three, 2 two, 3 zero.'"""
   count = len(names)
   if are_numbers(names):
     return f'{count} classes: 0 to {count - 1}.'
@@ -75,13 +54,13 @@ def in_words(names: Sequence[str]) -> str:
 
 
 def absent(labels: np.ndarray, names: Sequence[str]) -> list[str]:
-  """Numbers and names of the classes that have none of the labels [N]."""
+  """Numbers and names of the classes that do not occur in labels [N]."""
   missing = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
   return [str(c) if names[c] == str(c) else f'{c} {names[c]}' for c in missing]
 
 
 def some(words: Sequence[str], most: int = 20) -> str:
-  """Words on a line; of more than `most` half as many, and the last."""
+  """Joins words by commas; of more than `most`, the first half as many, and the last."""
   if len(words) > most:
     words = [*words[: most // 2], '…', words[-1]]
   return ', '.join(' '.join(word.split()) for word in words)
@@ -90,16 +69,16 @@ def some(words: Sequence[str], most: int = 20) -> str:
 def checked(
   name: str, labels: Sequence[np.ndarray], counts: Sequence[int], names: Sequence[str] | None
 ) -> tuple[list[np.ndarray], tuple[str, ...]]:
-  """Train and test labels as numbers, and the names of the classes.
+  """Checks train and test labels, and numbers those that are text.
 
   Args:
     name: of the data set.
-    labels: of each split [N] or [N, 1], whole numbers from 0 or text.
+    labels: of train and test, each [N] or [N, 1], whole numbers from 0 or text.
     counts: images of each split.
     names: of classes 0, 1, …, at least those that are there; None: the known set's, or numbers.
 
   Returns:
-    int64 [N] of each split, and `C` names.
+    Labels of train and test, each int64 [N], and C names.
 
   Raises:
     DataError: these are no such labels, or a class has no training image.
@@ -114,7 +93,7 @@ def checked(
   if any(array.dtype.kind in 'US' for array in labels):
     labels, names = _numbered(name, *labels)
   present = np.unique(labels[0])
-  count = int(present[-1]) + 1  # before int64, which would wrap what is larger
+  count = int(present[-1]) + 1  # before int64 would wrap larger numbers
   for split, array in zip(('train', 'test'), labels):
     if array.min() < 0 or int(array.max()) >= count:
       raise DataError(
@@ -131,12 +110,12 @@ def checked(
     )
   names = names or KNOWN.get(name, ())
   if len(names) < count:
-    names = list(map(str, range(count)))
+    names = [str(c) for c in range(count)]
   return [array.astype(np.int64) for array in labels], tuple(names[:count])
 
 
 def _numbered(name: str, train: np.ndarray, test: np.ndarray) -> tuple[list[np.ndarray], list[str]]:
-  """Labels that are text as int64 [N], and the names of their classes. Raises DataError."""
+  """Numbers text labels: int64 [N] of each split, and the names of classes. Raises DataError."""
   if train.dtype.kind not in 'US' or test.dtype.kind not in 'US':
     raise DataError(
       f'{name}: train labels are {train.dtype}, test labels {test.dtype}; '
@@ -156,6 +135,7 @@ def _numbered(name: str, train: np.ndarray, test: np.ndarray) -> tuple[list[np.n
       raise DataError(f'{name}: {split} label {i} is empty.')
   for label in sorted(set(test.tolist()) - set(names)):
     raise DataError(f'{name}: class {label!r} has no training image.')
-  return [
-    np.array([numbers[label] for label in array.tolist()], np.int64) for array in (train, test)
-  ], names
+  numbered = [
+    np.array([numbers[each] for each in split.tolist()], np.int64) for split in (train, test)
+  ]
+  return numbered, names

@@ -1,4 +1,8 @@
-"""Where in a folder the training and the test set lie: parquet files, or pictures by class."""
+"""Finds the training and the test set in a folder: parquet files, or pictures by class.
+
+`datasets`' imagefolder is no substitute: it sorts class names as text (1, 10, 2), takes the nearest
+folder for the class, and neither counts nor names what it skips.
+"""
 
 import glob
 import os
@@ -15,30 +19,28 @@ EXPECTED = (
 
 
 class Found(NamedTuple):
-  """What a folder holds: either parquet files or pictures.
+  """A training and a test set in a folder.
 
   Attributes:
-    parquet: files of train and of test, in order; None where there are pictures.
-    pictures: (path, class) of train and of test, in the order of the paths.
-    names: of all files, relative: with their content all there is to know.
+    train, test: paths of parquet files or of pictures, in order.
+    labels: the class of each picture of train and of test; None where there are parquet files.
+    names: of all pictures, relative to the folder, on lines: with their content all there is to
+      know.
     remarks: lines for the user.
   """
 
-  parquet: tuple[list[str], list[str]] | None
-  pictures: tuple[list[tuple[str, str]], list[tuple[str, str]]] | None
+  train: list[str]
+  test: list[str]
+  labels: tuple[list[str], list[str]] | None
   names: str
   remarks: tuple[str, ...]
 
-  def paths(self) -> list[str]:
-    """Of all files."""
-    train, test = self.parquet or ([path for path, _ in split] for split in self.pictures)
-    return train + test
-
 
 class _Pictures(NamedTuple):
-  """(path, class) of a split, and what was skipped, relative to the folder of the set."""
+  """A split's pictures, the class of each, and what was skipped, relative to the set's folder."""
 
-  files: list[tuple[str, str]]
+  paths: list[str]
+  labels: list[str]
   skipped: list[str]
 
 
@@ -54,36 +56,45 @@ def find(folder: str, configuration: str | None) -> Found:
   """
   if not os.path.isdir(folder):
     raise DataError(f'run.data.dir: no folder {folder!r}; expected one that holds {EXPECTED}.')
-  place, remarks = _place(folder, configuration), []
-  train, test = _split(place, 'train'), None
-  if not train:
+  place = _place(folder, configuration)
+  train = _split(place, 'train')
+  if train is None:
     raise _missing(folder, 'train.parquet')
-  for name in TEST_NAMES:
-    if (test := _split(place, name)) is not None:
-      if name != 'test':
-        remarks.append(f"There is no 'test' in run.data.dir: '{name}' is the test set.")
-      break
-  if type(train) is not type(test):
+  name, test = _find_test(place)
+  remarks = []
+  if name != 'test':
+    remarks.append(f"There is no 'test' in run.data.dir: '{name}' is the test set.")
+  if isinstance(train, list) and isinstance(test, list):
+    return Found(train, test, None, '', tuple(remarks))
+  if isinstance(train, list) or not isinstance(test, _Pictures):
     raise _missing(place, 'test.parquet' if isinstance(train, list) else 'test')
-  if isinstance(train, list):
-    return Found((train, test), None, '', tuple(remarks))
-  for top, split in ((os.path.join(place, 'train'), train), (os.path.join(place, name), test)):
-    if not split.files:
-      found = classes.some(split.skipped, 6) or 'nothing'
-      raise DataError(f'{top!r} holds no images as CLASS/FILE; found {found}.')
+  for split, pictures in (('train', train), (name, test)):
+    if not pictures.paths:
+      found = classes.some(pictures.skipped, 6) or 'nothing'
+      raise DataError(
+        f'{os.path.join(place, split)!r} holds no images as CLASS/FILE; found {found}.'
+      )
   if skipped := train.skipped + test.skipped:
     remarks.append(
       f'Skipped, being no images of a class: {len(skipped)} ({classes.some(skipped, 6)}).'
     )
-  names = [os.path.relpath(path, place) for path, _ in train.files + test.files]
-  return Found(None, (train.files, test.files), '\n'.join(names), tuple(remarks))
+  names = '\n'.join(os.path.relpath(path, place) for path in train.paths + test.paths)
+  return Found(train.paths, test.paths, (train.labels, test.labels), names, tuple(remarks))
+
+
+def _find_test(place: str) -> tuple[str, list[str] | _Pictures | None]:
+  """The name of the test set and what it has, as `_split`; ('test', None) where there is none."""
+  for name in TEST_NAMES:
+    if (found := _split(place, name)) is not None:
+      return name, found
+  return 'test', None
 
 
 def _place(folder: str, configuration: str | None) -> str:
   """The folder or the sub-folder that holds `train`; a clone from the hub has 'data' or others."""
 
-  def has_train(path):
-    return os.path.isdir(os.path.join(path, 'train')) or _parquet_files(path, 'train')
+  def has_train(path: str) -> bool:
+    return os.path.isdir(os.path.join(path, 'train')) or bool(_parquet_files(path, 'train'))
 
   if has_train(folder):
     return folder
@@ -98,14 +109,22 @@ def _place(folder: str, configuration: str | None) -> str:
 
 
 def _split(place: str, split: str) -> list[str] | _Pictures | None:
-  """A split's pictures or parquet files; None where it has neither. Raises DataError."""
+  """A split's pictures or parquet files; None where it has no folder and no files.
+
+  Raises:
+    DataError: as `_parquet_files`.
+  """
   is_there = os.path.isdir(os.path.join(place, split))
   pictures = _find_pictures(place, split) if is_there else None
-  return pictures if pictures and pictures.files else _parquet_files(place, split) or pictures
+  return pictures if pictures and pictures.paths else _parquet_files(place, split) or pictures
 
 
 def _parquet_files(place: str, split: str) -> list[str]:
-  """A split's shards. Raises DataError where some are missing, or two forms are there."""
+  """A split's parquet files, in order.
+
+  Raises:
+    DataError: some are missing, or they are named in two ways.
+  """
   found = {}
   for pattern in (f'{split}.parquet', f'{split}-*.parquet', f'{split}/*.parquet'):
     paths = sorted(filter(os.path.isfile, glob.glob(os.path.join(glob.escape(place), pattern))))
@@ -125,15 +144,16 @@ def _parquet_files(place: str, split: str) -> list[str]:
 
 
 def _find_pictures(place: str, split: str) -> _Pictures:
+  """All pictures below a split's folder, in the order of their paths."""
   suffixes, files, skipped = images.suffixes(), [], []
 
-  def walk(path, label, above):
+  def walk(path: str, label: str, above: set[str]) -> None:
     above = {*above, os.path.realpath(path)}
     entries = _entries(path)
     for entry in entries:
       hidden = entry.name.startswith('.')
       is_picture = os.path.splitext(entry.name)[1].lower() in suffixes
-      if entry.is_dir() and not hidden and os.path.realpath(entry.path) not in above:  # or a link
+      if entry.is_dir() and not hidden and os.path.realpath(entry.path) not in above:  # no loops
         walk(entry.path, label or _text(entry.name), above)
       elif entry.is_file() and not hidden and is_picture and label:
         files.append((entry.path, label))
@@ -143,16 +163,17 @@ def _find_pictures(place: str, split: str) -> _Pictures:
       skipped.append(_text(os.path.relpath(path, place)))
 
   walk(os.path.join(place, split), '', set())
-  return _Pictures(sorted(files), sorted(skipped))
+  files.sort()
+  return _Pictures([path for path, _ in files], [label for _, label in files], sorted(skipped))
 
 
 def _text(name: str) -> str:
-  """A file's name, which may be any bytes, as text that can be printed."""
+  """A file's name, which may be any bytes, as printable text."""
   return os.fsencode(name).decode(errors='backslashreplace')
 
 
 def _entries(folder: str) -> list[os.DirEntry]:
-  """Raises DataError."""
+  """A folder's entries by name. Raises DataError where it cannot be read."""
   try:
     with os.scandir(folder) as entries:
       return sorted(entries, key=lambda entry: entry.name)
@@ -167,7 +188,5 @@ def _missing(folder: str, file: str) -> DataError:
 
 
 def _content(folder: str) -> str:
-  return (
-    classes.some([_text(entry.name) + '/' * entry.is_dir() for entry in _entries(folder)])
-    or 'nothing'
-  )
+  names = [_text(entry.name) + '/' * entry.is_dir() for entry in _entries(folder)]
+  return classes.some(names) or 'nothing'

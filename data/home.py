@@ -1,4 +1,4 @@
-"""Where libraries keep things of their own: below the user's home, or elsewhere if need be."""
+"""Folders for caches and settings: below the user's home, or elsewhere where there is none."""
 
 import os
 import tempfile
@@ -7,22 +7,25 @@ from absl import logging
 
 
 def cache() -> str | None:
-  """The user's folder of caches, made or not; None for a user without a home."""
+  """The user's folder of caches, which may not exist yet; None for a user without a home."""
   return os.environ.get('XDG_CACHE_HOME') or _below_home('.cache')
 
 
-def settle(instead: str = '') -> None:
-  """Gives this process and its children folders of caches and of settings that can be written.
+def settle(instead: str = '') -> str:
+  """Gives this process and its children folders of caches and settings that can be written.
 
-  Datasets, Matplotlib and CuPy read these variables when they are imported. What the user has set
-  and can be used stays as it is.
+  Datasets, Matplotlib and CuPy read these variables when they are imported. A folder that the user
+  has set stays as it is if it can be written.
 
   Args:
-    instead: where to put them where the user's cannot be written; without it, or where that cannot
-      be written either, in a temporary folder.
+    instead: folder to use where the user's cannot be written; where it cannot either, a temporary
+      one is used.
+
+  Returns:
+    The folder of caches.
   """
   found = cache()
-  if not _can_be_written(found):
+  if found is None or not _can_be_written(found):
     folder = os.path.abspath(instead) if instead and _can_be_written(instead) else _temporary()
     logging.warning(
       '%s: data and caches are kept in %s.',
@@ -37,15 +40,16 @@ def settle(instead: str = '') -> None:
   ):
     if variable not in os.environ and not _can_be_written(usual):
       os.environ[variable] = os.path.join(found, name)
+  return found
 
 
 def _below_home(name: str) -> str | None:
-  home = os.path.expanduser('~')  # stays as it is for a user that nobody knows
+  home = os.path.expanduser('~')  # stays '~' for a user without an entry in the system's list
   return os.path.join(home, name) if os.path.isdir(home) else None
 
 
 def _can_be_written(path: str | None) -> bool:
-  """Whether files can be written there, once the folder is made."""
+  """Whether files can be written in a folder, which may not exist yet."""
   if path is None:
     return False
   path = os.path.abspath(path)
@@ -55,7 +59,7 @@ def _can_be_written(path: str | None) -> bool:
 
 
 def _temporary() -> str:
-  """The same folder each time, and nobody else's."""
+  """A temporary folder of this user's alone, if possible the same each time."""
   folder = os.path.join(tempfile.gettempdir(), f'kip-{os.getuid()}')
   try:
     os.makedirs(folder, mode=0o700, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Pictures and arrays -> pixel values: upright, opaque, alike in size, channels and range."""
+"""Pixel values of pictures and arrays: upright, opaque, alike in size, channels and range."""
 
 import collections
 import struct
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,22 +22,32 @@ ERRORS = (
   Image.DecompressionBombError,
 )
 _ORIENTATION = 0x0112  # of EXIF
-_LOOKED_AT = 5000  # images of a split whose range is looked at
-_SUGGESTED = 32  # pixels a side, at most
+_RANGE_IMAGES = 5000  # images of a split from which its range is judged
+_SUGGESTED = 32  # pixels a side, at most, in the message on different sizes
 
 
 class Reader:
-  """Makes arrays of a set's images, one after the other, and remembers what was odd about them."""
+  """Reads a set's images one after the other, and counts those that had to be changed."""
 
   def __init__(self, size: int = 0):
-    """
+    """Begins with a count of nothing.
+
     Args:
       size: pixels a side that every image gets, see `fit`; 0 leaves them as they are.
     """
-    self._size, self._counts, self._first = size, collections.Counter(), None
+    self._size = size
+    self._counts: collections.Counter[str] = collections.Counter()
+    self._first: tuple[str, tuple[int, ...]] | None = None
 
   def read(self, picture: Image.Image, where: str) -> np.ndarray:
-    """uint8 [H, W] of a grey picture, [H, W, 3] of another; `where` names it in messages.
+    """Reads a picture.
+
+    Args:
+      picture: opened, not yet decoded.
+      where: names it in messages.
+
+    Returns:
+      uint8 [H, W] of a grey picture, [H, W, 3] of another.
 
     Raises:
       DataError: more than 8 bits a channel, or another size than the first picture's.
@@ -57,10 +67,10 @@ class Reader:
     return self.resized(np.asarray(picture), where)
 
   def resized(self, pixels: np.ndarray, where: str) -> np.ndarray:
-    """Pixel values [H, W] or [H, W, D] in the wanted size.
+    """Pixel values [H, W] or [H, W, D] in the size that was asked for.
 
     Raises:
-      DataError: none is wanted, and the first image had another.
+      DataError: none was asked for, and the first image had another.
     """
     if self._size:
       return fit(pixels, self._size)
@@ -75,13 +85,13 @@ class Reader:
     return pixels
 
   def alike(self, pixels: list[np.ndarray]) -> list[np.ndarray]:
-    """Images that were read, as RGB where one that was read is."""
+    """Images that were read; grey ones as RGB if any image of the set has colours."""
     if not self._counts['colour']:
       return pixels
     return [np.repeat(each[..., None], 3, axis=2) if each.ndim == 2 else each for each in pixels]
 
   def remarks(self) -> list[str]:
-    """A line for each thing that was odd."""
+    """Lines for the user on images that had to be changed."""
     found, lines = self._counts, []
     if found['turned']:
       lines.append(f'Images turned upright, as their EXIF data say: {found["turned"]}.')
@@ -128,7 +138,7 @@ def fit(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def suffixes() -> frozenset[str]:
-  """Of files that can be read as pictures, such as '.png'."""
+  """Suffixes of files that can be read as pictures, such as '.png'."""
   Image.init()
   return frozenset(
     suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
@@ -136,19 +146,19 @@ def suffixes() -> frozenset[str]:
 
 
 def checked(what: str, images: np.ndarray, num_labels: int, size: int) -> np.ndarray:
-  """Images of a split in the form that is promised.
+  """Checks the images of a split, and resizes them where asked.
 
   Args:
     what: names the split in messages.
     images: [N, H, W] or [N, H, W, D], any number type.
-    num_labels: labels that belong to them.
-    size: see `Reader`.
+    num_labels: number of labels that belong to them.
+    size: as for `Reader`.
 
   Returns:
     uint8 or float32 [N, H, W, D], finite.
 
   Raises:
-    DataError: these are no such images.
+    DataError: they have another shape or type, or values that are not finite.
   """
   if images.ndim == 3:
     images = images[..., None]
@@ -176,7 +186,7 @@ def checked(what: str, images: np.ndarray, num_labels: int, size: int) -> np.nda
 
 
 def check_axes(what: str, shape: Sequence[int]) -> None:
-  """Raises DataError where [N, H, W, D] would have up to 4 rows, and more columns and channels."""
+  """Raises DataError where [N, H, W, D] looks like [N, C, H, W]: up to 4 rows, more columns."""
   if len(shape) == 4 and shape[1] <= 4 < min(shape[2:]):
     raise DataError(
       f'{what} images of shape {tuple(shape)}: looks like [N, C, H, W]: transpose(0, 2, 3, 1).'
@@ -186,24 +196,24 @@ def check_axes(what: str, shape: Sequence[int]) -> None:
 def check_ranges(name: str, train: np.ndarray, test: np.ndarray) -> None:
   """Refuses splits in different units: 0 to 255 beside 0 to 1, or 0 to 1 beside -1 to 1.
 
-  Honest splits may differ in their greatest value or in their mean, but hardly in both by a factor
-  of ten; and none is free of negative values where a tenth of the other's are negative.
+  Splits in the same units may differ in their greatest value or in their mean, but hardly in both
+  by a factor of ten; and none is free of negative values where a tenth of the other's are negative.
 
   Args:
     name: of the data set.
     train, test: [N, H, W, D].
 
   Raises:
-    DataError: they are.
+    DataError: the units differ.
   """
   peaks, means, negative = [], [], []
   for images in (train, test):
-    values = images[:: -(-len(images) // _LOOKED_AT)].astype(np.float32)
+    values = images[:: -(-len(images) // _RANGE_IMAGES)].astype(np.float32)
     negative.append(np.mean(values < 0))
     peaks.append(np.abs(values).max())
     means.append(np.abs(values).mean(dtype=np.float64))
   scaled = all(max(pair) > 10 * min(pair) for pair in (peaks, means))
-  if scaled or min(negative) == 0 and max(negative) >= 0.1:
+  if scaled or (min(negative) == 0 and max(negative) >= 0.1):
     words = [
       f'{split} images {images.min():g} to {images.max():g} ({images.dtype})'
       for split, images in (('train', train), ('test', test))

@@ -1,10 +1,13 @@
-"""Raw pixels -> what kernels see: per-channel standardisation, and ZCA whitening where asked,
-fitted on the training images (K1, K2)."""
+"""Preprocessing of raw pixels, fitted on the training images: per-channel standardisation, and ZCA
+whitening where asked (Nguyen et al. 2021a, KIP, ICLR, https://arxiv.org/abs/2011.00050; Nguyen et
+al. 2021b, NeurIPS, https://arxiv.org/abs/2107.13034).
+"""
 
 import hashlib
 import time
+from collections.abc import Callable, Iterator
 from concurrent import futures
-from typing import Callable, Iterator, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -17,16 +20,16 @@ _CHUNK = 4096  # images standardised at a time
 # Rows of every product, padded: BLAS rounds a row by the shape of its product, and an image must
 # not depend on others.
 _BLOCK = 32
-_MOST_VALUES = 2**14  # in an image that is whitened: its matrix has 2 GiB there
+_MOST_VALUES = 2**14  # of an image that is whitened: the matrix then takes 2 GiB
 _LOG_SECONDS = 10.0
 
 
 class Transform(NamedTuple):
-  """Raw pixel values -> the space in which kernels see images.
+  """Map from raw pixel values to the space in which kernels see images.
 
-  Standardised images are (x - mean) / std. With ZCA (K2's notebook), the d = H W D values of a
-  standardised image then lose their own mean, are divided by their own L2 norm, and are multiplied
-  by a symmetric matrix.
+  Standardised images are (x - mean) / std. With ZCA (the notebook of Nguyen et al. 2021b), the
+  d = H W D values of a standardised image then lose their own mean, are divided by their own L2
+  norm, and are multiplied by a symmetric matrix.
 
   Attributes:
     mean, std: float64 [D], in the units of the raw pixels.
@@ -41,7 +44,7 @@ class Transform(NamedTuple):
 
 
 def fit(images: np.ndarray, zca_regularisation: float | None = None) -> Transform:
-  """The transform of the training images.
+  """Fits the transform to the training images.
 
   The published notebook whitens by the first 45,000 of the training images, this by all of them.
   50,000 x 3072 took 42 s to fit and 31 s to apply on one core of an AMD EPYC with AVX-512.
@@ -56,18 +59,21 @@ def fit(images: np.ndarray, zca_regularisation: float | None = None) -> Transfor
     DataError: images too large to whiten, or all constant.
   """
   pixels = images.size // images.shape[-1]
-  mean = sum(_chunk_sum(chunk) for chunk in _chunks(images)) / pixels
-  variance = sum(_chunk_sum((chunk - mean) ** 2) for chunk in _chunks(images)) / pixels
+  zero = np.zeros(images.shape[-1])
+  mean = sum((_chunk_sum(chunk) for chunk in _chunks(images)), zero) / pixels
+  variance = sum((_chunk_sum((chunk - mean) ** 2) for chunk in _chunks(images)), zero) / pixels
   standard = Transform(mean, np.where(variance > 0, np.sqrt(variance), 1.0))
   return standard if zca_regularisation is None else _fit_zca(standard, images, zca_regularisation)
 
 
 def apply(transform: Transform, images: np.ndarray, threads: int = 1) -> np.ndarray:
-  """Raw images [N, H, W, D] -> float32 [N, H, W, D], computed in float64; an image's bits depend
-  neither on the others nor on `threads`."""
+  """Preprocesses raw images [N, H, W, D] in float64, and returns float32 [N, H, W, D].
+
+  An image's bits depend neither on the others nor on `threads`.
+  """
   prepared = np.empty(images.shape, np.float32)
 
-  def block(rows):
+  def block(rows: slice) -> None:
     prepared[rows] = apply_to_block(transform, images[rows])
 
   in_blocks(block, len(images), threads)
@@ -75,54 +81,53 @@ def apply(transform: Transform, images: np.ndarray, threads: int = 1) -> np.ndar
 
 
 def apply_to_block(transform: Transform, images: np.ndarray) -> np.ndarray:
-  """As `apply`, of the images of one of `in_blocks`' slices; float64."""
+  """Preprocesses raw images of one of `in_blocks`' slices, as `apply`; float64."""
   standard = (images.astype(np.float64) - transform.mean) / transform.std
-  return (
-    standard
-    if transform.zca is None
-    else _whiten(transform.zca, _unit_rows(standard)[0]).reshape(images.shape)
-  )
+  if transform.zca is None:
+    return standard
+  return _whiten(transform.zca, _unit_rows(standard)[0]).reshape(images.shape)
 
 
 def in_blocks(function: Callable[[slice], None], n: int, threads: int) -> None:
-  """Calls `function` with the slices that cut n rows into blocks, on `threads` threads; BLAS has
-  one thread in each."""
+  """Calls `function` on `threads` threads with the slices that cut n rows into blocks.
+
+  BLAS has one thread in each.
+  """
   with threadpoolctl.threadpool_limits(1), futures.ThreadPoolExecutor(threads) as pool:
     list(pool.map(function, (slice(start, start + _BLOCK) for start in range(0, n, _BLOCK))))
 
 
 def invert(transform: Transform, images: np.ndarray) -> np.ndarray:
-  """Preprocessed images [N, H, W, D] -> raw pixel values, float64, neither clipped nor rounded.
+  """Raw pixel values, float64, of preprocessed images [N, H, W, D], neither clipped nor rounded.
 
-  Whitening forgets each image's own mean and norm, brightness and contrast. They cannot be
-  restored: every image gets the mean of the training set and its average norm, which is right but
-  for a shift and a factor an image, and keeps all that pictures are looked at for.
+  Whitening drops each image's own mean and norm, its brightness and contrast, which cannot be
+  restored: every image gets the mean of the training set and its average norm.
   """
   if transform.zca is not None:
     with threadpoolctl.threadpool_limits(1):
       rows = images.reshape(len(images), -1).astype(np.float64)
-      images = (
-        transform.norm * scipy.linalg.solve(transform.zca, rows.T, assume_a='pos').T
-      ).reshape(images.shape)
+      standard = transform.norm * scipy.linalg.solve(transform.zca, rows.T, assume_a='pos').T
+      images = standard.reshape(images.shape)
   return images * transform.std + transform.mean
 
 
 def digest(transform: Transform) -> str:
   """SHA-256 of the whitening matrix (C order, little-endian float64); '' without one."""
-  return (
-    ''
-    if transform.zca is None
-    else hashlib.sha256(np.ascontiguousarray(transform.zca, '<f8')).hexdigest()
-  )
+  if transform.zca is None:
+    return ''
+  return hashlib.sha256(np.ascontiguousarray(transform.zca, '<f8').data).hexdigest()
 
 
 def _fit_zca(standard: Transform, images: np.ndarray, regularisation: float) -> Transform:
-  """U s^(-1/2) U^T of the regularised covariance U s U^T; the directions that n < d images cannot
-  span keep their size ('rank control')."""
+  """Adds U s^(-1/2) U^T of the regularised covariance U s U^T.
+
+  Directions that n < d images cannot span keep their size ('rank control').
+  """
   n, d = len(images), images[0].size
   if d > _MOST_VALUES:
     raise DataError(
-      f'run.data.zca: images of {d} values are too large to whiten (a matrix of {d} x {d}); at most {_MOST_VALUES}.'
+      f'run.data.zca: images of {d} values are too large to whiten (a matrix of {d} x {d}); '
+      f'at most {_MOST_VALUES}.'
     )
   covariance, norms, done, last = np.zeros((d, d)), 0.0, 0, time.monotonic()
   with threadpoolctl.threadpool_limits(1):
@@ -146,17 +151,17 @@ def _fit_zca(standard: Transform, images: np.ndarray, regularisation: float) -> 
 
 
 def _unit_rows(standard: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Standardised images [N, H, W, D] -> rows [N, d] of mean 0 and norm 1, and the norms [N]."""
+  """Rows [N, d] of mean 0 and norm 1, and the norms [N], of standardised images [N, H, W, D]."""
   values = standard.reshape(len(standard), -1)
   rows = values - values.mean(axis=1, keepdims=True)
   norm = np.sqrt((rows**2).sum(axis=1))
-  # A constant image: what is left of it is rounding.
+  # All that is left of a constant image is rounding.
   norm[norm <= 1e-9 * np.sqrt((values**2).sum(axis=1))] = 0.0
   return rows * np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0)[:, None], norm
 
 
 def _whiten(zca: np.ndarray, rows: np.ndarray) -> np.ndarray:
-  """Rows [N, d], at most a block of them, times the matrix."""
+  """Multiplies rows [N, d], at most a block of them, by the matrix."""
   padded = np.zeros((_BLOCK, rows.shape[1]))
   padded[: len(rows)] = rows
   return (padded @ zca)[: len(rows)]

@@ -1,5 +1,9 @@
-"""The distilled sets that the authors of K2 released, by their names in a public bucket (listed in
-their notebook `dataset.ipynb`)."""
+"""Distilled sets that the authors of Nguyen et al. 2021b (NeurIPS, https://arxiv.org/abs/2107.13034)
+released, by their names in a public bucket (listed in their notebook `dataset.ipynb`).
+
+A file's MD5 comes with the file, from the server alone: a downloader that checks against a list of
+known hashes (pooch) would leave most of `_download` to be written here.
+"""
 
 import base64
 import hashlib
@@ -14,12 +18,13 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from data import NPZ_ERRORS, DataError
+from data import DataError, npz
 
 BUCKET = 'https://storage.googleapis.com/kip-datasets'
 _NAME = re.compile(
-  r'(?P<method>kip|ls)/(?P<data>mnist|fashion_mnist|svhn_cropped|cifar10|cifar100)/(?P<architecture>ConvNet3?)'
-  r'_ssize(?P<size>\d+)_(?P<zca>zca|nozca)(_(?P<labels>l|nol)_(?P<augmentation>aug|noaug)_ckpt(?P<step>\d+))?\.npz'
+  r'(?P<method>kip|ls)/(?P<data>mnist|fashion_mnist|svhn_cropped|cifar10|cifar100)/'
+  r'(?P<architecture>ConvNet3?)_ssize(?P<size>\d+)_(?P<zca>zca|nozca)'
+  r'(_(?P<labels>l|nol)_(?P<augmentation>aug|noaug)_ckpt(?P<step>\d+))?\.npz'
 )
 _EXAMPLES = (
   'kip/cifar10/ConvNet_ssize100_zca_nol_noaug_ckpt1000.npz or ls/mnist/ConvNet_ssize10_nozca.npz'
@@ -28,15 +33,16 @@ _TIMEOUT = 60.0  # seconds without an answer
 
 
 class Released(NamedTuple):
-  """A released set.
+  """A released set, and what its name says.
 
   Attributes:
     images: float32 [S, H, W, D], preprocessed space.
     labels: float32 [S, C], centred.
-    data: name of the data set it stands for.
+    data: name of the data set it was distilled from.
     architecture: name of the kernel's architecture.
     zca: whether the space is whitened.
-    learned_labels, augmented: how it was made; `augmented` is None for Label Solve.
+    learned_labels: whether its labels were learned, or solved for.
+    augmented: whether its targets were augmented; None for Label Solve.
     step: Adam updates.
   """
 
@@ -51,18 +57,18 @@ class Released(NamedTuple):
 
 
 def is_name(text: str) -> bool:
-  """Whether `text` is to be fetched: it begins like a released set's name, and no file here is
-  called so."""
+  """Whether `text` begins like a released set's name, and is no file on this machine."""
   return text.startswith(('kip/', 'ls/')) and not os.path.exists(text)
 
 
-def load(name: str, cache: str) -> Released:
-  """Fetches a released file once, checks it against its name, and loads it.
+def load(name: str, cache: str, bucket: str = BUCKET) -> Released:
+  """Loads a released set, which is fetched once, and checks it against its name.
 
   Args:
     name: path in the bucket, such as `kip/cifar10/ConvNet_ssize100_zca_nol_noaug_ckpt1000.npz`
       (`l`, `nol`: labels learned or not).
     cache: folder to keep it in.
+    bucket: URL to fetch it from.
 
   Raises:
     DataError: no such name, no network and not in the cache, or content that does not fit the name.
@@ -72,14 +78,11 @@ def load(name: str, cache: str) -> Released:
     raise DataError(f'{name!r} is no name of a released set; they are such as {_EXAMPLES}.')
   path = os.path.join(cache, 'released', name)
   if not os.path.exists(path):
-    _download(name, path)
+    _download(name, path, bucket)
   try:
-    with np.load(path, allow_pickle=False) as file:
-      images, labels = (
-        np.asarray(file['images'], np.float32),
-        np.asarray(file['labels'], np.float32),
-      )
-  except NPZ_ERRORS as error:
+    file = npz.read(path, ('images', 'labels'))
+    images, labels = (np.asarray(file[key], np.float32) for key in ('images', 'labels'))
+  except ValueError as error:
     raise DataError(
       f'{path!r} is not a readable distilled set ({error}); remove it to fetch it again.'
     ) from error
@@ -105,17 +108,17 @@ def load(name: str, cache: str) -> Released:
   )
 
 
-def _download(name: str, path: str) -> None:
-  """Writes the file aside and renames it into place, once its length and MD5 are what the server
-  says."""
-  url = f'{BUCKET}/{name}'
+def _download(name: str, path: str, bucket: str) -> None:
+  """Fetches a file, and renames it into place once its length and MD5 are what the server says."""
+  url = f'{bucket}/{name}'
   logging.info('Fetching %s.', url)
   try:
     with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
       content, hashes = answer.read(), ','.join(answer.headers.get_all('x-goog-hash') or [])
   except urllib.error.HTTPError as error:
     raise DataError(
-      f'{url}: {error.code} {error.reason}; the released sets are listed in {BUCKET}/kip/kip.csv and {BUCKET}/ls/ls.csv.'
+      f'{url}: {error.code} {error.reason}; the released sets are listed in '
+      f'{bucket}/kip/kip.csv and {bucket}/ls/ls.csv.'
     ) from error
   except (OSError, ValueError, http.client.HTTPException) as error:
     raise DataError(
@@ -132,5 +135,6 @@ def _download(name: str, path: str) -> None:
     os.replace(scratch, path)
   except OSError as error:
     raise DataError(
-      f'{path!r} cannot be written: {error.strerror}; choose another folder by --config.system.cache_dir.'
+      f'{path!r} cannot be written: {error.strerror}; choose another folder by '
+      '--config.system.cache_dir.'
     ) from error

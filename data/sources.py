@@ -1,15 +1,16 @@
-"""Loads a labelled image data set: the papers' sets from the Hugging Face hub, parquet, image
-folders, `.npz`, scikit-learn's digits."""
+"""Loads a labelled image data set: one of the papers' from the Hugging Face hub, parquet, image
+folders, `.npz`, or scikit-learn's digits."""
 
 import functools
 import hashlib
 import io
 import os
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data import NPZ_ERRORS, DataError, classes, folders, images
+from data import DataError, classes, folders, images, npz, one_line
 
 # Hub repository, its configuration, and its revision.
 HUB = {
@@ -57,18 +58,18 @@ class Dataset(NamedTuple):
 
 
 class Source(NamedTuple):
-  """Where a data set comes from.
+  """The place of a data set.
 
   Attributes:
     name: for messages and files.
     key: changes when the content does.
-    load: `load()` reads it all into a Dataset.
+    load: reads it all.
     remarks: lines for the user about the place, not the content.
   """
 
   name: str
   key: str
-  load: Any
+  load: Callable[[], Dataset]
   remarks: tuple[str, ...] = ()
 
 
@@ -79,10 +80,10 @@ def find(name: str, folder: str = '', size: int = 0) -> Source:
     name: one of `NAMES`, or the path of an `.npz` with `x_train, y_train, x_test, y_test` (images
       [N, H, W] or [N, H, W, D], uint8 or floating; labels [N], whole numbers from 0, or text).
     folder: if given, the set is read from it, or from its one sub-folder that holds one, and `name`
-      is a mere name. Either parquet in the Hugging Face schema: `train.parquet`, the hub's own
-      `train-*.parquet` or `train/*.parquet`; or images, `train/CLASS/FILE` or deeper; and `test`
-      likewise, or what else `folders.TEST_NAMES` lists. Folders, and labels that are text, are
-      numbered in the order of their names.
+      is for messages and files only. Either parquet in the Hugging Face schema: `train.parquet`,
+      the hub's own `train-*.parquet` or `train/*.parquet`; or images, `train/CLASS/FILE` or deeper;
+      and `test` likewise, or another of `folders.TEST_NAMES`. Folders, and labels that are text,
+      are numbered in the order of their names.
     size: pixels a side that images are resized to, see `images.fit`; 0: as they are.
 
   Raises:
@@ -90,11 +91,11 @@ def find(name: str, folder: str = '', size: int = 0) -> Source:
   """
   if folder:
     found = folders.find(folder, HUB[name][1] if name in HUB else None)
-    key = digest(*found.paths())
-    if found.parquet:
-      load = functools.partial(_load_parquet, name, size, *found.parquet)
+    key = digest(*found.train, *found.test)
+    if found.labels is None:
+      load = functools.partial(_load_parquet, name, size, found.train, found.test)
     else:
-      load = functools.partial(_load_image_folder, name, size, *found.pictures)
+      load = functools.partial(_load_pictures, name, size, found)
       key += hashlib.sha256(os.fsencode(found.names)).hexdigest()
     source = Source(name, key, load, found.remarks)
   elif name.endswith('.npz'):
@@ -127,47 +128,39 @@ def digest(*paths: str) -> str:
   return found.hexdigest()
 
 
+class _Split(NamedTuple):
+  """Images [N, H, W] or [N, H, W, D] and labels [N] as they were read."""
+
+  images: np.ndarray
+  labels: np.ndarray
+
+
 def _load_digits(size: int) -> Dataset:
   from sklearn import datasets  # here: it takes seconds to import, and only this set needs it
 
-  digits = datasets.load_digits()
-  pixels = digits.images.astype(np.uint8)[..., None]
-  labels = digits.target.astype(np.int64)
-  split = len(pixels) - _DIGITS_TEST  # ordered by writer, so these are other people's digits
-  return _checked('digits', size, pixels[:split], labels[:split], pixels[split:], labels[split:])
+  digits: Any = datasets.load_digits()
+  pixels, labels = digits.images.astype(np.uint8)[..., None], digits.target.astype(np.int64)
+  start = len(pixels) - _DIGITS_TEST  # ordered by writer, so these are other people's digits
+  train, test = _Split(pixels[:start], labels[:start]), _Split(pixels[start:], labels[start:])
+  return _checked('digits', size, train, test)
 
 
 def _load_npz(path: str, size: int) -> Dataset:
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      missing = [key for key in NPZ_KEYS if key not in file]
-      if missing:
-        found = ', '.join(' '.join(key.split()) for key in file) or 'nothing'
-        raise DataError(
-          f'{path!r}: array {missing[0]!r} is missing; expected {", ".join(NPZ_KEYS)}, got {found}.'
-        )
-      arrays = [file[key] for key in NPZ_KEYS]
-  except DataError:
-    raise
-  except NPZ_ERRORS as error:
-    remedy = ' (save text by .astype(str))' if 'Object arrays' in str(error) else ''
-    raise DataError(
-      f'{path!r} is not a readable .npz file without pickled objects{remedy}: {_line(error)}'
-    ) from error
-  return _checked(os.path.basename(path)[:-4], size, *arrays)
+  x_train, y_train, x_test, y_test = npz.read(path, NPZ_KEYS).values()
+  name = os.path.basename(path)[:-4]
+  return _checked(name, size, _Split(x_train, y_train), _Split(x_test, y_test))
 
 
-def _load_image_folder(
-  name: str, size: int, train: list[tuple[str, str]], test: list[tuple[str, str]]
-) -> Dataset:
+def _load_pictures(name: str, size: int, found: folders.Found) -> Dataset:
   from PIL import Image
 
-  names = classes.ordered(label for _, label in train)
+  train_labels, test_labels = found.labels or ([], [])
+  names = classes.ordered(train_labels)
   numbers = {label: number for number, label in enumerate(names)}
   reader, splits = images.Reader(size), []
-  for files in (train, test):
+  for paths, labels in ((found.train, train_labels), (found.test, test_labels)):
     pixels = []
-    for path, label in files:
+    for path, label in zip(paths, labels):
       if label not in numbers:
         raise DataError(f'{path!r}: class {label!r} has no training image.')
       try:
@@ -177,15 +170,17 @@ def _load_image_folder(
         raise
       except images.ERRORS as error:
         raise DataError(_unreadable(path, 'image', error)) from error
-    splits.append((pixels, [numbers[label] for _, label in files], name))
-  return _checked(name, size, *_stacked(reader, splits), names, reader.remarks())
+    splits.append((pixels, [numbers[label] for label in labels]))
+  train, test = (_stacked(reader, pixels, labels, name) for pixels, labels in splits)
+  return _checked(name, size, train, test, names, reader.remarks())
 
 
 def _load_parquet(name: str, size: int, train: list[str], test: list[str]) -> Dataset:
   import datasets
   import pyarrow
+  from datasets import exceptions
 
-  errors = (*images.ERRORS, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
+  errors = (*images.ERRORS, pyarrow.ArrowException, exceptions.DatasetsError)
   reader, splits, names = images.Reader(size), [], []
   for paths in (train, test):
     pixels, labels = [], []
@@ -200,11 +195,13 @@ def _load_parquet(name: str, size: int, train: list[str], test: list[str]) -> Da
       pixels += more[0]
       labels += more[1]
     splits.append((pixels, labels, repr(paths[0])))
-  return _checked(name, size, *_stacked(reader, splits), _agreed(name, names), reader.remarks())
+  train_set, test_set = (_stacked(reader, *split) for split in splits)
+  return _checked(name, size, train_set, test_set, _agreed(name, names), reader.remarks())
 
 
 def _load_hub(name: str, size: int) -> Dataset:
   import datasets
+  from datasets import exceptions
 
   repository, configuration, revision = HUB[name]
   reader, splits, names = images.Reader(size), [], []
@@ -214,21 +211,32 @@ def _load_hub(name: str, size: int) -> Dataset:
       splits.append((*_decode(rows, reader, f'{repository}, {split},', names), repository))
   except DataError:
     raise
-  except (*images.ERRORS, RuntimeError, datasets.exceptions.DatasetsError) as error:
+  except (*images.ERRORS, RuntimeError, exceptions.DatasetsError) as error:
     raise DataError(
-      f'{name} could not be loaded from the hub ({repository}): {_line(error)} '
-      'Without network, give --config.run.data.dir=FOLDER with train.parquet and '
-      'test.parquet.'
+      f'{name} could not be loaded from the hub ({repository}): {one_line(error)} '
+      'Without network, give --config.run.data.dir=FOLDER with train.parquet and test.parquet.'
     ) from error
-  return _checked(name, size, *_stacked(reader, splits), _agreed(name, names), reader.remarks())
+  train, test = (_stacked(reader, *split) for split in splits)
+  return _checked(name, size, train, test, _agreed(name, names), reader.remarks())
 
 
 def _decode(
-  rows, reader: images.Reader, where: str, names: list[Any]
+  rows: Any, reader: images.Reader, where: str, names: list[Any]
 ) -> tuple[list[np.ndarray], list[Any]]:
-  """Images [H, W] or [H, W, D] and labels of an iterable of rows in the Hugging Face schema.
+  """Reads rows in the Hugging Face schema.
 
-  Appends the class names that the schema gives, or None, to `names`.
+  Args:
+    rows: a `datasets` iterable of them.
+    reader: makes arrays of their images.
+    where: names the rows in messages.
+    names: the class names that the schema gives, or None, are appended to it.
+
+  Returns:
+    Images [H, W] or [H, W, D], and their labels.
+
+  Raises:
+    DataError: a column, an image or a label is missing.
+    Any of images.ERRORS: an image is damaged.
   """
   import datasets
   from PIL import Image
@@ -266,7 +274,7 @@ def _decode(
 
 
 def _agreed(name: str, names: list[Any]) -> list[str] | None:
-  """The class names that the files give, None where they give none. Raises DataError."""
+  """Class names that all files agree on, None where they give none. Raises DataError."""
   given = [each for each in names if each is not None]
   for other in given[1:]:
     if other != given[0]:
@@ -278,54 +286,46 @@ def _agreed(name: str, names: list[Any]) -> list[str] | None:
 
 
 def _stacked(
-  reader: images.Reader, splits: list[tuple[list[np.ndarray], list[Any], str]]
-) -> list[np.ndarray]:
-  """Train images, train labels, test images and test labels of (images, labels, where) each."""
-  arrays = []
-  for pixels, labels, where in splits:
-    if not pixels:
-      raise DataError(f'{where} holds no images.')
-    arrays += [np.stack(reader.alike(pixels)), np.asarray(labels)]
-  return arrays
+  reader: images.Reader, pixels: list[np.ndarray], labels: list[Any], where: str
+) -> _Split:
+  """A split of images that were read one by one, once both splits are read. Raises DataError."""
+  if not pixels:
+    raise DataError(f'{where} holds no images.')
+  return _Split(np.stack(reader.alike(pixels)), np.asarray(labels))
 
 
 def _unreadable(path: str, kind: str, error: Exception) -> str:
+  """A message for a file that is no `kind`."""
   try:
     with open(path, 'rb') as file:
       if file.read(50).startswith(b'version https://git-lfs'):
         return f'{path!r} is only a pointer to the file: fetch it by `git lfs pull`.'
-  except OSError:  # which the error tells
+  except OSError:  # the error says so already
     pass
-  return f'{path!r} is not a readable {kind}: {_line(error)}'
-
-
-def _line(error: Exception) -> str:
-  text = ' '.join(str(error).split())
-  return (text[:200] + '…' if len(text) > 200 else text or type(error).__name__).rstrip('.') + '.'
+  return f'{path!r} is not a readable {kind}: {one_line(error)}'
 
 
 def _checked(
   name: str,
   size: int,
-  train_images: np.ndarray,
-  train_labels: np.ndarray,
-  test_images: np.ndarray,
-  test_labels: np.ndarray,
+  train: _Split,
+  test: _Split,
   class_names: Sequence[str] | None = None,
   remarks: Sequence[str] = (),
 ) -> Dataset:
-  train = images.checked(f'{name}: train', train_images, np.size(train_labels), size)
-  test = images.checked(f'{name}: test', test_images, np.size(test_labels), size)
-  if train.shape[1:] != test.shape[1:]:
-    remedy = ' (run.data.size resizes and crops them)' if train.shape[3] == test.shape[3] else ''
+  """A data set in the promised form. Raises DataError where the splits cannot be one."""
+  x = images.checked(f'{name}: train', train.images, np.size(train.labels), size)
+  x_test = images.checked(f'{name}: test', test.images, np.size(test.labels), size)
+  if x.shape[1:] != x_test.shape[1:]:
+    remedy = ' (run.data.size resizes and crops them)' if x.shape[3] == x_test.shape[3] else ''
     raise DataError(
-      f'{name}: train images are {train.shape[1:]}, test images {test.shape[1:]}; '
+      f'{name}: train images are {x.shape[1:]}, test images {x_test.shape[1:]}; '
       f'they must agree{remedy}.'
     )
-  images.check_ranges(name, train, test)
-  labels, names = classes.checked(
-    name, (train_labels, test_labels), (len(train), len(test)), class_names
+  images.check_ranges(name, x, x_test)
+  (y, y_test), names = classes.checked(
+    name, (train.labels, test.labels), (len(x), len(x_test)), class_names
   )
-  if absent := classes.absent(labels[1], names):
+  if absent := classes.absent(y_test, names):
     remarks = [*remarks, f'Classes without a test image: {classes.some(absent)}.']
-  return Dataset(name, train, labels[0], test, labels[1], len(names), names, tuple(remarks))
+  return Dataset(name, x, y, x_test, y_test, len(names), names, tuple(remarks))

@@ -1,1 +1,1 @@
-"""The method: state, plan and step of KIP and Label Solve, KRR, optimisers, evaluation. Neither servers nor files."""
+"""The method, KIP and Label Solve, as functions of arrays: it knows neither servers nor files."""

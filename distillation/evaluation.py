@@ -1,9 +1,12 @@
-"""Evaluates labelled sets by KRR and finite networks on a whole test set, and baselines beside."""
+"""Evaluates labelled sets, and baselines of real images, by KRR and by finite networks on a whole
+test set."""
 
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
+from jaxtyping import Float, Float32, Float64, Int
 
 from configs import schema
 from data import sampling, store
@@ -17,33 +20,38 @@ _WORDS = {
   'wall_seconds': lambda value: f'{value:6.0f} s',
 }
 HARD, SOLVED = 'real images, hard labels', 'real images, solved labels'
-# The last training images set the finite network's hyper-parameters: so many, or a tenth of all if
-# that is less, but one at least.
+# The last training images that select the finite network's hyper-parameters; a tenth of all if that
+# is less, but one at least.
 _HELD_OUT = 5000
 
 
 def krr_test(
   kernel: contract.Kernel,
-  images: np.ndarray,
-  labels: np.ndarray,
+  images: Float[np.ndarray, 'S H W D'],
+  labels: Float[np.ndarray, 'S C'],
   ridge: float,
   test: library.Library,
-  classes: np.ndarray,
+  classes: Int[np.ndarray, ' N'],
   tile: int,
   check: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
   """Accuracy and error 1/2 mean((P - y)^2) of KRR on the whole test set.
 
   Args:
-    kernel: the NTK.
-    images: support, [S, H, W, D]; labels: [S, C].
+    kernel: the NTK or NNGP.
+    images: support, [S, H, W, D].
+    labels: of the support, [S, C].
     ridge: relative to the mean of K_ss's diagonal.
-    test: the test images; classes: int64 [N].
+    test: the N test images.
+    classes: of the test images, [N].
     tile: images a block, of the test set and of the support.
     check: called before every block; what it raises ends the evaluation.
 
   Returns:
-    (accuracy, error). Raises krr.NotPositiveDefiniteError.
+    (accuracy, error).
+
+  Raises:
+    krr.NotPositiveDefiniteError: the support's kernel cannot be solved.
   """
   support = kernel.prepare(images)
   solution = krr.solve(support_block(kernel, support, tile, check), labels, ridge)
@@ -51,9 +59,8 @@ def krr_test(
   for start, end in plan.ranges(len(classes), tile):
     check()
     y = sampling.centred_one_hot(classes[start:end], labels.shape[1])
-    result = krr.residual(
-      krr.predictions(kernel.block(support, test[start:end]), solution.alpha), y, len(classes)
-    )
+    predictions = krr.predictions(kernel.block(support, test[start:end]), solution.alpha)
+    result = krr.residual(predictions, y, len(classes))
     correct += result.correct
     error += result.loss
   return correct / len(classes), error
@@ -64,13 +71,13 @@ def support_block(
   support: contract.Prepared,
   tile: int,
   check: Callable[[], None] = lambda: None,
-) -> np.ndarray:
-  """K_ss, float64 [S, S], symmetric: tiles on and above the diagonal, mirrored below it.
+) -> Float64[np.ndarray, 'S S']:
+  """K_ss, [S, S], symmetric: tiles on and above the diagonal, mirrored below it.
 
   Args:
-    kernel: the NTK.
+    kernel: the NTK or NNGP.
     support: S images, prepared by it.
-    tile: images a tile has on each side.
+    tile: images on each side of a tile.
     check: called before every tile; what it raises ends the computation.
   """
   k_ss = np.zeros((len(support), len(support)))
@@ -94,10 +101,11 @@ class Evaluation:
     threads: int,
     check: Callable[[], None] = lambda: None,
   ):
-    """
+    """Makes the kernel.
+
     Args:
-      run: `run` of a configuration: the kernel, the ridge, the seed.
-      settings: `system.evaluation` of a configuration.
+      run: gives kernel, ridge and seed.
+      settings: how to evaluate.
       prepared: the data set.
       threads: CPU threads for the kernel.
       check: called every second or so; what it raises ends the evaluation.
@@ -106,7 +114,9 @@ class Evaluation:
     self._kernel = registry.for_run(run, threads)
     self._test = library.Library(self._kernel, prepared.test_images)
 
-  def krr(self, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+  def krr(
+    self, images: Float[np.ndarray, 'S H W D'], labels: Float[np.ndarray, 'S C']
+  ) -> dict[str, Any]:
     """`krr_test_accuracy` and `krr_test_mse` of images [S, H, W, D] with labels [S, C]."""
     accuracy, error = krr_test(
       self._kernel,
@@ -120,15 +130,20 @@ class Evaluation:
     )
     return {'krr_test_accuracy': accuracy, 'krr_test_mse': error}
 
-  def finite_network(self, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+  def finite_network(
+    self, images: Float[np.ndarray, 'S H W D'], labels: Float[np.ndarray, 'S C']
+  ) -> dict[str, Any]:
     """Test accuracy of finite networks trained on images [S, H, W, D] with labels [S, C].
 
     Returns:
-      `nn_test_accuracy` (mean over `nn_seeds` networks), `nn_test_accuracy_std` (n - 1 in the
-      denominator; of several networks only), `nn_architecture` (where it is not the kernel's),
-      `nn_width` (channels), `nn_steps` (updates), `nn_learning_rate_factor` and `nn_l2`,
-      `nn_selected_on` (by what images these two were selected; None: there was one pair only) and,
-      where they were selected, `nn_validation_accuracy`. Nothing where `nn_steps` is 0.
+      Nothing where `nn_steps` is 0; else
+      nn_test_accuracy: mean over `nn_seeds` networks.
+      nn_test_accuracy_std: n - 1 in the denominator; of several networks only.
+      nn_architecture: where it is not the kernel's.
+      nn_width, nn_steps: channels, and updates.
+      nn_learning_rate_factor, nn_l2: those used.
+      nn_selected_on: the images that selected these two; None where there was one pair only.
+      nn_validation_accuracy: on those images, where there was more than one pair.
     """
     settings, prepared = self._settings, self._prepared
     if not settings.nn_steps:
@@ -174,11 +189,16 @@ class Evaluation:
       row['nn_validation_accuracy'] = result.validation_accuracy
     return row
 
-  def real_images(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `size` training images [S, H, W, D] that a run of this seed starts from, and their hard
-    labels [S, C].
+  def real_images(
+    self, size: int
+  ) -> tuple[Float32[np.ndarray, 'S H W D'], Float64[np.ndarray, 'S C']]:
+    """Training images that a run of this seed starts from, and their hard labels.
 
-    Raises ValueError where `size` is no multiple of the number of classes, or more than there are.
+    Args:
+      size: S.
+
+    Raises:
+      ValueError: `size` is no multiple of the number of classes, or more than there are.
     """
     chosen = sampling.class_balanced(
       self._run.seed, sampling.INITIAL_SUPPORT, 0, self._prepared.train_labels, size
@@ -189,8 +209,7 @@ class Evaluation:
     )
 
   def baselines(self, size: int) -> list[dict[str, Any]]:
-    """Rows, told apart by `kind`, of `real_images(size)`: with hard labels, and with those that
-    Label Solve gives them."""
+    """Evaluates `real_images(size)` with hard labels (`kind` HARD) and solved ones (SOLVED)."""
     images, hard = self.real_images(size)
     rows = []
     for kind in (HARD, SOLVED):
@@ -199,27 +218,23 @@ class Evaluation:
       rows.append({'kind': kind, **self.krr(images, labels), **self.finite_network(images, labels)})
     return rows
 
-  def _solved_labels(self, images: np.ndarray) -> np.ndarray:
-    """Labels [S, C] of images [S, H, W, D] by Label Solve over the whole training set."""
-    train, classes, num_classes = (
-      self._prepared.train_images,
-      self._prepared.train_labels,
-      self._prepared.num_classes,
-    )
+  def _solved_labels(self, images: Float32[np.ndarray, 'S H W D']) -> Float64[np.ndarray, 'S C']:
+    """Labels of images by Label Solve over the whole training set."""
+    train, classes = self._prepared.train_images, self._prepared.train_labels
+    num_classes = self._prepared.num_classes
     support = self._kernel.prepare(images)
     factor = np.empty((0, len(images) + num_classes))
     for start, end in plan.ranges(len(train), self._settings.krr_tile):
       self._check()
       y = sampling.centred_one_hot(classes[start:end], num_classes)
-      factor = label_solve.combine(
-        [factor, label_solve.factor(self._kernel.block(support, train[start:end]), y)]
-      )
+      block = self._kernel.block(support, train[start:end])
+      factor = label_solve.combine([factor, label_solve.factor(block, y)])
     k_ss = support_block(self._kernel, support, self._settings.krr_tile, self._check)
     return label_solve.solve(k_ss, factor, self._run.ridge)
 
 
 def in_words(row: dict[str, Any]) -> str:
-  """A row of metrics.jsonl, without what it lacks, in columns that stand under other rows'."""
+  """A row of metrics.jsonl as text, in columns that line up with other rows'."""
   words = [form(row[key]) for key, form in _WORDS.items() if has(row, key)]
   if has(row, 'nn_test_accuracy'):
     words.append(f'finite network {network_in_words(row)}')
@@ -227,19 +242,19 @@ def in_words(row: dict[str, Any]) -> str:
 
 
 def has(row: dict[str, Any], key: str) -> bool:
-  """Whether a row of metrics.jsonl or baselines.json has that number; old ones have fewer."""
+  """Whether a row of metrics.jsonl or baselines.json has that number; older rows have fewer."""
   return isinstance(row.get(key), (int, float))
 
 
 def network_in_words(row: dict[str, Any]) -> str:
-  """'62.74 ± 0.31 % (width 128, 1000 updates)': other networks' accuracies cannot be compared."""
+  """Accuracy with its network, which it depends on: '62.74 ± 0.31 % (width 128, 1000 updates)'."""
   std = 'nn_test_accuracy_std'
   deviation = f' ± {100 * row[std]:.2f}' if has(row, std) else ''
   return f'{100 * row["nn_test_accuracy"]:.2f}{deviation} % ({networks_in_words([row])})'
 
 
 def networks_in_words(rows: Sequence[dict[str, Any]]) -> str:
-  """'width 128, 1000 updates': each kind of finite network once, of rows that have one."""
+  """Each kind of finite network of several rows, once: 'width 128, 1000 updates'."""
   kinds = {}
   for row in rows:
     words = [row['nn_architecture']] if row.get('nn_architecture') else []

@@ -3,56 +3,56 @@
 import json
 
 import numpy as np
+from jaxtyping import Float64
 
 from configs import schema
-from data import NPZ_ERRORS, DataError, released, sampling, store
+from data import DataError, npz, released, sampling, store
 
 REAL, NOISE = 'real', 'noise'
-_DEVIATION_IMAGES = 5000  # training images whose deviation noise has
+_DEVIATION_IMAGES = 5000  # noise has the deviation of so many training images
 
 
-def make(run: schema.Run, prepared: store.Prepared, cache: str) -> tuple[np.ndarray, np.ndarray]:
-  """Images float64 [S, H, W, D], preprocessed space, and labels float64 [S, C], centred; class by
-  class unless they come from a file.
+def make(
+  run: schema.Run, prepared: store.Prepared, cache: str
+) -> tuple[Float64[np.ndarray, 'S H W D'], Float64[np.ndarray, 'S C']]:
+  """Images and labels that a run starts from, as `run.initial_images` says.
 
   Args:
     run: the run's configuration.
     prepared: its data set.
     cache: folder that keeps released files.
 
+  Returns:
+    Images in preprocessed space, and centred labels; class by class unless they come from a file.
+
   Raises:
-    DataError: the file of `run.initial_images` is none, or does not fit the data set.
+    DataError: the file cannot be read as a distilled set, or does not fit the data set.
   """
   kind, size = run.initial_images, run.images_per_class * prepared.num_classes
   if kind == REAL:
-    chosen = sampling.class_balanced(
-      run.seed, sampling.INITIAL_SUPPORT, 0, prepared.train_labels, size
-    )
-    return (
-      prepared.train_images[chosen].astype(np.float64),
-      sampling.centred_one_hot(prepared.train_labels[chosen], prepared.num_classes),
-    )
+    classes, stream = prepared.train_labels, sampling.INITIAL_SUPPORT
+    chosen = sampling.class_balanced(run.seed, stream, 0, classes, size)
+    labels = sampling.centred_one_hot(classes[chosen], prepared.num_classes)
+    return prepared.train_images[chosen].astype(np.float64), labels
+  shape = prepared.train_images.shape[1:]
   if kind == NOISE:
     deviation = np.std(prepared.train_images[:_DEVIATION_IMAGES], dtype=np.float64)
-    images = np.stack(
-      [
-        sampling.normal(run.seed, sampling.INITIAL_NOISE, i, prepared.train_images[0].size)
-        for i in range(size)
-      ]
-    )
+    num_values, stream = prepared.train_images[0].size, sampling.INITIAL_NOISE
+    noise = [sampling.normal(run.seed, stream, i, num_values) for i in range(size)]
     classes = np.repeat(np.arange(prepared.num_classes), run.images_per_class)
-    return (
-      deviation * images.reshape((size,) + prepared.train_images.shape[1:]),
-      sampling.centred_one_hot(classes, prepared.num_classes),
-    )
-  images, labels = (
-    _released(kind, run, cache) if released.is_name(kind) else _from_file(kind, prepared)
-  )
-  shapes = (size,) + prepared.train_images.shape[1:], (size, prepared.num_classes)
-  for name, array, shape in zip(('images', 'labels'), (images, labels), shapes):
-    if array.shape != shape:
+    labels = sampling.centred_one_hot(classes, prepared.num_classes)
+    return deviation * np.stack(noise).reshape(size, *shape), labels
+  if released.is_name(kind):
+    images, labels = _released(kind, run, cache)
+  else:
+    images, labels = _from_file(kind, prepared)
+  for name, array, expected in (
+    ('images', images, (size, *shape)),
+    ('labels', labels, (size, prepared.num_classes)),
+  ):
+    if array.shape != expected:
       raise DataError(
-        f'run.initial_images={kind!r}: {name} must be {list(shape)} for {prepared.name} and '
+        f'run.initial_images={kind!r}: {name} must be {list(expected)} for {prepared.name} and '
         f'run.images_per_class={run.images_per_class}, got {list(array.shape)}.'
       )
     if array.dtype.kind != 'f' or not np.isfinite(array).all():
@@ -73,19 +73,11 @@ def _released(name: str, run: schema.Run, cache: str) -> tuple[np.ndarray, np.nd
 def _from_file(path: str, prepared: store.Prepared) -> tuple[np.ndarray, np.ndarray]:
   field = f'run.initial_images={path!r}'
   try:
-    with np.load(path, allow_pickle=False) as file:
-      missing = [name for name in ('images', 'labels') if name not in file]
-      if missing:
-        raise DataError(
-          f'{field} has no array {missing[0]!r}; expected images [S, H, W, D] and labels [S, C].'
-        )
-      images, labels = file['images'], file['labels']
-      key = prepared.key
-      if 'settings' in file:  # our own files know their data
-        key = json.loads(str(file['settings']))['data']['key']
-  except DataError:
-    raise
-  except (*NPZ_ERRORS, TypeError) as error:  # the last where the settings are no dictionaries
+    file = npz.read(path, ('images', 'labels'), optional=('settings',))
+    key = prepared.key
+    if 'settings' in file:  # our own files know their data
+      key = json.loads(str(file['settings']))['data']['key']
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise DataError(
       f'{field} must be {REAL}, {NOISE}, or an .npz file of a distilled set: {error}'
     ) from error
@@ -94,4 +86,4 @@ def _from_file(path: str, prepared: store.Prepared) -> tuple[np.ndarray, np.ndar
       f'{field} was distilled from other data, or data with other class names or '
       f'preprocessing, than {prepared.name} here (run.data).'
     )
-  return images, labels
+  return file['images'], file['labels']

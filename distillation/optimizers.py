@@ -1,9 +1,8 @@
-"""The optimiser of a run, by optax's own names and arguments."""
+"""Optimisers and learning-rate schedules of a run, by optax's names and arguments."""
 
-import functools
 import inspect
-import types
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,50 +10,62 @@ import optax
 
 import kernels.precision  # noqa: F401
 
-Spec = str | Mapping[str, Any]
+# Functions of optax whose result needs nothing but gradients and parameters.
+OPTIMIZERS = (
+  *('adabelief', 'adadelta', 'adafactor', 'adagrad', 'adam', 'adamax', 'adamaxw', 'adamw', 'adan'),
+  *('amsgrad', 'fromage', 'lamb', 'lars', 'lion', 'nadam', 'nadamw', 'novograd'),
+  *('optimistic_adam', 'optimistic_adam_v2', 'optimistic_gradient_descent', 'radam', 'rmsprop'),
+  *('rprop', 'sgd', 'sign_sgd', 'signum', 'sm3', 'yogi'),
+)
+SCHEDULES = (
+  *('constant_schedule', 'cosine_decay_schedule', 'cosine_onecycle_schedule', 'exponential_decay'),
+  *('linear_onecycle_schedule', 'linear_schedule', 'piecewise_constant_schedule'),
+  *('piecewise_interpolate_schedule', 'polynomial_schedule', 'sgdr_schedule'),
+  *('warmup_constant_schedule', 'warmup_cosine_decay_schedule'),
+  'warmup_exponential_decay_schedule',
+)
+_BY_STEP = 'boundaries_and_scales'  # an argument of the piecewise schedules: {step: factor}
 
 
-def make(optimizer: Spec, learning_rate: float | Mapping[str, Any]) -> optax.GradientTransformation:
-  """An optax optimiser that needs nothing but gradients and parameters.
+def make(optimizer: object, learning_rate: object) -> optax.GradientTransformation:
+  """Makes the optimiser, and tries it out.
 
   Args:
-    optimizer: a name such as 'adam', or {'name': 'sgd', 'momentum': 0.9} with any of its arguments
-      but the learning rate.
-    learning_rate: a number, or an optax schedule {'name': 'cosine_decay_schedule', 'init_value':
-      0.04, 'decay_steps': 1000} over the steps.
+    optimizer: one of OPTIMIZERS, or {'name': 'sgd', 'momentum': 0.9} with any of its arguments but
+      the learning rate.
+    learning_rate: a number, or one of SCHEDULES over the steps, {'name': 'cosine_decay_schedule',
+      'init_value': 0.04, 'decay_steps': 1000}.
 
   Raises:
     ValueError: unknown names or arguments, or arguments that do not work; one line that says which.
   """
-  rate = learning_rate
+  rate: Any = learning_rate
   if isinstance(learning_rate, Mapping):
-    rate = _call('learning_rate', learning_rate, _schedules())
+    rate = _call('learning_rate', learning_rate, SCHEDULES)
     _check('learning_rate', lambda: np.asarray(rate(0)))
-  made = _call('optimizer', optimizer, _optimizers(), learning_rate=rate)
+  made = _call('optimizer', optimizer, OPTIMIZERS, learning_rate=rate)
   parameters = {'images': np.ones((2, 1, 1, 1)), 'labels': np.ones((2, 2))}
   _check('optimizer', lambda: made.update(parameters, made.init(parameters), parameters))
   return made
 
 
-def _call(field: str, spec: Spec, known: Mapping[str, Callable], **fixed: Any) -> Any:
+def _call(field: str, spec: object, known: Sequence[str], **fixed: Any) -> Any:
+  """Calls the function of optax that `spec` names, with its arguments and the `fixed` ones."""
   if not isinstance(spec, (str, Mapping)):
     raise ValueError(f'{field}: expected a name or a dict with a name and arguments, got {spec!r}.')
-  arguments = {'name': spec} if isinstance(spec, str) else dict(spec)
+  arguments: dict[str, Any] = {'name': spec} if isinstance(spec, str) else dict(spec)
   name = arguments.pop('name', None)
-  if name not in known:
-    raise ValueError(f'{field}: no {name!r} in optax; known: {", ".join(known)}.')
-  # JSON knows neither tuples nor whole numbers as keys: {100: 0.5} comes back from a run directory
-  # as {'100': 0.5}.
-  arguments = {
-    key: {int(k): v for k, v in value.items()}
-    if isinstance(value, Mapping) and all(str(k).isdigit() for k in value)
-    else value
-    for key, value in arguments.items()
-  }
-  signature = inspect.signature(known[name])
+  if name is None or name not in known:
+    raise ValueError(f'{field}: unknown name {name!r}; known: {", ".join(known)}.')
+  function = getattr(optax, name)
+  signature = inspect.signature(function)
   try:
+    if isinstance(scales := arguments.get(_BY_STEP), Mapping):  # a run's JSON makes the steps text
+      arguments[_BY_STEP] = {
+        int(step) if isinstance(step, str) else step: scale for step, scale in scales.items()
+      }
     signature.bind(**fixed, **arguments)
-    return known[name](**fixed, **arguments)
+    return function(**fixed, **arguments)
   except (TypeError, ValueError) as error:
     others = [parameter for parameter in signature.parameters if parameter not in fixed]
     raise ValueError(
@@ -63,7 +74,7 @@ def _call(field: str, spec: Spec, known: Mapping[str, Callable], **fixed: Any) -
 
 
 def _check(field: str, use: Callable[[], Any]) -> None:
-  """Tries it out, because optax looks at few arguments before they are used."""
+  """Raises ValueError where `use()` fails or is not finite: optax checks few arguments earlier."""
   try:
     leaves = jax.tree.leaves(jax.device_get(use()))
     bad = [leaf for leaf in leaves if not np.isfinite(leaf).all()]
@@ -71,29 +82,6 @@ def _check(field: str, use: Callable[[], Any]) -> None:
     raise ValueError(f'{field}: cannot be used for this: {_line(error)}.') from error
   if bad:
     raise ValueError(f'{field}: gives {_line(bad[0])} at step 0.')
-
-
-def _optimizers() -> dict[str, Callable]:
-  functions = {
-    name: value
-    for name, value in vars(optax).items()
-    if isinstance(value, (types.FunctionType, functools.partial))
-    and not name.startswith(('_', 'scale_by'))
-  }
-  return {
-    name: value
-    for name, value in functions.items()
-    if next(iter(inspect.signature(value).parameters), '') == 'learning_rate'
-  }
-
-
-def _schedules() -> dict[str, Callable]:
-  names = [
-    name
-    for name in dir(optax.schedules)
-    if name.endswith('_schedule') and not name.startswith(('_', 'join'))
-  ]
-  return {name: getattr(optax, name) for name in (*names, 'exponential_decay')}
 
 
 def _line(value: Any) -> str:

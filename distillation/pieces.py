@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Float64
@@ -20,6 +20,7 @@ class Targets(NamedTuple):
   labels: Float64[np.ndarray, 'b C']
 
 
+@runtime_checkable
 class Inputs(Protocol):
   """The inputs of a task; see distillation/inputs.py."""
 

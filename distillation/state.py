@@ -47,6 +47,11 @@ class LabelSolveState(NamedTuple):
   rounds: int
   factor: Float64[np.ndarray, 'S+C S+C']
 
+  @property
+  def step(self) -> int:
+    """What checkpoints count."""
+    return self.rounds
+
 
 class Gradient(NamedTuple):
   """The gradient of the loss with respect to the support set."""

@@ -9,7 +9,7 @@ Nguyen et al. 2021b (NeurIPS), https://arxiv.org/abs/2107.13034.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Float64, Int64
@@ -38,6 +38,7 @@ class Metrics(NamedTuple):
   accuracy: float | None
 
 
+@runtime_checkable
 class Exchange(Protocol):
   """The source of a step's pieces: workers (nodes/exchange.py), or this process (in_process.py)."""
 

@@ -6,7 +6,7 @@ images on the two sides of a block, N images, of H x W pixels and D channels.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -68,6 +68,7 @@ class Linearised(NamedTuple):
   nbytes: int
 
 
+@runtime_checkable
 class Kernel(Protocol):
   """The kernel of one architecture. Arrays are NumPy's; A and B are any positive numbers.
 

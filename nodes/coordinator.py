@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 
 import kernels.precision  # noqa: F401
-from artifacts import run_directory
+from artifacts import RunDirectoryError, files, run_directory
 from artifacts.checkpoints import NoGoodCheckpoint
 from artifacts.waiting import pause
 from configs import validation
@@ -36,14 +36,7 @@ from nodes.task_board import TaskBoard, TaskFailed
 T = TypeVar('T')
 
 # Errors whose message suffices for the user; of others the type is named too.
-EXPECTED = (
-  RunFailed,
-  TaskFailed,
-  NoGoodCheckpoint,
-  run_directory.RunDirectoryError,
-  DataError,
-  OSError,
-)
+EXPECTED = (RunFailed, TaskFailed, NoGoodCheckpoint, RunDirectoryError, DataError, OSError)
 
 
 class Timing(NamedTuple):
@@ -54,12 +47,16 @@ class Timing(NamedTuple):
     long_poll: for which a request for work may wait for some.
     linger: for which the finished coordinator stays, to tell its clients to stop.
     stall: without a piece, or a sign of the evaluator, before a warning is logged.
+    handover: that another coordinator may take to end.
+    disk: how long to wait for room on it.
   """
 
   poll: float = 0.5
   long_poll: float = 2.0
   linger: float = 10.0
   stall: float = 30.0
+  handover: float = run_directory.HANDOVER
+  disk: files.Patience = files.PATIENCE
 
 
 TIMING = Timing()
@@ -92,7 +89,7 @@ class Coordinator:
     """
     self._directory = run_directory.RunDirectory(workdir)
     self._cache, self._stop, self._progressed, self._timing = cache, stop, progressed, timing
-    self._claim = self._directory.claim()
+    self._claim = self._directory.claim(timing.handover)
     generation = 0
     try:
       generation = self._directory.next_generation()
@@ -138,7 +135,13 @@ class Coordinator:
     optimizer = optimizers.make(run.optimizer, run.learning_rate)
     self._update = state.Update(run, optimizer)
     self._keeper = Keeper(
-      self._directory, prepared, self._progress, self._admission, self._stop, self._progressed
+      self._directory,
+      prepared,
+      self._progress,
+      self._admission,
+      self._stop,
+      self._progressed,
+      self._timing.disk,
     )
     self._over = False
     self._released: set[str] = set()  # clients that have been told to stop
@@ -326,7 +329,7 @@ class Coordinator:
       self._progress.log_step(current.step, row)
       if following is None:
         break
-      current = self._checked(current.step, following)
+      current, following = self._checked(current.step, following), None  # frees what it was made of
       self._progress.reach(current.step)
       if self._keeper.is_checkpoint_due():
         self._keeper.save(current)

@@ -1,51 +1,45 @@
-"""Follows the coordinator's snapshots: KRR and finite-network accuracy on the whole test set, to
-log, metrics.jsonl and TensorBoard.
+"""The evaluator: KRR and finite-network accuracy of each snapshot on the whole test set.
 
-Alone it evaluates a finished set, on all cores:
-
-    python -m nodes.evaluator --dataset=runs/digits/distilled.npz
-    python -m nodes.evaluator --dataset=kip/cifar10/ConvNet_ssize100_zca_nol_noaug_ckpt1000.npz
-    python -m nodes.evaluator --dataset=FILE.npz --config=FILE --baselines
-
-A `distilled.npz` of ours holds its own settings, and the name of a set that the papers' authors
-released (data/released.py) tells them: it is fetched. Another file (`images` [S, H, W, D] in the
-preprocessed space, `labels` [S, C]) needs a configuration, of which the data set, the
-preprocessing, the kernel, the ridge and the evaluation are used; given to the others, it takes the
-place of their settings.
-
-Exit status: 0 done, 1 failed, 2 bad input.
+It asks the coordinator for snapshots, and writes a row of metrics.jsonl for each, then what is made
+of the rows: TensorBoard's files, baselines, report.
 """
 
 import json
 import os
 import shlex
-import sys
 import threading
-import time
-from typing import Any, Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from absl import flags, logging
+from absl import logging
 
-from artifacts import distilled_set, run_directory
-from configs import base, validation
-from data import NPZ_ERRORS, DataError, released, store
-from distillation import evaluation, krr
+from artifacts import RunDirectoryError, distilled_set, files, run_directory, waiting
+from data import store
+from distillation import evaluation
 from nodes.client import CoordinatorLost, Stopping
-from programs import command_line
 
-# Of evaluating, before the coordinator hears that it is no use; seconds between them.
-_TRIES, _PAUSE = 3, 2.0
-HEARTBEAT_SECONDS = 5.0  # between two heartbeats
-_TOLD_EVERY = 60.0  # seconds between two log lines about heartbeats that do not get through
+_NAME = 'evaluator'
+_TRIES = 3  # before the coordinator is told that there will be no evaluation
+_WARNING_SECONDS = 60.0  # between two warnings of heartbeats that do not get through
 
 
 class Evaluator:
-  """Writes one row a snapshot. What it missed while it was away it evaluates when it is back; it
-  never holds the others up."""
+  """Writes one row a snapshot, also of those that were made while it was away.
+
+  It never holds the other nodes up.
+  """
 
   def __init__(
-    self, coordinator: Any, workdir: str, threads: int, cache: str, stop: threading.Event
+    self,
+    coordinator: Any,
+    workdir: str,
+    threads: int,
+    cache: str,
+    stop: threading.Event,
+    pause: float = 2.0,
+    heartbeat_seconds: float = 5.0,
+    patience: files.Patience = files.PATIENCE,
   ):
     """
     Args:
@@ -54,53 +48,56 @@ class Evaluator:
       threads: CPU threads for the kernel.
       cache: this machine's folder of prepared data.
       stop: set when the process is to stop.
+      pause: seconds between a failure and the next try.
+      heartbeat_seconds: seconds between two heartbeats.
+      patience: with disks that are full.
     """
-    self._coordinator, self._threads, self._cache, self._stop_event = (
-      coordinator,
-      threads,
-      cache,
-      stop,
-    )
-    self._directory = run_directory.RunDirectory(workdir)
+    self._coordinator, self._stop = coordinator, stop
+    self._threads, self._cache = threads, cache
+    self._pause, self._heartbeat_seconds = pause, heartbeat_seconds
+    self._directory, self._patience = run_directory.RunDirectory(workdir), patience
 
   def run(self) -> None:
-    """Evaluates until told to stop. Raises CoordinatorLost where the run's coordinator is not there
-    any more."""
+    """Evaluates until the run is over or the process is to stop.
+
+    Raises CoordinatorLost where the run's coordinator does not answer any more.
+    """
     over = threading.Event()
-    heart = threading.Thread(
+    heartbeats = threading.Thread(
       target=self._send_heartbeats,
       name='heartbeats',
       daemon=True,
       args=(self._coordinator.until(over), over),
     )
-    heart.start()
+    heartbeats.start()
     try:
-      self._persevere()
+      self._try_to_follow()
     finally:
       over.set()
-      heart.join(HEARTBEAT_SECONDS)
+      heartbeats.join(self._heartbeat_seconds)
 
   def _send_heartbeats(self, coordinator: Any, over: threading.Event) -> None:
-    """Tells the coordinator, until `over`, that there is somebody to wait for.
+    """Tells the coordinator that the evaluator is alive, until `over`.
 
     In a thread of its own, because one kernel block may take longer than `system.worker_timeout`.
     """
     while not over.is_set():
       try:
-        coordinator.heartbeat('evaluator')
+        coordinator.heartbeat(_NAME)
       except Stopping:
         return
-      except Exception as error:  # whatever it is: the evaluation goes on; its next call meets it
+      except Exception as error:  # the evaluation goes on; its own next call will meet the error
         logging.log_every_n_seconds(
           logging.WARNING,
           'A heartbeat does not get through: %s: %s',
-          _TOLD_EVERY,
+          _WARNING_SECONDS,
           type(error).__name__,
           error,
         )
-      over.wait(HEARTBEAT_SECONDS)
+      over.wait(self._heartbeat_seconds)
 
-  def _persevere(self) -> None:
+  def _try_to_follow(self) -> None:
+    """Follows the coordinator, and starts over after errors; reports the last one and raises it."""
     for attempt in range(_TRIES):
       try:
         self._follow()
@@ -109,59 +106,63 @@ class Evaluator:
         return
       except CoordinatorLost:
         raise
-      except Exception as error:
-        # Whatever it is: the coordinator must not wait for rows that will not come.
+      except Exception as error:  # else the coordinator would wait for rows that never come
         logging.exception('the evaluator failed')
-        if self._stop_event.is_set():
+        if self._stop.is_set():
           return
-        unwritable = isinstance(error, run_directory.RunDirectoryError)  # after a minute's tries
+        unwritable = isinstance(error, RunDirectoryError)  # after many tries
         if unwritable or attempt + 1 == _TRIES:
           reason = str(error) if unwritable else f'{type(error).__name__}: {error}'
-          self._coordinator.report_unusable('evaluator', reason)
+          self._coordinator.report_unusable(_NAME, reason)
           raise
-      time.sleep(_PAUSE)
+      waiting.pause(self._pause, self._stop)
+
+  def _follow(self) -> None:
+    """Evaluates snapshots until the run is over or the process is to stop."""
+    description = json.loads(self._coordinator.describe())
+    saved = run_directory.Saved.from_dict(description)
+    prepared = store.fetch(saved.data_key, self._cache, self._coordinator.read_data)
+    run, settings = saved.config.run, saved.config.system.evaluation
+    evaluate = evaluation.Evaluation(run, settings, prepared, self._threads, self._check)
+    results = _Results(self._directory, saved, prepared, evaluate, self._stop, self._patience)
+    done = results.steps()
+    if done:  # a kill may have come after a row, but before what is made of it
+      results.write_missing_events()
+    if run.num_steps in done:
+      results.finish()
+    while not self._stop.is_set():
+      snapshot = self._coordinator.next_snapshot(done)
+      if not snapshot:
+        continue
+      if 'stop' in snapshot:
+        return
+      if snapshot['run_id'] != description['run_id']:
+        raise CoordinatorLost('another run answers in its place.', was_there=True)
+      done.append(snapshot['step'])
+      row = self._try_to_evaluate(evaluate, snapshot, snapshot['step'] in settings.nn_snapshots)
+      if row:
+        results.keep(row, snapshot['images'], snapshot['labels'])
+        if snapshot['final']:
+          results.finish()
+        self._coordinator.evaluated(json.dumps(row))
 
   def _check(self) -> None:
     """Raises Stopping where the process is to stop; evaluations call it now and then."""
-    if self._stop_event.is_set():
+    if self._stop.is_set():
       raise Stopping()
 
-  def _follow(self) -> None:
-    description = json.loads(self._coordinator.describe())
-    saved = run_directory.Saved.from_dict(description)
-    self._run, self._settings = saved.config.run, saved.config.system.evaluation
-    self._prepared = store.fetch(saved.data_key, self._cache, self._coordinator.read_data)
-    self._evaluation = evaluation.Evaluation(
-      self._run, self._settings, self._prepared, self._threads, self._check
-    )
-    done = [row['step'] for row in self._directory.read_metrics()]
-    if done:  # a kill may have come between a row and what is made of it
-      self._decorate("TensorBoard's file of an earlier row", self._write_missing_events)
-    if self._run.num_steps in done:
-      self._finish()
-    while not self._stop_event.is_set():
-      answer = self._coordinator.next_snapshot(done)
-      if answer and 'stop' in answer:
-        return
-      if answer:
-        if answer['run_id'] != description['run_id']:
-          raise CoordinatorLost('another run answers in its place.', was_there=True)
-        done.append(answer['step'])
-        row = self._try_to_evaluate(answer)
-        if row:
-          self._keep(answer, row)
-          self._coordinator.evaluated(json.dumps(row))
+  def _try_to_evaluate(
+    self, evaluate: evaluation.Evaluation, snapshot: dict[str, Any], trains_network: bool
+  ) -> dict[str, Any] | None:
+    """The row of a snapshot; None where it cannot be evaluated, which must not cost other rows.
 
-  def _try_to_evaluate(self, snapshot: dict[str, Any]) -> dict[str, Any] | None:
-    """The row of a snapshot, or None: one that cannot be evaluated must not cost the others theirs.
-
-    Raises Stopping, and of the last snapshot whatever evaluating it raises.
+    Raises Stopping, and for the last snapshot whatever evaluating it raises.
     """
     try:
-      return self._evaluate(snapshot)
+      return self._evaluate(evaluate, snapshot, trains_network)
     except Stopping:
       raise
-    except Exception as error:  # whatever a damaged or odd snapshot raises
+    except Exception as error:  # a damaged or odd snapshot may raise anything
       if snapshot['final']:
         raise
       logging.exception(
@@ -169,55 +170,105 @@ class Evaluator:
       )
       return None
 
-  def _evaluate(self, snapshot: dict[str, Any]) -> dict[str, Any]:
+  def _evaluate(
+    self, evaluate: evaluation.Evaluation, snapshot: dict[str, Any], trains_network: bool
+  ) -> dict[str, Any]:
+    """The row of a snapshot; networks are trained at both ends of a run, and on demand."""
     step, images, labels = snapshot['step'], snapshot['images'], snapshot['labels']
-    if snapshot['final']:
-      distilled = distilled_set.load(
-        self._directory.distilled
-      )  # what the user gets is what is reported
+    if snapshot['final']:  # what is reported is the file that users get
+      distilled = distilled_set.load(self._directory.distilled)
       images, labels = distilled.images, distilled.labels
-    row = {'step': step, **self._evaluation.krr(images, labels), **json.loads(snapshot['metrics'])}
-    if step == 0 or snapshot['final'] or step in self._settings.nn_snapshots:
-      row.update(self._evaluation.finite_network(images, labels))
+    row = {'step': step, **evaluate.krr(images, labels), **json.loads(snapshot['metrics'])}
+    if step == 0 or snapshot['final'] or trains_network:
+      row.update(evaluate.finite_network(images, labels))
     logging.info('evaluated %s', evaluation.in_words(row))
     return row
 
-  def _keep(self, snapshot: dict[str, Any], row: dict[str, Any]) -> None:
-    """Writes a row, then what is made of it. Raises RunDirectoryError for the row, Stopping."""
-    run_directory.persist(
+
+class _Results:
+  """Writes rows, which must succeed, and what is made of them, which may fail."""
+
+  def __init__(
+    self,
+    directory: run_directory.RunDirectory,
+    saved: run_directory.Saved,
+    prepared: store.Prepared,
+    evaluate: evaluation.Evaluation,
+    stop: threading.Event,
+    patience: files.Patience,
+  ):
+    self._directory, self._config, self._prepared = directory, saved.config, prepared
+    self._evaluate, self._stop, self._patience = evaluate, stop, patience
+
+  def steps(self) -> list[int]:
+    """Steps that have a row."""
+    return [row['step'] for row in self._directory.read_metrics()]
+
+  def keep(self, row: dict[str, Any], images: np.ndarray, labels: np.ndarray) -> None:
+    """Writes a row, then TensorBoard's file of it with images [S, H, W, D] and labels [S, C].
+
+    Raises RunDirectoryError where the row cannot be written, and Stopping.
+    """
+    self._persist(
       f'the row of step {row["step"]} in {self._directory.metrics}',
       lambda: self._directory.append_metrics(row),
-      self._stop_event,
     )
-    self._decorate(
-      f"TensorBoard's file of step {row['step']}",
-      lambda: self._write_events(row, snapshot['images'], snapshot['labels']),
-    )
-    if snapshot['final']:
-      self._finish()
 
-  def _finish(self) -> None:
-    """Makes what follows the last row, unless it is there: baselines, report. Raises Stopping."""
-    if self._settings.baselines and self._directory.read_baselines() is None:
-      self._decorate('baselines.json', self._write_baselines, 'the same command')
-    told = max(map(_modified, (self._directory.metrics, self._directory.baselines)))
-    if _modified(self._directory.report) < told:
-      self._decorate('report.html', self._write_report)
+    def write_events():
+      from artifacts import tensorboard  # here and below: Matplotlib takes seconds, or is missing
 
-  def _decorate(self, what: str, write: Callable[[], None], remedy: str = '') -> None:
-    """Calls `write`; what fails there is logged in a line, and costs no row. Raises Stopping.
+      tensorboard.write(self._directory, row, (images, labels), self._prepared)
+
+    self._attempt(f"TensorBoard's file of step {row['step']}", write_events)
+
+  def write_missing_events(self) -> None:
+    """Writes TensorBoard's files that rows lack. Raises Stopping."""
+
+    def write_missing():
+      from artifacts import tensorboard
+
+      tensorboard.write_missing(self._directory, self._directory.read_metrics(), self._prepared)
+
+    self._attempt("TensorBoard's file of an earlier row", write_missing)
+
+  def finish(self) -> None:
+    """Writes what follows the last row, unless it is there: baselines, report. Raises Stopping."""
+    directory = self._directory
+    if self._config.system.evaluation.baselines and directory.read_baselines() is None:
+      self._attempt('baselines.json', self._write_baselines, 'the same command')
+    if _modified(directory.report) < max(
+      _modified(directory.metrics), _modified(directory.baselines)
+    ):
+      self._attempt('report.html', self._write_report)
+
+  def _write_baselines(self) -> None:
+    size = self._config.run.images_per_class * self._prepared.num_classes
+    content = files.json_line(self._evaluate.baselines(size), indent=2)
+    path = self._directory.baselines
+    self._persist(path, lambda: files.write_atomically(path, content))
+
+  def _write_report(self) -> None:
+    from artifacts import report
+
+    report.write(self._directory, self._directory.read_metrics())
+
+  def _persist(self, what: str, write: Callable[[], None]) -> None:
+    files.persist(what, write, self._stop, self._patience)
+
+  def _attempt(self, what: str, write: Callable[[], None], remedy: str = '') -> None:
+    """Calls `write`; an error becomes a line of the log. Raises Stopping.
 
     Args:
-      what: what is written, for the message.
+      what: the file's name, for the message.
       write: writes it.
-      remedy: the command that makes it again; '' for the report's.
+      remedy: the command that writes it again; '' for the report's.
     """
     try:
       write()
     except Stopping:
       raise
     except Exception as error:  # Matplotlib, fonts, folders, damaged files: the rows are written
-      remedy = remedy or f'python -m artifacts.report --workdir={shlex.quote(self._directory.path)}'
+      remedy = remedy or f'python -m programs.report --workdir={shlex.quote(self._directory.path)}'
       logging.error(
         '%s is not written (%s: %s). The results are whole; to make it again: %s',
         what,
@@ -226,177 +277,7 @@ class Evaluator:
         remedy,
       )
 
-  def _write_events(self, row: dict[str, Any], images: np.ndarray, labels: np.ndarray) -> None:
-    from artifacts import (
-      tensorboard,  # here and below: Matplotlib takes seconds, and may not be there
-    )
-
-    tensorboard.write(self._directory, row, images, labels, self._prepared)
-
-  def _write_missing_events(self) -> None:
-    from artifacts import tensorboard
-
-    tensorboard.write_missing(self._directory, self._directory.read_metrics(), self._prepared)
-
-  def _write_baselines(self) -> None:
-    rows = self._evaluation.baselines(self._run.images_per_class * self._prepared.num_classes)
-    path, content = self._directory.baselines, run_directory.json_line(rows, indent=2)
-    run_directory.persist(
-      path, lambda: run_directory.write_atomically(path, content), self._stop_event
-    )
-
-  def _write_report(self) -> None:
-    from artifacts import report
-
-    report.write(self._directory, self._directory.read_metrics())
-
 
 def _modified(path: str) -> float:
-  """When a file was written last; before all others where there is none."""
+  """When a file was written last, in seconds; 0 where there is none."""
   return os.path.getmtime(path) if os.path.exists(path) else 0.0
-
-
-def main(argv: Sequence[str]) -> int:
-  """Evaluates the file of --dataset; returns the exit status."""
-  flags.DEFINE_string(
-    'dataset',
-    None,
-    'Distilled set to evaluate: an .npz file with images and labels, or the name of a released one.',
-  )
-  flags.DEFINE_bool(
-    'baselines',
-    False,
-    'Evaluate as many real images beside it (also: config.system.evaluation.baselines).',
-  )
-  flags.DEFINE_bool('json', False, 'Print one line of JSON instead of a table.')
-  command_line.log_plainly()
-  try:
-    command_line.parse(argv, '--dataset=FILE --config=FILE --baselines --json')
-    rows = _evaluate_file(flags.FLAGS.dataset, flags.FLAGS.baselines)
-  except (command_line.BadInput, validation.ConfigError, DataError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return run_directory.BAD_INPUT_STATUS
-  except krr.NotPositiveDefiniteError as error:
-    print(f'The evaluation failed: {error}', file=sys.stderr)
-    return 1
-  print(
-    json.dumps({'dataset': flags.FLAGS.dataset, 'rows': rows})
-    if flags.FLAGS.json
-    else _table(flags.FLAGS.dataset, rows)
-  )
-  return 0
-
-
-def _evaluate_file(path: str | None, baselines: bool) -> list[dict[str, Any]]:
-  if not path:
-    raise command_line.BadInput(
-      '--dataset=FILE is missing: a distilled.npz, or an .npz file with images and labels.'
-    )
-  config = (command_line.CONFIG.value or base.get_config()).to_dict()
-  cache = store.cache_folder(config['system']['cache_dir'])
-  images, labels, settings = _load(path, cache, config['run']['data']['dir'])
-  if settings and not command_line.CONFIG.value:
-    config['run'].update(settings['run'])
-    config['system']['evaluation'].update(settings['evaluation'])
-  elif not command_line.CONFIG.value:
-    raise command_line.BadInput(
-      f'{path!r} holds no settings: give --config=FILE for its data set, preprocessing and architecture.'
-    )
-  validated = validation.validate(config)
-  run, system = validated.run, validated.system
-  prepared = store.prepare(run.data, cache)
-  validation.validate_image_size(validated, prepared.train_images.shape[1:])
-  _check_fit(path, images, labels, settings, prepared)
-  threads = system.worker_threads or len(os.sched_getaffinity(0))
-  evaluate = evaluation.Evaluation(run, system.evaluation, prepared, threads)
-  baselines = baselines or system.evaluation.baselines
-  try:
-    if baselines:
-      evaluate.real_images(len(images))
-  except ValueError as error:
-    raise command_line.BadInput(f'no baselines for {path!r}: {error}') from error
-  logging.info(
-    'Evaluating %d images on the %d test images of %s.',
-    len(images),
-    len(prepared.test_images),
-    prepared.name,
-  )
-  rows = [
-    {'kind': 'distilled', **evaluate.krr(images, labels), **evaluate.finite_network(images, labels)}
-  ]
-  if baselines:
-    rows += evaluate.baselines(len(images))
-  return rows
-
-
-def _load(
-  path: str, cache: str, folder: str
-) -> tuple[np.ndarray, np.ndarray, dict[str, Any] | None]:
-  """Images, labels and the settings, of a file that has none None; `cache` and `folder` as for
-  `distilled_set.load_released`. Raises DataError."""
-  if released.is_name(path):
-    distilled = distilled_set.load_released(path, cache, folder)
-    return distilled.images, distilled.labels, distilled.settings
-  try:
-    with open(path, 'rb') as stream, np.lib.npyio.NpzFile(stream, allow_pickle=False) as file:
-      if 'settings' not in file:
-        return file['images'], file['labels'], None
-  except KeyError as error:
-    raise DataError(
-      f'{path!r} holds no array {error.args[0].split()[0]!r}; expected images [S, H, W, D] and labels [S, C].'
-    ) from error
-  except NPZ_ERRORS as error:
-    raise DataError(
-      f'{path!r} is not a readable .npz file without pickled objects: {error}'
-    ) from error
-  distilled = distilled_set.load(path)
-  return distilled.images, distilled.labels, distilled.settings
-
-
-def _check_fit(
-  path: str,
-  images: np.ndarray,
-  labels: np.ndarray,
-  settings: dict[str, Any] | None,
-  prepared: store.Prepared,
-) -> None:
-  """Raises DataError where the distilled set is not one of this data set's."""
-  if settings and settings['data']['key'] != prepared.key:
-    raise DataError(
-      f'{path!r} was distilled from {settings["data"]["name"]} with other content or preprocessing than that of the '
-      f'{prepared.name} given here (run.data).'
-    )
-  size, num_classes = prepared.train_images.shape[1:], prepared.num_classes
-  if images.ndim != 4 or images.shape[1:] != size or not len(images):
-    raise DataError(
-      f'{path!r}: images must be [S, {", ".join(map(str, size))}] for {prepared.name}, got {list(images.shape)}.'
-    )
-  if labels.shape != (len(images), num_classes):
-    raise DataError(
-      f'{path!r}: labels must be [{len(images)}, {num_classes}] for {prepared.name}, got {list(labels.shape)}.'
-    )
-  for name, array in (('images', images), ('labels', labels)):
-    if array.dtype.kind != 'f' or not np.isfinite(array).all():
-      what = 'NaN or infinity' if array.dtype.kind == 'f' else array.dtype
-      raise DataError(f'{path!r}: {name} must be finite floating-point numbers, got {what}.')
-
-
-def _table(path: str, rows: list[dict[str, Any]]) -> str:
-  lines = [f'Test accuracy of {path}', f'{"":30}{"KRR":>10}{"MSE":>10}  finite network']
-  for row in rows:
-    network = evaluation.network_in_words(row) if 'nn_test_accuracy' in row else 'not trained'
-    if row.get('nn_seeds', 1) > 1:
-      network += f' ({row["nn_seeds"]} seeds)'
-    lines.append(
-      f'{row["kind"]:30}{100 * row["krr_test_accuracy"]:8.2f} %{row["krr_test_mse"]:10.5f}  {network}'
-    )
-    if row.get('nn_selected_on'):
-      lines.append(
-        f'{"":52}learning-rate factor {row["nn_learning_rate_factor"]:g} and L2 {row["nn_l2"]:g} '
-        f'selected on {row["nn_selected_on"]}'
-      )
-  return '\n'.join(lines)
-
-
-if __name__ == '__main__':
-  command_line.exit_with(main)

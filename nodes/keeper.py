@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from artifacts import distilled_set, run_directory
+from artifacts import RunDirectoryError, distilled_set, files, run_directory, snapshots
 from artifacts.checkpoints import Checkpoints
-from data import NPZ_ERRORS, store
+from data import DataError, store
 from distillation import step
 from distillation.state import LabelSolveState, SupportState
 from nodes.admission import EVALUATOR, Admission
@@ -33,6 +33,7 @@ class Keeper:
     admission: Admission,
     stop: threading.Event,
     progressed: Callable[[bool], None],
+    patience: files.Patience,
   ):
     """
     Args:
@@ -42,9 +43,11 @@ class Keeper:
       admission: knows the workers' hardware, and is told when the last snapshot is damaged.
       stop: set when the process is to stop.
       progressed: called with True after each checkpoint.
+      patience: with a disk that is full.
     """
     self._directory, self._prepared, self._progress = directory, prepared, progress
     self._admission, self._stop, self._progressed = admission, stop, progressed
+    self._patience = patience
     self._config = directory.read_saved().config
     self._checkpoints = Checkpoints(directory.checkpoints)
     self._rounds: LabelSolveState | None = None
@@ -102,15 +105,11 @@ class Keeper:
         shutil.rmtree(os.path.join(self._directory.label_solve, other), ignore_errors=True)
     checkpoints = Checkpoints(folder)
 
-    def as_state(rounds: LabelSolveState) -> SupportState:
-      return current._replace(step=rounds.rounds, optimizer={'factor': rounds.factor})
-
     if self._rounds is None:
       self._rounds = step.no_rounds(current)
-      restored = checkpoints.restore(as_state(self._rounds))
+      restored = checkpoints.restore(self._rounds)
       if restored:
-        found, meta = restored
-        self._rounds = LabelSolveState(found.step, found.optimizer['factor'])
+        self._rounds, meta = restored
         self._progress.resume_rounds(meta['wall_seconds'])
     began = time.monotonic()
 
@@ -121,8 +120,7 @@ class Keeper:
       last = min(first + size, len(self._prepared.train_images))
       meta = {'wall_seconds': self._progress.wall_seconds()}
       self._persist(
-        f'the checkpoint of {last} training images',
-        lambda: checkpoints.save(as_state(rounds), meta),
+        f'the checkpoint of {last} training images', lambda: checkpoints.save(rounds, meta)
       )
       self._progressed(True)
       self._progress.log_round(last, (time.monotonic() - began) / (last - first))
@@ -138,17 +136,16 @@ class Keeper:
       self._persist(
         path, lambda: distilled_set.save(path, images, labels, current.step, config, self._prepared)
       )
-    path = self._directory.snapshot(current.step)
-    arrays = {'images': images, 'labels': labels, 'metrics': json.dumps(row)}
     self._persist(
-      path, lambda: run_directory.write_atomically(path, lambda file: np.savez(file, **arrays))
+      self._directory.snapshot(current.step),
+      lambda: snapshots.write(self._directory, current.step, images, labels, row),
     )
 
   def snapshots_to_evaluate(self) -> list[int]:
     """Steps of the snapshots that are there and not known to be damaged."""
     return [
       number
-      for number in self._directory.snapshot_steps()
+      for number in snapshots.steps(self._directory)
       if number <= self._config.run.num_steps and number not in self._damaged
     ]
 
@@ -156,23 +153,27 @@ class Keeper:
     """The snapshot of step `number`; None, after a warning, where it is damaged."""
     final = number == self._config.run.num_steps
     try:
-      with np.load(self._directory.snapshot(number), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in ('images', 'labels')}
-        metrics = str(file['metrics'])
-    except NPZ_ERRORS as error:
-      message = f'the snapshot of step {number} is damaged ({error}); it is not evaluated.'
+      snapshot = snapshots.read(self._directory, number)
+    except DataError as error:
+      message = f'{error}; it is not evaluated.'
       logging.warning(message)
       self._damaged.add(number)
       if final:
         self._admission.report_unusable(EVALUATOR, message)
       return None
-    return {'step': number, **arrays, 'metrics': metrics, 'final': final}
+    return {
+      'step': number,
+      'images': snapshot.images,
+      'labels': snapshot.labels,
+      'metrics': json.dumps(snapshot.metrics),
+      'final': final,
+    }
 
   def _persist(self, what: str, write: Callable[[], None]) -> None:
     """Writes, trying again for a while: somebody may make room on a full disk. Raises RunFailed."""
     try:
-      run_directory.persist(what, write, self._stop)
-    except run_directory.RunDirectoryError as error:
+      files.persist(what, write, self._stop, self._patience)
+    except RunDirectoryError as error:
       raise RunFailed(
         f'{error} Mend that, and the same command goes on from the last checkpoint, '
         f'of step {self.saved_step}.'

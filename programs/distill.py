@@ -1,113 +1,117 @@
-"""The Launchpad program: one coordinator that serves, kernel workers and an evaluator that ask it
-for work."""
+"""The Launchpad program of a run: a coordinator that serves, and kernel workers and an evaluator
+that ask it for work. How it is launched on this machine, and stopped."""
 
 import contextlib
 import os
 import signal
 import socket
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import launchpad as lp
 import psutil
-from launchpad.launch import worker_manager
+from absl import flags, logging
 from launchpad.nodes.python.local_multi_processing import PythonProcess
 
-from programs import placement, processes, start, supervisor
+from programs import command_line, isolation, placement, processes, signals, start, supervisor
 
-COORDINATOR = 'coordinator'
-_CALL_TIMEOUT = 60  # seconds: no answer of the coordinator's takes longer
 _GRACE = 5.0  # seconds that the others have to end by themselves once the coordinator has
 
 
-def make_program(run: start.Run, workers: Sequence[str] = (), published: str = '') -> lp.Program:
-  """The graph of a run that is ready: `coordinator`, the workers, `evaluator`.
-
-  Args:
-    run: as `start.ready` gives it.
-    workers: names of those that share this host; all of the run's, `kernel_worker_<i>`, where it is
-      empty.
-    published: file with the coordinator's address, where that may change.
-  """
-  system, workdir = run.config.system, run.directory.path if run.directory else ''
-  workers = workers or [f'kernel_worker_{i}' for i in range(system.num_workers)]
-  threads = placement.worker_threads(system.worker_threads, len(workers))
+def make_program(run: start.Run) -> lp.Program:
+  """Makes the graph of a run: `coordinator`, `kernel_worker_<i>` for each worker, `evaluator`."""
+  system, workdir = run.config.system, run.directory.path
+  threads = placement.worker_threads(system.worker_threads, system.num_workers)
   program = lp.Program('kip')
   coordinator = program.add_node(
-    processes.CoordinatorNode(workdir, run.cache, system.port), label=COORDINATOR
+    processes.CoordinatorNode(workdir, run.cache, system.port), label=processes.COORDINATOR
   )
-  coordinator.set_client_kwargs(call_timeout=_CALL_TIMEOUT, wait_for_ready=False)
-  for name in workers:
-    program.add_node(
-      processes.ClientNode(
-        'kernel_worker',
-        coordinator,
-        system.coordinator_timeout,
-        published,
-        name=name,
-        threads=threads,
-        cache=run.cache,
-      ),
-      label=name,
-    )
-  program.add_node(
-    processes.ClientNode(
-      'evaluator',
-      coordinator,
-      system.coordinator_timeout,
-      published,
-      workdir=workdir,
-      threads=1,
-      cache=run.cache,
-    ),
-    label='evaluator',
-  )
+  coordinator.set_client_kwargs(**processes.CLIENT_OPTIONS)
+
+  def add_client(kind: str, label: str, **kwargs) -> None:
+    timeout = system.coordinator_timeout
+    node = processes.ClientNode(kind, coordinator, timeout, cache=run.cache, **kwargs)
+    program.add_node(node, label=label)
+
+  for i in range(system.num_workers):
+    name = f'{processes.WORKER}_{i}'
+    add_client(processes.WORKER, name, name=name, threads=threads)
+  add_client(processes.EVALUATOR, processes.EVALUATOR, workdir=workdir, threads=1)
   return program
 
 
+def prepare() -> start.Run:
+  """Makes a run ready for a launch on this machine; the flags are parsed.
+
+  Starts this process again in a network of its own: what needs the real one is done here. Raises
+  what `start.ready` raises.
+  """
+  run = start.ready(placement.no_gpus if _is_threaded() else placement.find_gpus)
+  check_port(run.config.system.port)
+  isolation.restart_isolated()
+  for remark in run.remarks:
+    logging.info(remark)
+  return run
+
+
 def local_resources(run: start.Run) -> dict[str, PythonProcess]:
-  """The environment of every process of a `local_mp` launch."""
-  system = run.config.system
-  placed = placement.place(system.num_workers, run.gpus.names)
+  """Chooses the environment of every process of a `local_mp` launch."""
+  num_workers = run.config.system.num_workers
+  placed = placement.place(num_workers, run.gpus.names)
   root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   path = os.pathsep.join([root, *filter(None, [os.environ.get('PYTHONPATH')])])
-  process = lambda environment: PythonProcess(
-    env={**environment, 'PYTHONPATH': path, supervisor.LAUNCHER: str(os.getpid())}
-  )
+  shared = {'PYTHONPATH': path, supervisor.LAUNCHER: str(os.getpid())}
+  environments = {
+    processes.COORDINATOR: placed.coordinator,
+    processes.EVALUATOR: placed.evaluator,
+    **{f'{processes.WORKER}_{i}': worker for i, worker in enumerate(placed.workers)},
+  }
   return {
-    COORDINATOR: process(placed.coordinator),
-    'evaluator': process(placed.evaluator),
-    **{f'kernel_worker_{i}': process(environment) for i, environment in enumerate(placed.workers)},
+    label: PythonProcess(env={**environment, **shared})
+    for label, environment in environments.items()
   }
 
 
-def launch(program: lp.Program, run: start.Run) -> worker_manager.WorkerManager:
-  """Launches a program on this machine.
+def warn_of_open_port(program: lp.Program, run: start.Run) -> None:
+  """Warns if other hosts can reach the coordinator of a launched program."""
+  coordinator = program.groups[processes.COORDINATOR][0]
+  assert isinstance(coordinator, lp.CourierNode)
+  if not isolation.is_isolated() and not run.config.system.accept_open_port:
+    logging.warning(
+      '%s is open to every host that can reach this one, and whoever connects can run code as you: '
+      'no private network could be made (see BUILD.md; system.accept_open_port=True ends this '
+      'warning).',
+      coordinator.courier_address.resolve(),
+    )
 
-  What stops it, Ctrl-C for one, reaches its processes through this one alone.
-  """
-  with supervisor.terminal_signals_blocked():
-    manager = lp.launch(program, local_resources=local_resources(run), terminal='current_terminal')
-  launchpads = signal.getsignal(signal.SIGTERM)  # it asks all nodes to stop, without a word
-  start.on_stop_signals(
-    lambda: launchpads(signal.SIGTERM, None), lambda: _end_children(psutil.Process.kill)
+
+def stop_on_signals() -> None:
+  """Makes Ctrl-C and its like stop a program that was just launched; its processes are told by this
+  one alone."""
+  stop_nodes = signal.getsignal(signal.SIGTERM)  # Launchpad's, which prints nothing
+  assert callable(stop_nodes)
+  signals.on_stop_signals(
+    lambda: stop_nodes(signal.SIGTERM, None), lambda: _end_children(psutil.Process.kill)
   )
-  return manager
 
 
-def _end_children(end: Callable[[psutil.Process], None]) -> None:
-  """Calls `end` with every process that this one has started, and with theirs."""
-  for process in psutil.Process().children(recursive=True):
-    with contextlib.suppress(psutil.NoSuchProcess):
-      end(process)
+class Manager(Protocol):
+  """What `lp.launch` returns, as far as it is used."""
+
+  def wait(
+    self, labels_to_wait_for: Sequence[str] | None = None, raise_error: bool = True
+  ) -> None: ...
 
 
-def wait(manager: worker_manager.WorkerManager) -> None:
-  """Returns when a launched program is over: without its coordinator the others have nothing left
-  to do."""
+def wait(manager: Manager) -> None:
+  """Returns when a launched program is over.
+
+  Without its coordinator the others have nothing left to do: they are ended.
+  """
   # Launchpad, asked to stop, trips over processes that have just ended.
   with contextlib.suppress(psutil.NoSuchProcess):
-    # Local_mt's and local_mp's name for it.
-    manager.wait([COORDINATOR, f'{COORDINATOR}/0'], raise_error=False)
+    # Its names for the group in threads and in processes.
+    manager.wait([processes.COORDINATOR, f'{processes.COORDINATOR}/0'], raise_error=False)
   signal.alarm(0)  # or its next look at them, every second while it stops, trips in what follows
   nodes = psutil.Process().children()
   psutil.wait_procs(nodes, timeout=_GRACE)
@@ -117,19 +121,27 @@ def wait(manager: worker_manager.WorkerManager) -> None:
   manager.wait(raise_error=False)
 
 
-def coordinator_address(program: lp.Program) -> str:
-  """`host:port` of a launched program's coordinator."""
-  return program.groups[COORDINATOR][0].courier_address.resolve()
-
-
 def check_port(port: int) -> None:
-  """Raises BadInput where the coordinator could not listen on `port`."""
-  if port:
-    with socket.socket() as probe:
-      probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-      try:
-        probe.bind(('', port))
-      except OSError as error:
-        raise start.BadInput(
-          f'system.port={port} cannot be used ({error.strerror}); choose another, or 0 for any free one.'
-        ) from error
+  """Raises BadInput if the coordinator could not listen on `port`."""
+  if not port:
+    return
+  with socket.socket() as probe:
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+      probe.bind(('', port))
+    except OSError as error:
+      raise command_line.BadInput(
+        f'system.port={port} cannot be used ({error.strerror}); choose another, or 0 for any free '
+        'one.'
+      ) from error
+
+
+def _is_threaded() -> bool:
+  return flags.FLAGS.lp_launch_type == lp.LaunchType.LOCAL_MULTI_THREADING.value
+
+
+def _end_children(end: Callable[[psutil.Process], None]) -> None:
+  """Calls `end` with every process that this one has started, and with theirs."""
+  for process in psutil.Process().children(recursive=True):
+    with contextlib.suppress(psutil.NoSuchProcess):
+      end(process)

@@ -1,12 +1,12 @@
-"""A run on several hosts: each process builds the program's graph, knows the coordinator's address,
-and plays one node of it.
+"""A run on several hosts: each process runs one node of the program.
 
     python launch.py --role=coordinator --config=FILE --workdir=DIR
-    python launch.py --role=worker --workdir=DIR            (or, without a shared disk, --coordinator=HOST:PORT)
+    python launch.py --role=worker --workdir=DIR
     python launch.py --role=evaluator --workdir=DIR
+
+The directory is on a disk that all hosts share; a worker without it takes --coordinator=HOST:PORT.
 """
 
-import dataclasses
 import ipaddress
 import os
 import re
@@ -14,19 +14,27 @@ import socket
 import threading
 import time
 
+import launchpad as lp
 from absl import flags, logging
-from launchpad import context
-from launchpad.launch import worker_manager
 
-from artifacts import run_directory
+from artifacts import files, run_directory, waiting
 from configs import schema, validation
 from data import store
-from programs import command_line, distill, placement, processes, start, supervisor, terminal
-
-_WORKER = 'worker'
-ROLE = flags.DEFINE_enum(
-  'role', None, [distill.COORDINATOR, _WORKER, 'evaluator'], 'Run this one node of the program.'
+from programs import (
+  command_line,
+  distill,
+  memory,
+  outcome,
+  placement,
+  processes,
+  signals,
+  start,
+  supervisor,
+  terminal,
 )
+
+_COORDINATOR, _WORKER, _EVALUATOR = _ROLES = 'coordinator', 'worker', 'evaluator'
+ROLE = flags.DEFINE_enum('role', None, _ROLES, 'Run this one node of the program.')
 _ADDRESS = flags.DEFINE_string(
   'coordinator',
   None,
@@ -35,64 +43,169 @@ _ADDRESS = flags.DEFINE_string(
 _HOST = flags.DEFINE_string(
   'host',
   None,
-  'Of the coordinator: the name or address by which the '
-  'other hosts reach this one; by default its own.',
+  'For the coordinator: the name or address by which the other hosts reach this one; by default '
+  'its own.',
 )
-_NAME = flags.DEFINE_string('name', None, "Of a worker: its name, unique among the run's.")
+_NAME = flags.DEFINE_string('name', None, 'For a worker: its name, unique within the run.')
 _THREADS = flags.DEFINE_integer(
-  'threads', 0, 'Of a worker: its CPU threads; 0: all that it may use.', lower_bound=0
+  'threads', 0, 'For a worker: its CPU threads; 0: all that it may use.', lower_bound=0
 )
 
 _PATIENCE = 1800.0  # seconds to wait for an address: the coordinator prepares the data before
-_TELL_EVERY = 30.0
-_ELSEWHERE = '192.0.2.1', 9  # no host's: reserved for documentation
+_SILENCE = 1.0, 30.0  # seconds of waiting before the first log line, and between two
+_LOOK = 0.2  # seconds between two looks for an address
+_ELSEWHERE = '192.0.2.1', 9  # no host has this address: it is reserved for documentation
 
 
-def play() -> int:
-  """Plays --role until the run is over or the process is asked to stop; gives the exit status.
-  Raises BadInput."""
-  role = ROLE.value
-  if role == distill.COORDINATOR and _ADDRESS.value:
-    raise start.BadInput(
-      '--coordinator=HOST:PORT is for workers and the evaluator; the coordinator takes --host=NAME and '
-      '--config.system.port=PORT.'
+def run_role(role: str) -> int:
+  """Runs the node that --role names until the run is over or the process is asked to stop.
+
+  Returns the exit status. Raises what `start.ready` raises.
+  """
+  _check_flags(role)
+  if supervisor.is_child():
+    _run_node(role)
+    return 0
+  if role == _COORDINATOR:
+    return _supervise_coordinator(signals.stop_event())
+  return _supervise_client(role, signals.stop_event('Stopping'))
+
+
+def _check_flags(role: str) -> None:
+  """Raises BadInput if flags are missing, or not for this role."""
+  if role == _COORDINATOR and _ADDRESS.value:
+    raise command_line.BadInput(
+      '--coordinator=HOST:PORT is for workers and the evaluator; the coordinator takes --host=NAME '
+      'and --config.system.port=PORT.'
     )
-  if role == 'evaluator' and not start.WORKDIR.value:
-    raise start.BadInput(
+  if role == _EVALUATOR and not start.WORKDIR.value:
+    raise command_line.BadInput(
       '--workdir=DIR is missing: the run directory, where the evaluator writes its rows.'
     )
   if role == _WORKER and not (start.WORKDIR.value or _ADDRESS.value):
-    raise start.BadInput(
-      'a worker needs --workdir=DIR, the run directory on a shared disk, or --coordinator=HOST:PORT.'
+    raise command_line.BadInput(
+      'a worker needs --workdir=DIR, the run directory on a shared disk, or '
+      '--coordinator=HOST:PORT.'
     )
   if _ADDRESS.value and not re.fullmatch(r'\S+:\d{1,5}', _ADDRESS.value):
-    raise start.BadInput(f'--coordinator must be HOST:PORT, got {_ADDRESS.value!r}.')
-  if supervisor.is_child():
-    _play_node(_label(os.getppid()))
-    return 0
-  if role == distill.COORDINATOR:
-    return _coordinate(start.stop_event())
-  stop = start.stop_event(said='Stopping')
-  if not (
-    _ADDRESS.value or _await_address(run_directory.RunDirectory(start.WORKDIR.value).address, stop)
-  ):
+    raise command_line.BadInput(f'--coordinator must be HOST:PORT, got {_ADDRESS.value!r}.')
+
+
+def _supervise_coordinator(stop: threading.Event) -> int:
+  """Prepares the run, publishes its address and supervises the coordinator."""
+  run = start.ready(None, memory.Here.COORDINATOR)
+  for remark in run.remarks:
+    logging.info(remark)
+  port = run.config.system.port
+  distill.check_port(port)
+  address = f'{_HOST.value or own_host()}:{port or _free_port()}'
+  files.write_atomically(run.directory.address, address + '\n')
+  logging.info(
+    'The coordinator is at %s. Whoever can connect to it can run code as you: see BUILD.md, '
+    '"The coordinator\'s port".',
+    address,
+  )
+  with terminal.show_output(run.directory):
+    run.directory.begin()
+    supervisor.supervise(processes.COORDINATOR, stop)
+  return outcome.conclude(run.directory)
+
+
+def _supervise_client(role: str, stop: threading.Event) -> int:
+  """Waits for the coordinator's address and supervises a worker or the evaluator."""
+  if not (_ADDRESS.value or _await_address(_published(), stop)):
     return 0 if stop.is_set() else 1
-  run, _ = _joined()
-  # Of several here each has to be given its own, as Slurm does.
-  gpus = placement.take_gpu(run.config.run.implementation)
+  config = _config()
+  # Of several workers on a host each has to be given its own GPU, as Slurm does.
+  gpus = placement.take_gpu(config.run.implementation)
   logging.info(gpus.remark)
-  return supervisor.supervise(_label(os.getpid()), stop)
+  return supervisor.supervise(_label(role, os.getpid()), stop)
+
+
+def _run_node(role: str) -> None:
+  """Runs the node itself, in the supervised child."""
+  config, stop = _config(), signals.supervised_stop_event()
+  workdir, system = start.WORKDIR.value or '', config.system
+  cache = store.cache_folder(system.cache_dir)
+  address = _ADDRESS.value or run_directory.read_address(_published()) or ''
+  if role == _COORDINATOR:
+    port = int(address.rpartition(':')[2])
+    processes.serve_coordinator(workdir, cache, port, stop)
+    return
+  if role == _WORKER:
+    kind = processes.WORKER
+    threads = placement.worker_threads(_THREADS.value, workers=1)
+    settings = {'name': _label(role, os.getppid()), 'threads': threads}
+  else:
+    kind, settings = processes.EVALUATOR, {'workdir': workdir, 'threads': 1}
+  coordinator = lp.CourierClient(address, **processes.CLIENT_OPTIONS)
+  processes.Client(
+    kind, coordinator, system.coordinator_timeout, _published(), stop, cache=cache, **settings
+  ).run()
+
+
+def _label(role: str, parent: int) -> str:
+  """Names a node; a worker keeps its name when process `parent` starts it again."""
+  if role != _WORKER:
+    return role
+  return _NAME.value or f'worker_{socket.gethostname()}_{parent}'
+
+
+def _config() -> schema.Config:
+  """Reads the configuration of the run that this process takes part in: --config's, the run
+  directory's, or the defaults.
+
+  Raises:
+    BadInput, ConfigError, RunDirectoryError: there is no such run, or the settings are wrong.
+  """
+  if command_line.CONFIG.value:
+    return validation.validate(command_line.CONFIG.value.to_dict())
+  if not start.WORKDIR.value:
+    return schema.Config()
+  directory = run_directory.RunDirectory(start.WORKDIR.value)
+  saved = directory.read_config()
+  if saved is None:
+    raise command_line.BadInput(
+      f'--workdir={directory.path} holds no run; a worker without a shared disk needs '
+      '--coordinator alone.'
+    )
+  return saved.config
+
+
+def _published() -> str:
+  """Names the file with the coordinator's address; '' if --coordinator gives it."""
+  if _ADDRESS.value:
+    return ''
+  return run_directory.RunDirectory(start.WORKDIR.value or '').address
+
+
+def _await_address(path: str, stop: threading.Event) -> bool:
+  """Waits for the file with the coordinator's address, at most _PATIENCE; returns whether it is
+  there and `stop` is not set."""
+  begin = time.monotonic()
+  first, interval = _SILENCE
+  next_line = begin + first
+  while run_directory.read_address(path) is None and not stop.is_set():
+    now = time.monotonic()
+    if now > begin + _PATIENCE:
+      logging.error('Giving up: no coordinator has written %s for %.0f s.', path, _PATIENCE)
+      return False
+    if now > next_line:
+      logging.info('Waiting for the coordinator to write %s.', path)
+      next_line = now + interval
+    waiting.pause(_LOOK, stop)
+  return not stop.is_set()
 
 
 def own_host() -> str:
-  """A name of this host, or else an address, by which others may reach it.
+  """Finds a name of this host, or else an address, by which others may reach it.
 
-  'localhost' only where it has none; a warning says so.
+  'localhost' if it has none; then a warning is logged.
   """
   for name in (socket.getfqdn(), socket.gethostname()):
     try:
       addresses = [ipaddress.ip_address(info[4][0]) for info in socket.getaddrinfo(name, None)]
-    except (OSError, ValueError):  # a name that is not even known here
+    except (OSError, ValueError):  # a name that even this host cannot resolve
       continue
     if not any(address.is_loopback for address in addresses):
       return name
@@ -111,97 +224,7 @@ def own_host() -> str:
   return 'localhost'
 
 
-def _label(supervising: int) -> str:
-  """The node's label; a worker keeps its name when it is started again by process `supervising`."""
-  return (
-    _NAME.value or f'worker_{socket.gethostname()}_{supervising}'
-    if ROLE.value == _WORKER
-    else ROLE.value
-  )
-
-
-def _coordinate(stop: threading.Event) -> int:
-  run = start.ready(None, start.Here.COORDINATOR)
-  for remark in run.remarks:
-    logging.info(remark)
-  port = run.config.system.port
-  distill.check_port(port)
-  address = f'{_HOST.value or own_host()}:{port or _free_port()}'
-  run_directory.write_atomically(run.directory.address, address + '\n')
-  logging.info(
-    'The coordinator is at %s. Whoever can connect to it can run code as you: see BUILD.md, "The coordinator\'s port".',
-    address,
-  )
-  with terminal.shown(run.directory):
-    run.directory.begin()
-    supervisor.supervise(distill.COORDINATOR, stop)
-  return start.outcome(run.directory)
-
-
 def _free_port() -> int:
   with socket.socket() as probe:
     probe.bind(('', 0))
     return probe.getsockname()[1]
-
-
-def _await_address(path: str, stop: threading.Event) -> bool:
-  """Whether the coordinator has published its address, within _PATIENCE."""
-  begin = time.monotonic()
-  tell = begin + 1.0
-  while run_directory.read_address(path) is None and not stop.is_set():
-    now = time.monotonic()
-    if now > begin + _PATIENCE:
-      logging.error('Giving up: no coordinator has written %s for %.0f s.', path, _PATIENCE)
-      return False
-    if now > tell:
-      logging.info('Waiting for the coordinator to write %s.', path)
-      tell = now + _TELL_EVERY
-    time.sleep(0.2)
-  return not stop.is_set()
-
-
-def _joined() -> tuple[start.Run, str]:
-  """The run this process takes part in, and the coordinator's address. Its settings are --config's,
-  the run directory's, or the defaults.
-
-  Raises:
-    BadInput: there is no such run, or the settings are wrong.
-  """
-  directory = run_directory.RunDirectory(start.WORKDIR.value) if start.WORKDIR.value else None
-  try:
-    if command_line.CONFIG.value:
-      config = validation.validate(command_line.CONFIG.value.to_dict())
-    elif directory is None:
-      config = schema.Config()
-    elif (saved := directory.read_config()) is not None:
-      config = saved.config
-    else:
-      raise start.BadInput(
-        f'--workdir={directory.path} holds no run; a worker without a shared disk needs --coordinator alone.'
-      )
-  except (validation.ConfigError, run_directory.RunDirectoryError) as error:
-    raise start.BadInput(str(error)) from error
-  config = dataclasses.replace(
-    config, system=dataclasses.replace(config.system, worker_threads=_THREADS.value)
-  )
-  address = _ADDRESS.value or run_directory.read_address(directory.address)
-  return start.Run(config, directory, store.cache_folder(config.system.cache_dir)), address
-
-
-def _play_node(label: str) -> None:
-  """What a Launchpad launcher does for one node of a program: tells it where the others are, and
-  runs it."""
-  run, address = _joined()
-  workers = [label] if ROLE.value == _WORKER else []
-  program = distill.make_program(
-    run, workers, published='' if _ADDRESS.value else run.directory.address
-  )
-  for node in program.get_all_nodes():
-    node._initialize_context(context.LaunchType.LOCAL_MULTI_PROCESSING, launch_config=None)
-  for group, nodes in program.groups.items():
-    for node in nodes:
-      for handle in node.input_handles:
-        handle.connect(node, group)
-  program.groups[distill.COORDINATOR][0].courier_address.bind(processes.FixedAddress(address))
-  worker_manager.WorkerManager(register_in_thread=True)  # signals, and the event they set
-  program.groups[label][0].function()

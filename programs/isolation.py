@@ -1,4 +1,4 @@
-"""A network of a local run's own: Courier runs what it is sent by anyone, so no other host may
+"""A private network for a local run: Courier executes what anybody sends it, so no other host may
 reach its port.
 
 Imports nothing but the standard library: it must run while the process has one thread.
@@ -17,38 +17,40 @@ _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 
 
 def restart_isolated() -> None:
-  """Starts this very command again with a network of its own, once: what needs the real one must be
-  done by now."""
+  """Starts this very command again, once, to run in a private network.
+
+  Call it when everything that needs the real network is done.
+  """
   if _MARK not in os.environ:
     sys.stdout.flush()
     os.execve(sys.executable, sys.orig_argv, {**os.environ, _MARK: 'wanted'})
 
 
 def enter_if_restarted() -> None:
-  """The other half: to be called first thing, before there are threads. Without permission
-  everything stays as it is."""
+  """Enters a private network if `restart_isolated` has started this process.
+
+  Call it first of all, before there are threads. Without permission everything stays as it is.
+  """
   if os.environ.get(_MARK) == 'wanted':
     os.environ[_MARK] = 'entered' if _enter() else 'refused'
 
 
 def is_isolated() -> bool:
-  """Whether this process has a network of its own."""
+  """Tells whether this process has a private network."""
   return os.environ.get(_MARK) == 'entered'
 
 
 def _enter() -> bool:
+  """Moves this process to a new network with a loopback interface; returns whether it may."""
   unshare = ctypes.CDLL(None, use_errno=True).unshare
   uid, gid = os.geteuid(), os.getegid()
   if unshare(_CLONE_NEWNET) != 0:
     # Root may do so as it is, and keeps its rights to files; others need a user namespace.
     if unshare(_CLONE_NEWUSER | _CLONE_NEWNET) != 0:
       return False
+    maps = {'setgroups': 'deny', 'uid_map': f'{uid} {uid} 1', 'gid_map': f'{gid} {gid} 1'}
     try:
-      for name, content in (
-        ('setgroups', 'deny'),
-        ('uid_map', f'{uid} {uid} 1'),
-        ('gid_map', f'{gid} {gid} 1'),
-      ):
+      for name, content in maps.items():
         with open(f'/proc/self/{name}', 'w', encoding='ascii') as file:
           file.write(content)
     except OSError:

@@ -5,7 +5,6 @@ way to run where Launchpad has no wheel.
 """
 
 import os
-import sys
 import threading
 
 from programs import placement
@@ -15,34 +14,29 @@ os.environ.update(placement.launcher_environment())
 
 from absl import logging
 
-from artifacts import run_directory
-from programs import command_line, start, terminal
+from programs import command_line, outcome, signals, start, terminal
 
 
 def main(argv: list[str]) -> int:
-  """Runs to the end; returns the exit status."""
-  try:
-    start.parse(argv)
-    run = start.ready(placement.take_gpu)
-  except start.BadInput as error:
-    print(f'error: {error}', file=sys.stderr)
-    return run_directory.BAD_INPUT_STATUS
+  """Runs to the end; returns the exit status. Raises BadInput."""
+  start.parse(argv)
+  run = start.ready(placement.take_gpu)
   for remark in run.remarks:
     logging.info(remark)
-  with terminal.shown(run.directory):
+  with terminal.show_output(run.directory):
     run.directory.begin()
-    distil(run, start.stop_event())
-  return start.outcome(run.directory)
+    distil(run, signals.stop_event())
+  return outcome.conclude(run.directory)
 
 
-def distil(run, stop: threading.Event) -> None:
-  """Coordinator, workers and evaluator as threads of this process.
+def distil(run: start.Run, stop: threading.Event) -> None:
+  """Runs coordinator, workers and evaluator as threads of this process.
 
   Args:
-    run: a `start.Run`.
+    run: ready to start.
     stop: set it to stop the run with a checkpoint.
   """
-  from nodes import coordinator as coordinator_node  # here and below: they start JAX
+  from nodes import coordinator as coordinator_node  # here: they start JAX
   from nodes import evaluator, kernel_worker
   from nodes.client import Retrying
 
@@ -54,16 +48,12 @@ def distil(run, stop: threading.Event) -> None:
     return
   client = Retrying(coordinator, system.coordinator_timeout, stop)
   threads = placement.worker_threads(system.worker_threads, system.num_workers)
-  nodes = [
-    kernel_worker.KernelWorker(
-      client, name=f'kernel_worker_{i}', threads=threads, cache=run.cache, stop=stop
-    )
+  workers = [
+    kernel_worker.KernelWorker(client, f'kernel_worker_{i}', threads, run.cache, stop)
     for i in range(system.num_workers)
   ]
-  nodes.append(
-    evaluator.Evaluator(client, workdir=run.directory.path, threads=1, cache=run.cache, stop=stop)
-  )
-  running = [threading.Thread(target=node.run, daemon=True) for node in nodes]
+  follower = evaluator.Evaluator(client, run.directory.path, 1, run.cache, stop)
+  running = [threading.Thread(target=node.run, daemon=True) for node in (*workers, follower)]
   for thread in running:
     thread.start()
   coordinator.run()

@@ -1,19 +1,25 @@
-"""How much memory the processes of a run need, and how much there is for them."""
+"""The memory that the processes of a run need, and what there is for them."""
 
+import enum
 import os
-from typing import Iterator, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import psutil
 
 from configs import schema
 from data import store
+from distillation.plan import ranges
 from kernels import architectures, contract
 from kernels.native import build
+from programs import command_line
 
+# Bytes.
 _PROCESS = 2**27  # interpreter and libraries
 _NETWORK = 2**28  # Neural Tangents, and what XLA makes of a finite network
-_DERIVATIVES = 2**28  # of a tile, which the native kernel keeps; at most
+_DERIVATIVES = 2**28  # of a tile, at most: the native kernel keeps them
 _TILES = 3 * 2**28  # what the other kernels form beside results
+
 _LANES = 16  # images of a vector
 _TEST_BATCH = 500  # images that go through a finite network at once
 
@@ -23,6 +29,12 @@ _FILES = {
   1: ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_'),
   2: ('memory.max', 'memory.current', ''),
 }
+
+
+class Here(enum.Enum):
+  """Which processes of a run share this host."""
+
+  ALL, COORDINATOR, NOTHING = range(3)
 
 
 class Needs(NamedTuple):
@@ -47,8 +59,40 @@ def in_gib(number: int) -> str:
   return f'{number / 2**30:.1f}'
 
 
+def check(
+  config: schema.Config, prepared: store.Prepared, here: Here, room: int | None = None
+) -> str:
+  """Estimates the memory of a run, in words.
+
+  Args:
+    config: validated.
+    prepared: the run's data.
+    here: the processes for which this host needs memory.
+    room: bytes that they may take; None: as `available` finds.
+
+  Raises:
+    BadInput: they need more.
+  """
+  each, workers = needs(config, prepared), config.system.num_workers
+  needed = {
+    Here.ALL: each.coordinator + workers * each.worker + each.evaluator,
+    Here.COORDINATOR: each.coordinator,
+    Here.NOTHING: 0,
+  }[here]
+  room = available() if room is None else room
+  if needed > room:
+    raise command_line.BadInput(
+      f'this run needs about {in_gib(needed)} GiB of memory here ({each.in_words()}), '
+      f'{in_gib(room)} GiB are available: lower run.images_per_class, run.plan.target_tile or '
+      'system.num_workers, or raise run.plan.target_tiles_per_task.'
+    )
+  if here is not Here.ALL:
+    return f'Memory: {each.in_words()}.'
+  return f'Memory: about {in_gib(needed)} GiB of {in_gib(room)} GiB available.'
+
+
 def needs(config: schema.Config, prepared: store.Prepared) -> Needs:
-  """What the processes of a validated configuration need."""
+  """Estimates what the processes of a validated configuration need."""
   run, plan, settings = config.run, config.run.plan, config.system.evaluation
   height, width, channels = prepared.train_images.shape[1:]
   size = 8 if run.kernel_dtype == 'float64' else 4
@@ -58,7 +102,7 @@ def needs(config: schema.Config, prepared: store.Prepared) -> Needs:
   gradient, tile = 8 * support * height * width * channels, min(plan.target_tile, targets)
   is_native = run.implementation in ('native', 'auto') and build.is_built()
   derivatives = min(_DERIVATIVES, support * (tile + _LANES) * (image + table))
-  tasks_a_step = len(plan.ranges(targets, run.plan.targets_per_task))
+  tasks_a_step = len(ranges(targets, run.plan.targets_per_task))
 
   # The state, its optimiser's moments and the gradient; a step's pieces; K_ss and its solve.
   coordinator = _PROCESS + 10 * gradient + tasks_a_step * gradient // 2 + 6 * 8 * support**2
@@ -91,7 +135,7 @@ def table_bytes(
 ) -> int:
   """Bytes that a kernel keeps of an image on its own (`contract.Kernel.prepare`), at most.
 
-  They are the native kernel's: the variance of every convolution's ReLU input and two numbers for
+  The native kernel keeps most: the variance of every convolution's ReLU input and two numbers for
   every pooled pixel, `size` bytes each, and two of the readout in float64.
   """
   values, convs = 0, sum(stage.convs for stage in architecture.stages)
@@ -105,15 +149,13 @@ def table_bytes(
 
 
 def available(root: str = '/') -> int:
-  """Bytes that this process and its children may still take.
-
-  Of the machine, and of every control group they are in (`docker -m`, Slurm's `--mem`).
-  """
+  """Finds how many bytes this process and its children may still take: of the machine's memory, and
+  of every control group they are in (`docker -m`, Slurm's `--mem`)."""
   return min([psutil.virtual_memory().available, *left_by_control_groups(root)])
 
 
 def left_by_control_groups(root: str = '/') -> list[int]:
-  """What is left of the limit of each control group of this process that has one.
+  """Finds the bytes left in each of this process's control groups that has a limit.
 
   Page cache counts as free. `root` is the folder that has `proc` and `sys`.
   """
@@ -123,7 +165,7 @@ def left_by_control_groups(root: str = '/') -> list[int]:
     try:
       room = int(_read(folder, limit)) - int(_read(folder, used))
       statistics = dict(line.split() for line in _read(folder, 'memory.stat').splitlines())
-    except (OSError, ValueError):  # 'max', or a group without these files, such as version 2's root
+    except (OSError, ValueError):  # 'max', or no such files, as in version 2's root
       continue
     cached = [int(statistics.get(f'{prefix}{kind}_file', 0)) for kind in ('inactive', 'active')]
     left.append(max(0, room + sum(cached)))
@@ -131,7 +173,7 @@ def left_by_control_groups(root: str = '/') -> list[int]:
 
 
 def _control_groups(root: str) -> Iterator[tuple[str, int]]:
-  """(folder, version) of this process's groups that may limit memory, and of those above them."""
+  """Yields (folder, version) of this process's groups that may limit memory, and of those above."""
   try:
     lines = _read(root, 'proc/self/cgroup').splitlines()
     mounts = _read(root, 'proc/self/mountinfo').splitlines()
@@ -147,8 +189,8 @@ def _control_groups(root: str) -> Iterator[tuple[str, int]]:
   for line in mounts:
     mount, _, system = line.partition(' - ')
     (_, _, _, top, point), (kind, _, options) = mount.split()[:5], system.split()[:3]
-    version = {'cgroup': 1, 'cgroup2': 2}.get(kind)
-    if version not in paths or version == 1 and 'memory' not in options.split(','):
+    version = {'cgroup': 1, 'cgroup2': 2}.get(kind, 0)
+    if version not in paths or (version == 1 and 'memory' not in options.split(',')):
       continue
     path = os.path.relpath(paths[version], top)  # a container may see its own group as the top
     folder = top = os.path.join(root, point.lstrip('/'))

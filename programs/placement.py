@@ -1,8 +1,7 @@
-"""Where the nodes' processes run: a GPU or none, CPU threads, and the environment that puts each of
-them there.
+"""The placement of the nodes' processes: a GPU or none, CPU threads, and the environment for both.
 
 Nothing here starts JAX or CUDA: a process that has started CUDA holds memory on the GPU, and can no
-longer be told which one to take.
+longer be moved to another one.
 """
 
 import importlib.util
@@ -10,16 +9,16 @@ import itertools
 import os
 import re
 import subprocess
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 _ON_CPU = 2  # workers, where the configuration leaves it open and there is no GPU
-_MEMORY = 0.9  # of a GPU's memory, for all processes on it together
+_MEMORY = 0.9  # share of a GPU's memory for all processes on it together
 _NVIDIA_SMI_SECONDS = 60  # it initialises the driver where nobody has yet
 
-# Of these packages any will do, for kernels on a GPU; None: whatever there is, they are computed on
-# CPU.
+# Packages of which kernels on a GPU need any one.
 _JAX, _CUPY = ('jax_cuda12_plugin', 'jax_cuda13_plugin'), ('cupy',)
-# By run.implementation; others need JAX's.
+# By run.implementation; all others need JAX's. None: computes on CPU, whatever is installed.
 _NEEDS = {'auto': _CUPY + _JAX, 'cuda': _CUPY, 'native': None}
 
 _HIDDEN = {'CUDA_VISIBLE_DEVICES': ''}
@@ -52,32 +51,29 @@ class Placement(NamedTuple):
 
 
 def find_gpus(implementation: str, at_most: int | None = None) -> Gpus:
-  """The first `at_most` GPUs for kernels of `run.implementation`: of this machine's, or of those in
-  an inherited CUDA_VISIBLE_DEVICES."""
-  names, visible, needs = (
-    _gpus_of_the_machine(),
-    os.environ.get('CUDA_VISIBLE_DEVICES'),
-    _NEEDS.get(implementation, _JAX),
-  )
+  """Finds the first `at_most` GPUs for kernels of `run.implementation`.
+
+  Of this machine's, or of those in an inherited CUDA_VISIBLE_DEVICES.
+  """
+  names = _gpus_of_the_machine()
+  visible = os.environ.get('CUDA_VISIBLE_DEVICES')
   if not names:
     return Gpus((), 'No NVIDIA GPU was found: kernels are computed on CPU.')
   if visible is not None:
-    # Like CUDA, which ends the list at the first name that is none, such as -1.
-    names = tuple(
-      itertools.takewhile(
-        re.compile(r'\d+|(GPU|MIG)-.+').fullmatch, map(str.strip, visible.split(','))
-      )
-    )
+    # CUDA, too, ends the list at the first entry that is not a name, such as -1.
+    given = map(str.strip, visible.split(','))
+    names = tuple(itertools.takewhile(re.compile(r'\d+|(GPU|MIG)-.+').fullmatch, given))
   names = names[:at_most]
   if not names:
     return Gpus((), f'CUDA_VISIBLE_DEVICES={visible} hides all GPUs: kernels are computed on CPU.')
-  found = f'{len(names)} GPU{"s" if len(names) > 1 else ""}'
+  found, needs = f'{len(names)} GPU{"s" * (len(names) > 1)}', _NEEDS.get(implementation, _JAX)
   if needs is None:
     return Gpus((), f'{found} found, but run.implementation={implementation} computes on CPU.')
   if not _has_any(needs):
     return Gpus(
       (),
-      f'{found} found, but nothing to compute on them with: `make cuda` installs it. Kernels are computed on CPU.',
+      f'{found} found, but nothing to compute on them with: `make cuda` installs it. Kernels are '
+      'computed on CPU.',
     )
   return Gpus(names, f'Kernels are computed on {found}: {", ".join(names)}.')
 
@@ -86,20 +82,19 @@ def take_gpu(implementation: str) -> Gpus:
   """Puts this process on the first GPU for `run.implementation`, or on CPU. JAX must not have
   started."""
   gpus = find_gpus(implementation, at_most=1)
-  os.environ.update(environment(*gpus.names))
+  os.environ.update(environment(gpus.names[0] if gpus.names else ''))
   return gpus
 
 
 def no_gpus(implementation: str) -> Gpus:
-  """In place of `find_gpus` in a process whose threads are the nodes and whose JAX keeps to the
-  CPU."""
+  """Replaces `find_gpus` in a process whose threads are the nodes: its JAX keeps to the CPU."""
   del implementation
   os.environ.update(_HIDDEN)
   return Gpus((), 'Threads of one process: kernels are computed on CPU.')
 
 
 def num_workers(configured: int, gpus: Sequence[str]) -> int:
-  """Workers of a local launch: as configured, or one a GPU, or two on CPU."""
+  """Number of workers of a local launch: as configured, or one a GPU, or two on CPU."""
   return configured or len(gpus) or _ON_CPU
 
 
@@ -109,21 +104,19 @@ def worker_threads(configured: int, workers: int) -> int:
 
 
 def place(workers: int, gpus: Sequence[str]) -> Placement:
-  """Gives every worker a GPU in turn, if there are any, and the evaluator one that is left, or the
-  last."""
+  """Gives every worker a GPU in turn, if there are any, and the evaluator one that is left over, or
+  the last."""
   if not gpus:
     return Placement(environment(), [environment()] * workers, environment())
-  of_workers, of_evaluator = [i % len(gpus) for i in range(workers)], min(workers, len(gpus) - 1)
-  sharers = [*of_workers, of_evaluator]
-  *of_workers, of_evaluator = [environment(gpus[gpu], sharers.count(gpu)) for gpu in sharers]
-  return Placement(environment(), of_workers, of_evaluator)
+  places = [i % len(gpus) for i in range(workers)] + [min(workers, len(gpus) - 1)]
+  on_gpus = [environment(gpus[place], places.count(place)) for place in places]
+  return Placement(environment(), on_gpus[:-1], on_gpus[-1])
 
 
 def environment(gpu: str = '', sharers: int = 1) -> dict[str, str]:
-  """For a process on a GPU that `sharers` processes use, or, without a name of one, on CPU and with
-  no GPU in sight.
+  """Environment of a process on a GPU that `sharers` processes use, or, if `gpu` is '', on CPU.
 
-  On a GPU XLA takes memory when it needs it, up to the process's share.
+  On CPU it sees no GPU. On a GPU XLA takes memory when it needs it, up to the process's share.
   """
   if not gpu:
     return {**launcher_environment(), **_HIDDEN}
@@ -137,8 +130,7 @@ def environment(gpu: str = '', sharers: int = 1) -> dict[str, str]:
 
 
 def launcher_environment() -> dict[str, str]:
-  """For a process whose JAX is to keep to the CPU, but which still has GPUs to find or to give to
-  others.
+  """Environment of a process whose JAX keeps to the CPU, but which may still find GPUs for others.
 
   Libraries get one thread (XLA's CPU part by NPROC), since the bits of long dot products follow
   their number of threads; kernels use theirs on whole tiles. An empty grpc_proxy keeps gRPC, which
@@ -158,12 +150,12 @@ def _has_any(packages: Sequence[str]) -> bool:
 
 
 def _gpus_of_the_machine() -> tuple[str, ...]:
-  """UUIDs, whose order no CUDA_DEVICE_ORDER changes; of a GPU that is cut into MIG slices, the
-  slices'.
+  """Lists UUIDs, whose order does not depend on CUDA_DEVICE_ORDER; for a GPU that is split into MIG
+  slices, those of the slices.
 
-  From nvidia-smi, which comes with every driver: NVML's Python bindings would be one more package
-  to install by hand where programs/local.py runs without requirements.txt, and ask for a loop over
-  slices that this listing has done.
+  Asks nvidia-smi, which comes with every driver. NVML's Python bindings (nvidia-ml-py) would be one
+  more package to install by hand where programs/local.py runs without requirements.txt, and would
+  need a loop over the slices that nvidia-smi lists already.
   """
   try:
     listing = subprocess.run(

@@ -1,71 +1,81 @@
-"""What one node's process does: the node's work, or, in the process that a launcher starts,
-watching over a child that does it."""
+"""The process of one node: it does the node's work, or, if a launcher has started it, supervises a
+child that does."""
 
 import functools
 import os
 import socket
 import sys
+import threading
 from typing import Any
 
 import launchpad as lp
-from absl import logging
+from absl import flags, logging
 from launchpad import address as lp_address
 from launchpad import context
-from launchpad.launch import worker_manager
+from launchpad.nodes.courier import courier_utils
 
 from artifacts import run_directory
 from nodes.client import CoordinatorLost, Retrying
-from programs import start, supervisor
+from programs import command_line, supervisor
 
+COORDINATOR, EVALUATOR, WORKER = 'coordinator', 'evaluator', 'kernel_worker'
+# Of `lp.CourierClient`. No answer of the coordinator takes longer than the timeout (seconds).
+CLIENT_OPTIONS = {'call_timeout': 60, 'wait_for_ready': False}
 _EVALUATOR_NICENESS = 10  # where cores are few, evaluation must not hold distillation up
 _CONNECT_SECONDS = 5.0
 _UNREACHABLE = ('UNAVAILABLE', 'DEADLINE_EXCEEDED', 'CANCELLED')
-_PROGRESS = ('complete', 'evaluated')  # calls by which a client has made progress
+_PROGRESS = ('complete', 'evaluated')  # calls that show progress of the caller
+
+# Here, because a node's process imports this module before Launchpad reads the flag, and gets no
+# flag of the launcher's.
+flags.FLAGS.set_default('lp_termination_notice_secs', supervisor.LAUNCHER_NOTICE)
 
 
-class _Supervised:
-  """Of a Launchpad node: `run` in a process of its own, respawned."""
+class _Supervised(lp.PyClassNode):
+  """A Launchpad node whose `run` goes on in a supervised child process.
+
+  Attributes:
+    label: for messages.
+  """
+
+  label: str
 
   def run(self) -> None:
-    # No flag of the launcher's gets here.
-    worker_manager.get_worker_manager()._termination_notice_secs = supervisor.LAUNCHER_NOTICE
-    if (
-      self.launch_context.launch_type is context.LaunchType.LOCAL_MULTI_THREADING
-      or supervisor.is_child()
-    ):
+    in_thread = self.launch_context.launch_type is context.LaunchType.LOCAL_MULTI_THREADING
+    if in_thread or supervisor.is_child():
       super().run()
       return
-    start.log_plainly()
-    sys.exit(supervisor.supervise(self.name, lp.stop_event()))
+    command_line.log_plainly()
+    sys.exit(supervisor.supervise(self.label, lp.stop_event()))
 
 
 class CoordinatorNode(_Supervised, lp.CourierNode):
-  """The coordinator: a server on `port`, or on any free one; every life of it has the same
-  address."""
+  """The coordinator: a server on `port`, or on any free one; it keeps its address when it is
+  restarted."""
 
-  name = 'coordinator'
+  label = COORDINATOR
 
   def __init__(self, workdir: str, cache: str, port: int):
-    super().__init__(_coordinator, workdir, cache)
+    super().__init__(make_coordinator, workdir, cache)
     self._port = port
 
   def bind_addresses(self, **kwargs):
     if self._port:
-      self.courier_address.bind(FixedAddress(f'localhost:{self._port}'))
+      self.courier_address.bind(_FixedAddress(f'localhost:{self._port}'))
     else:
       super().bind_addresses(**kwargs)
 
 
-class ClientNode(_Supervised, lp.PyClassNode):
-  """A node that calls the coordinator: a kernel worker or the evaluator."""
+class ClientNode(_Supervised):
+  """A kernel worker or the evaluator; the arguments are those of `Client`."""
 
-  def __init__(self, kind: str, coordinator: Any, timeout: float, published: str, **kwargs: Any):
-    super().__init__(_Client, kind, coordinator, timeout, published, **kwargs)
-    self.name = kwargs.get('name', kind)
+  def __init__(self, kind: str, coordinator: Any, timeout: float, **kwargs: Any):
+    super().__init__(Client, kind, coordinator, timeout, **kwargs)
+    self.label = kwargs.get('name', kind)
 
 
-class FixedAddress(lp_address.AbstractAddressBuilder):
-  """An address that is known beforehand."""
+class _FixedAddress(lp_address.AbstractAddressBuilder):
+  """An address that is known before the launch."""
 
   def __init__(self, address: str):
     self._address = address
@@ -74,44 +84,79 @@ class FixedAddress(lp_address.AbstractAddressBuilder):
     return self._address
 
 
-def _coordinator(workdir: str, cache: str):
+def make_coordinator(workdir: str, cache: str, stop: threading.Event | None = None):
+  """Makes the coordinator of the run in `workdir`, or exits with a message.
+
+  `stop` is set when the process is to stop; None: Launchpad's event.
+  """
   from nodes import coordinator  # here and below: each process imports what its own node needs
 
-  start.log_plainly()
+  command_line.log_plainly()
   try:
-    return coordinator.Coordinator(workdir, cache, lp.stop_event(), supervisor.progressed)
+    return coordinator.Coordinator(workdir, cache, stop or lp.stop_event(), supervisor.progressed)
   except coordinator.EXPECTED as error:
     logging.error('The run failed: %s', error)
     sys.exit(1)
 
 
-class _Client:
-  """Runs a kernel worker or the evaluator."""
+def serve_coordinator(workdir: str, cache: str, port: int, stop: threading.Event) -> None:
+  """Does without Launchpad what a `CoordinatorNode` does: serves the coordinator until its run is
+  over."""
+  coordinator = make_coordinator(workdir, cache, stop)
+  server = courier_utils.make_courier_server(coordinator, port=port)
+  server.Start()
+  try:
+    coordinator.run()
+  finally:
+    server.Stop()
+    server.Join()
 
-  def __init__(self, kind: str, coordinator: Any, timeout: float, published: str, **kwargs: Any):
-    start.log_plainly()
-    stop = lp.stop_event()
+
+class Client:
+  """Runs a node that calls the coordinator."""
+
+  def __init__(
+    self,
+    kind: str,
+    coordinator: lp.CourierClient,
+    timeout: float,
+    published: str = '',
+    stop: threading.Event | None = None,
+    **kwargs: Any,
+  ):
+    """
+    Args:
+      kind: WORKER or EVALUATOR.
+      coordinator: to call.
+      timeout: seconds without an answer after which the node gives up.
+      published: file with the coordinator's address, if that may change.
+      stop: set when the process is to stop; None: Launchpad's event.
+      **kwargs: the node's own.
+    """
+    command_line.log_plainly()
+    stop = stop or lp.stop_event()
     address = coordinator.address
-    coordinator = Retrying(
+    retrying = Retrying(
       coordinator,
       timeout,
       stop,
-      _unreachable,
-      functools.partial(_listens, address, published),
+      _is_unreachable,
+      functools.partial(_is_listening, address, published),
       _note_progress,
       address,
     )
-    if kind == 'evaluator':
+    if kind == EVALUATOR:
       from nodes import evaluator
 
       os.nice(_EVALUATOR_NICENESS)
-      self._node = evaluator.Evaluator(coordinator, stop=stop, **kwargs)
+      self._node = evaluator.Evaluator(retrying, stop=stop, **kwargs)
     else:
       from nodes import kernel_worker
 
-      self._node = kernel_worker.KernelWorker(coordinator, stop=stop, **kwargs)
+      self._node = kernel_worker.KernelWorker(retrying, stop=stop, **kwargs)
 
   def run(self) -> None:
+    """Runs the node until it is told to stop; exits if the coordinator is lost."""
     try:
       self._node.run()
     except CoordinatorLost as error:
@@ -119,9 +164,9 @@ class _Client:
       sys.exit(supervisor.RESTART_STATUS if error.was_there else 1)
 
 
-def _listens(address: str, published: str) -> bool:
-  """Whether somebody listens at `address`. Raises CoordinatorLost where the file `published` names
-  another."""
+def _is_listening(address: str, published: str) -> bool:
+  """Tells whether a server listens at `address`. Raises CoordinatorLost if the file `published`
+  names another."""
   now = run_directory.read_address(published) if published else None
   if now not in (None, address):
     raise CoordinatorLost(f'the coordinator is at {now} now.', was_there=True)
@@ -138,7 +183,8 @@ def _note_progress(method: str) -> None:
     supervisor.progressed()
 
 
-def _unreachable(error: Exception) -> bool:
+def _is_unreachable(error: Exception) -> bool:
+  """Tells whether an error is Courier's about a connection."""
   return type(error).__name__ == 'StatusNotOk' and any(
     name in str(getattr(error, 'code', '')) for name in _UNREACHABLE
   )

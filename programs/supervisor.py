@@ -1,12 +1,11 @@
 """Keeps a node alive: a light parent runs this very command again as its child, and again whenever
 the child is killed.
 
-The parent imports neither JAX nor a node. It knows nothing of Launchpad either: whoever starts a
-node's process (the local launcher, a scheduler) calls `is_child()`, then does the node's work or
+The parent imports neither JAX nor a node, and knows nothing of Launchpad: whoever starts a node's
+process (the local launcher, a scheduler) calls `is_child()`, then does the node's work or
 `supervise()`s.
 """
 
-import contextlib
 import ctypes
 import os
 import signal
@@ -14,123 +13,146 @@ import subprocess
 import sys
 import threading
 import time
+from typing import NamedTuple
 
 import psutil
 from absl import logging
 
-RESTART_STATUS = 76  # a node's wish to be started afresh
-LAUNCHER = 'KIP_LAUNCHER'  # environment: process id; when that process is gone, so are its nodes
-_PARENT, _SIGN = 'KIP_SUPERVISOR', 'KIP_SIGN_OF_USE'
-_MAX_USELESS = 10  # lives in a row without progress
-_MAX_IN_VAIN = 100  # lives in a row whose progress, if any, was lost with them
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+from programs import signals
+
+RESTART_STATUS = 76  # exit status by which a node asks to be started afresh
+LAUNCHER = 'KIP_LAUNCHER'  # environment: process id; a node ends when that process is gone
+PARENT = 'KIP_SUPERVISOR'  # environment of a child: its parent's process id
+_PIPE = 'KIP_PROGRESS'  # environment of a child: descriptor to which it reports progress
 # Seconds that Launchpad gives a process to stop: a busy machine may take long to write a
 # checkpoint.
 LAUNCHER_NOTICE = 30
 NOTICE = LAUNCHER_NOTICE - 2.0  # a child has less than its parent
+_POLL = 0.05  # seconds; Event.wait can deadlock with a signal handler that sets the event
+_ASK_AGAIN = 0.5  # seconds
 _PR_SET_PDEATHSIG = 1
-_LASTING = b'!'
-_told: set[bytes] = set()
+_BRIEF, _LASTING = b'.', b'!'  # marks of progress
+_reported: set[bytes] = set()
+
+
+class Policy(NamedTuple):
+  """How long a supervisor goes on starting its child.
+
+  Attributes:
+    max_useless: lives in a row without any progress.
+    max_in_vain: lives in a row without lasting progress.
+    first_pause: seconds before the child is started again; doubled after each useless life.
+    longest_pause: seconds.
+    notice: seconds that the child has to stop.
+  """
+
+  max_useless: int = 10
+  max_in_vain: int = 100
+  first_pause: float = 0.5
+  longest_pause: float = 30.0
+  notice: float = NOTICE
+
+
+DEFAULT_POLICY = Policy()
 
 
 def is_child() -> bool:
-  """Whether this process has the node's work to do. If so, it dies with its parent from here on."""
-  parent = os.environ.get(_PARENT)
+  """Tells whether this process has the node's work to do. If so, it dies with its parent from now
+  on."""
+  parent = os.environ.get(PARENT)
   if parent is None:
     return False
   ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-  if os.getppid() != int(parent):  # it was gone before
+  if os.getppid() != int(parent):  # it died before the call
     sys.exit(1)
   return True
 
 
 def progressed(lasting: bool = True) -> None:
   """Resets the restart backoff. `lasting`: what was done outlives this process."""
-  mark = _LASTING if lasting else b'.'
-  if _SIGN in os.environ and mark not in _told:
-    _told.add(mark)  # once each: nobody reads the pipe before this process has ended
-    os.write(int(os.environ[_SIGN]), mark)
+  mark = _LASTING if lasting else _BRIEF
+  if _PIPE in os.environ and mark not in _reported:
+    _reported.add(mark)  # once each: the pipe is read when this process has ended
+    os.write(int(os.environ[_PIPE]), mark)
 
 
-@contextlib.contextmanager
-def terminal_signals_blocked():
-  """Inside, started processes are kept from Ctrl-C and the end of the terminal, for good.
-
-  Who started them is told too, and asks them to stop by SIGTERM.
-  """
-  before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
-  try:
-    yield
-  finally:
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def supervise(name: str, stop: threading.Event) -> int:
-  """Runs the child until it ends by itself, or until this process is to stop; gives its exit
-  status.
+def supervise(name: str, stop: threading.Event, policy: Policy = DEFAULT_POLICY) -> int:
+  """Runs the child until it ends by itself, or until this process is to stop.
 
   A child that is killed (by whatever signal) or asks for it is started again, with growing pauses
-  while it makes no progress, and no more after _MAX_USELESS such lives, nor after _MAX_IN_VAIN
-  without lasting progress. One that ends by itself, well or not, has said why.
+  while it makes no progress. One that ends by itself, well or not, has said why.
+
+  Args:
+    name: the node's, for messages.
+    stop: set when this process is to stop.
+    policy: when to give up.
+
+  Returns:
+    The child's exit status; 1 if it is given up.
   """
-  launcher = _process(int(os.environ[LAUNCHER])) if LAUNCHER in os.environ else None
-  gone = lambda: stop.is_set() or (LAUNCHER in os.environ and not _is_alive(launcher))
+  launcher = _launcher()
   useless = in_vain = 0
+
+  def is_over() -> bool:
+    return stop.is_set() or (LAUNCHER in os.environ and not _is_alive(launcher))
+
   while True:
-    reader, writer = os.pipe()
-    with terminal_signals_blocked():
-      child = subprocess.Popen(
-        [sys.executable, *sys.orig_argv[1:]],
-        pass_fds=[writer],
-        env={**os.environ, _PARENT: str(os.getpid()), _SIGN: str(writer)},
-      )
+    child, reader = _start()
     with child:
-      os.close(writer)
-      while child.poll() is None and not gone():
-        # Event.wait can deadlock with a signal handler that sets the event.
-        time.sleep(0.05)
-      if gone():
-        return _end(child)
+      while child.poll() is None and not is_over():
+        time.sleep(_POLL)
+      if is_over():
+        return _end(child, policy.notice)
     marks = os.read(reader, 16)
     os.close(reader)
     useless, in_vain = 0 if marks else useless + 1, 0 if _LASTING in marks else in_vain + 1
     if child.returncode >= 0 and child.returncode != RESTART_STATUS:
       return child.returncode
-    cause = (
-      'asked to be started afresh'
-      if child.returncode >= 0
-      else f'was killed by {_signal_name(-child.returncode)}'
-    )
-    if useless >= _MAX_USELESS or in_vain >= _MAX_IN_VAIN:
+    cause = 'asked to be started afresh'
+    if child.returncode < 0:
+      cause = f'was killed by {_signal_name(-child.returncode)}'
+    if useless >= policy.max_useless or in_vain >= policy.max_in_vain:
+      times = useless if useless >= policy.max_useless else in_vain
       logging.error(
-        '%s %s: exited %d times without making progress; giving up.',
-        name,
-        cause,
-        useless if useless >= _MAX_USELESS else in_vain,
+        '%s %s: exited %d times without making progress; giving up.', name, cause, times
       )
       return 1
-    pause = min(_FIRST_PAUSE * 2 ** max(useless - 1, 0), _LONGEST_PAUSE)
+    pause = min(policy.first_pause * 2 ** max(useless - 1, 0), policy.longest_pause)
     logging.warning('%s %s; it is started again in %.1f s.', name, cause, pause)
     end = time.monotonic() + pause
     while time.monotonic() < end:
-      if gone():
+      if is_over():
         return 0
-      time.sleep(0.05)
+      time.sleep(_POLL)
 
 
-def _end(child: subprocess.Popen) -> int:
-  """Asks the child to stop, then makes it."""
-  end = time.monotonic() + NOTICE
+def _start() -> tuple[subprocess.Popen, int]:
+  """Starts the child; returns it and the reading end of the pipe for its progress."""
+  reader, writer = os.pipe()
+  with signals.terminal_signals_blocked():
+    child = subprocess.Popen(
+      [sys.executable, *sys.orig_argv[1:]],
+      pass_fds=[writer],
+      env={**os.environ, PARENT: str(os.getpid()), _PIPE: str(writer)},
+    )
+  os.close(writer)
+  return child, reader
+
+
+def _end(child: subprocess.Popen, notice: float) -> int:
+  """Asks the child to stop, kills it after `notice` seconds; returns its exit status, 0 if it was
+  killed."""
+  end = time.monotonic() + notice
   while child.poll() is None and time.monotonic() < end:
-    child.terminate()  # again and again: while it still starts, it ignores it
-    time.sleep(0.5)
+    child.terminate()  # again and again: a child that is still starting may ignore it
+    time.sleep(_ASK_AGAIN)
   child.kill()
   return max(child.wait(), 0)
 
 
-def _process(pid: int) -> psutil.Process | None:
+def _launcher() -> psutil.Process | None:
   try:
-    return psutil.Process(pid)
+    return psutil.Process(int(os.environ[LAUNCHER])) if LAUNCHER in os.environ else None
   except psutil.NoSuchProcess:
     return None
 

@@ -8,6 +8,12 @@ from programs import placement
 # Before NumPy and JAX start, as in the program's own processes.
 os.environ.update(placement.launcher_environment())
 
+import jaxtyping
+
+# Types, shapes and dtypes of distillation/, which must not be imported before, are checked at every
+# call of its functions.
+jaxtyping.install_import_hook('distillation', 'shape_checker.check')
+
 import numpy as np
 import pytest
 from PIL import Image

@@ -65,7 +65,6 @@ def _names(tree: ast.Module) -> tuple[set[str], list[tuple[int, str]]]:
   return set(filter(is_private, own)), [(n, x) for n, x in used if is_private(str(x))]
 
 
-@pytest.mark.xfail(reason='some imports still go the other way')
 def test_imports_go_one_way():
   wrong = []
   for path, tree in _files(*FOLDERS):

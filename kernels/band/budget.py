@@ -18,7 +18,7 @@ class Budget(NamedTuple):
     tile_bytes: for what a tile keeps for its vjp; at its worst it holds four times as much (a
       compiled ConvNet's and Myrtle10's memory).
     kept_bytes: for what is kept between a block and its vjp, all tiles together.
-    images: a tile, of images on their own.
+    images: whose variances one tile computes.
     pairs: of images in a tile, on CPU.
     entries: numbers in an offset's arrays, which on a GPU set the pairs.
     tiles: computed at a time; as many as there are threads where 0.

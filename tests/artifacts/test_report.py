@@ -1,5 +1,4 @@
-"""The report holds what the run says and needs no network; the pictures have the size and content
-that their arguments ask for."""
+"""The report is complete and needs no network; its pictures show what they should."""
 
 import base64
 import dataclasses
@@ -11,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import jax
 import matplotlib.figure
@@ -19,10 +19,11 @@ import numpy
 import pytest
 from PIL import Image
 
-from artifacts import distilled_set, paper_results, pictures, report
+from artifacts import distilled_set, paper_results, pictures, report, run_directory, snapshots
 from configs import base, schema, validation
+from data import DataError, preprocess, store
 from distillation import evaluation
-from programs import local
+from programs import local, start
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -30,9 +31,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 @pytest.fixture(scope='module', name='make_small')
 def _make_small(npz, cache, tmp_path_factory):
   """A function (changes) -> directory of a finished run of two updates on blobs."""
-  from artifacts import run_directory
-  from data import store
-  from programs import start
 
   def make(changes):
     config = base.get_config()
@@ -55,7 +53,8 @@ def _make_small(npz, cache, tmp_path_factory):
     directory.open(config, prepared.key)
     directory.write_command(['python', 'launch.py', '--workdir=a b'])
     local.distil(start.Run(config, directory, cache), threading.Event())
-    assert directory.read_status()['state'] == run_directory.FINISHED
+    status = directory.read_status()
+    assert status is not None and status['state'] == run_directory.FINISHED
     return directory
 
   return make
@@ -137,8 +136,7 @@ def test_the_report_of_another_step_shows_its_images(finished):
   report.write(finished, finished.read_metrics(), step=1)
   assert open(finished.picture, 'rb').read() != before
   with pytest.raises(
-    report.DataError,
-    match='the snapshot of step 7 cannot be read .* there are those of steps 0, 1, 2',
+    DataError, match='the snapshot of step 7 cannot be read .* there are those of steps 0, 1, 2'
   ):
     report.write(finished, finished.read_metrics(), step=7)
   report.write(finished, finished.read_metrics())
@@ -157,8 +155,6 @@ NAMES = ['cat', 'dog', '<b>cow</b> & calf, much too long']
 @pytest.fixture(name='named')
 def _named(finished, tmp_path):
   """A copy of a finished run, whose classes have names."""
-  from artifacts import run_directory
-
   directory = run_directory.RunDirectory(str(shutil.copytree(finished.path, tmp_path / 'run')))
   with numpy.load(directory.distilled) as file:
     arrays = {name: file[name] for name in file}
@@ -214,7 +210,7 @@ def test_names_in_pictures_are_readable(drawn, names, expected):
     assert len(names) == 100 or set(expected) <= set(drawn)
   drawn.clear()
   images = numpy.zeros((len(names), 4, 4, 3))
-  transform = report.distilled_set.preprocess.Transform(numpy.zeros(3), numpy.ones(3))
+  transform = preprocess.Transform(numpy.zeros(3), numpy.ones(3))
   pictures.support_images(images, images, names, ('', ''), transform)
   assert ('0–9' if len(names) == 100 else expected[1]) in drawn
 
@@ -266,7 +262,7 @@ def test_a_first_snapshot_that_is_damaged_is_named(named, drawn, damage):
   if damage == 'garbage':
     os.truncate(path, 100)
   else:
-    numpy.savez(path, images=numpy.zeros((6, 8, 9, 1)), labels=numpy.zeros((6, 3)))
+    snapshots.write(named, 0, numpy.zeros((6, 8, 9, 1)), numpy.zeros((6, 3)), {})
   report.write(named, named.read_metrics())
   assert 'The snapshot of step 0 cannot be read' in _content(named)
   assert 'there are those of steps 1, 2.' in _content(named)
@@ -290,9 +286,9 @@ def test_a_run_directory_that_cannot_be_written(named, blocked):
 
 
 def _command(directory):
-  """`python -m artifacts.report` on a run's directory."""
+  """`python -m programs.report` on a run's directory."""
   return subprocess.run(
-    [sys.executable, '-m', 'artifacts.report', f'--workdir={directory.path}'],
+    [sys.executable, '-m', 'programs.report', f'--workdir={directory.path}'],
     cwd=ROOT,
     capture_output=True,
     text=True,
@@ -314,17 +310,19 @@ def test_the_report_command_makes_what_is_missing(named):
   'images_per_class, num_classes, grid', [(1, 3, (2, 3)), (2, 3, (3, 5)), (12, 2, (2, 21))]
 )
 def test_a_row_a_class_or_a_column_with_one_image(images_per_class, num_classes, grid):
-  """A class's images are of one grey; the picture's rows (columns) show each class's grey, and ten
-  images a class at most."""
+  """Each class's images have a grey of their own, which the picture's rows or columns show.
+
+  It shows ten images a class at most.
+  """
   greys = numpy.linspace(0.0, 1.0, num_classes)
   images = numpy.repeat(greys, images_per_class)[:, None, None, None] * numpy.ones((1, 4, 4, 3))
   names = [str(c) for c in range(num_classes)]
-  transform = report.distilled_set.preprocess.Transform(numpy.zeros(3), numpy.ones(3))
+  transform = preprocess.Transform(numpy.zeros(3), numpy.ones(3))
   png = pictures.support_images(images, images[::-1], names, ('', ''), transform)
   picture = numpy.asarray(Image.open(io.BytesIO(png)).convert('L'))
   rows, columns = grid
   assert (picture.shape[0] < picture.shape[1]) == (rows < columns)
-  for c, grey in enumerate(greys):
+  for grey in greys:
     wanted = numpy.abs(picture.astype(int) - round(255 * grey)) <= 1
     assert wanted.sum() > 2 * 40 * 40  # both halves hold it, and a cell is some 80 pixels wide
 
@@ -332,7 +330,7 @@ def test_a_row_a_class_or_a_column_with_one_image(images_per_class, num_classes,
 @pytest.mark.parametrize('library', ['NumPy', 'JAX'])
 def test_the_documented_lines_load_the_set(finished, monkeypatch, library):
   monkeypatch.chdir(finished.path)
-  found = {'numpy': numpy, 'jax': jax}
+  found: dict[str, Any] = {'numpy': numpy, 'jax': jax}
   exec(distilled_set.LOADING[library], found)
   expected = distilled_set.load(finished.distilled)
   assert isinstance(found['images'], {'NumPy': numpy.ndarray, 'JAX': jax.Array}[library])
@@ -354,7 +352,8 @@ def test_published_rows():
   run = schema.Run(data=schema.Data(name='cifar10'))
   assert paper_results.find(run) is None
   run = dataclasses.replace(run, method='label_solve', architecture='fc1', images_per_class=50)
-  assert paper_results.find(run)['krr'] == '46.99'
+  found = paper_results.find(run)
+  assert found is not None and found['krr'] == '46.99'
   assert paper_results.find(dataclasses.replace(run, initial_images='noise')) is None
 
 
@@ -362,5 +361,6 @@ def test_the_readme_has_the_lines_that_load_a_set():
   root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
   with open(os.path.join(root, 'README.md'), encoding='utf-8') as file:
     content = file.read()
-  for line in distilled_set.LOADING.values():
-    assert f'\n    {line}\n' in content
+  for code in distilled_set.LOADING.values():
+    for line in code.splitlines():
+      assert f'\n    {line}\n' in content

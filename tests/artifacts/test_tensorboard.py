@@ -4,13 +4,15 @@ import io
 import json
 import os
 import struct
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from artifacts import run_directory, tensorboard
+from artifacts import files, run_directory, snapshots, tensorboard
 from configs import schema
 from data import preprocess, store
 
@@ -26,16 +28,19 @@ ROW = {
 
 def _prepared(images, transform, class_names):
   """Two classes of training images [N, H, W, D]."""
+  classes = np.arange(len(images)) % 2
   return store.Prepared(
-    '', '', '', images, None, images, None, 2, transform, class_names=class_names
+    '', '', '', images, classes, images, classes, 2, transform, class_names=class_names
   )
 
 
-def _events(path):
-  """Of TensorFlow's record format: length, its checksum, the event, its checksum."""
+def _events(path) -> Iterator[Any]:
+  """Events of a file in TensorFlow's record format: length, its checksum, event, its checksum."""
   with open(path, 'rb') as file:
     while header := file.read(12):
-      yield event_pb2.Event.FromString(file.read(struct.unpack('<Q', header[:8])[0]))
+      event: Any = event_pb2.Event()  # whose fields are made at run time
+      event.ParseFromString(file.read(struct.unpack('<Q', header[:8])[0]))
+      yield event
       file.read(4)
 
 
@@ -60,7 +65,7 @@ def test_a_row_and_its_set_once(tmp_path):
   images = np.array([0.5, 1.0], np.float32)[:, None, None, None] * np.ones((2, 4, 4, 1), np.float32)
   labels = np.array([[0.9, -0.1], [-0.4, 0.2]])
   for step in (3, 12, 3):
-    tensorboard.write(directory, {**ROW, 'step': step}, images, labels, prepared)
+    tensorboard.write(directory, {**ROW, 'step': step}, (images, labels), prepared)
   assert sorted(os.listdir(directory.tensorboard)) == [
     'events.out.tfevents.0000000003',
     'events.out.tfevents.0000000012',
@@ -93,7 +98,7 @@ def test_the_accuracy_of_a_finite_network_says_of_which(tmp_path):
   images = np.zeros((2, 4, 4, 1), np.float32)
   prepared = _prepared(images, preprocess.Transform(np.zeros(1), np.ones(1)), ('0', '1'))
   row = {**ROW, 'nn_test_accuracy': 0.5, 'nn_width': 128, 'nn_steps': 1000, 'train_accuracy': None}
-  tensorboard.write(directory, row, images, np.eye(2), prepared)
+  tensorboard.write(directory, row, (images, np.eye(2)), prepared)
   found = _values(directory)
   (value,) = found['test/nn_test_accuracy', 3]
   assert value.simple_value == 0.5
@@ -108,14 +113,14 @@ def test_files_that_are_missing_are_written_from_the_snapshots(tmp_path, caplog,
   directory = run_directory.RunDirectory(str(tmp_path))
   os.makedirs(directory.snapshots)
   saved = run_directory.Saved(schema.Config(), '')
-  run_directory.write_atomically(directory.config, json.dumps(saved.to_dict()))
+  files.write_atomically(directory.config, json.dumps(saved.to_dict()))
   images = np.random.default_rng(0).normal(size=(2, 4, 4, 1)).astype(np.float32)
   labels = np.eye(2, dtype=np.float32)
   prepared = _prepared(images, preprocess.Transform(np.zeros(1), np.ones(1)), ('cat', 'dog'))
   rows = [{**ROW, 'step': step} for step in (0, 3)]
   for row in rows:
-    np.savez(directory.snapshot(row['step']), images=images, labels=labels)
-    tensorboard.write(directory, row, images, labels, prepared)
+    snapshots.write(directory, row['step'], images, labels, {})
+    tensorboard.write(directory, row, (images, labels), prepared)
   kept = os.path.join(directory.tensorboard, 'events.out.tfevents.0000000000')
   whole = _values(directory)
   before = os.stat(kept).st_mtime_ns
@@ -123,7 +128,7 @@ def test_files_that_are_missing_are_written_from_the_snapshots(tmp_path, caplog,
   if damage == 'garbage':
     os.truncate(directory.snapshot(3), 50)
   elif damage == 'other shapes':
-    np.savez(directory.snapshot(3), images=images[:, :3], labels=labels)
+    snapshots.write(directory, 3, images[:, :3], labels, {})
   elif damage == 'no file':
     os.remove(directory.snapshot(3))
   tensorboard.write_missing(directory, rows, prepared)
@@ -141,7 +146,8 @@ def test_whitened_images_are_shown_as_kernels_see_them_too(tmp_path):
   directory = run_directory.RunDirectory(str(tmp_path))
   images = np.random.default_rng(0).normal(size=(4, 3, 3, 1)).astype(np.float32)
   prepared = _prepared(images, preprocess.fit(images, 0.1), ('0', '1'))
-  tensorboard.write(directory, ROW, images, np.eye(2)[[0, 0, 1, 1]] - 0.5, prepared)
+  labels = np.eye(2)[[0, 0, 1, 1]] - 0.5
+  tensorboard.write(directory, ROW, (images, labels), prepared)
   found = _values(directory)
   images, whitened = (
     found[tag, 3][0].image.encoded_image_string for tag in ('images', 'images_whitened')

@@ -1,6 +1,5 @@
-"""Compares a run whose processes are killed with the same run left in peace, bit by bit.
-
-Run it by `make chaos`, or
+"""Runs a distillation under fire and compares it, bit by bit, with the same one left in peace.
+`make chaos`, or
 
     PYTHONPATH=. python tests/chaos --workdir=runs/chaos --seed=0
 
@@ -37,46 +36,41 @@ TASKS = {
 # TARGET_VJP's, so it never waits for them.
 AWAITED = {'one pass': TASKS['one pass'], 'two halves': TASKS['two halves'][:3]}
 TIMINGS = ('wall_seconds', 'kernel_pairs_per_second')  # of a row: what may differ
-PAUSES = {'kernel_worker': 3, 'coordinator': 1, 'evaluator': 2}
+PAUSES = (*['kernel_worker'] * 3, *['evaluator'] * 2, 'coordinator')
 WORKERS = 2
 
 
 class Activity:
-  """The activity of one process of a role, from the file in which it says what it does."""
+  """What the newest process of a role records that it is doing."""
 
   def __init__(self, folder: str, role: str):
-    self._pattern = os.path.join(folder, f'{role}*.*')
-    self.pid, self._path = 0, ''
+    self._pattern, self.pid = os.path.join(folder, f'{role}*.*'), 0
 
   def now(self) -> str:
-    """The activity; 'idle' between activities, 'dead' where no process is alive."""
+    """'idle' between activities, 'dead' where no process is alive."""
     if not self._alive():
-      paths = [
-        path
-        for path in glob.glob(self._pattern)
-        if os.path.exists(f'/proc/{path.rpartition(".")[2]}')
-      ]
+      pids = {path: path.rpartition('.')[2] for path in glob.glob(self._pattern)}
+      paths = [path for path, pid in pids.items() if os.path.exists(f'/proc/{pid}')]
       if not paths:
         return 'dead'
-      self._path = random.choice(paths)
-      self.pid = int(self._path.rpartition('.')[2])
+      path = random.choice(paths)
+      self.pid, self._file = int(pids[path]), open(path, 'rb', buffering=0)
       if not self._alive():
         return 'dead'
-    return self._read()
+    return self._recorded()
 
   def at_death(self) -> str:
     """The last activity of a process that was just killed."""
     while self._alive():
       time.sleep(0.001)
-    return self._read()
+    return self._recorded()
 
   def forget(self) -> None:
-    """Makes the next `now` look for a process again."""
+    """The next `now` looks for a process again."""
     self.pid = 0
 
-  def _read(self) -> str:
-    with open(self._path, encoding='ascii') as file:
-      return file.read(32).strip()
+  def _recorded(self) -> str:
+    return os.pread(self._file.fileno(), 32, 0).decode().strip()
 
   def _alive(self) -> bool:
     try:
@@ -100,14 +94,15 @@ class Havoc(threading.Thread):
     for role, kinds in activities.items():
       self._orders[role] = list(kinds) * kills
       self._random.shuffle(self._orders[role])
-    self._pauses = collections.Counter(PAUSES)  # those that are left
-    self.killed, self.missed = collections.Counter[tuple[str, str]](), 0
-    self.paused, self.cut = collections.Counter[str](), ''
+    self._pauses = list(PAUSES)
+    self.killed: collections.Counter[tuple[str, str]] = collections.Counter()
+    self.paused: collections.Counter[str] = collections.Counter()
+    self.missed, self.cut = 0, ''
     self.over = threading.Event()
 
   @property
   def left(self) -> list[str]:
-    """The kills that have not struck yet."""
+    """The kills that have not struck."""
     return [f'{role} {activity}' for role, orders in self._orders.items() for activity in orders]
 
   def run(self):
@@ -125,7 +120,7 @@ class Havoc(threading.Thread):
         elif (
           time.monotonic() > next_blow[role]
           and activity != 'idle'
-          and self._pauses[role]
+          and role in self._pauses
           and self._random.random() < 0.002
         ):
           self._pause(role, activities[role])
@@ -144,11 +139,16 @@ class Havoc(threading.Thread):
       self._cut_newest_checkpoint()
 
   def _pause(self, role, activity):
-    self._pauses[role] -= 1
+    self._pauses.remove(role)
     self.paused[role] += 1
     os.kill(activity.pid, signal.SIGSTOP)
-    threading.Timer(self._random.uniform(2, 6), _continue, (activity.pid,)).start()
+    threading.Timer(self._random.uniform(2, 6), self._continue, (activity.pid,)).start()
     activity.forget()
+
+  @staticmethod
+  def _continue(pid):
+    if os.path.exists(f'/proc/{pid}'):
+      os.kill(pid, signal.SIGCONT)
 
   def _cut_newest_checkpoint(self):
     folder = os.path.join(self._workdir, 'checkpoints')
@@ -164,24 +164,10 @@ class Havoc(threading.Thread):
       self.cut = steps[-1]
 
 
-def _continue(pid: int) -> None:
-  if os.path.exists(f'/proc/{pid}'):
-    os.kill(pid, signal.SIGCONT)
-
-
 def launch(
   workdir: str, kind: str, steps: int, calls: float, havoc: Havoc | None, folder: str
 ) -> float:
-  """Runs launch.py with steps of a kind; returns its seconds.
-
-  Args:
-    workdir: of the run.
-    kind: one of KINDS.
-    steps: updates.
-    calls: fraction of calls that are repeated, and of those whose answers are lost.
-    havoc: begins with the run; None: nobody is killed.
-    folder: where the processes say what they do.
-  """
+  """Runs launch.py with steps of a kind; returns the seconds it took."""
   shutil.rmtree(folder, ignore_errors=True)
   os.makedirs(folder)
   command = [
@@ -223,31 +209,33 @@ def launch(
 
 
 def compare(peace: str, fire: str) -> list[str]:
-  """Names the differences between two run directories."""
+  """Names what differs between two run directories."""
   import jax
   import optax
 
-  from artifacts import checkpoints
-  from distillation import state
+  from artifacts import checkpoints  # here and below: they import JAX
+  from distillation.state import SupportState
 
-  found, states = [], []
-  for workdir in (peace, fire):
+  found = []
+
+  def final_state(workdir):
     with np.load(os.path.join(workdir, 'distilled.npz'), allow_pickle=False) as file:
       parameters = {name: file[name].astype(np.float64) for name in ('images', 'labels')}
-    optimizer = jax.device_get(optax.adam(1.0).init(parameters))
-    template = state.SupportState(0, **parameters, optimizer=optimizer)
+    template = SupportState(
+      0, **parameters, optimizer=jax.device_get(optax.adam(1.0).init(parameters))
+    )
     restored = checkpoints.Checkpoints(os.path.join(workdir, 'checkpoints')).restore(template)
-    if restored is None:
-      return [f'{workdir} has no checkpoint']
-    states.append(restored[0])
+    assert restored, f'{workdir} has no checkpoint'
+    return restored[0]
+
   if not all(
     np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    for a, b in zip(*map(jax.tree.leaves, states), strict=True)
+    for a, b in zip(*(jax.tree.leaves(final_state(path)) for path in (peace, fire)), strict=True)
   ):
     found.append('the final state')
   names = sorted(os.listdir(os.path.join(peace, 'snapshots')))
   if names != sorted(os.listdir(os.path.join(fire, 'snapshots'))):
-    found.append('the list of snapshots')
+    found.append('which snapshots there are')
   for name in [os.path.join('snapshots', name) for name in names] + ['distilled.npz']:
     with np.load(os.path.join(peace, name)) as a, np.load(os.path.join(fire, name)) as b:
       found += [
@@ -270,21 +258,22 @@ def compare(peace: str, fire: str) -> list[str]:
 
 
 def survives(kind: str, workdir: str, seed: int, steps: int, kills: int) -> bool:
-  """Whether runs with steps of a kind end the same in peace and under fire; prints a summary."""
+  """Tells whether runs with steps of a kind end the same in peace and under fire; prints what
+  happened."""
   peace, fire = os.path.join(workdir, 'peace'), os.path.join(workdir, 'fire')
-  seconds = launch(peace, kind, steps, 0.0, None, os.path.join(workdir, 'peace_told'))
+  seconds = launch(peace, kind, steps, 0.0, None, os.path.join(workdir, 'peace_records'))
   print(f'{kind}, in peace: {steps} steps in {seconds:.0f} s', flush=True)
-  told = os.path.join(workdir, 'fire_told')
+  records = os.path.join(workdir, 'fire_records')
   activities = {
     'kernel_worker': TASKS[kind],
     'coordinator': (*AWAITED[kind], 'checkpoint', 'snapshot'),
     'evaluator': ('evaluate', 'append'),
   }
-  havoc = Havoc(told, fire, activities, seed, kills)
-  seconds_under_fire = launch(fire, kind, steps, 0.03, havoc, told)
+  havoc = Havoc(records, fire, activities, seed, kills)
+  seconds_under_fire = launch(fire, kind, steps, 0.03, havoc, records)
 
   def lines(name):
-    with open(os.path.join(told, name), encoding='utf-8') as file:
+    with open(os.path.join(records, name), encoding='utf-8') as file:
       return file.read().splitlines()
 
   calls = collections.Counter(line.split()[0] for line in lines('calls'))
@@ -314,9 +303,7 @@ def survives(kind: str, workdir: str, seed: int, steps: int, kills: int) -> bool
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = argparse.ArgumentParser()
   parser.add_argument('--workdir', default='runs/chaos')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--steps', type=int, default=80, help='of each kind')

@@ -1,10 +1,9 @@
-"""Instruments every node of a chaos run.
+"""Changes every node of a chaos run: it records what it is doing, its tasks and disks are slow
+enough to be hit, and calls are repeated and lost.
 
-It writes down what the node is doing, makes tasks and disks slow enough to be hit, and repeats and
-loses calls. Python imports a module of this name when it starts, if it is on its path.
-
-Settings, in the environment: KIP_CHAOS, the folder to write to; KIP_CHAOS_CALLS, the fraction of
-calls that are repeated, and the same of calls whose answers are lost.
+Python imports a module of this name when it starts, if it is on its path. Settings, in the
+environment: KIP_CHAOS, the folder for the records; KIP_CHAOS_CALLS, the share of all calls that are
+repeated, and again of those whose answer is lost.
 """
 
 import contextlib
@@ -23,14 +22,15 @@ _random = random.Random(os.getpid())
 _activity = None
 
 
-def _tell(file, line):
+def _record(file, line):
   with open(os.path.join(_FOLDER, file), 'a', encoding='utf-8') as out:
     out.write(line + '\n')
 
 
 @contextlib.contextmanager
 def _doing(role, what):
-  """Makes the file `<role>.<pid>` say `what` while the context lasts, even if the process dies."""
+  """Makes the file `<role>.<pid>` say `what` inside: after a kill it says what the process was
+  doing."""
   global _activity
   if _activity is None:
     _activity = os.open(os.path.join(_FOLDER, f'{role}.{os.getpid()}'), os.O_RDWR | os.O_CREAT)
@@ -43,7 +43,7 @@ def _doing(role, what):
 
 
 def _around(cls, name, role, what, seconds=0.0):
-  """Makes a method an activity that takes `seconds` longer.
+  """Makes method `name` an activity that takes `seconds` longer.
 
   `role` and `what` may be functions of its arguments.
   """
@@ -59,13 +59,14 @@ def _around(cls, name, role, what, seconds=0.0):
 
 
 class StatusNotOk(Exception):
-  """The error of a lost connection, as Courier's."""
+  """Courier's exception for a lost connection, by its name and code."""
 
   code = 'UNAVAILABLE'
 
 
 class _Proxy:
-  """A coordinator of which some calls are repeated later, and some answers are lost."""
+  """Stands between a client and the coordinator: some calls get through twice, the second time
+  later; of others the answer is lost."""
 
   def __init__(self, coordinator):
     self._coordinator = coordinator
@@ -75,17 +76,17 @@ class _Proxy:
       chance = _random.random()
       result = getattr(self._coordinator, method)(*args)
       if chance < _CALLS:
-        _tell('calls', f'repeated {method}')
+        _record('calls', f'repeated {method}')
         threading.Timer(_random.uniform(0, _MAX_DELAY), self._again, (method, args)).start()
       elif chance < 2 * _CALLS:
-        _tell('calls', f'lost {method}')
+        _record('calls', f'lost {method}')
         raise StatusNotOk('the answer is lost')
       return result
 
     return call
 
   def _again(self, method, args):
-    with contextlib.suppress(Exception):  # nobody is there to hear it
+    with contextlib.suppress(Exception):  # nobody waits for the answer
       getattr(self._coordinator, method)(*args)
 
 
@@ -99,8 +100,8 @@ def _kernel_worker(module):
   )
 
 
-def _evaluation(module):
-  _around(module.Evaluation, 'krr', 'evaluator', 'evaluate', _EVALUATION_SECONDS)
+def _evaluator(module):
+  _around(module.Evaluator, '_evaluate', 'evaluator', 'evaluate', _EVALUATION_SECONDS)
 
 
 def _keeper(module):
@@ -116,7 +117,7 @@ def _state(module):
   update = module.Update.__call__
 
   def move(self, state, gradient):
-    _tell('steps', str(state.step))
+    _record('steps', str(state.step))
     return update(self, state, gradient)
 
   module.Update.__call__ = move
@@ -130,11 +131,11 @@ def _run_directory(module):
   _around(module.RunDirectory, 'append_metrics', 'evaluator', 'append')
   fsync = os.fsync
 
-  def slow(handle):
+  def slow_fsync(handle):
     time.sleep(_FSYNC_SECONDS)
     fsync(handle)
 
-  os.fsync = slow
+  os.fsync = slow_fsync
 
 
 def _client(module):
@@ -149,33 +150,31 @@ def _client(module):
 _HOOKS = {
   'artifacts.checkpoints': _checkpoints,
   'artifacts.run_directory': _run_directory,
-  'distillation.evaluation': _evaluation,
   'distillation.state': _state,
   'nodes.client': _client,
+  'nodes.evaluator': _evaluator,
   'nodes.exchange': _exchange,
   'nodes.keeper': _keeper,
   'nodes.kernel_worker': _kernel_worker,
 }
 
 
-class _Hooks(importlib.machinery.PathFinder):
-  """Calls the hook of each module that has one, once it is imported."""
+class _Finder(importlib.machinery.PathFinder):
+  """Calls the hook of a module, if there is one, once the module is imported."""
 
   @classmethod
-  def find_spec(cls, name, path=None, target=None):
-    hook = _HOOKS.get(name)
-    spec = super().find_spec(name, path, target) if hook else None
-    if hook is None or spec is None or spec.loader is None:
-      return None
-    execute = spec.loader.exec_module
+  def find_spec(cls, fullname, path=None, target=None):
+    spec, hook = super().find_spec(fullname, path, target), _HOOKS.get(fullname)
+    if hook is not None and spec is not None and spec.loader is not None:
+      execute = spec.loader.exec_module
 
-    def execute_and_hook(module):
-      execute(module)
-      hook(module)
+      def exec_module(module):
+        execute(module)
+        hook(module)
 
-    spec.loader.exec_module = execute_and_hook
+      spec.loader.exec_module = exec_module
     return spec
 
 
 if 'KIP_SUPERVISOR' in os.environ:
-  sys.meta_path.insert(0, _Hooks)
+  sys.meta_path.insert(0, _Finder)

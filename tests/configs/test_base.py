@@ -27,20 +27,21 @@ def _with(path, value):
   return config
 
 
+MODULES = ('reference', 'schema', 'validation')
 FILES = [module.name for module in pkgutil.iter_modules(configs.__path__)]
 
 
-@pytest.mark.parametrize('name', [name for name in FILES if name not in ('schema', 'validation')])
+@pytest.mark.parametrize('name', [name for name in FILES if name not in MODULES])
 def test_shipped_configs_are_valid(name):
   module = importlib.import_module(f'configs.{name}')
-  doc = ' '.join(module.__doc__.split())
+  doc = ' '.join((module.__doc__ or '').split())
   config = validation.validate(module.get_config().to_dict())
   if name != 'base':
     assert f'--config=configs/{name}.py' in doc
   if name not in ('base', 'kip_convnet'):  # the second is what many share
     row = paper_results.find(config.run) or {}
     if 'krr' in row:
-      assert f'{row["krr"]} %' in doc or f'{row["krr"]},' in module.__doc__
+      assert f'{row["krr"]} %' in doc or f'{row["krr"]},' in doc
     if 'network' in row:
       width, steps = row['nn_width'], row['nn_steps']
       assert f'finite network (width {width}, {steps} updates) {row["network"]} %' in doc
@@ -62,7 +63,7 @@ def test_shipped_configs_are_valid(name):
     (
       'run.augmentation.fraction',
       0.5,
-      'run.augmentation.fraction=0.5 and .*rotation, .* go together: set the fraction and at least one',
+      'run.augmentation.fraction=0.5 and .*rotation, .* go together: set the fraction and at least',
     ),
     ('run.augmentation.horizontal_flip', True, 'run.augmentation.fraction=0.0 and .* go together'),
     (
@@ -105,7 +106,7 @@ def test_shipped_configs_are_valid(name):
     ),
     ('run.architecture', {'layers': 3}, "run.architecture: unknown key 'layers'; known: stages"),
     ('run.architecture', 7, 'run.architecture: expected a name or a dict of stages, got int'),
-    ('run.optimizer', 'adm', "run.optimizer: no 'adm' in optax; known: adabelief, .*adam, "),
+    ('run.optimizer', 'adm', "run.optimizer: unknown name 'adm'; known: adabelief, .*adam, "),
     (
       'run.optimizer',
       {'name': 'sgd', 'momentm': 0.9},
@@ -149,11 +150,7 @@ def test_shipped_configs_are_valid(name):
       "system.evaluation.nn_architecture: unknown name 'resnet'; known: fc1",
     ),
     ('run.architecture', '', "run.architecture: unknown name ''"),
-    (
-      'system.num_workrs',
-      3,
-      'system.num_workrs is no field of the configuration; did you mean system.num_workers',
-    ),
+    ('system.num_workrs', 3, 'unknown field system.num_workrs; did you mean system.num_workers'),
   ],
 )
 def test_mistakes(path, value, message):
@@ -169,10 +166,8 @@ def test_the_fast_kernels_know_ntk_parameterisation_alone(implementation):
     config['run']['implementation'] = accepted
     validation.validate(config)
   config['run']['implementation'] = implementation
-  with pytest.raises(
-    validation.ConfigError,
-    match=f"run.implementation: '{implementation}' knows NTK parameterisation alone; .*'standard' needs",
-  ):
+  message = f"'{implementation}' knows NTK parameterisation alone; .*'standard' needs"
+  with pytest.raises(validation.ConfigError, match=f'run.implementation: {message}'):
     validation.validate(config)
 
 
@@ -187,7 +182,8 @@ def test_the_fast_kernels_know_ntk_parameterisation_alone(implementation):
     (
       'run.targets_per_step',
       10,
-      r'multiple of 3 \(the classes\) and at most 12 \(the smallest class has 4 images\), or 13 \(the whole training set\); got 10',
+      r'multiple of 3 \(the classes\) and at most 12 \(the smallest class has 4 images\), or 13 '
+      r'\(the whole training set\); got 10',
     ),
     ('run.targets_per_step', 15, 'at most 12'),
     (
@@ -244,7 +240,7 @@ def test_specs_by_dict():
     )
   )
   validation.check_path('run.learning_rate.init_value')
-  with pytest.raises(validation.ConfigError, match='run.optimizr is no field'):
+  with pytest.raises(validation.ConfigError, match='unknown field run.optimizr'):
     validation.check_path('run.optimizr')
 
 
@@ -291,30 +287,8 @@ def test_which_update_solves_for_labels(method, step):
 
 def test_snapshots():
   chosen = [step for step in range(2101) if schema.System().is_snapshot(step, 2100)]
-  assert chosen == [
-    0,
-    1,
-    2,
-    4,
-    6,
-    8,
-    12,
-    18,
-    26,
-    37,
-    54,
-    78,
-    112,
-    162,
-    233,
-    335,
-    483,
-    695,
-    1000,
-    1500,
-    2000,
-    2100,
-  ]
+  assert chosen[:12] == [0, 1, 2, 4, 6, 8, 12, 18, 26, 37, 54, 78]
+  assert chosen[12:] == [112, 162, 233, 335, 483, 695, 1000, 1500, 2000, 2100]
   system = schema.System(snapshot_steps=(3, 7))
   assert [step for step in range(11) if system.is_snapshot(step, 10)] == [0, 3, 7, 10]
 

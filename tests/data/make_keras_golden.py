@@ -7,7 +7,7 @@ keras-preprocessing 1.1.2, SciPy 1.15.3:
 import os
 
 import numpy as np
-from keras_preprocessing.image import ImageDataGenerator
+from keras_preprocessing.image import ImageDataGenerator  # pyright: ignore[reportMissingImports]
 
 
 def main():

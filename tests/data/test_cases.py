@@ -33,7 +33,7 @@ def _picture(number, size=(8, 8)):
 
 
 def _folder(names=NAMES, splits=('train', 'test'), change=lambda i, picture: picture, inside=''):
-  """Six pictures of each class a split; `change(i, picture)` is what becomes of picture i."""
+  """Six pictures of each class a split; `change(i, picture)` gives picture i."""
 
   def write(path):
     for split in splits:
@@ -223,6 +223,7 @@ def test_accepted(make_run, tmp_path, case):
   assert prepared.class_names == class_names and prepared.remarks == remarks
   assert prepared.train_images.shape[1:] == shape
   found = [class_names[label] for label in prepared.train_labels]
+  assert prepared.raw_images is not None
   assert found == [told[(image[0, 0, 0] - 40) // 60] for image in prepared.raw_images]
 
 

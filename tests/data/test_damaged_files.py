@@ -18,7 +18,7 @@ QUIETLY = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 def _outcome(load):
-  """What `load()` gives, or its one-line refusal."""
+  """The result of `load()`, or None after a refusal, which must be one line."""
   try:
     return load()
   except DataError as error:

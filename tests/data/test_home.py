@@ -195,9 +195,9 @@ def test_every_program_runs_for_a_user_without_a_home(strangers, parquet, home_i
     '--config.system.num_workers=1',
   )
   if home_is is None:
-    run('artifacts.distilled_set', 'run/distilled.npz', '--to=dataset', '--format=dataset')
-    run('artifacts.report', '--workdir=run')
-    assert 'distilled ' in run('nodes.evaluator', '--dataset=run/distilled.npz')
+    run('programs.export', 'run/distilled.npz', '--to=dataset', '--format=dataset')
+    run('programs.report', '--workdir=run')
+    assert 'distilled ' in run('programs.evaluate', '--dataset=run/distilled.npz')
   assert {'matplotlib', *([] if configured else ['kip'])} <= set(os.listdir(folder))
   expected = {'run', *(['dataset'] if home_is is None else []), *(['mine'] if configured else [])}
   assert set(os.listdir(strangers / 'here')) == expected

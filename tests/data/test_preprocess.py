@@ -21,8 +21,8 @@ def _smooth(n, shape=(5, 4, 3), seed=0):
 
 
 def _published(images, regularisation):
-  """K2's notebook, `_get_preprocess_op` with `layer_norm=True`, in its own steps: a function of
-  images, and the matrix."""
+  """Whitening function and matrix as in the notebook of Nguyen et al. 2021b (NeurIPS,
+  https://arxiv.org/abs/2107.13034), `_get_preprocess_op` with `layer_norm=True`, step by step."""
   mean, std = images.astype(float).mean((0, 1, 2)), images.astype(float).std((0, 1, 2))
 
   def normal(raw):
@@ -63,6 +63,7 @@ def test_zca_is_the_published_one(n, regularisation):
   images, others = _smooth(n), _smooth(7, seed=1)
   transform = preprocess.fit(images, regularisation)
   published, matrix = _published(images, regularisation)
+  assert transform.zca is not None
   np.testing.assert_allclose(transform.zca, matrix, rtol=1e-9, atol=1e-9)
   for raw in (images, others):
     whitened = preprocess.apply(transform, raw)
@@ -107,7 +108,8 @@ def test_no_bit_depends_on_the_number_of_threads():
   code = (
     'import hashlib, sys; import numpy as np; from data import preprocess; '
     'x = np.random.default_rng(0).integers(0, 256, size=(900, 16, 16, 3)).cumsum(axis=1) // 16; '
-    't = preprocess.fit(x, 0.1); print(preprocess.digest(t), hashlib.sha256(preprocess.apply(t, x, int(sys.argv[1]))).hexdigest())'
+    't = preprocess.fit(x, 0.1); y = preprocess.apply(t, x, int(sys.argv[1])); '
+    'print(preprocess.digest(t), hashlib.sha256(y).hexdigest())'
   )
   found = {
     subprocess.run(
@@ -129,7 +131,8 @@ def test_constant_images():
   images[3] = 77
   standard = np.full((1, 1, 1, 3), 77)
   transform = preprocess.fit(images, 0.1)
-  assert np.isfinite(transform.zca).all() and np.isfinite(preprocess.apply(transform, images)).all()
+  assert transform.zca is not None and np.isfinite(transform.zca).all()
+  assert np.isfinite(preprocess.apply(transform, images)).all()
   grey = preprocess.fit(images[..., :1], 0.1)
   assert not preprocess.apply(grey, np.broadcast_to(standard, (1, 5, 4, 3))[..., :1]).any()
   with pytest.raises(DataError, match='every training image is constant'):

@@ -207,7 +207,7 @@ BYTES = (255 * FLOAT).astype(np.uint8)
     (BYTES, BYTES // 6, False),  # darker, not in other units
     (BYTES, np.where(FLOAT > 0.99, 255, 0).astype(np.uint8), False),  # nearly black
     (FLOAT, np.where(FLOAT > 0.99, -0.01, FLOAT), False),
-    (np.where(FLOAT == FLOAT.min(), 1000, FLOAT), FLOAT, False),  # one pixel far out
+    (np.where(FLOAT.min() == FLOAT, 1000, FLOAT), FLOAT, False),  # one pixel far out
     ((FLOAT - 0.5) / 0.3, (FLOAT - 0.4) / 0.3, False),
   ],
 )
@@ -370,7 +370,7 @@ def _write_hub_split(path, name, n, seed):
 def test_the_papers_sets_in_the_schema_of_the_hub(tmp_path, monkeypatch, name):
   """A folder that looks like the hub's repository: configuration, splits, shards; then the same
   files by run.data.dir."""
-  repository, configuration, revision = sources.HUB[name]
+  _, configuration, revision = sources.HUB[name]
   assert len(revision) == 40
   folder = tmp_path / 'repository' / configuration
   folder.mkdir(parents=True)
@@ -387,7 +387,7 @@ def test_the_papers_sets_in_the_schema_of_the_hub(tmp_path, monkeypatch, name):
     f'- config_name: other\n  data_files: {configuration}/extra-*\n---\n'
   )
   monkeypatch.setitem(sources.HUB, name, (str(folder.parent), configuration, revision))
-  monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
+  monkeypatch.setattr('datasets.config.HF_DATASETS_CACHE', tmp_path / 'cache')
   for dataset in (sources.find(name).load(), sources.find(name, str(folder)).load()):
     assert (dataset.name, dataset.num_classes) == (name, classes)
     assert dataset.class_names == tuple(f'class {i}' for i in range(classes))
@@ -702,7 +702,7 @@ def test_parquet_with_bytes_that_are_no_image(tmp_path):
 
 
 def test_images_of_different_sizes(tmp_path):
-  x, y = _arrays()
+  x, _ = _arrays()
   rows = {'image': [Image.fromarray(x[0]), Image.fromarray(x[1][:2])], 'label': [0, 1]}
   features = datasets.Features({'image': datasets.Image(), 'label': datasets.Value('int64')})
   for split in ('train', 'test'):

@@ -1,4 +1,4 @@
-"""What a run may start from: values, and files that do not fit."""
+"""Images that a run may start from: values, and files that do not fit."""
 
 import dataclasses
 import json
@@ -9,16 +9,21 @@ import numpy as np
 import pytest
 
 from configs import schema
-from data import DataError, released, store
+from data import DataError, store
 from distillation import initial_support
 from programs import local
 
 FC1 = {'run.architecture': 'fc1', 'run.num_steps': 2}
 
 
-def _make(run):
+def _prepared(run):
   prepared = store.open_prepared(run.directory.read_saved().data_key, run.cache)
-  return initial_support.make(run.config.run, prepared, run.cache)
+  assert prepared is not None
+  return prepared
+
+
+def _make(run):
+  return initial_support.make(run.config.run, _prepared(run), run.cache)
 
 
 def test_noise_has_the_deviation_of_the_training_images(make_run, tmp_path):
@@ -36,8 +41,8 @@ def test_noise_has_the_deviation_of_the_training_images(make_run, tmp_path):
 
 
 def test_a_distilled_set_goes_on(make_run, tmp_path):
-  """With its images and labels, whoever wrote them: our file, and one with nothing else in it, as
-  the papers' authors released theirs."""
+  """A run starts from the images and labels of our file, and of one with nothing else in it, as the
+  papers' authors released theirs."""
   first = make_run(tmp_path / 'first', FC1)
   local.distil(first, threading.Event())
   with np.load(first.directory.distilled) as file:
@@ -60,23 +65,21 @@ def test_a_distilled_set_goes_on(make_run, tmp_path):
       )
 
 
-def test_a_released_set_goes_on(make_run, tmp_path, monkeypatch):
-  """By its name, where the run's data and preprocessing are those of the name."""
-  images, labels = np.ones((6, 8, 9, 2), np.float32), np.zeros((6, 3), np.float32)
-  found = released.Released(images, labels, 'blobs', 'convnet', False, True, False, 1000)
-  monkeypatch.setattr(released, 'load', lambda name, cache: found if name == 'kip/a.npz' else None)
-  run = make_run(tmp_path, {'run.initial_images': 'kip/a.npz'})
-  prepared = store.open_prepared(run.directory.read_saved().data_key, run.cache)
-  settings = dataclasses.replace(run.config.run, data=schema.Data(name='blobs'))
-  start = initial_support.make(settings, prepared, run.cache)
-  assert (
-    np.array_equal(start[0], images)
-    and np.array_equal(start[1], labels)
-    and start[0].dtype == start[1].dtype == np.float64
-  )
-  for data in (schema.Data(name='blobs', zca=True), schema.Data(name='mnist')):
-    with pytest.raises(DataError, match='needs run.data.name=blobs and run.data.zca=False; got'):
-      initial_support.make(dataclasses.replace(settings, data=data), prepared, run.cache)
+def test_a_released_set_goes_on(make_run, tmp_path, released_mnist):
+  """A released set is given by its name, which must fit the run's data and preprocessing."""
+  name, folder, cache = released_mnist
+  changes = {'run.data.name': 'mnist', 'run.data.dir': folder, 'run.initial_images': name}
+  sizes = {'run.images_per_class': 1, 'run.targets_per_step': 10}
+  run = make_run(tmp_path / 'run', {**changes, **sizes})
+  prepared, settings = _prepared(run), run.config.run
+  images, labels = initial_support.make(settings, prepared, cache)
+  with np.load(os.path.join(cache, 'released', name)) as file:
+    np.testing.assert_array_equal(images, file['images'].astype(np.float32))
+    np.testing.assert_array_equal(labels, file['labels'].astype(np.float32))
+  assert images.dtype == labels.dtype == np.float64
+  for data in (schema.Data(name='mnist', zca=True), schema.Data(name='blobs')):
+    with pytest.raises(DataError, match='needs run.data.name=mnist and run.data.zca=False; got'):
+      initial_support.make(dataclasses.replace(settings, data=data), prepared, cache)
 
 
 def _file(**changes):
@@ -91,7 +94,7 @@ def _file(**changes):
 @pytest.mark.parametrize(
   'arrays, message',
   [
-    (_file(labels=None), "has no array 'labels'; expected images .* and labels"),
+    (_file(labels=None), "array 'labels' is missing; expected images, labels, got images"),
     (
       _file(images=np.zeros((5, 8, 9, 2))),
       r'images must be \[6, 8, 9, 2\] for blobs and run.images_per_class=2, got \[5, 8, 9, 2\]',

@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
+import threadpoolctl
 
 import kernels.precision  # noqa: F401
 from distillation import krr
@@ -40,9 +42,10 @@ def test_tiles_add_up_to_the_gradient_of_the_loss(sizes, tile):
     krr.residual(krr.predictions(block, solution.alpha), y_t[tile * i : tile * (i + 1)], len(y_t))
     for i, block in enumerate(blocks)
   ]
-  cotangent, y_bar = krr.pull_back(
-    solution, sum(krr.alpha_bar(block, piece.scaled) for block, piece in zip(blocks, pieces))
-  )
+  alpha_bar = np.zeros_like(solution.alpha)
+  for block, piece in zip(blocks, pieces):
+    alpha_bar += krr.alpha_bar(block, piece.scaled)
+  cotangent, y_bar = krr.pull_back(solution, alpha_bar)
 
   np.testing.assert_allclose(sum(piece.loss for piece in pieces), loss, rtol=1e-12)
   k_st_bar = np.concatenate(
@@ -62,12 +65,8 @@ def test_parts_of_the_support_add_up_to_the_predictions():
 def test_accuracy_counts_the_largest_output():
   block = np.eye(3)
   y = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-  assert (
-    krr.residual(
-      krr.predictions(block, np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])), y, 3
-    ).correct
-    == 2
-  )
+  predictions = krr.predictions(block, np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]))
+  assert krr.residual(predictions, y, 3).correct == 2
 
 
 def test_a_singular_kernel_is_refused_with_its_smallest_eigenvalue():
@@ -80,3 +79,22 @@ def test_a_singular_kernel_is_refused_with_its_smallest_eigenvalue():
 def test_nan_is_refused():
   with pytest.raises(krr.NotPositiveDefiniteError, match='NaN'):
     krr.solve(np.array([[1.0, np.nan], [np.nan, 1.0]]), np.ones((2, 1)), 1e-6)
+
+
+def test_shapes_and_types_are_checked_in_tests():
+  """The hook of tests/conftest.py is on."""
+  with pytest.raises(jaxtyping.TypeCheckError):
+    krr.predictions(np.ones((3, 2)), np.ones((2, 1)))
+  with pytest.raises(jaxtyping.TypeCheckError):
+    krr.alpha_bar(np.ones((3, 2), int), np.ones((2, 1)))
+  assert krr.alpha_bar(np.ones((3, 2), np.float32), np.ones((2, 1))).dtype == np.float64
+
+
+def test_blas_has_one_thread_in_every_call_and_as_many_as_before_afterwards():
+  @krr.one_thread
+  def counts():
+    return {library['num_threads'] for library in threadpoolctl.threadpool_info()}
+
+  with threadpoolctl.threadpool_limits(2):
+    assert counts() == {1}
+    assert max(library['num_threads'] for library in threadpoolctl.threadpool_info()) == 2

@@ -55,6 +55,9 @@ CASES = {
   'global_only_hidden': Case(_dict(readout='global_average_pool', hidden=1), (4, 5, 2), 'random'),
 }
 
+# Of these the NNGP too, on random images.
+NNGP = ('fc2', 'convnet2_odd_flat', 'linear_pool', 'no_bias', 'pool_first_global_hidden')
+
 # For test_near_pairs.py.
 NEAR_NETWORKS = {
   'fc1': 'fc1',

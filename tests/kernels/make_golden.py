@@ -20,6 +20,13 @@ def main():
     golden[f'{name}/block'], golden[f'{name}/gradient'] = kernel.block_vjp(
       *kernel_cases.images(case)
     )
+    if name in kernel_cases.NNGP:
+      nngp = registry.make_kernel(
+        case.architecture, implementation='reference', dtype='float64', kind='nngp'
+      )
+      golden[f'{name}/nngp_block'], golden[f'{name}/nngp_gradient'] = nngp.block_vjp(
+        *kernel_cases.images(case._replace(images='random'))
+      )
     print(name, case.shape, flush=True)
   np.savez_compressed(PATH, **golden)
 

@@ -74,7 +74,7 @@ def test_the_same_values_in_a_gpus_tiles():
   rng = np.random.default_rng(0)
   x1, x2 = rng.normal(size=(5, *SHAPE)), rng.normal(size=(33, *SHAPE))
   cotangent = rng.normal(size=(5, 33))
-  network = architectures.get('convnet2')
+  network = architectures.get('convnet1')
 
   def kernel(budget):
     return checked.wrap(lambda dtype: JaxKernel(network, dtype, 1, budget=budget), 'float64')

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import small_runs
 
-from artifacts import checkpoints, distilled_set, run_directory
+from artifacts import RunDirectoryError, checkpoints, distilled_set, files
 from configs import schema
 from data import store
 from distillation import evaluation, pieces, plan
@@ -19,10 +19,14 @@ from nodes import coordinator as coordinator_node
 from nodes import keeper, kernel_worker, messages, task_board
 from nodes.client import CoordinatorLost
 from nodes.errors import Stopped
-from programs import local, start
+from programs import local, outcome
 
 FC1 = {'run.architecture': 'fc1', 'run.num_steps': 2}
-QUICK = coordinator_node.Timing(poll=0.05, long_poll=0.0, linger=10.0, stall=0.1)
+
+
+QUICK = coordinator_node.Timing(
+  poll=0.05, long_poll=0.0, stall=0.1, handover=0.2, disk=files.Patience(1.0, 0.01)
+)
 
 
 def _coordinator(run, timing=coordinator_node.TIMING, stop=None):
@@ -79,7 +83,7 @@ def test_without_workers_the_run_stops_with_a_checkpoint(make_run, tmp_path, cap
   status = run.directory.read_status()
   assert status['state'] == 'stopped' and 'no worker has been heard of' in status['message']
   assert os.listdir(run.directory.checkpoints) == ['00000000']
-  assert start.outcome(run.directory) == 75
+  assert outcome.conclude(run.directory) == 75
   assert re.fullmatch(
     r'Stopped at step 0 of 2: no worker has been heard of for \d s \(system.worker_timeout\). '
     r"To go on from there:\n  python launch.py '--workdir=my run'\n",
@@ -87,14 +91,13 @@ def test_without_workers_the_run_stops_with_a_checkpoint(make_run, tmp_path, cap
   )
 
 
-def test_a_second_coordinator_touches_nothing(make_run, tmp_path, monkeypatch):
-  monkeypatch.setattr(run_directory, '_HANDOVER', 0.2)
+def test_a_second_coordinator_touches_nothing(make_run, tmp_path):
   run = make_run(tmp_path, FC1)
   first = _coordinator(run)
   run.directory.write_status('running', step=1, generation=1)
   before = run.directory.read_status()
-  with pytest.raises(run_directory.RunDirectoryError, match='has another coordinator'):
-    _coordinator(run)
+  with pytest.raises(RunDirectoryError, match='has another coordinator'):
+    _coordinator(run, QUICK)
   assert run.directory.read_status() == before
   assert json.loads(first.describe())['generation'] == 1
 
@@ -113,7 +116,7 @@ def test_a_coordinator_that_cannot_start_says_so(
   run = make_run(tmp_path, FC1)
   run.directory.begin()
   local.distil(run, threading.Event())
-  assert start.outcome(run.directory) == 0
+  assert outcome.conclude(run.directory) == 0
   run.directory.close()
 
   def fail(*_):
@@ -126,7 +129,7 @@ def test_a_coordinator_that_cannot_start_says_so(
   status = run.directory.read_status()
   assert (status['state'], status['step'], status['generation']) == ('failed', 2, 2)
   assert message in status['message']
-  assert start.outcome(run.directory) == 1
+  assert outcome.conclude(run.directory) == 1
   assert f'The run failed: {status["message"]}' in capsys.readouterr().err
 
 
@@ -208,8 +211,6 @@ def test_a_resumed_run_wants_the_hardware_it_began_on(make_run, tmp_path):
 
 
 def test_a_full_disk_is_waited_for_and_then_named(make_run, tmp_path, monkeypatch, caplog):
-  monkeypatch.setattr(run_directory, 'DISK_PAUSE', 0.01)
-  monkeypatch.setattr(run_directory, 'DISK_PATIENCE', 1.0)
   save = checkpoints.Checkpoints.save
   full = [OSError(28, 'No space left on device')] * 2
 
@@ -221,8 +222,9 @@ def test_a_full_disk_is_waited_for_and_then_named(make_run, tmp_path, monkeypatc
     save(self, state, meta)
 
   monkeypatch.setattr(checkpoints.Checkpoints, 'save', fail)
-  run = make_run(tmp_path, FC1)
-  local.distil(run, threading.Event())
+  run = make_run(tmp_path, {**FC1, 'system.checkpoint_seconds': 0.001})
+  with small_runs.working(run, timing=QUICK) as coordinator:
+    coordinator.run()
   words = 'the checkpoint of step 0 cannot be written (No space left on device); trying again for'
   assert caplog.text.count(words) == 2
   assert os.listdir(run.directory.checkpoints) == ['00000000']
@@ -292,7 +294,7 @@ def test_a_damaged_last_snapshot_is_reported(make_run, tmp_path, monkeypatch):
   local.distil(run, threading.Event())
   status = run.directory.read_status()
   assert status['state'] == 'failed'
-  assert 'its evaluation failed: the snapshot of step 2 is damaged' in status['message']
+  assert 'its evaluation failed: the snapshot of step 2 cannot be read' in status['message']
 
 
 def test_an_evaluator_that_is_gone_is_not_waited_for_long(make_run, tmp_path, caplog):
@@ -434,7 +436,7 @@ def test_where_to_stop_may_be_chosen_anew(make_run, tmp_path, num_steps, refused
   if fixed:
     refused = f'holds another run: run.num_steps (7 there, {num_steps} here)'
   if refused:
-    with pytest.raises(run_directory.RunDirectoryError, match=re.escape(refused)):
+    with pytest.raises(RunDirectoryError, match=re.escape(refused)):
       make_run(tmp_path, {**changes, 'run.num_steps': num_steps})
   else:
     make_run(tmp_path, {**changes, 'run.num_steps': num_steps})
@@ -497,7 +499,7 @@ def test_what_a_finished_run_says(make_run, tmp_path, capsys, num_steps, words):
   run = make_run(tmp_path, {**FC1, 'run.num_steps': num_steps})
   run.directory.begin()
   local.distil(run, threading.Event())
-  assert start.outcome(run.directory) == 0
+  assert outcome.conclude(run.directory) == 0
   assert capsys.readouterr().out.startswith(words)
 
 

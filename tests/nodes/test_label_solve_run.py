@@ -11,7 +11,7 @@ import small_runs
 from artifacts import checkpoints, distilled_set
 from data import sampling
 from distillation import krr, plan
-from distillation.state import SupportState
+from distillation.state import LabelSolveState
 from kernels import registry
 from nodes import exchange
 from programs import local
@@ -164,7 +164,7 @@ def test_before_and_after_kip(make_run, tmp_path, method, solved, learn):
 def test_rounds_about_other_images_are_not_in_the_way(make_run, tmp_path):
   """More rounds of another Label Solve in the directory: the run's own are kept all the same."""
   run = make_run(tmp_path, {**FC1, 'run.targets_per_step': 12})
-  other = SupportState(7, np.ones((6, 8, 9, 2)), np.ones((6, 3)), {'factor': np.ones((9, 9))})
+  other = LabelSolveState(7, np.ones((9, 9)))
   for folder in (run.directory.label_solve, os.path.join(run.directory.label_solve, 'another')):
     os.makedirs(folder, exist_ok=True)
     checkpoints.Checkpoints(folder).save(other, {'wall_seconds': 5.0})

@@ -7,7 +7,7 @@ import pytest
 from configs import base, schema
 from data import preprocess, store
 from kernels import architectures, registry
-from programs import memory, start
+from programs import command_line, memory
 
 GIB, MIB = 2**30, 2**20
 V2 = '30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n'
@@ -65,8 +65,9 @@ def test_version_2_and_what_lies_above(system):
 
 def test_version_1_and_what_lies_above(system):
   job = 'slurm/uid_0/job_7'
+  mounts = V1.format(top='/') + UNIFIED
   root = system(
-    V1.format(top='/') + UNIFIED,
+    mounts,
     '9:name=systemd:/x\n4:cpu,cpuacct:/y\n3:memory:/slurm/uid_0/job_7/step_0\n0::/\n',
     first={
       f'{job}/step_0': (UNLIMITED, GIB, {}),
@@ -130,27 +131,21 @@ def test_what_a_kernel_keeps_of_an_image(name, shape, implementation):
   if implementation not in registry.available():
     pytest.skip('not built')
   kernel = registry.make_kernel(name, implementation=implementation)
-  kept = sum(q.nbytes for q in kernel.prepare(np.ones((1, *shape), np.float32)).variances)
-  estimate = memory.table_bytes(architectures.get(name), *shape[:2], 4)
+  prepared = kernel.prepare(np.ones((1, *shape), np.float32))
+  kept = sum(variance.nbytes for variance in prepared.variances)
+  height, width, _ = shape
+  estimate = memory.table_bytes(architectures.get(name), height, width, 4)
   assert kept == estimate if implementation == 'native' else kept <= estimate + 64
   if name == 'convnet' and implementation == 'native':
     assert estimate == 12048
 
 
 def _prepared(num_train, num_test=1000, shape=(32, 32, 3)):
-  images = lambda n: np.broadcast_to(np.float32(0), (n, *shape))
-  labels = lambda n: np.arange(n) % 10
-  return store.Prepared(
-    'key',
-    'content',
-    'name',
-    images(num_train),
-    labels(num_train),
-    images(num_test),
-    labels(num_test),
-    10,
-    preprocess.Transform(np.zeros(1), np.ones(1)),
-  )
+  sets = [
+    (np.broadcast_to(np.float32(0), (n, *shape)), np.arange(n) % 10) for n in (num_train, num_test)
+  ]
+  transform = preprocess.Transform(np.zeros(1), np.ones(1))
+  return store.Prepared('key', 'content', 'name', *sets[0], *sets[1], 10, transform)
 
 
 def _config(**changes):
@@ -176,56 +171,44 @@ def _config(**changes):
 def test_a_worker_keeps_the_variances_of_every_training_image_it_may_use_again(
   changes, process, each
 ):
-  few, many = (
-    getattr(memory.needs(_config(**changes), _prepared(n)), process) for n in (10000, 50000)
-  )
-  assert many - few == 40000 * each
+  few, many = (memory.needs(_config(**changes), _prepared(n)) for n in (10000, 50000))
+  assert getattr(many, process) - getattr(few, process) == 40000 * each
 
 
 def test_the_evaluator_keeps_those_of_the_test_set_and_trains_a_network():
   few, many = (memory.needs(_config(), _prepared(10000, n)).evaluator for n in (1000, 10000))
   assert many - few == 9000 * 12048
-  narrow, wide, none = (
-    memory.needs(
-      _config(system__evaluation__nn_width=width, system__evaluation__nn_steps=steps),
-      _prepared(10000),
-    ).evaluator
-    for width, steps in ((128, 10), (1024, 10), (1024, 0))
-  )
-  assert (
-    wide - narrow == 2 * 500 * 4 * (1024 - 128) * 32 * 32
-  )  # a batch of test images before and after a layer
-  assert narrow - none > 500 * MIB
+
+  def with_network(width, steps):
+    config = _config(system__evaluation__nn_width=width, system__evaluation__nn_steps=steps)
+    return memory.needs(config, _prepared(10000)).evaluator
+
+  # A batch of test images before and after a layer.
+  assert with_network(1024, 10) - with_network(128, 10) == 2 * 500 * 4 * (1024 - 128) * 32 * 32
+  assert with_network(128, 10) - with_network(1024, 0) > 500 * MIB
 
 
-def test_a_limit_of_its_control_group_refuses_a_run(system, monkeypatch):
+def test_a_limit_of_its_control_group_refuses_a_run(system):
   root = system(V2, '0::/job\n', second={'job': (300 * MIB, 200 * MIB, {})})
-  left = memory.left_by_control_groups
-  monkeypatch.setattr(memory, 'left_by_control_groups', lambda _: left(root))
   config = _config(system__num_workers=2)
-  with pytest.raises(start.BadInput, match='this run needs about .* 0.1 GiB are available'):
-    start.check_memory(config, _prepared(10000), start.Here.ALL)
+  with pytest.raises(command_line.BadInput, match='this run needs about .* 0.1 GiB are available'):
+    memory.check(config, _prepared(10000), memory.Here.ALL, memory.available(root))
 
 
 @pytest.mark.parametrize(
-  'here, available, refused',
+  'here, room, refused',
   [
-    (start.Here.ALL, 2 * GIB, True),
-    (start.Here.COORDINATOR, 2 * GIB, False),
-    (start.Here.COORDINATOR, 100 * MIB, True),
-    (start.Here.NOTHING, 0, False),
+    (memory.Here.ALL, 2 * GIB, True),
+    (memory.Here.COORDINATOR, 2 * GIB, False),
+    (memory.Here.COORDINATOR, 100 * MIB, True),
+    (memory.Here.NOTHING, 0, False),
   ],
 )
-def test_only_the_memory_of_processes_that_run_here_is_asked_for(
-  monkeypatch, here, available, refused
-):
-  monkeypatch.setattr(memory, 'available', lambda: available)
+def test_only_the_memory_of_processes_that_run_here_is_asked_for(here, room, refused):
   config = _config(system__num_workers=4)
   if refused:
-    with pytest.raises(
-      start.BadInput,
-      match='GiB for the coordinator, .* GiB for each worker, .* GiB for the evaluator',
-    ):
-      start.check_memory(config, _prepared(50000), here)
+    needs = 'GiB for the coordinator, .* GiB for each worker, .* GiB for the evaluator'
+    with pytest.raises(command_line.BadInput, match=needs):
+      memory.check(config, _prepared(50000), here, room)
   else:
-    assert 'GiB for each worker' in start.check_memory(config, _prepared(50000), here)
+    assert 'GiB for each worker' in memory.check(config, _prepared(50000), here, room)

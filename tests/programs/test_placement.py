@@ -1,5 +1,5 @@
-"""What each process of a launch is told about GPUs, on a machine that has none: nvidia-smi and the
-CUDA packages are stood in for."""
+"""The GPUs and environments of a launch's processes, with stand-ins for nvidia-smi and the CUDA
+packages."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 from artifacts import run_directory
 from configs import schema
-from programs import distill, placement, start
+from programs import distill, placement, start, supervisor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LISTING = 'GPU {0}: NVIDIA H100 80GB HBM3 (UUID: GPU-{0}aaa)\n'
@@ -28,20 +28,31 @@ SLICES = (
 )
 
 
+def _install(folder, listing, packages):
+  """Puts an nvidia-smi that prints `listing` (None: no driver) and empty packages into `folder`."""
+  if listing is not None:
+    program = folder / 'nvidia-smi'
+    program.write_text(f'#!/bin/sh\n[ "$1" = -L ] && printf "{listing}"\n')
+    program.chmod(0o755)
+  for name in packages:
+    (folder / name).mkdir()
+    (folder / name / '__init__.py').write_text('')
+
+
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
   """A function that gives this machine the GPUs of a listing of nvidia-smi (None: no driver), a
   CUDA_VISIBLE_DEVICES, and packages."""
 
   def make(listing, visible=None, packages=('jax_cuda12_plugin', 'cupy')):
-    if listing is not None:
-      program = tmp_path / 'nvidia-smi'
-      program.write_text(f'#!/bin/sh\n[ "$1" = -L ] && printf "{listing}"\n')
-      program.chmod(0o755)
+    _install(tmp_path, listing, packages)
     monkeypatch.setenv('PATH', f'{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin')
-    monkeypatch.setattr(
-      placement, '_has_any', lambda needed: any(name in packages for name in needed)
-    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ('jax_cuda12_plugin', 'jax_cuda13_plugin', 'cupy'):
+      if name in packages:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+      else:  # as if it were not installed
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
     if visible is not None:
       monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
@@ -189,15 +200,25 @@ def test_jax_keeps_off_the_gpu_where_it_has_no_cuda(machine):
 def test_a_process_of_its_own_is_placed_before_its_libraries_start(tmp_path):
   """programs/local.py: BLAS gets one thread, what is imported at once leaves JAX alone, and
   `start.ready` asks for the GPU first."""
-  code = (
-    "import os, sys\nfrom programs import local, placement, start\nplacement._gpus_of_the_machine = lambda: ('a', 'b')\n"
-    'placement._has_any = lambda packages: True\n'
-    "import threadpoolctl\nthreads = {library['num_threads'] for library in threadpoolctl.threadpool_info()}\n"
-    "def stop(config): print('jax' in sys.modules, threads, os.environ['CUDA_VISIBLE_DEVICES'], os.environ['JAX_PLATFORMS']); os._exit(0)\n"
-    'start.validation.validate = stop\nlocal.main(sys.argv)\n'
-  )
-  for implementation, expected in (('auto', 'False {1} a cuda,cpu'), ('native', 'False {1}  cpu')):
+  _install(tmp_path, LISTING.format(0) + LISTING.format(1), ['jax_cuda12_plugin', 'cupy'])
+  code = """
+import os, sys
+from programs import local
+import threadpoolctl
+from configs import validation
+threads = {library['num_threads'] for library in threadpoolctl.threadpool_info()}
+def validate(config):
+  print('jax' in sys.modules, threads)
+  print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['JAX_PLATFORMS'])
+  os._exit(0)
+validation.validate = validate
+local.main(sys.argv)
+"""
+  for implementation, placed in (('auto', 'GPU-0aaa cuda,cpu'), ('native', ' cpu')):
     environment = {name: value for name, value in os.environ.items() if name not in ON_CPU}
+    environment.update(
+      PATH=f'{tmp_path}{os.pathsep}{environment["PATH"]}', PYTHONPATH=str(tmp_path)
+    )
     done = subprocess.run(
       [
         sys.executable,
@@ -205,7 +226,7 @@ def test_a_process_of_its_own_is_placed_before_its_libraries_start(tmp_path):
         code,
         '--config=configs/digits.py',
         f'--config.run.implementation={implementation}',
-        f'--workdir={tmp_path}',
+        f'--workdir={tmp_path}/run',
       ],
       cwd=ROOT,
       env=environment,
@@ -214,7 +235,7 @@ def test_a_process_of_its_own_is_placed_before_its_libraries_start(tmp_path):
       timeout=120,
       check=False,
     )
-    assert done.stdout == expected + '\n', done.stderr
+    assert done.stdout == f'False {{1}}\n{placed}\n', done.stderr
 
 
 def test_the_launcher_may_still_look_for_gpus():
@@ -269,12 +290,7 @@ def test_every_process_of_the_program_has_its_environment(machine, npz, cache, t
 def test_environments_reach_the_processes_that_compute(tmp_path, npz, cache, flags, of):
   """launch.py restarts itself in a network of its own, its processes are started by Launchpad, and
   each of them starts a child."""
-  (tmp_path / 'nvidia-smi').write_text(
-    '#!/bin/sh\nprintf "' + LISTING.format(0) + LISTING.format(1) + '"\n'
-  )
-  (tmp_path / 'nvidia-smi').chmod(0o755)
-  (tmp_path / 'cupy').mkdir()
-  (tmp_path / 'cupy' / '__init__.py').write_text('')
+  _install(tmp_path, LISTING.format(0) + LISTING.format(1), ['cupy'])
   environment = {
     name: value for name, value in os.environ.items() if name != 'CUDA_VISIBLE_DEVICES'
   }
@@ -305,7 +321,7 @@ def test_environments_reach_the_processes_that_compute(tmp_path, npz, cache, fla
           its = child.environ()
         except psutil.Error:
           continue
-        if 'KIP_SUPERVISOR' in its:
+        if supervisor.PARENT in its:
           found[child.pid] = its
       time.sleep(0.1)
     assert sorted(its['CUDA_VISIBLE_DEVICES'] for its in found.values()) == sorted(of.values())

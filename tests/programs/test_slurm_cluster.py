@@ -28,7 +28,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
   ],
 )
 def test_the_coordinator_gets_the_other_flags(given, passed_on):
-  assert slurm_cluster._passed_on(['launch.py', *given]) == passed_on
+  assert slurm_cluster.passed_on(['launch.py', *given]) == passed_on
 
 
 def _submit(tmp_path, npz, cache, path):
@@ -89,4 +89,4 @@ def test_a_submitted_run_says_so_until_it_starts(tmp_path, npz, cache):
   directory.write_status(run_directory.FINISHED, step=1000, num_steps=1000, generation=1)
   (tmp_path / 'sbatch').write_text('#!/bin/sh\nexit 1\n')
   assert _submit(tmp_path, npz, cache, path).returncode == 2
-  assert directory.read_status()['state'] == 'finished'
+  assert (directory.read_status() or {})['state'] == 'finished'

@@ -1,4 +1,4 @@
-"""What --status says of runs that go on, are over, or were cut off; --help."""
+"""--status of runs that go on, are over, or were cut off; --help."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import time
 import pytest
 
 from artifacts import run_directory
-from configs import base
+from configs import schema
 from nodes import coordinator as coordinator_node
 from nodes import kernel_worker
 from programs import local, status
@@ -33,7 +33,7 @@ FIELDS = {
 
 def test_a_run_that_goes_on_and_one_that_was_cut_off(tmp_path):
   directory, other = (run_directory.RunDirectory(str(tmp_path)) for _ in range(2))
-  directory.open({'run': {}, 'system': {}}, 'key')
+  directory.open(schema.Config(), 'key')
   directory.write_status(run_directory.RUNNING, **FIELDS)
   os.makedirs(os.path.join(directory.checkpoints, '00000002'))
   found = status.read(other)
@@ -48,7 +48,7 @@ def test_a_run_that_goes_on_and_one_that_was_cut_off(tmp_path):
     'b': {'tasks': 0, 'pairs': 0, 'seconds': 0.0, 'pairs_per_second': 0.0, 'alive': True},
   }
   assert 'loss 0.25000, 50 pairs/s, 0:00:07 to go' in status.in_words(found)
-  directory._lock.close()
+  directory.close()
   found = status.read(other)
   assert (
     found['state'] == 'failed'
@@ -96,8 +96,8 @@ def test_a_stopped_run_names_the_command_that_goes_on(make_run, tmp_path):
   assert status.read(run.directory)['command'] == "python launch.py '--workdir=a b'"
 
 
-def test_the_last_evaluation_is_told_and_is_no_computing(make_run, tmp_path):
-  """An evaluator that takes its time: the run evaluates, is fresh, and its wall time stands
+def test_the_last_evaluation_shows_and_does_not_count_as_computing(make_run, tmp_path):
+  """While the evaluator takes its time, the status is kept up to date and the wall time stands
   still."""
   run = make_run(tmp_path, {'run.architecture': 'fc1', 'run.num_steps': 2})
   stop = threading.Event()
@@ -106,21 +106,16 @@ def test_the_last_evaluation_is_told_and_is_no_computing(make_run, tmp_path):
   running = [threading.Thread(target=node.run) for node in (coordinator, worker)]
   for thread in running:
     thread.start()
-  found = [None, None]
+  row = {'krr_test_accuracy': 0.5, 'krr_test_mse': 0.1, 'train_loss': 0.1, 'wall_seconds': 1.0}
+
+  def after_evaluating(step):
+    run.directory.append_metrics({'step': step, **row})
+    _wait(lambda: status.read(run.directory).get('evaluated') == step + 1)
+    return status.read(run.directory)
+
   try:
     _wait(lambda: coordinator.next_snapshot([0, 1]))
-    for i, rows in enumerate((1, 2)):
-      run.directory.append_metrics(
-        {
-          'step': i,
-          'krr_test_accuracy': 0.5,
-          'krr_test_mse': 0.1,
-          'train_loss': 0.1,
-          'wall_seconds': 1.0,
-        }
-      )
-      _wait(lambda: status.read(run.directory).get('evaluated') == rows)
-      found[i] = status.read(run.directory)
+    found = [after_evaluating(step) for step in (0, 1)]
   finally:
     stop.set()
     for thread in running:
@@ -156,7 +151,7 @@ def test_looking_keeps_no_launch_from_starting(tmp_path):
   try:
     for _ in range(50):
       launch = run_directory.RunDirectory(str(tmp_path))
-      launch.open(base.get_config().to_dict(), 'key')
+      launch.open(schema.Config(), 'key')
       launch.close()
   finally:
     stop.set()
@@ -198,7 +193,7 @@ def test_from_the_command_line(flags, code, expected):
 
 def test_one_line_of_json(tmp_path):
   directory = run_directory.RunDirectory(str(tmp_path))
-  directory.open({'run': {}, 'system': {}}, 'key')
+  directory.open(schema.Config(), 'key')
   directory.write_status(run_directory.STOPPED, **FIELDS)
   done = subprocess.run(
     [sys.executable, 'launch.py', '--status', f'--workdir={tmp_path}', '--json'],

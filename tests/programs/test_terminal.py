@@ -1,4 +1,4 @@
-"""What a launch shows on a terminal and elsewhere."""
+"""The output of a launch on a terminal and elsewhere."""
 
 import os
 import pty
@@ -13,14 +13,16 @@ import os, sys, time
 from artifacts import run_directory
 from programs import terminal
 directory = run_directory.RunDirectory(sys.argv[1])
-with terminal.shown(directory):
+with terminal.show_output(directory):
   time.sleep(0.8)
-  directory.write_status('running', step=30, num_steps=120, train_loss=0.25, seconds_to_go=61.2, kernel_pairs_per_second=5000.0,
-                         workers={'a': {'alive': True}, 'b': {'alive': True}, 'c': {'alive': False}})
+  workers = {'a': {'alive': True}, 'b': {'alive': True}, 'c': {'alive': False}}
+  directory.write_status('running', step=30, num_steps=120, train_loss=0.25, seconds_to_go=61.2,
+                         kernel_pairs_per_second=5000.0, workers=workers)
   directory.append_metrics({'step': 10, 'krr_test_accuracy': 0.5})
   print("from here")
   sys.stdout.flush()
-  os.system("echo '\\033[1;36mfrom a child\\033[0;0m'; echo '[coordinator/0] 10:00:00 step 30/120: loss 0.2'")
+  os.system("echo '\\033[1;36mfrom a child\\033[0;0m'")
+  os.system("echo '[coordinator/0] 10:00:00 step 30/120: loss 0.2'")
   waiting = 'Waiting for workers to stop for 9s.'
   os.system(f"printf '[a/0] {waiting}\\r\\033[34m{waiting}\\033[0m\\n[b/0] {waiting}\\rend\\n\\n'")
   time.sleep(1.2)
@@ -88,6 +90,7 @@ def test_nobody_waits_for_a_reader_that_is_gone(tmp_path):
   process = subprocess.Popen(
     [sys.executable, '-c', program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
   )
+  assert process.stdout
   assert process.stdout.readline() == b'from here\n'
   process.stdout.close()
   assert process.wait(60) == 0
@@ -104,8 +107,13 @@ def test_plain_lines_elsewhere(tmp_path, stderr):
     timeout=60,
     check=True,
   )
-  assert (
-    done.stdout
-    == 'from here\nfrom a child\n[coordinator/0] 10:00:00 step 30/120: loss 0.2\n[b/0] end\n\nafter\n'
-  )
+  assert done.stdout.splitlines() == [
+    'from here',
+    'from a child',
+    '[coordinator/0] 10:00:00 step 30/120: loss 0.2',
+    '[b/0] end',
+    '',
+    'after',
+  ]
+  assert done.stdout.endswith('after\n')
   assert not done.stderr

@@ -48,11 +48,16 @@ def _output(*command):
   return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _wait(condition, seconds, told=lambda: ''):
+def _wait(condition, seconds, explain=lambda: ''):
   end = time.monotonic() + seconds
   while not condition():
-    assert time.monotonic() < end, _output('squeue') + told()
+    assert time.monotonic() < end, _output('squeue') + explain()
     time.sleep(0.2)
+
+
+def _status(workdir):
+  found = run_directory.RunDirectory(str(workdir)).read_status()
+  return found or {'step': -1, 'generation': 0, 'state': None}
 
 
 def _logs(workdir):
@@ -116,11 +121,14 @@ def test_jobs_survive_all_and_end_in_the_same_bits(
     check=False,
   )
   assert done.returncode == 0, done.stdout + done.stderr
-  coordinator, array = re.search(r'coordinator (\d+), .* workers (\d+)\.', done.stdout).groups()
-  status = lambda: (
-    run_directory.RunDirectory(str(workdir)).read_status()
-    or {'step': -1, 'generation': 0, 'state': None}
+  submitted = re.search(
+    r'coordinator (\d+), .* workers (\d+)\.\n(?:.*\n)* +add workers: (.*)', done.stdout
   )
+  assert submitted, done.stdout
+  coordinator, array, add_workers = submitted.groups()
+
+  def status():
+    return _status(workdir)
 
   def goes_on(generation=1):
     step = status()['step'] if status()['generation'] == generation else -1
@@ -133,10 +141,7 @@ def test_jobs_survive_all_and_end_in_the_same_bits(
   goes_on()
   subprocess.run(['scancel', f'{array}_1'], check=True)
   added = subprocess.run(
-    shlex.split(re.search('add workers: (.*)', done.stdout)[1]),
-    capture_output=True,
-    text=True,
-    check=True,
+    shlex.split(add_workers), capture_output=True, text=True, check=True
   ).stdout
   assert added.strip().isdigit()
   goes_on()
@@ -185,20 +190,18 @@ def test_steps_of_an_allocation_end_in_the_same_bits(tmp_path, cluster, cache):
     '--config.system.log_seconds=0.1',
     '--slurm_worker_options=--cpus-per-task=1',
   ]
-  directory = run_directory.RunDirectory(str(workdir))
   with subprocess.Popen(
     command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
   ) as first:
-    _wait(
-      lambda: (directory.read_status() or {'step': 0})['step'] >= 3, 200, lambda: _logs(workdir)
-    )
+    _wait(lambda: _status(workdir)['step'] >= 3, 200, lambda: _logs(workdir))
     _descendant(first.pid, 'allocation.sh').terminate()
-    assert first.wait(60) == 75, first.stdout.read() + _logs(workdir)
-  stopped = directory.read_status()
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 75, output + _logs(workdir)
+  stopped = _status(workdir)
   assert stopped['state'] == 'stopped' and 3 <= stopped['step'] < num_steps
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
   assert done.returncode == 0, done.stdout + done.stderr + _logs(workdir)
-  assert directory.read_status()['state'] == 'finished'
+  assert _status(workdir)['state'] == 'finished'
   assert 'Runs in allocation' in done.stdout and f'Finished {num_steps} steps' in done.stdout
   assert not _output('squeue', '--noheader', '--states=running,pending')
   _assert_as_local(tmp_path, workdir, cache, [0, 1, num_steps])
@@ -212,7 +215,7 @@ def _descendant(pid, name):
   )
 
 
-def test_bad_input_in_an_allocation_is_told_before_anything_starts(tmp_path, cluster):
+def test_bad_input_in_an_allocation_is_refused_before_anything_starts(tmp_path, cluster):
   done = subprocess.run(
     [
       'salloc',
@@ -238,7 +241,7 @@ def test_bad_input_in_an_allocation_is_told_before_anything_starts(tmp_path, clu
 def test_each_worker_has_the_gpu_that_slurm_gave_it(tmp_path, cluster, cache):
   """Two workers on one node, jobs and steps alike: launch.py starts with the CUDA_VISIBLE_DEVICES
   of its own worker."""
-  script = tmp_path / 'python'  # in place of Python: tells what launch.py would see
+  script = tmp_path / 'python'  # in place of Python: records what launch.py would see
   script.write_text(
     f'#!/bin/sh\necho "$*" | grep -o "role=[a-z]*" | tr "\\n" " " >> {tmp_path}/seen.$$\n'
     f'echo "$SLURMD_NODENAME ${{CUDA_VISIBLE_DEVICES-none}}" >> {tmp_path}/seen.$$\nsleep 5\n'

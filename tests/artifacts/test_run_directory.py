@@ -1,0 +1,49 @@
+"""Locks of a run directory, and its small files."""
+
+import os
+
+import pytest
+
+from artifacts import run_directory
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path):
+  directory = run_directory.RunDirectory(str(tmp_path))
+  os.makedirs(directory.snapshots)
+  for folder in (directory.path, directory.snapshots):
+    open(os.path.join(folder, '.writing-x'), 'w', encoding='utf-8').close()
+  with directory.claim():
+    assert os.listdir(directory.snapshots) == []
+
+
+def test_two_coordinators_do_not_write_at_once(tmp_path):
+  os.makedirs(tmp_path / 'snapshots')
+  first, second = (run_directory.RunDirectory(str(tmp_path)) for _ in range(2))
+  with (
+    first.claim(),
+    pytest.raises(
+      run_directory.RunDirectoryError, match='has another coordinator that is still going'
+    ),
+  ):
+    second.claim(handover=0.3)
+  second.claim().close()
+
+
+@pytest.mark.parametrize(
+  'content, rows',
+  [
+    ('[{"kind": "real", "krr_test_mse": 0.5}]', [{'kind': 'real', 'krr_test_mse': 0.5}]),
+    ('[]', []),
+    ('{"kind": ', None),
+    ('{"kind": "real"}', None),
+    ('[{"krr_test_mse": 0.5}]', None),
+    ('[3]', None),
+    ('null', None),
+    ('', None),
+  ],
+)
+def test_baselines_are_whole_or_none(tmp_path, content, rows):
+  directory = run_directory.RunDirectory(str(tmp_path))
+  assert directory.read_baselines() is None
+  (tmp_path / 'baselines.json').write_text(content)
+  assert directory.read_baselines() == rows
