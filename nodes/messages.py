@@ -33,10 +33,12 @@ def task_from(fields: Sequence[Any]) -> plan.Task:
   )
 
 
-def encode(piece: Mapping[str, np.ndarray]) -> tuple[list[bytes], bytes]:
+def encode(
+  piece: Mapping[str, np.ndarray], part_bytes: int = PART_BYTES
+) -> tuple[list[bytes], bytes]:
   """Packs a piece into parts to send; returns these and their checksum."""
   data = pack(piece)
-  parts = [data[i : i + PART_BYTES] for i in range(0, len(data), PART_BYTES)]
+  parts = [data[i : i + part_bytes] for i in range(0, len(data), part_bytes)]
   return parts, xxhash.xxh3_64_digest(data)
 
 

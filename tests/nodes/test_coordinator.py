@@ -16,7 +16,7 @@ from data import store
 from distillation import evaluation, pieces, plan
 from distillation import state as states
 from nodes import coordinator as coordinator_node
-from nodes import keeper, kernel_worker, messages, task_board
+from nodes import keeper, kernel_worker, messages
 from nodes.client import CoordinatorLost
 from nodes.errors import Stopped
 from programs import local, outcome
@@ -133,13 +133,15 @@ def test_a_coordinator_that_cannot_start_says_so(
   assert f'The run failed: {status["message"]}' in capsys.readouterr().err
 
 
-def test_a_run_stops_however_fast_its_phases_are(make_run, tmp_path, monkeypatch):
-  monkeypatch.setattr(task_board.TaskBoard, 'take', lambda self, task, wait: {})
-  stop = threading.Event()
+def test_a_run_stops_however_fast_its_phases_are(make_run, tmp_path):
+  """Also where no piece is ever waited for."""
+  [task], stop = _targets(1), threading.Event()
   coordinator = _coordinator(make_run(tmp_path, FC1), stop=stop)
+  coordinator.exchange.post([task])
+  coordinator.board.complete(task, 0, 'w', {})
   stop.set()
   with pytest.raises(Stopped):
-    coordinator.exchange.take(_targets(1)[0])
+    coordinator.exchange.take(task)
 
 
 def test_a_worker_that_would_compute_other_bits_is_refused(make_run, tmp_path):
@@ -178,12 +180,11 @@ def test_answers_from_another_life_or_step_are_dropped(make_run, tmp_path):
   assert _taken(coordinator, task)['x'].tolist() == [1, 1, 1]
 
 
-def test_parts_may_arrive_twice_and_in_any_order(make_run, tmp_path, monkeypatch):
-  monkeypatch.setattr(messages, 'PART_BYTES', 100)
+def test_parts_may_arrive_twice_and_in_any_order(make_run, tmp_path):
   [task] = tasks = _targets(1)
   coordinator = _begun(make_run(tmp_path, FC1), tasks)
   [(_, lease, _)] = _answer(coordinator)['tasks']
-  parts, digest = messages.encode({'x': np.arange(30)})
+  parts, digest = messages.encode({'x': np.arange(30)}, part_bytes=100)
   assert len(parts) > 2
   order = [1, 1, *range(2, len(parts)), 1, 0, 0, len(parts) - 1]
   for i in order:
