@@ -1,9 +1,10 @@
-"""The kernels on the GPU that is there: `python -m benchmarks.gpu`, with Launchpad and Neural
-Tangents or without.
+"""Times kernels and whole steps on this machine's GPU.
 
-First a pair's time, as benchmarks/kernels.py tells it: Neural Tangents (where it is), the JAX
-kernel and the CUDA kernel, each as far as this environment can run it on the GPU. Then whole steps
-on shapes of CIFAR-10: the real coordinator and one worker in this process.
+    python -m benchmarks.gpu
+
+First the time of a pair, as in benchmarks/kernels.py, by Neural Tangents, the JAX kernel and the
+CUDA kernel, those of them that this environment can run on the GPU. Then whole steps on shapes of
+CIFAR-10, by the real coordinator and one worker in this process. Needs no Launchpad.
 
 Exit status: 0 done, 1 there is no GPU to compute on.
 """
@@ -25,8 +26,8 @@ if __name__ == '__main__':
 import jax
 from absl import logging
 
-from artifacts import run_directory
-from benchmarks import kernels, steps
+from benchmarks import kernels as kernels_benchmark
+from benchmarks import steps
 from distillation import step
 from kernels import registry
 from nodes import coordinator, kernel_worker
@@ -34,14 +35,14 @@ from nodes.client import Retrying
 
 CASES = ('1x250x1', '1x1250x1', '50x250x5')  # images a class x target tile x target tiles a task
 TARGETS, NUM_IMAGES = 5000, 10_000
-STEPS, WARM_UP = 8, 4  # by then nearly all images have been drawn and prepared once
+STEPS, WARM_UP = 8, 4  # after so many, nearly all images have been drawn and prepared once
 LONGEST = 240.0  # seconds of a case
 PEAK_SIZE = 8192
 
 
 @dataclasses.dataclass
 class Step:
-  """Whole steps of one case."""
+  """Whole steps of one case: kernel entries and median seconds of a step."""
 
   implementation: str
   support: int
@@ -54,19 +55,17 @@ class Step:
 
 
 def implementations() -> list[str]:
-  """Those that compute on the GPU here."""
-  on_gpu = {'jax': jax.default_backend() != 'cpu'}
-  return [
-    name for name in registry.available() if name in ('cuda', 'jax') and on_gpu.get(name, True)
-  ]
+  """Names the implementations that compute on the GPU here."""
+  on_gpu = ('cuda',) if jax.default_backend() == 'cpu' else ('cuda', 'jax')
+  return [name for name in registry.available() if name in on_gpu]
 
 
 def peak_flops() -> tuple[float, str]:
-  """Float32 operations a second of a large matrix product on the GPU, and a word on it."""
+  """Float32 operations a second of a large matrix product on the GPU, and which library's it is."""
   if jax.default_backend() != 'cpu':
-    return kernels.peak_flops(PEAK_SIZE), 'by XLA'
-  import cupy
-  from cupyx import profiler
+    return kernels_benchmark.peak_flops(PEAK_SIZE), 'by XLA'
+  import cupy  # pyright: ignore[reportMissingImports]
+  from cupyx import profiler  # pyright: ignore[reportMissingImports]
 
   a = cupy.ones((PEAK_SIZE, PEAK_SIZE), cupy.float32)
   seconds = profiler.benchmark(cupy.matmul, (a, a), n_repeat=10).gpu_times.min()
@@ -86,7 +85,7 @@ def measure_step(
   num_steps: int = STEPS,
   warm_up: int = WARM_UP,
 ) -> Step:
-  """Seconds of a step, the median of those after the first `warm_up`."""
+  """Runs a case; its seconds are the median of the steps after the first `warm_up`."""
   directory = steps.make_run(
     folder,
     num_images,
@@ -107,34 +106,23 @@ def measure_step(
   with clock.lapped(step, 'loss_and_gradient', lambda state, *_: state.step):
     node.run()
   thread.join()
-  status = directory.read_status()
-  if status['state'] != run_directory.FINISHED:
-    raise RuntimeError(status.get('message', status['state']))
+  steps.check_finished(directory)
   pairs, seconds = steps.pairs(directory), clock.medians(warm_up)['step']
-  return Step(
-    implementation,
-    images_per_class * steps.CLASSES,
-    targets,
-    tile,
-    tiles,
-    pairs,
-    seconds,
-    1e6 * seconds / pairs,
-  )
+  support, a_pair = images_per_class * steps.CLASSES, 1e6 * seconds / pairs
+  return Step(implementation, support, targets, tile, tiles, pairs, seconds, a_pair)
 
 
 def step_heading() -> str:
-  """Of `step_line`s."""
-  return (
-    f'{"":18}{"S":>5}{"T":>6}{"tile":>6}{"tiles":>6}{"pairs":>9}{"s a step":>10}{"µs a pair":>11}'
-  )
+  """The line above `step_line`s."""
+  sizes = f'{"S":>5}{"T":>6}{"tile":>6}{"tiles":>6}{"pairs":>9}'
+  return f'{"":18}{sizes}{"s a step":>10}{"µs a pair":>11}'
 
 
 def step_line(row: Step) -> str:
-  """A row in print."""
+  """Formats a row."""
   return (
-    f'{row.implementation:18}{row.support:5}{row.targets:6}{row.target_tile:6}{row.target_tiles_per_task:6}{row.pairs:9}'
-    f'{row.seconds:10.3f}{row.microseconds_a_pair:11.2f}'
+    f'{row.implementation:18}{row.support:5}{row.targets:6}{row.target_tile:6}'
+    f'{row.target_tiles_per_task:6}{row.pairs:9}{row.seconds:10.3f}{row.microseconds_a_pair:11.2f}'
   )
 
 
@@ -162,7 +150,7 @@ def main(found: placement.Gpus) -> int:
     print(f'error: nothing to measure. {found.remark}', file=sys.stderr)
     return 1
   peak, how = peak_flops()
-  with_peer = kernels.HAS_NEURAL_TANGENTS and jax.default_backend() != 'cpu'
+  with_peer = kernels_benchmark.HAS_NEURAL_TANGENTS and jax.default_backend() != 'cpu'
   table = {
     'gpus': found.names,
     'jax': jax.__version__,
@@ -178,22 +166,20 @@ def main(found: placement.Gpus) -> int:
       json.dump(table, file, indent=1)
 
   device = jax.devices()[0].device_kind
+  print(found.remark)
   print(
-    f'{found.remark}\nJAX {jax.__version__} on {device}; a float32 matrix product {how}: {peak / 1e12:.1f} TFLOP/s.'
+    f'JAX {jax.__version__} on {device}; a float32 matrix product {how}: {peak / 1e12:.1f} TFLOP/s.'
   )
-  if not kernels.HAS_NEURAL_TANGENTS:
-    print(
-      'Neural Tangents is not installed: no ratios, and errors are against the JAX kernel in float64.'
-    )
+  if not kernels_benchmark.HAS_NEURAL_TANGENTS:
+    print('Neural Tangents is not installed: no ratios; errors are against the JAX kernel.')
   elif not with_peer:
     print('JAX has no GPU, so Neural Tangents is not timed: no ratios.')
-  print(kernels.heading('µs'))
+  print(kernels_benchmark.heading('µs'))
+  image = kernels_benchmark.parse_image(args.image)
   for architecture in args.architectures.split(','):
-    for row in kernels.measure(
-      architecture, tuple(map(int, args.image.split('x'))), names, 1, args.runs, peak, with_peer
-    ):
+    for row in kernels_benchmark.measure(architecture, image, names, 1, args.runs, peak, with_peer):
       table['kernels'].append(dataclasses.asdict(row))
-      print(kernels.line(row, 1e3), flush=True)
+      print(kernels_benchmark.line(row, 1e3), flush=True)
     write()
   print(step_heading())
   convnet = {

@@ -1,17 +1,18 @@
-"""A step of distillation, and how much of it is the kernel: `python -m benchmarks.kernel_share
---data=FOLDER`.
+"""Measures how much of a step is the kernel.
+
+    python -m benchmarks.kernel_share --data=FOLDER
 
 ConvNet, CIFAR-10 (standardised; the folder holds its parquet files), 10 support images, 5000
 targets a step: a coordinator and its workers as processes that talk over Courier, nothing
-evaluated. Each worker notes the seconds that it spends in its kernel and in its residuals; the rest
-is what it waits, sends and fetches. The first steps, which start up, are left out; a checkpoint is
-not.
+evaluated. Each worker notes the seconds that it spends in its kernel and in its residuals; in the
+rest it waits, sends and fetches. The first steps, which start up, do not count; checkpoints do.
 """
 
 import argparse
 import glob
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import tempfile
@@ -22,48 +23,46 @@ sys.path[:0] = [_ROOT]  # workers run this file itself
 
 from artifacts import run_directory
 
-_NOTES = 'KIP_KERNEL_NOTES'  # environment: folder where workers note what they do
-_FIRST = 2  # the step from whose end on is measured
+_NOTES = 'KIP_KERNEL_NOTES'  # environment variable: folder for the workers' notes
+_FIRST = 2  # steps that do not count
 
 
-class _Timed:
-  """A kernel that notes the end of every call, the seconds it took, and those of them that the
-  cotangent took. Not of `prepare`: that goes on beside the call before."""
+def _timed_kernel(kernel, path: str):
+  """Wraps a kernel so that calls are noted: when they end, their seconds, the cotangent's of these.
 
-  def __init__(self, kernel, path: str):
-    self._kernel, self._file = kernel, open(path, 'a', encoding='utf-8', buffering=1)
+  Calls of `prepare` are not: they overlap with others.
+  """
+  from kernels import contract
 
-  def __getattr__(self, name):
-    value = getattr(self._kernel, name)
-    return (
-      value
-      if name not in ('block', 'block_vjp')
-      else lambda *arguments: self._call(value, *arguments)
-    )
+  class Timed(contract.Wrapper):
+    def block(self, x1, x2):
+      return note(self.inner.block, x1, x2, None)
 
-  def _call(self, method, *arguments):
+    def block_vjp(self, x1, x2, cotangent):
+      return note(self.inner.block_vjp, x1, x2, cotangent)
+
+  def note(method, x1, x2, cotangent):
     elsewhere = 0.0
 
-    def timed(cotangent):
-      def call(block):
-        nonlocal elsewhere
-        start = time.perf_counter()
-        value = cotangent(block)
-        elsewhere += time.perf_counter() - start
-        return value
+    def timed(block):
+      nonlocal elsewhere
+      start = time.perf_counter()
+      value = cotangent(block)
+      elsewhere += time.perf_counter() - start
+      return value
 
-      return call
-
+    arguments = () if cotangent is None else (timed if callable(cotangent) else cotangent,)
     start = time.perf_counter()
-    result = method(
-      *(timed(argument) if callable(argument) else argument for argument in arguments)
-    )
-    self._file.write(f'{time.time()} {time.perf_counter() - start} {elsewhere}\n')
+    result = method(x1, x2, *arguments)
+    with open(path, 'a', encoding='utf-8') as file:
+      file.write(f'{time.time()} {time.perf_counter() - start} {elsewhere}\n')
     return result
+
+  return Timed(kernel)
 
 
 def _work() -> int:
-  """A worker's process: as launch.py's, but for the notes."""
+  """Runs a worker's process as launch.py does, but for the notes."""
   from programs import placement, supervisor
 
   if not supervisor.is_child():
@@ -71,17 +70,14 @@ def _work() -> int:
   from kernels import registry
   from programs import hosts, start
 
-  make = registry.for_run
-  registry.for_run = lambda *arguments: _Timed(
-    make(*arguments), os.path.join(os.environ[_NOTES], f'notes.{os.getpid()}')
-  )
+  make, path = registry.for_run, os.path.join(os.environ[_NOTES], f'notes.{os.getpid()}')
+  registry.for_run = lambda run, threads: _timed_kernel(make(run, threads), path)
   start.parse(sys.argv)
   return hosts.run_role('worker')
 
 
 def measure(data: str, workers: int, steps: int, folder: str) -> dict[str, float]:
-  """Runs `steps` steps beyond the first ones in `folder`; seconds a step, and shares of the
-  workers' time."""
+  """Runs `steps` steps after the first ones; returns seconds a step and shares of the time."""
   last = _FIRST + steps
   workdir = f'--workdir={folder}/run'
   settings = {
@@ -134,7 +130,7 @@ def measure(data: str, workers: int, steps: int, folder: str) -> dict[str, float
   notes = [
     tuple(map(float, line.split()))
     for path in glob.glob(f'{folder}/notes.*')
-    for line in open(path, encoding='utf-8')
+    for line in pathlib.Path(path).read_text(encoding='utf-8').splitlines()
   ]
   kernel, residual = (sum(note[i] for note in notes if begin < note[0] <= end) for i in (1, 2))
   seconds = end - begin
@@ -160,8 +156,8 @@ def main():
     result = measure(os.path.abspath(args.data), args.workers, args.steps, folder)
   result.update(workers=args.workers, steps=args.steps, load=os.getloadavg()[0])
   print(
-    f"{result['seconds_a_step']:.3f} s a step; of the workers' time {result['kernel_share']:.1%} kernel, "
-    f'{result["residual_share"]:.1%} residuals'
+    f"{result['seconds_a_step']:.3f} s a step; of the workers' time "
+    f'{result["kernel_share"]:.1%} kernel, {result["residual_share"]:.1%} residuals'
   )
   with open(args.json, 'w', encoding='utf-8') as file:
     json.dump(result, file, indent=1)

@@ -1,17 +1,17 @@
-"""How a run scales with its workers: `python -m benchmarks.scale`.
+"""Measures how a run scales with its workers.
 
-The real coordinator serves over real Courier, on all cores; simulated workers, coroutines in a
-process for each core but the first, ask for tasks, fetch what a real one fetches, sleep for as long
-as the kernel would take, and send pieces of the real size. The sleep is a task's pairs times
---microseconds, times a factor from the spread of the native kernel's own times, measured first.
-Efficiency is the kernel's time of a step in one worker and one pass, over workers times the step's
-time by the coordinator's clock.
+    python -m benchmarks.scale
 
-A row says when the simulated workers' cores were busy: then it shows what this machine can
-simulate, not what the coordinator can do.
+The real coordinator serves over Courier, on all cores, to simulated workers: coroutines in a
+process for each core but the first. They lease tasks, fetch what a real worker fetches, sleep for
+as long as its kernel would take, and send pieces of the real size. The sleep is a task's pairs
+times --microseconds, times a factor drawn from the native kernel's own times, measured first.
 
-With --real, one and then two real workers, of one thread each, on the real CIFAR-10 in place of
-simulated ones.
+'efficiency' is the kernel's time of a step in one worker and one pass, over the number of workers
+times the step's time by the coordinator's clock. A row ends in 'limit' where the simulated workers'
+cores were busy: then it shows what this machine can simulate, not what the coordinator can do.
+
+With --real: one, then two real workers of one thread each, on the real CIFAR-10.
 """
 
 import argparse
@@ -30,7 +30,6 @@ import time
 import traceback
 from typing import Any, NamedTuple
 
-from configs import schema
 from programs import placement
 
 os.environ.update(placement.environment())  # before NumPy and JAX start
@@ -38,7 +37,7 @@ os.environ.update(placement.environment())  # before NumPy and JAX start
 import numpy as np
 
 from artifacts import run_directory
-from configs import base, validation
+from configs import base, schema, validation
 from data import store
 from distillation import plan
 from kernels import registry
@@ -46,26 +45,32 @@ from nodes import kernel_worker, messages
 from nodes.client import Retrying
 
 IMAGE, CLASSES, IMAGES = (32, 32, 3), 10, 50_000  # CIFAR-10
-WARM_UP, STEPS = 2, 3  # steps that are not counted, and that are at least
-REPEATS = 30  # of a kernel's task, for its spread
-PAIRS = (10, 64)  # of such a task
-BUSY = 0.8  # of the simulated workers' cores, from which on they are the limit
-# Pairs of which a worker can keep the derivatives: a quarter of an 80 GiB GPU, 22 kB each.
+WARM_UP, STEPS = 2, 3  # steps that are not counted; the fewest that are
+REPEATS = 30  # measurements of the native kernel
+PAIRS = (10, 64)  # images of the block that they are of
+BUSY = 0.8  # load of the simulated workers' cores from which on they are the limit
+# Pairs whose derivatives a worker can keep: 22 kB each, in a quarter of an 80 GiB GPU.
 KEPT = 80 * 2**30 // 4 // 22_000
 
 
 class Costs(NamedTuple):
-  """Of a task: kernel seconds a pair, by what it does; and measured times over their mean, of which
-  each task draws one."""
+  """Kernel seconds a pair.
+
+  Attributes:
+    forward: without derivatives.
+    derivatives: with them.
+    pull_back: from derivatives to the gradient.
+    spread: measured times over their mean; each task draws one.
+  """
 
   forward: float
-  derivatives: float  # with the forward pass
+  derivatives: float
   pull_back: float
   spread: list[float]
 
 
 class Case(NamedTuple):
-  """S support images, T targets, workers; and how a step is cut (run.plan)."""
+  """Support images, targets, workers, and the fields of run.plan."""
 
   support: int
   targets: int
@@ -77,8 +82,16 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-  """What a case gave, a step: efficiency, seconds, the coordinator's CPU seconds, calls, bytes to
-  and from it; and how busy the cores of the simulated workers were."""
+  """Measurements of a case, all but `efficiency` and `busy` a step.
+
+  Attributes:
+    efficiency: see the module.
+    seconds: by the coordinator's clock.
+    cpu: seconds of the coordinator's process.
+    calls: of all workers.
+    bytes_up, bytes_down: to and from the coordinator.
+    busy: load of the simulated workers' cores, at most 1.
+  """
 
   efficiency: float
   seconds: float
@@ -111,8 +124,10 @@ CASES = [
 
 
 def measured_costs(microseconds: float) -> Costs:
-  """Shares and spread of the native kernel's own work on a ConvNet, on one thread, scaled to
-  `microseconds` a pair, forward and vjp."""
+  """Measures the native kernel's ConvNet on one thread, for the shares and spread of its times.
+
+  Forward pass and vjp together are scaled to `microseconds` a pair.
+  """
   kernel = registry.make_kernel('convnet', implementation='native', threads=1)
   rng = np.random.default_rng(0)
   x1, x2 = (kernel.prepare(rng.normal(size=(n, *IMAGE)).astype(np.float32)) for n in PAIRS)
@@ -130,28 +145,20 @@ def measured_costs(microseconds: float) -> Costs:
   # The first compiles.
   forward, derivatives, pull_back = (np.array(values[1:]) for values in times.values())
   scale = microseconds * 1e-6 / (derivatives + pull_back).mean()
-  return Costs(
-    forward.mean() * scale,
-    derivatives.mean() * scale,
-    pull_back.mean() * scale,
-    list(derivatives / derivatives.mean()),
-  )
+  spread = (derivatives / derivatives.mean()).tolist()
+  means = [float(values.mean() * scale) for values in (forward, derivatives, pull_back)]
+  return Costs(means[0], means[1], means[2], spread)
 
 
 class _Simulated:
-  """A worker whose kernel sleeps: what `KernelWorker` does, as a coroutine, so that one core has
-  room for hundreds."""
+  """A `KernelWorker` whose kernel sleeps, as a coroutine: one core has room for hundreds."""
 
   def __init__(self, client: Any, name: str, costs: Costs, seed: int):
-    self._client, self._name, self._costs, self._random = (
-      client,
-      name,
-      costs,
-      np.random.default_rng(seed),
-    )
-    self._ahead = asyncio.Lock()  # one after the other
-    self._fetched: dict[Any, bytes] = {}  # (step, name, rows) -> answer
-    # (step, of the support, ranges) -> pairs whose derivatives are kept.
+    self._client, self._name = client, name
+    self._costs, self._random = costs, np.random.default_rng(seed)
+    self._ahead = asyncio.Lock()  # tasks fetch one after the other, as in a worker's one thread
+    self._fetched: dict[Any, bytes] = {}  # by step, name and rows
+    # Pairs whose derivatives are kept, by step and what both halves of a task share.
     self._kept: dict[Any, int] = {}
     self._life: list[Any] = []
     self.calls = self.bytes_up = self.bytes_down = 0
@@ -170,46 +177,36 @@ class _Simulated:
       if coming and not in_hand:
         in_hand, coming = await coming, None
       if not in_hand:
-        in_hand = self._given(await self._call('lease', self._name, hello))
+        in_hand = self._received(await self._call('lease', self._name, hello))
         continue
       task, lease, begun = in_hand.pop(0)
       await begun
       await asyncio.sleep(self._seconds(task))
       if coming:
         in_hand += await coming
-      coming = asyncio.ensure_future(self._hand_in(task, lease, [lease for _, lease, _ in in_hand]))
+      holding = [lease for _, lease, _ in in_hand]
+      coming = asyncio.ensure_future(self._submit(task, lease, holding))
 
-  async def _hand_in(self, task: plan.Task, lease: int, holding: list[int]) -> list[Any]:
-    parts, checksum = _piece(
-      task.phase,
-      task.support_range,
-      task.target_range
-      if task.phase in plan.SUPPORT_PHASES
-      else (0, task.target_range[1] - task.target_range[0]),
-      self._num_support,
-    )
+  async def _submit(self, task: plan.Task, lease: int, holding: list[int]) -> list[Any]:
+    """Submits a piece; returns further tasks."""
+    targets = task.target_range
+    if task.phase not in plan.SUPPORT_PHASES:  # the same piece for all of these
+      targets = 0, targets[1] - targets[0]
+    parts, checksum = _piece(task.phase, task.support_range, targets, self._num_support)
+    about, answer = (self._name, self._life, list(task), lease), None
     for i, part in enumerate(parts):
-      answer = await self._call(
-        'complete',
-        self._name,
-        self._life,
-        list(task),
-        lease,
-        i,
-        len(parts),
-        part,
-        checksum,
-        holding,
-      )
-    return self._given(answer)
+      answer = await self._call('complete', *about, i, len(parts), part, checksum, holding)
+    return self._received(answer)
 
-  def _given(self, answer: dict[str, Any] | None) -> list[Any]:
-    if answer:
-      self._life = answer['life']
-    given = [
-      (messages.task_from(task), lease) for task, lease, _ in (answer or {}).get('tasks', ())
-    ]
-    return [(task, lease, asyncio.ensure_future(self._begin(task))) for task, lease in given]
+  def _received(self, answer: dict[str, Any] | None) -> list[Any]:
+    """The tasks of an answer, with their leases and the fetching of their inputs."""
+    if not answer:
+      return []
+    self._life, received = answer['life'], []
+    for fields, lease, _ in answer['tasks']:
+      task = messages.task_from(fields)
+      received.append((task, lease, asyncio.ensure_future(self._begin(task))))
+    return received
 
   async def _begin(self, task: plan.Task) -> None:
     """Fetches what a real worker fetches."""
@@ -218,34 +215,29 @@ class _Simulated:
         del values[key]
     wanted = []
     if not self._two_halves:
-      wanted = [('images', 0, self._num_support)] + (
-        [('alpha', *task.support_range)] if task.phase == plan.TARGETS else []
-      )
+      wanted.append(('images', 0, self._num_support))
+      if task.phase == plan.TARGETS:
+        wanted.append(('alpha', *task.support_range))
     elif task.phase in plan.SUPPORT_PHASES:
-      wanted = [
-        ('images', *columns) for columns in plan.ranges(self._num_support, self._target_tile)
-      ]
+      tiles = plan.ranges(self._num_support, self._target_tile)
+      wanted += [('images', *columns) for columns in tiles]
     async with self._ahead:
-      for name, start, stop in wanted:
-        if (task.step, name, start, stop) not in self._fetched:
-          self._fetched[task.step, name, start, stop] = await self._call(
-            'fetch', self._life, task.step, name, start, stop
-          )
+      for key in [(task.step, *rows) for rows in wanted]:
+        if key not in self._fetched:
+          self._fetched[key] = await self._call('fetch', self._life, *key)
 
   async def _call(self, method: str, *args: Any) -> Any:
     value = await asyncio.wrap_future(getattr(self._client.futures, method)(*args))
     self.calls += 1
     self.bytes_up += sum(len(argument) for argument in args if isinstance(argument, bytes))
-    self.bytes_down += (
-      len(value)
-      if isinstance(value, bytes)
-      else sum(map(len, value.get('inputs', ())))
-      if isinstance(value, dict)
-      else 0
-    )
+    if isinstance(value, bytes):
+      self.bytes_down += len(value)
+    elif isinstance(value, dict):
+      self.bytes_down += sum(map(len, value.get('inputs', ())))
     return value
 
   def _seconds(self, task: plan.Task) -> float:
+    """The seconds that the kernel would take."""
     costs, pairs = self._costs, task.pairs
     key = (task.step, task.phase in plan.SUPPORT_PHASES, task.target_range, task.support_range)
     kept = self._kept.pop(key, 0)
@@ -259,7 +251,7 @@ class _Simulated:
     return seconds * self._random.choice(self._costs.spread)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _piece(
   phase: str, support: plan.Range, targets: plan.Range, num_support: int
 ) -> tuple[list[bytes], bytes]:
@@ -267,28 +259,26 @@ def _piece(
   rows, columns = support[1] - support[0], targets[1] - targets[0]
   gradient = np.zeros((rows, *IMAGE), np.float32)
   if phase == plan.SUPPORT_BLOCKS:
-    return messages.encode(
-      {'block': np.eye(num_support, dtype=np.float32)[slice(*support), slice(*targets)]}
-    )
+    identity = np.eye(num_support, dtype=np.float32)
+    return messages.encode({'block': identity[slice(*support), slice(*targets)]})
   if phase == plan.TARGET_BLOCKS:
     return messages.encode({'block': np.zeros((rows, columns), np.float32)})
   if phase == plan.TARGETS:
+    metrics = {'loss': np.asarray(0.0), 'correct': np.asarray(0)}
     alpha_bar = np.zeros((num_support, CLASSES))
-    return messages.encode(
-      {'loss': np.float64(0), 'correct': np.int64(0), 'alpha_bar': alpha_bar, 'gradient': gradient}
-    )
+    return messages.encode({**metrics, 'alpha_bar': alpha_bar, 'gradient': gradient})
   return messages.encode({'gradient': gradient})
 
 
 def _serve(workdir: str, cache: str, port: int, seconds: float, out: Any) -> None:
-  """The coordinator's process: tells (seconds, CPU seconds) a step."""
+  """Runs the coordinator's process; sends seconds and CPU seconds a step, and the steps done."""
   import courier
 
   from nodes import coordinator, progress
 
   stop, seen = threading.Event(), []
 
-  def note(*_):
+  def note(self, step, row):
     seen.append((time.monotonic(), time.process_time()))
     if len(seen) > WARM_UP + STEPS and seen[-1][0] - seen[WARM_UP][0] > seconds:
       stop.set()
@@ -307,8 +297,10 @@ def _serve(workdir: str, cache: str, port: int, seconds: float, out: Any) -> Non
 def _simulate(
   port: int, names: list[str], cores: set[int], costs: Costs, over: Any, out: Any
 ) -> None:
-  """A process of simulated workers: tells its CPU seconds, calls, bytes up and down when `over` is
-  set."""
+  """Runs a process of simulated workers.
+
+  When `over` is set, it sends its CPU seconds, calls, bytes up and bytes down, and ends.
+  """
   os.sched_setaffinity(0, cores)
   import courier
 
@@ -324,28 +316,21 @@ def _simulate(
     for failed in [worker for worker in working if worker.done()]:
       try:
         failed.result()
-      except Exception:  # whatever it is: it ends this process, which waits for nothing else
+      except Exception:  # any type: it ends this process
         traceback.print_exc()
         os._exit(1)
-    out.put(
-      (
-        time.process_time(),
-        *(
-          sum(getattr(worker, name) for worker in workers)
-          for name in ('calls', 'bytes_up', 'bytes_down')
-        ),
-      )
-    )
+    counts = np.sum([(w.calls, w.bytes_up, w.bytes_down) for w in workers], axis=0)
+    out.put((time.process_time(), *counts.tolist()))
     out.close()
     out.join_thread()
     os._exit(0)  # calls are still waiting
 
-  # Others sleep whole milliseconds.
+  # The default selector, epoll, sleeps whole milliseconds.
   asyncio.SelectorEventLoop(selectors.SelectSelector()).run_until_complete(work())
 
 
 def _work(port: int, name: str, folder: str) -> None:
-  """The process of a real worker."""
+  """Runs the process of a real worker."""
   import courier
 
   client = Retrying(
@@ -369,14 +354,14 @@ def measure_real(workers: int, folder: str, data: str) -> float:
   ]
   for process in real:
     process.start()
-  a_step = _told(served, server, *real)[0]
+  a_step = _received(served, server, *real)[0]
   for process in (server, *real):
     process.kill()
   return a_step
 
 
 def _start(config: Any, workers: int, folder: str, seconds: float) -> tuple[int, Any, Any]:
-  """A coordinator's process: its port, itself, and where it tells what it has measured."""
+  """Starts a coordinator's process; returns its port, itself, and the queue for its results."""
   config.run.num_steps = 10**6
   config.system.num_workers = workers
   config.system.snapshot_steps = (0,)
@@ -398,9 +383,8 @@ def _start(config: Any, workers: int, folder: str, seconds: float) -> tuple[int,
   return port, server, served
 
 
-def _told(queue: Any, *processes: Any) -> Any:
-  """What one of these processes puts into a queue. Raises RuntimeError where any of them ends
-  before."""
+def _received(queue: Any, *processes: Any) -> Any:
+  """Waits for a value in a queue. Raises RuntimeError if any of the processes ends before."""
   while True:
     are_alive = all(process.is_alive() for process in processes)
     try:
@@ -422,53 +406,60 @@ def measure(case: Case, costs: Costs, folder: str, seconds: float) -> Row:
   cores = sorted(os.sched_getaffinity(0))
   of_workers = set(cores[1:]) or {cores[0]}
   spawn = multiprocessing.get_context('spawn')
-  told, over = spawn.Queue(), spawn.Event()
+  counted, over = spawn.Queue(), spawn.Event()
   names = [f'w{i}' for i in range(case.workers)]
   size = -(-len(names) // len(of_workers))
   simulated = [
     spawn.Process(
-      target=_simulate, args=(port, names[i : i + size], of_workers, costs, over, told), daemon=True
+      target=_simulate,
+      args=(port, names[i : i + size], of_workers, costs, over, counted),
+      daemon=True,
     )
     for i in range(0, len(names), size)
   ]
   begin = time.monotonic()
   for process in simulated:
     process.start()
-  a_step, cpu, all_steps = _told(served, server, *simulated)
+  a_step, cpu, all_steps = _received(served, server, *simulated)
   elapsed = time.monotonic() - begin
   over.set()
-  totals = np.sum([_told(told, process) for process in simulated], axis=0)
+  totals = np.sum([_received(counted, process) for process in simulated], axis=0)
   for process in (server, *simulated):
     process.join(20)
     process.kill()
   calls, up, down = totals[1:] / all_steps
-  return Row(
-    kernel / case.workers / a_step,
-    a_step,
-    cpu,
-    calls,
-    up,
-    down,
-    totals[0] / elapsed / len(of_workers),
-  )
+  efficiency, busy = kernel / case.workers / a_step, totals[0] / elapsed / len(of_workers)
+  return Row(efficiency, a_step, cpu, calls, up, down, busy)
 
 
 def kernel_seconds(case: Case, costs: Costs) -> float:
-  """Of a step in one worker, in one pass."""
+  """Kernel seconds of a step in one worker, in one pass."""
   square = case.support**2
-  return costs.forward * square / 2 + (costs.derivatives + costs.pull_back) * (
-    case.support * case.targets + square
-  )
+  vjp = costs.derivatives + costs.pull_back
+  return costs.forward * square / 2 + vjp * (case.support * case.targets + square)
 
 
 def _data(folder: str) -> str:
-  """A data set of CIFAR-10's size; its content plays no part."""
+  """Makes a data set of CIFAR-10's size; its content plays no part."""
   path = os.path.join(folder, 'data.npz')
   if not os.path.exists(path):
     images = np.random.default_rng(0).integers(0, 256, (IMAGES, *IMAGE), np.uint8)
     labels = np.arange(IMAGES) % CLASSES
     np.savez(path, x_train=images, y_train=labels, x_test=images[:CLASSES], y_test=labels[:CLASSES])
   return path
+
+
+def line(index: int, case: Case, row: Row, costs: Costs) -> str:
+  """Formats a row."""
+  target_task = f'{case.target_tile}x{case.target_tiles_per_task}'
+  cut = f'{case.support_tile}/{target_task}/{case.support_per_task}'
+  kernel = kernel_seconds(case, costs) / case.workers
+  return (
+    f'{index:>3} {case.support:>4} {case.targets:>6} {case.workers:>7} {cut:>16} '
+    f'{row.efficiency:>10.1%} {row.seconds:>8.4f} {kernel:>8.4f} {row.cpu:>8.4f} '
+    f'{row.calls:>6.0f} {row.bytes_up / 1e6:>7.1f} {row.bytes_down / 1e6:>7.1f} '
+    f'{row.busy:>6.0%} {"limit" if row.busy > BUSY else "":>7}'
+  )
 
 
 def main():
@@ -479,7 +470,7 @@ def main():
     '--microseconds',
     type=float,
     default=5.0,
-    help='of the simulated kernel, a pair, forward and vjp',
+    help='of the simulated kernel for a pair, forward and vjp',
   )
   parser.add_argument('--seconds', type=float, default=10.0, help='of every case')
   parser.add_argument(
@@ -498,28 +489,21 @@ def main():
     print(f'real workers: one {one:.3f} s a step, two {two:.3f} s: efficiency {one / two / 2:.1%}')
     return
   costs = measured_costs(args.microseconds)
+  forward, derivatives, pull_back = (1e6 * seconds for seconds in costs[:3])
   print(
-    f'kernel: {args.microseconds:g} µs a pair; shares measured of the native kernel: forward {costs.forward * 1e6:.2f}, with derivatives '
-    f"{costs.derivatives * 1e6:.2f}, pull back {costs.pull_back * 1e6:.2f} µs; a task's time over its mean: deviation "
-    f'{np.std(costs.spread):.3f}, most {max(costs.spread):.3f}'
+    f'kernel, scaled to {args.microseconds:g} µs a pair: forward {forward:.2f}, with derivatives '
+    f'{derivatives:.2f}, pull-back {pull_back:.2f} µs; times over their mean: deviation '
+    f'{np.std(costs.spread):.3f}, maximum {max(costs.spread):.3f}'
   )
   print(
-    f'{"":>3} {"S":>4} {"T":>6} {"workers":>7} {"plan":>16} {"efficiency":>10} {"s/step":>8} {"kernel":>8} {"CPU/step":>8} '
-    f'{"calls":>6} {"MB up":>7} {"MB down":>7} {"cores":>6}'
+    f'{"":>3} {"S":>4} {"T":>6} {"workers":>7} {"plan":>16} {"efficiency":>10} {"s/step":>8} '
+    f'{"kernel":>8} {"CPU/step":>8} {"calls":>6} {"MB up":>7} {"MB down":>7} {"cores":>6}'
   )
   rows = []
   for index in map(int, args.cases.split(',')) if args.cases else range(len(CASES)):
     case = CASES[index]
     row = measure(case, costs, folder, args.seconds)
-    plan = (
-      f'{case.support_tile}/{case.target_tile}x{case.target_tiles_per_task}/{case.support_per_task}'
-    )
-    print(
-      f'{index:>3} {case.support:>4} {case.targets:>6} {case.workers:>7} {plan:>16} {row.efficiency:>10.1%} {row.seconds:>8.4f} '
-      f'{kernel_seconds(case, costs) / case.workers:>8.4f} {row.cpu:>8.4f} {row.calls:>6.0f} {row.bytes_up / 1e6:>7.1f} '
-      f'{row.bytes_down / 1e6:>7.1f} {row.busy:>6.0%} {"limit" if row.busy > BUSY else "":>7}',
-      flush=True,
-    )
+    print(line(index, case, row, costs), flush=True)
     rows.append({**case._asdict(), **row._asdict()})
   if args.output:
     with open(args.output, 'w', encoding='utf-8') as file:

@@ -32,8 +32,10 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def npz(tmp_path_factory):
-  """A data set of 3 classes, 8x9x2 pixels, 96 training and 25 test images: smooth blobs whose place
-  tells the class."""
+  """Path of a data set of blobs whose place tells the class.
+
+  3 classes, 8x9x2 pixels, 96 training and 25 test images.
+  """
   rng = np.random.default_rng(0)
   y, x = np.mgrid[:8, :9]
 
@@ -52,13 +54,12 @@ def npz(tmp_path_factory):
 
 @pytest.fixture
 def released_mnist(tmp_path):
-  """A set of 10 images as the authors released theirs, already fetched, and a stand-in for MNIST:
-  (name, folder of the data, cache)."""
-  name, folder, cache = (
-    'ls/mnist/ConvNet_ssize10_nozca.npz',
-    tmp_path / 'mnist',
-    str(tmp_path / 'cache'),
-  )
+  """A set of 10 images in the format of the authors' released ones, and a stand-in for MNIST.
+
+  (name of the set, folder of the data, cache that holds the set).
+  """
+  name = 'ls/mnist/ConvNet_ssize10_nozca.npz'
+  folder, cache = tmp_path / 'mnist', str(tmp_path / 'cache')
   rng = np.random.default_rng(0)
   for split in ('train', 'test'):
     for i in range(20):
@@ -73,8 +74,10 @@ def released_mnist(tmp_path):
 
 @pytest.fixture
 def make_run(npz, cache):
-  """A function (workdir, {field: value}) -> start.Run on that data set: 6 support images, 33
-  targets, tiles that divide neither."""
+  """A function (workdir, {field: value}) -> start.Run on the blobs.
+
+  6 support images, 33 targets, and tiles that divide neither.
+  """
 
   def make(workdir, changes=None):
     config = base.get_config()
@@ -105,9 +108,8 @@ def make_run(npz, cache):
     config = dataclasses.replace(
       config, run=dataclasses.replace(config.run, targets_per_step=targets)
     )
-    validation.validate_with_data(
-      config, prepared.train_labels, prepared.num_classes, prepared.train_images.shape[1:]
-    )
+    height, width, channels = prepared.train_images.shape[1:]
+    validation.validate_with_data(config, labels, num_classes, (height, width, channels))
     directory = run_directory.RunDirectory(str(workdir))
     directory.open(config, prepared.key)
     return start.Run(config, directory, cache)

@@ -6,8 +6,6 @@ import os
 import re
 from collections.abc import Iterator
 
-import pytest
-
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # A module imports its own folder and the lines before its own.
 LAYERS = (
@@ -77,7 +75,6 @@ def test_imports_go_one_way():
   assert not wrong, '\n'.join(wrong)
 
 
-@pytest.mark.xfail(reason='tests and benchmarks still do')
 def test_nothing_reaches_into_another_modules_privates():
   names = {path: _names(tree) for path, tree in _files(*FOLDERS, 'benchmarks', 'tests')}
   ours = set().union(*(own for own, _ in names.values()))  # other packages' privates are not meant
