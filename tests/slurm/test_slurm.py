@@ -1,6 +1,7 @@
 """--cluster=slurm on a real Slurm of several nodes on this machine: jobs that are cancelled,
 requeued and added, and a node that is lost; steps of an allocation; and each worker's GPU."""
 
+import dataclasses
 import json
 import os
 import re
@@ -69,8 +70,8 @@ def _logs(workdir):
 
 def _assert_as_local(tmp_path, workdir, cache, snapshots):
   """The run in `workdir` gave what its own configuration gives in one process."""
-  config = json.loads((workdir / 'config.json').read_text())
-  config.system.num_workers = 2
+  config = run_directory.RunDirectory(str(workdir)).read_saved().config
+  config = dataclasses.replace(config, system=dataclasses.replace(config.system, num_workers=2))
   prepared = store.prepare(config.run.data, cache)
   directory = run_directory.RunDirectory(str(tmp_path / 'local'))
   directory.open(config, prepared.key)
