@@ -1,4 +1,4 @@
-"""What the coordinator does when things are not as they should be."""
+"""The coordinator where workers, disks and clients fail, and its messages."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import small_runs
 
-from artifacts import RunDirectoryError, checkpoints, distilled_set, files
+from artifacts import RunDirectoryError, checkpoints, distilled_set, files, run_directory
 from configs import schema
 from data import store
 from distillation import evaluation, pieces, plan
@@ -22,8 +22,6 @@ from nodes.errors import Stopped
 from programs import local, outcome
 
 FC1 = {'run.architecture': 'fc1', 'run.num_steps': 2}
-
-
 QUICK = coordinator_node.Timing(
   poll=0.05, long_poll=0.0, stall=0.1, handover=0.2, disk=files.Patience(1.0, 0.01)
 )
@@ -47,6 +45,15 @@ def _begun(run, tasks, kind=coordinator_node.Coordinator, timing=QUICK, **publis
     coordinator.exchange.publish(name, value)
   coordinator.exchange.post(tasks)
   return coordinator
+
+
+def _finish(run, step):
+  """Leaves a run directory as a launch that has finished does."""
+  run.directory.begin()
+  generation = run.directory.next_generation()
+  os.makedirs(run.directory.checkpoint(step))
+  times = {'step': step, 'num_steps': step, 'generation': generation, 'wall_seconds': 1.0}
+  run.directory.write_status(run_directory.FINISHED, **times, pairs=0, workers={})
 
 
 def _life(coordinator):
@@ -114,8 +121,7 @@ def test_a_coordinator_that_cannot_start_says_so(
 ):
   """Also where an earlier launch has finished: that is not this one's outcome."""
   run = make_run(tmp_path, FC1)
-  run.directory.begin()
-  local.distil(run, threading.Event())
+  _finish(run, 2)
   assert outcome.conclude(run.directory) == 0
   run.directory.close()
 
@@ -498,8 +504,7 @@ def test_the_time_of_a_state_is_when_it_was_reached(make_run, tmp_path, caplog):
 )
 def test_what_a_finished_run_says(make_run, tmp_path, capsys, num_steps, words):
   run = make_run(tmp_path, {**FC1, 'run.num_steps': num_steps})
-  run.directory.begin()
-  local.distil(run, threading.Event())
+  _finish(run, num_steps)
   assert outcome.conclude(run.directory) == 0
   assert capsys.readouterr().out.startswith(words)
 
