@@ -114,7 +114,7 @@ def validate_image_size(config: schema.Config, image_shape: Sequence[int]) -> No
 
 
 def check_path(path: str) -> None:
-  """Raises ConfigError where `path`, such as 'run.seed', is no field; it lists similar ones."""
+  """Raises ConfigError where `path`, such as 'run.seed', is unknown; it lists similar fields."""
   known = schema.leaves()
   is_group = any(field.startswith(f'{path}.') for field in known)
   if path in known or path.startswith(tuple(f'{spec}.' for spec in _SPECS)) or is_group:

@@ -179,5 +179,5 @@ def _factor(support: Images, training: Iterable[Targets], kernel: Kernel) -> np.
 
 
 def _place(task: plan.Task) -> tuple[bool, plan.Range, plan.Range]:
-  """What both halves of a task have in common."""
+  """The key that both halves of a task share."""
   return task.phase in plan.SUPPORT_PHASES, task.target_range, task.support_range

@@ -49,7 +49,7 @@ class LabelSolveState(NamedTuple):
 
   @property
   def step(self) -> int:
-    """What checkpoints count."""
+    """The number by which checkpoints are named."""
     return self.rounds
 
 

@@ -26,11 +26,12 @@ from distillation.state import SupportState
 from nodes import messages
 from nodes.admission import EVALUATOR, Admission
 from nodes.errors import RunFailed, Stopped
+from nodes.evaluations import Evaluations
 from nodes.exchange import Served
 from nodes.keeper import Keeper
 from nodes.messages import Life
 from nodes.progress import Progress
-from nodes.stall import EvaluatorWatch, StallWatch
+from nodes.stall import StallWatch
 from nodes.task_board import TaskBoard, TaskFailed
 
 T = TypeVar('T')
@@ -143,9 +144,17 @@ class Coordinator:
       self._progressed,
       self._timing.disk,
     )
+    self._evaluations = Evaluations(
+      self._directory,
+      self._keeper,
+      self._progress,
+      self._admission,
+      self._stop,
+      self._timing.poll,
+      self._timing.stall,
+    )
     self._over = False
     self._released: set[str] = set()  # clients that have been told to stop
-    self._evaluated = threading.Event()  # set when the last step's row is there
     # Restored before any worker asks: its hardware is compared with that of earlier lives.
     self._first: SupportState | None = self._keeper.restore(
       state.initial(run, prepared, optimizer, self._cache)
@@ -259,11 +268,9 @@ class Coordinator:
     """
     self._admission.hear(EVALUATOR)
     self._admission.report_usable(EVALUATOR)
-    for number in self._keeper.snapshots_to_evaluate():
-      if number not in done and (snapshot := self._keeper.read_snapshot(number)) is not None:
-        return {'run_id': self._life.run_id, **snapshot}
-    if self._run.num_steps in done:
-      self._evaluated.set()
+    snapshot = self._evaluations.next(done)
+    if snapshot is not None:
+      return {'run_id': self._life.run_id, **snapshot}
     if self._over:
       self._released.add(EVALUATOR)
       return {'stop': 'the run is over.'}
@@ -272,9 +279,7 @@ class Coordinator:
 
   def evaluated(self, row: str) -> None:
     """Records a row (JSON) that the evaluator has written."""
-    self._progress.last_row = written = json.loads(row)
-    if written['step'] == self._run.num_steps:
-      self._evaluated.set()
+    self._evaluations.record(json.loads(row))
 
   # The program.
 
@@ -333,7 +338,9 @@ class Coordinator:
       self._progress.reach(current.step)
       if self._keeper.is_checkpoint_due():
         self._keeper.save(current)
-    self._await_evaluation()
+    self.board.clear()
+    self._progress.end()
+    self._evaluations.wait()
 
   def _step(
     self, current: SupportState
@@ -391,57 +398,6 @@ class Coordinator:
     return self.exchange.lease(worker, rate, holding, self._timing.long_poll)
 
   # The end.
-
-  def _await_evaluation(self) -> None:
-    """Waits for the last row as long as the evaluator is alive; the set is exported already.
-
-    Raises Stopped, and RunFailed where the evaluation has failed.
-    """
-    self.board.clear()
-    self._progress.end()
-    silence = EvaluatorWatch(self._admission, self._timing.stall)
-    began, timeout = time.monotonic(), self._system.final_evaluation_timeout
-    while not self._evaluated.wait(self._timing.poll):
-      if self._progress.is_status_due():
-        self._write_evaluating()
-      if self._stop.is_set():
-        raise Stopped()
-      error = self._admission.unusable(EVALUATOR)
-      if error:
-        raise RunFailed(
-          f'the set is distilled ({self._directory.distilled}), but its evaluation failed: {error}'
-        )
-      if (silent := silence.check()) > self._system.worker_timeout:
-        logging.warning(
-          'The evaluator has not been heard of for %.0f s (system.worker_timeout): '
-          'ending without %s.',
-          silent,
-          self._missing(),
-        )
-        return
-      if time.monotonic() > began + timeout:
-        logging.warning(
-          'Ending without %s after %.0f s (system.final_evaluation_timeout).',
-          self._missing(),
-          timeout,
-        )
-        return
-
-  def _write_evaluating(self) -> None:
-    rows = {row['step'] for row in self._directory.read_metrics()}
-    due = self._keeper.snapshots_to_evaluate()
-    self._progress.write_status(
-      run_directory.EVALUATING,
-      self._progress.reached,
-      evaluated=len(rows.intersection(due)),
-      to_evaluate=len(due),
-    )
-
-  def _missing(self) -> str:
-    """Names what the evaluator has not finished: it writes the row first."""
-    rows = {row['step'] for row in self._directory.read_metrics()}
-    is_there = self._run.num_steps in rows
-    return 'the baselines or the report' if is_there else 'the last evaluation'
 
   def _release(self) -> None:
     """Stays until all clients know that the run is over, unless it was only stopped."""

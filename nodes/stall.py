@@ -3,7 +3,7 @@
 from absl import logging
 
 from configs import schema
-from nodes.admission import EVALUATOR, Admission
+from nodes.admission import Admission
 from nodes.errors import RunFailed, Stopped
 from nodes.task_board import TaskBoard
 
@@ -41,24 +41,3 @@ class StallWatch:
           f'after {timeout:.0f} s the run stops with a checkpoint'
         )
       logging.warning('step %d: no progress for %.0f s: %s%s.', step, stalled, missing, remedy)
-
-
-class EvaluatorWatch:
-  """Warns of a silent evaluator, at ever longer intervals."""
-
-  def __init__(self, admission: Admission, seconds: float):
-    """Takes the `seconds` of silence before the first warning."""
-    self._admission = admission
-    self._seconds = self._next = seconds
-
-  def check(self) -> float:
-    """Warns if the evaluator has been silent for long; returns for how many seconds it has been."""
-    silent = self._admission.silence(EVALUATOR)
-    if silent < self._seconds:
-      self._next = self._seconds
-    elif silent >= self._next:
-      self._next = 2 * silent
-      logging.warning(
-        'Waiting for the last evaluation; the evaluator has not been heard of for %.0f s.', silent
-      )
-    return silent

@@ -414,7 +414,7 @@ class TaskBoard:
 
 
 def _ranges(task: Task) -> tuple[bool, Range, Range]:
-  """What both halves of a task have in common."""
+  """The key that both halves of a task share."""
   return task.phase in plan.SUPPORT_PHASES, task.target_range, task.support_range
 
 

@@ -96,7 +96,7 @@ def stop_on_signals() -> None:
 
 
 class Manager(Protocol):
-  """What `lp.launch` returns, as far as it is used."""
+  """The part of `lp.launch`'s result that is used."""
 
   def wait(
     self, labels_to_wait_for: Sequence[str] | None = None, raise_error: bool = True

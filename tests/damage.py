@@ -1,4 +1,4 @@
-"""What disks, transfers and people do to files."""
+"""Damage that disks, transfers and people do to files."""
 
 from hypothesis import strategies as st
 

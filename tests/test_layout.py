@@ -1,4 +1,4 @@
-"""Who may import whom, and what no module may reach into (CONTRIBUTING.md has the map)."""
+"""The order of imports, and what no module may reach into (CONTRIBUTING.md has the map)."""
 
 import ast
 import glob

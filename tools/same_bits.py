@@ -53,7 +53,7 @@ def results(commit: str, folder: str) -> dict[str, dict[str, bytes]]:
 
 
 def bits(workdir: str) -> dict[str, bytes]:
-  """What a run has made, by file and array."""
+  """Reads the bits of what a run has made, by file and array."""
   found = {}
   snapshots = os.path.join(workdir, 'snapshots')
   for path in (

@@ -41,7 +41,7 @@ WORKERS = 2
 
 
 class Activity:
-  """What the newest process of a role records that it is doing."""
+  """The activity that the newest process of a role records."""
 
   def __init__(self, folder: str, role: str):
     self._pattern, self.pid = os.path.join(folder, f'{role}*.*'), 0

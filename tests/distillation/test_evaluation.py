@@ -143,7 +143,7 @@ def _counted(architecture):
 
 
 def _blocks(kernel):
-  """Of each block that a mock of a kernel was asked for: its sides, and whether they are one."""
+  """The sides of each block that a mock kernel was asked for, and whether they are one object."""
   pairs = [call.args for call in kernel.block.call_args_list]
   return [(len(x1), len(x2), x1 is x2) for x1, x2 in pairs]
 

@@ -1,4 +1,4 @@
-"""Who is admitted to a run, and who is alive, with a fake clock."""
+"""Admission to a run, and signs of life, with a fake clock."""
 
 import json
 

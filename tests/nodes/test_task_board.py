@@ -336,7 +336,7 @@ def test_who_holds_a_task_gets_another_ahead_while_there_is_one_for_everybody(bo
   ahead = board.leased('a', holding=[a.id])
   assert ahead.task.index == 2
   assert board.leased('b', holding=[b.id]).task.index == 3
-  # The last one is for who has nothing to do.
+  # The last one is for a worker that has nothing to do.
   assert board.lease('a', 0, holding=[a.id, ahead.id]) is None
   assert board.leased('c').task.index == 4
   assert board.counters()['lost_leases'] == 0

@@ -1,4 +1,4 @@
-"""What control groups leave, on trees as systems have them; what processes need."""
+"""Memory that control groups leave, on trees as systems have them, and that processes need."""
 
 import numpy as np
 import psutil

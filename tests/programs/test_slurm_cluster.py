@@ -1,4 +1,4 @@
-"""What --cluster=slurm does without a Slurm; tests/slurm has one."""
+"""--cluster=slurm without a Slurm; tests/slurm has one."""
 
 import os
 import re
