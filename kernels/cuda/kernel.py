@@ -11,6 +11,7 @@ rolls of a value, with which a convolution shifts a band by a pixel, and sizes t
 two, as images of 28 pixels have; the Mosaic one is for Hopper and later alone.
 """
 
+import abc
 import ctypes
 import functools
 import importlib.util
@@ -239,27 +240,27 @@ class CudaKernel(Kernel):
     return self._programs[shape]
 
 
-class _Program:
+class _Program(abc.ABC):
   """A compiled plan, and what the kernel asks of it: see `Kernel`."""
 
   def __init__(self, gpu: Device, plan: planning.Plan, dtype: np.dtype):
     self._gpu, self._plan, self._dtype = gpu, plan, dtype
     self._module = gpu.load(plan)
 
-  def block(self, x1: np.ndarray, x2: np.ndarray) -> np.ndarray:
-    raise NotImplementedError
+  @abc.abstractmethod
+  def block(self, x1: np.ndarray, x2: np.ndarray) -> np.ndarray: ...
 
+  @abc.abstractmethod
   def block_vjp(
     self, x1: np.ndarray, x2: np.ndarray, cotangent: np.ndarray
-  ) -> tuple[np.ndarray, np.ndarray]:
-    raise NotImplementedError
+  ) -> tuple[np.ndarray, np.ndarray]: ...
 
-  def linearise(self, x1: np.ndarray, x2: np.ndarray) -> Linearised:
-    raise NotImplementedError
+  @abc.abstractmethod
+  def linearise(self, x1: np.ndarray, x2: np.ndarray) -> Linearised: ...
 
+  @abc.abstractmethod
   def derivatives_bytes(self, rows: int, columns: int) -> int:
     """The memory that `linearise` takes for a block [rows, columns]."""
-    raise NotImplementedError
 
   def _blocks(self, name: str, work: int) -> int:
     return self._gpu.blocks(self._module, name, work)
