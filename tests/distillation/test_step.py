@@ -101,7 +101,7 @@ def _gradient_of_the_loss(architecture: architectures.Architecture, kind: str):
   'implementation, architecture, more',
   [
     *((name, 'fc1', {}) for name in registry.available()),
-    *((name, 'myrtle5', {}) for name in registry.available()),
+    ('auto', 'myrtle5', {}),
     ('auto', 'convnet2', {}),
     ('auto', 'fc1', AUGMENTED),
     ('auto', 'convnet2', NNGP),
