@@ -123,6 +123,7 @@ class Coordinator:
     self._stall = StallWatch(self.board, self._admission, system, self._timing.stall)
     self._progress = Progress(
       self._directory,
+      self._saved.config,
       generation,
       self.board,
       self._admission,
@@ -137,6 +138,7 @@ class Coordinator:
     self._update = state.Update(run, optimizer)
     self._keeper = Keeper(
       self._directory,
+      self._saved.config,
       prepared,
       self._progress,
       self._admission,
@@ -146,6 +148,7 @@ class Coordinator:
     )
     self._evaluations = Evaluations(
       self._directory,
+      self._saved.config,
       self._keeper,
       self._progress,
       self._admission,

@@ -8,10 +8,12 @@ from typing import Any
 from absl import logging
 
 from artifacts import run_directory
+from configs import schema
 from nodes.admission import EVALUATOR, Admission
 from nodes.errors import RunFailed, Stopped
 from nodes.keeper import Keeper
 from nodes.progress import Progress
+from nodes.stall import Escalation
 
 
 class Evaluations:
@@ -20,6 +22,7 @@ class Evaluations:
   def __init__(
     self,
     directory: run_directory.RunDirectory,
+    config: schema.Config,
     keeper: Keeper,
     progress: Progress,
     admission: Admission,
@@ -31,6 +34,7 @@ class Evaluations:
 
     Args:
       directory: of the run.
+      config: of the run.
       keeper: reads snapshots.
       progress: records the last row.
       admission: knows whether the evaluator is alive.
@@ -40,7 +44,6 @@ class Evaluations:
     """
     self._directory, self._keeper, self._progress = directory, keeper, progress
     self._admission, self._stop, self._poll, self._stall = admission, stop, poll, stall
-    config = directory.read_saved().config
     self._num_steps, self._system = config.run.num_steps, config.system
     self._finished = threading.Event()
 
@@ -64,7 +67,8 @@ class Evaluations:
 
     Raises Stopped, and RunFailed where the evaluation has failed.
     """
-    began, timeout, warn_at = time.monotonic(), self._system.final_evaluation_timeout, self._stall
+    began, timeout = time.monotonic(), self._system.final_evaluation_timeout
+    warnings = Escalation(self._stall)
     while not self._finished.wait(self._poll):
       if self._progress.is_status_due():
         self._write_status()
@@ -76,10 +80,7 @@ class Evaluations:
           f'the set is distilled ({self._directory.distilled}), but its evaluation failed: {error}'
         )
       silent = self._admission.silence(EVALUATOR)
-      if silent < self._stall:
-        warn_at = self._stall
-      elif silent >= warn_at:
-        warn_at = 2 * silent
+      if warnings.is_due(silent):
         logging.warning(
           'Waiting for the last evaluation; the evaluator has not been heard of for %.0f s.', silent
         )

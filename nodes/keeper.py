@@ -14,6 +14,7 @@ from absl import logging
 
 from artifacts import RunDirectoryError, distilled_set, files, run_directory, snapshots
 from artifacts.checkpoints import Checkpoints
+from configs import schema
 from data import DataError, store
 from distillation import step
 from distillation.state import LabelSolveState, SupportState
@@ -28,6 +29,7 @@ class Keeper:
   def __init__(
     self,
     directory: run_directory.RunDirectory,
+    config: schema.Config,
     prepared: store.Prepared,
     progress: Progress,
     admission: Admission,
@@ -38,6 +40,7 @@ class Keeper:
     """
     Args:
       directory: of the run.
+      config: of the run.
       prepared: its data.
       progress: knows the time that the run has taken.
       admission: knows the workers' hardware, and is told when the last snapshot is damaged.
@@ -48,7 +51,7 @@ class Keeper:
     self._directory, self._prepared, self._progress = directory, prepared, progress
     self._admission, self._stop, self._progressed = admission, stop, progressed
     self._patience = patience
-    self._config = directory.read_saved().config
+    self._config = config
     self._checkpoints = Checkpoints(directory.checkpoints)
     self._rounds: LabelSolveState | None = None
     self._damaged: set[int] = set()  # snapshots that cannot be read

@@ -8,6 +8,7 @@ from absl import logging
 
 from artifacts import run_directory
 from artifacts.words import count, duration
+from configs import schema
 from distillation import plan
 from nodes.admission import Admission
 from nodes.task_board import TaskBoard
@@ -27,6 +28,7 @@ class Progress:
   def __init__(
     self,
     directory: run_directory.RunDirectory,
+    config: schema.Config,
     generation: int,
     board: TaskBoard,
     admission: Admission,
@@ -37,6 +39,7 @@ class Progress:
     """
     Args:
       directory: of the run.
+      config: of the run.
       generation: counts the coordinator's lives.
       board: counts what is computed.
       admission: knows the workers.
@@ -47,7 +50,6 @@ class Progress:
     self._start = time.monotonic()
     self._directory, self._generation = directory, generation
     self._board, self._admission, self._alive_seconds = board, admission, alive_seconds
-    config = directory.read_saved().config
     self._run, self._system = config.run, config.system
     self._num_support, self._num_training = num_support, num_training
     self._earlier_seconds = 0.0

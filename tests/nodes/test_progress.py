@@ -18,7 +18,7 @@ def make_progress(make_run, tmp_path, caplog):
     run = make_run(tmp_path, {'run.architecture': 'fc1', **(changes or {})})
     caplog.set_level('INFO')
     board, admission = TaskBoard(30), Admission(schema.System())
-    return Progress(run.directory, 4, board, admission, 6, 96, 30.0), run, admission
+    return Progress(run.directory, run.config, 4, board, admission, 6, 96, 30.0), run, admission
 
   return make
 
