@@ -66,7 +66,7 @@ class Keeper:
       self._progress.write_status(run_directory.RUNNING, 0)
       return template
     found, meta = restored
-    self._admission.fingerprint = meta['fingerprint']
+    self._admission.resume(meta['fingerprint'] or {})
     self.saved_step = found.step
     self._progress.resume(found.step, meta['wall_seconds'], meta['reached_seconds'])
     self._progress.write_status(run_directory.RUNNING, found.step)
