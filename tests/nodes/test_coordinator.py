@@ -222,7 +222,7 @@ def test_a_run_goes_on_whatever_a_worker_sends(make_run, tmp_path):
   """Every call with junk in the place of each argument is an error of the caller's at most."""
   run = make_run(tmp_path, {**FC1, 'run.num_steps': 1})
   [task], errors = _targets(1), []
-  with small_runs.working(run, workers=1, timing=QUICK) as coordinator:
+  with small_runs.working(run, 1, QUICK._replace(linger=0.1)) as coordinator:
     life = _life(coordinator)
     hello = json.dumps({'fingerprint': {}, 'pairs_per_second': 1})
     calls = {
