@@ -4,6 +4,7 @@ import json
 import os
 import re
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -590,6 +591,33 @@ def test_the_time_of_a_state_is_when_it_was_reached(make_run, tmp_path, caplog):
     assert json.loads(str(file['metrics']))['wall_seconds'] == 7.5
   assert 600 < run.directory.read_status()['wall_seconds'] < 660
   assert 'for 998 steps.' in caplog.text and 'for 1000 steps.' not in caplog.text
+
+
+def test_the_first_step_of_a_life_is_kept_and_what_is_lost_is_said(make_run, tmp_path, caplog):
+  """However long the time between checkpoints; also from a step that is a snapshot."""
+  run = make_run(
+    tmp_path,
+    {
+      **FC1,
+      'run.num_steps': 10**6,
+      'system.snapshot_steps': (2,),
+      'system.checkpoint_seconds': 10.0**6,
+    },
+  )
+  state = small_runs.first_state(run)._replace(step=2)
+  times = {'wall_seconds': 1.0, 'reached_seconds': 1.0, 'fingerprint': None}
+  checkpoints.Checkpoints(run.directory.checkpoints).save(state, times)
+  run.directory.write_status(run_directory.RUNNING, step=40)
+  with small_runs.working(run, 1, QUICK) as coordinator:
+    running = threading.Thread(target=coordinator.run)
+    running.start()
+    end = time.monotonic() + 60
+    while run.directory.checkpoint_step() != 3 and time.monotonic() < end:
+      time.sleep(0.01)
+    assert run.directory.checkpoint_step() == 3
+  running.join()
+  words = '38 steps that a killed coordinator had done are computed again; of a shorter '
+  assert words + 'system.checkpoint_seconds (1e+06) fewer are lost.' in caplog.text
 
 
 @pytest.mark.parametrize(
