@@ -21,6 +21,7 @@ from launching import (
 
 from artifacts import run_directory
 from programs import hosts
+from transport import secret
 
 
 def _role(role, *flags):
@@ -71,13 +72,18 @@ def test_coordinator_workers_and_evaluator_by_role(tmp_path, npz, make_run, cach
       wait(lambda: _address(workdir) != address)
       late = start(
         'late',
-        _role('worker', f'--coordinator={_address(workdir)}', '--name=late', '--threads=1'),
+        _role(
+          'worker',
+          f'--coordinator={_address(workdir)}',
+          f'--secret={workdir}/secret',
+          '--name=late',
+          '--threads=1',
+        ),
         XDG_CACHE_HOME=str(tmp_path / 'elsewhere'),
       )
       assert second.wait(300) == 0, log('second') + log('early')
       logs = log('early') + log('late') + log('evaluator')
       assert [process.wait(120) for process in (early, late, evaluator)] == [0, 0, 0], logs
-  assert f'the coordinator is at {_address(workdir)} now' in log('early')
   assert 'early joined' in log('first')
   assert set(status(workdir)['workers']) <= {'early', 'late'}
   assert len(os.listdir(tmp_path / 'elsewhere' / 'kip')) == 1  # the data, from the coordinator
@@ -89,7 +95,19 @@ def test_coordinator_workers_and_evaluator_by_role(tmp_path, npz, make_run, cach
   [
     (('--role=worker',), 'a worker needs --workdir=DIR'),
     (
-      ('--role=worker', '--coordinator=somewhere'),
+      ('--role=worker', '--coordinator=localhost:1'),
+      "a worker without --workdir needs --secret=FILE, a copy of the run's key",
+    ),
+    (
+      ('--role=worker', '--coordinator=localhost:1', '--secret=/nowhere'),
+      "the run's key, /nowhere, cannot be read: No such file or directory",
+    ),
+    (
+      ('--role=evaluator', '--workdir=/nowhere', '--secret=/nowhere'),
+      '--secret=FILE is for workers',
+    ),
+    (
+      ('--role=worker', '--coordinator=somewhere', '--secret=x'),
       "--coordinator must be HOST:PORT, got 'somewhere'",
     ),
     (('--role=evaluator', '--coordinator=localhost:1'), '--workdir=DIR is missing'),
@@ -114,12 +132,14 @@ def test_bad_input_gets_one_line_and_status_2(flags, message):
 def test_a_worker_without_a_coordinator_gives_up(tmp_path):
   (tmp_path / 'short.py').write_text(
     'from configs import base\n\n\ndef get_config():\n  config = base.get_config()\n'
-    '  config.system.coordinator_timeout = 2.0\n  return config\n'
+    '  config.system.worker_timeout = 2.0\n  return config\n'
   )
   with socket.socket() as taken:
     taken.bind(('', 0))
     address = f'localhost:{taken.getsockname()[1]}'
+    secret.make(str(tmp_path / 'secret'))
     flags = (f'--config={tmp_path}/short.py', f'--coordinator={address}')
+    flags += (f'--secret={tmp_path}/secret',)
     with started(_role('worker', *flags), tmp_path / 'log') as process:
       assert process.wait(60) == 1
   assert re.search(
@@ -135,7 +155,7 @@ def test_a_proxy_in_the_environment_is_not_for_the_nodes(tmp_path, npz, cache):
     for name in (lower, lower.upper())
   }
   workdir = tmp_path / 'run'
-  flags = ('--config.run.num_steps=2', '--config.system.coordinator_timeout=20')
+  flags = ('--config.run.num_steps=2', '--config.system.worker_timeout=60')
   commands = {
     'coordinator': _coordinator(workdir, *flags, npz=npz, cache=cache),
     'worker': _role('worker', f'--workdir={workdir}'),
