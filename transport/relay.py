@@ -13,14 +13,12 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 
 from transport.secret import Secret
 
-HANDSHAKE_SECONDS = 10.0
-MAX_PENDING = 128  # connections that have not proved themselves; the oldest makes room for another
 _CHUNK = 2**18  # bytes read before they are passed on
 _BACKLOG = 1024
 _LOOK = 0.5  # seconds between two looks for handshakes that take too long
@@ -28,6 +26,21 @@ _NO_DESCRIPTORS = 0.05  # seconds to wait for one
 _LOG_SECONDS = 30.0  # between two lines of a kind
 # A peer that has gone without a word is noticed after a minute; seconds, the last milliseconds.
 _KEEPALIVE = {'TCP_KEEPIDLE': 30, 'TCP_KEEPINTVL': 10, 'TCP_KEEPCNT': 3, 'TCP_USER_TIMEOUT': 60_000}
+
+
+class Limits(NamedTuple):
+  """Limits on peers that have not proved yet that they have the key.
+
+  Attributes:
+    seconds: that they may take.
+    pending: how many there may be; the oldest makes room for another.
+  """
+
+  seconds: float = 10.0
+  pending: int = 128
+
+
+LIMITS = Limits()
 
 
 class AnotherKey(ConnectionError):
@@ -42,18 +55,19 @@ class Listener:
     port: at which it listens, on all interfaces.
   """
 
-  def __init__(self, secret: Secret, port: int, path: str):
+  def __init__(self, secret: Secret, port: int, path: str, limits: Limits = LIMITS):
     """Starts to listen.
 
     Args:
       secret: the run's.
       port: 0 for any free one.
       path: of the unix socket to which connections are passed on; it may come and go.
+      limits: for the handshakes.
 
     Raises OSError if the port cannot be used.
     """
     self._secret, self._context, self._path = secret, secret.server_context(), path
-    self._lock = threading.Lock()
+    self._limits, self._lock = limits, threading.Lock()
     self._pending: dict[ssl.SSLSocket, float] = {}  # until when each may take; the oldest first
     _allow_many_descriptors()
     both = socket.has_dualstack_ipv6()
@@ -73,42 +87,43 @@ class Listener:
 
   def _accept(self) -> None:
     while self._socket.fileno() >= 0:
-      self._end_pending(lambda age, end: end < time.monotonic())
+      self._end_pending(self._limits.pending)
       try:
         connection, address = self._socket.accept()
       except TimeoutError:
         continue
       except OSError:  # there is no descriptor left, the peer has gone, or this was closed
-        self._end_pending(lambda age, end: age >= MAX_PENDING // 2)
+        self._end_pending(len(self._pending) // 2)
         time.sleep(_NO_DESCRIPTORS)
         continue
-      self._end_pending(lambda age, end: age >= MAX_PENDING - 1)
+      self._end_pending(self._limits.pending - 1)
       try:
         _prepare(connection)
         tls = self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         with self._lock:
-          self._pending[tls] = time.monotonic() + HANDSHAKE_SECONDS
+          self._pending[tls] = time.monotonic() + self._limits.seconds
         threading.Thread(target=self._serve, args=(tls, address[0]), daemon=True).start()
       except (OSError, RuntimeError):  # the peer has gone; there can be no more threads
         connection.close()
 
-  def _end_pending(self, doomed: Callable[[int, float], bool]) -> None:
-    """Ends the handshakes for which `doomed` says so, by how many are younger and by their time."""
+  def _end_pending(self, keep: int) -> None:
+    """Ends the handshakes that are out of time, and the oldest of more than `keep`."""
+    now = time.monotonic()
     with self._lock:
-      count = len(self._pending)
-      ended = [
-        tls for i, (tls, end) in enumerate(self._pending.items()) if doomed(count - i - 1, end)
+      surplus = len(self._pending) - keep
+      doomed = [
+        tls for i, (tls, end) in enumerate(self._pending.items()) if i < surplus or end < now
       ]
-      for tls in ended:
+      for tls in doomed:
         del self._pending[tls]
-    for tls in ended:
+    for tls in doomed:
       with contextlib.suppress(OSError):  # not SSLSocket's: that one's thread is using it
         socket.socket.shutdown(tls, socket.SHUT_RDWR)
 
   def _serve(self, tls: ssl.SSLSocket, host: str) -> None:
     with tls, contextlib.suppress(OSError):  # whichever end has gone, the client asks again
       try:
-        tls.settimeout(HANDSHAKE_SECONDS)
+        tls.settimeout(self._limits.seconds)
         tls.do_handshake()
         known = tls.getpeercert(binary_form=True) == self._secret.certificate
       except OSError:
@@ -156,7 +171,7 @@ class Dialer:
     if address is None:
       raise ConnectionError('its address is not known')
     host, _, port = address.rpartition(':')
-    connection = socket.create_connection((host.strip('[]'), int(port)), HANDSHAKE_SECONDS)
+    connection = socket.create_connection((host.strip('[]'), int(port)), LIMITS.seconds)
     try:
       _prepare(connection)
       tls = self._context.wrap_socket(connection)
@@ -263,7 +278,7 @@ def relay(one: socket.socket, other: socket.socket) -> None:
 
 def _prepare(connection: socket.socket) -> None:
   """Sets the options of a connection over the network."""
-  connection.settimeout(HANDSHAKE_SECONDS)
+  connection.settimeout(LIMITS.seconds)
   connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
   connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
   for name, value in _KEEPALIVE.items():

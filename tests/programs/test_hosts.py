@@ -5,23 +5,27 @@ import os
 import re
 import signal
 import socket
+import stat
 import sys
 
+import psutil
 import pytest
 from launching import (
   SMALL,
   assert_as_in_one_process,
   change_num_steps,
   command,
+  listening,
   run,
   started,
   status,
+  step,
   wait,
 )
 
 from artifacts import run_directory
 from programs import hosts
-from transport import secret
+from transport import relay, secret
 
 
 def _role(role, *flags):
@@ -37,8 +41,9 @@ def _address(workdir):
 
 
 def test_coordinator_workers_and_evaluator_by_role(tmp_path, npz, make_run, cache):
-  """A worker that shares the run directory and was there first; one with an address alone and a
-  cache of its own; the coordinator, stopped in mid-run and started again at another address."""
+  """A worker that shares the run directory and was there first; one with an address, a key and a
+  cache of its own; the coordinator, killed, then stopped in mid-run and started again at another
+  address. Nothing but the coordinator's supervisor listens on the network."""
   workdir = tmp_path / 'run'
   where = f'--workdir={workdir}'
   with contextlib.ExitStack() as stack:
@@ -57,9 +62,18 @@ def test_coordinator_workers_and_evaluator_by_role(tmp_path, npz, make_run, cach
     wait(lambda: f'Waiting for the coordinator to write {workdir}/address.' in log('early'))
     first = coordinate('first', 100000)
     evaluator = start('evaluator', _role('evaluator', where))
-    wait(lambda: status(workdir)['step'] >= 3)
+    wait(lambda: step(workdir) >= 3)
     address = _address(workdir)
     assert address.startswith('localhost:')
+    port = int(address.rpartition(':')[2])
+    (child,) = psutil.Process(first.pid).children()
+    others = (early, evaluator, *psutil.Process(early.pid).children())
+    assert [listening(process) for process in (first, child)] == [[port], []]
+    assert not any(listening(process) for process in others)
+    assert stat.S_IMODE(os.stat(workdir / 'secret').st_mode) == 0o600
+    child.kill()
+    wait(lambda: step(workdir, 2) >= 4)
+    assert _address(workdir) == address
     first.terminate()
     assert first.wait(60) == 75, log('first')
 
@@ -67,7 +81,7 @@ def test_coordinator_workers_and_evaluator_by_role(tmp_path, npz, make_run, cach
     change_num_steps(workdir, num_steps)
     with socket.socket() as elsewhere:
       elsewhere.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-      elsewhere.bind(('', int(address.rpartition(':')[2])))  # nobody listens there any more
+      elsewhere.bind(('', port))  # nobody listens there any more
       second = coordinate('second', num_steps)
       wait(lambda: _address(workdir) != address)
       late = start(
@@ -124,9 +138,44 @@ def test_coordinator_workers_and_evaluator_by_role(tmp_path, npz, make_run, cach
   ],
 )
 def test_bad_input_gets_one_line_and_status_2(flags, message):
-  done = run([sys.executable, 'launch.py', *flags], timeout=60)
+  _assert_refused([sys.executable, 'launch.py', *flags], message)
+
+
+def _assert_refused(arguments, message):
+  done = run(arguments, timeout=100)
   lines = [line for line in done.stderr.splitlines() if line.startswith('error:')]
   assert done.returncode == 2 and len(lines) == 1 and message in lines[0], done.stderr
+
+
+def test_a_worker_with_the_key_of_another_run(tmp_path):
+  for name in ('mine', 'other'):
+    secret.make(str(tmp_path / name))
+  listener = relay.Listener(secret.Secret(str(tmp_path / 'other')), 0, str(tmp_path / 'nobody'))
+  address = f'localhost:{listener.port}'
+  worker = _role('worker', f'--coordinator={address}', f'--secret={tmp_path}/mine')
+  message = f"the process at {address} does not have this run's key, {tmp_path}/mine"
+  _assert_refused(worker, message)
+  listener.close()
+
+
+def test_a_key_that_others_can_read(tmp_path, npz, cache):
+  secret.make(str(tmp_path / 'secret'))
+  (tmp_path / 'secret').chmod(0o644)
+  coordinator = _coordinator(tmp_path, npz=npz, cache=cache)
+  worker = _role('worker', '--coordinator=localhost:1', f'--secret={tmp_path}/secret')
+  for arguments in (coordinator, worker):
+    _assert_refused(
+      arguments, f'{tmp_path}/secret, is open to other users (mode 0644): `chmod 600 '
+    )
+
+
+def test_a_port_that_is_taken(tmp_path, npz, cache):
+  with socket.create_server(('', 0)) as taken:
+    port = taken.getsockname()[1]
+    _assert_refused(
+      _coordinator(tmp_path / 'run', f'--config.system.port={port}', npz=npz, cache=cache),
+      f'system.port={port} cannot be used (Address already in use); choose another, or 0 for any',
+    )
 
 
 def test_a_worker_without_a_coordinator_gives_up(tmp_path):
