@@ -48,7 +48,7 @@ _FLAGS = (
   '-shared',
   '-pthread',
   '-Wno-psabi',
-  # Several libraries in one process share nothing, not even templates of the standard library.
+  # Several libraries in one process share no function, not even the standard library's templates.
   '-fvisibility=hidden',
   *(('-Wl,-Bsymbolic',) if sys.platform == 'linux' else ()),
 )
@@ -82,9 +82,7 @@ def is_built(
 
 
 def build(
-  folder: pathlib.Path = FOLDER,
-  machine: str = platform.machine(),
-  command: list[str] | None = None,
+  folder: pathlib.Path = FOLDER, machine: str = platform.machine(), command: list[str] | None = None
 ) -> str:
   """Builds the missing libraries in `folder`.
 

@@ -14,10 +14,7 @@ from kernels.native import build
 from kernels.native import kernel as native
 
 # Clang takes the standard library and the linker from GCC.
-COMPILERS = {
-  'gcc': ['aarch64-linux-gnu-g++'],
-  'clang': ['clang++', '--target=aarch64-linux-gnu'],
-}
+COMPILERS = {'gcc': ['aarch64-linux-gnu-g++'], 'clang': ['clang++', '--target=aarch64-linux-gnu']}
 
 _GCC = COMPILERS['gcc'][0]
 _QEMU = 'qemu-aarch64'
@@ -49,17 +46,18 @@ def library(compiler: str) -> pathlib.Path:
 
 
 class Processor:
-  """An emulated processor that has loaded a library: a `kernels.native.kernel.Library`."""
+  """An emulated processor that has loaded the library: a `kernels.native.kernel.Library`."""
 
-  def __init__(self, library: pathlib.Path, folder: pathlib.Path):
-    """`folder`: where the program that calls the library may be put."""
+  def __init__(self, compiler: str, folder: pathlib.Path):
+    """`compiler`: of COMPILERS; `folder`: for the program that calls the library."""
+    self.compiler = compiler
     program = folder / 'stand_in'
     flags = ['-std=c++17', '-O1', '-isystem', jax.ffi.include_dir()]
     subprocess.run([_GCC, *flags, str(_STAND_IN), '-o', str(program), '-ldl'], check=True)
     libc = subprocess.check_output([_GCC, '-print-file-name=libc.so.6'], text=True).strip()
     root = pathlib.Path(libc).resolve().parents[1]
     self._process = subprocess.Popen(
-      [str(_qemu()), '-L', str(root), str(program), str(library)],
+      [str(_qemu()), '-L', str(root), str(program), str(library(compiler))],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
     )

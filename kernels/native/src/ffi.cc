@@ -136,7 +136,7 @@ ffi::Error pull_back_cotangent(Array x1, Array q1, Array r1, Array values, Array
 }  // namespace
 }  // namespace kip
 
-// All else is hidden, so that libraries for several instruction sets, in one process, share nothing.
+// All else is hidden: libraries for several instruction sets may share a process, but no function.
 #pragma GCC visibility push(default)
 
 #define KIP_HANDLER(name, function, binding) \
