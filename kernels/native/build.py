@@ -48,9 +48,11 @@ _FLAGS = (
   '-shared',
   '-pthread',
   '-Wno-psabi',
-  # Several libraries in one process share no function, not even the standard library's templates.
+  # Several libraries in one process share no function: hidden are ours, and -Bsymbolic binds what
+  # the standard library's templates make. On macOS the first does for both; there a library has a
+  # name, by default the path that it is first written to.
   '-fvisibility=hidden',
-  *(('-Wl,-Bsymbolic',) if sys.platform == 'linux' else ()),
+  '-Wl,-install_name,kip' if sys.platform == 'darwin' else '-Wl,-Bsymbolic',
 )
 
 
