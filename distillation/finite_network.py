@@ -13,10 +13,10 @@ import numpy as np
 import optax
 import scipy.linalg
 from absl import logging
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 import kernels.precision  # noqa: F401
-from distillation.network import Network, Parameters
+from distillation.network import Network, Parameters, empirical_ntk
 from kernels import architectures
 
 LOSSES = ('mse', 'cross_entropy')
@@ -150,32 +150,10 @@ def test_accuracy(
 def max_learning_rate(
   network: Network, params: Parameters, images: Float[np.ndarray, 'n H W D']
 ) -> float:
-  """2 n C / lambda_max of `empirical_ntk`, [n, n], on n images."""
+  """2 n C / lambda_max of the empirical NTK [n, n] of sum_c f_c / sqrt(C) on n images."""
   theta = np.asarray(empirical_ntk(network, params, images), np.float64)
   largest = scipy.linalg.eigvalsh(theta, subset_by_index=[len(theta) - 1] * 2)[0]
   return 2 * network.outputs * len(images) / largest
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def empirical_ntk(
-  network: Network, params: Parameters, images: Float[Array, 'n H W D']
-) -> Float[Array, 'n n']:
-  """The empirical NTK of sum_c f_c / sqrt(C), in the parameters' dtype.
-
-  All images' gradients are held at once: exact, and on CPUs many times faster than products with
-  vectors, for which XLA differentiates convolutions forwards.
-  """
-
-  def summed(params, image):
-    return network(params, image[None]).sum(axis=1) / network.outputs**0.5
-
-  def gram(gradient):
-    axes = tuple(range(1, gradient.ndim))
-    return jnp.tensordot(gradient, gradient, (axes, axes))
-
-  with jax.default_matmul_precision('highest'):
-    gradients = jax.vmap(jax.jacobian(summed), (None, 0))(params, images)  # each [n, 1, ...]
-    return jax.tree.reduce(jnp.add, jax.tree.map(gram, gradients))
 
 
 def train(
