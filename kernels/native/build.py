@@ -49,16 +49,13 @@ _FLAGS = (
   '-shared',
   '-pthread',
   '-Wno-psabi',
-<<<<<<< HEAD
   # Messages of XLA's headers name their file: no folder of this machine's in the library.
   '-fmacro-prefix-map={headers}=',
-=======
   # Several libraries in one process share no function: hidden are ours, and -Bsymbolic binds what
   # the standard library's templates make. On macOS the first does for both; there a library has a
   # name, by default the path that it is first written to.
   '-fvisibility=hidden',
   '-Wl,-install_name,kip' if sys.platform == 'darwin' else '-Wl,-Bsymbolic',
->>>>>>> refs/heads/arm
 )
 
 
@@ -89,7 +86,6 @@ def is_built(
   return bool(names) and all(find(name, folder, sources) for name in names)
 
 
-<<<<<<< HEAD
 def identity(path: pathlib.Path) -> str:
   """Names a library by the compiler that made it, and by a digest of all its bytes.
 
@@ -101,12 +97,9 @@ def identity(path: pathlib.Path) -> str:
   return f'{compiler}, {hashlib.sha256(content).hexdigest()[:16]}'
 
 
-def build(folder: pathlib.Path = FOLDER, machine: str = platform.machine()) -> str:
-=======
 def build(
   folder: pathlib.Path = FOLDER, machine: str = platform.machine(), command: list[str] | None = None
 ) -> str:
->>>>>>> refs/heads/arm
   """Builds the missing libraries in `folder`.
 
   Args:
@@ -154,13 +147,9 @@ def _compile(command: list[str], instruction_set: str, path: pathlib.Path) -> st
     the compiler's complaint, if any.
   """
   partial = path.with_suffix(f'.{os.getpid()}.partial')
-<<<<<<< HEAD
   headers = str(_headers())
   flags = [flag.format(headers=headers) for flag in _FLAGS]
-  flags += [*INSTRUCTION_SETS[instruction_set], '-isystem', headers]
-=======
-  flags = [*_FLAGS, *_OWN_FLAGS[instruction_set], '-isystem', str(_headers())]
->>>>>>> refs/heads/arm
+  flags += [*_OWN_FLAGS[instruction_set], '-isystem', headers]
   result = subprocess.run(
     [*command, *flags, str(SOURCES / 'ffi.cc'), '-o', str(partial)],
     capture_output=True,
