@@ -82,7 +82,7 @@ def progressed(lasting: bool = True) -> None:
 def supervise(name: str, stop: threading.Event, policy: Policy = DEFAULT_POLICY) -> int:
   """Runs the child until it ends by itself, or until this process is to stop.
 
-  A child that is killed (by whatever signal) is started again, with growing pauses while it makes
+  A child that is killed, by whatever signal, is started again, with growing pauses while it makes
   no progress. One that ends by itself, well or not, has said why.
 
   Args:
