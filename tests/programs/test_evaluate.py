@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+from launching import without_neural_tangents
 
 from artifacts import distilled_set, run_directory
 from configs import base, schema, validation
@@ -62,15 +63,15 @@ def test_a_run_evaluates_networks_at_its_ends_and_baselines_once(distilled):
   assert baselines[0]['nn_test_accuracy'] == rows[0]['nn_test_accuracy']
 
 
-def _run(*flags, cache, timeout=200):
-  environment = {**os.environ, 'XDG_CACHE_HOME': os.path.dirname(cache)}
+def _run(*flags, cache, timeout=200, **environment):
+  environment |= {'XDG_CACHE_HOME': os.path.dirname(cache)}
   return subprocess.run(
     [sys.executable, '-m', 'programs.evaluate', *map(str, flags)],
     cwd=ROOT,
     capture_output=True,
     text=True,
     timeout=timeout,
-    env=environment,
+    env={**os.environ, **environment},
     check=False,
   )
 
@@ -82,8 +83,9 @@ CONFIG = (
 )
 
 
-def test_a_file_of_ours_gives_what_the_run_found(distilled, cache):
-  done = _run(f'--dataset={distilled}/distilled.npz', '--json', cache=cache)
+def test_a_file_of_ours_gives_what_the_run_found(distilled, cache, tmp_path):
+  flags = f'--dataset={distilled}/distilled.npz', '--json'
+  done = _run(*flags, cache=cache, PYTHONPATH=without_neural_tangents(tmp_path))
   assert done.returncode == 0, done.stderr
   assert done.stdout.count('\n') == 1
   found = json.loads(done.stdout)
