@@ -8,7 +8,13 @@ from programs import placement
 # Before NumPy and JAX start, as in the program's own processes.
 os.environ.update(placement.launcher_environment())
 
+import jax
 import jaxtyping
+
+# LLVM's optimisations would be half of the time of tests that compile; without them a result
+# differs by a rounding or so. The processes that tests start, and tests/kernels/test_near_pairs.py,
+# where roundings count, compile as users do.
+jax.config.update('jax_disable_most_optimizations', True)
 
 # Types, shapes and dtypes of distillation/, which must not be imported before, are checked at every
 # call of its functions.
