@@ -7,10 +7,10 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 from typing import Any
 
+import forked
 import jax
 import matplotlib.figure
 import matplotlib.text
@@ -22,8 +22,6 @@ from artifacts import distilled_set, paper_results, pictures, report, run_direct
 from configs import schema
 from data import DataError, preprocess
 from distillation import evaluation
-
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 @pytest.fixture(scope='module', name='finished')
@@ -253,14 +251,7 @@ def test_a_run_directory_that_cannot_be_written(named, blocked):
 
 def _command(directory):
   """`python -m programs.report` on a run's directory."""
-  return subprocess.run(
-    [sys.executable, '-m', 'programs.report', f'--workdir={directory.path}'],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=100,
-    check=False,
-  )
+  return forked.run([sys.executable, '-m', 'programs.report', f'--workdir={directory.path}'])
 
 
 def test_the_report_command_makes_what_is_missing(named):
