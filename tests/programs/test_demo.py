@@ -8,7 +8,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from launching import IN_ONE_PROCESS, LOCAL_MP, command, rows, run, status
+from launching import IN_ONE_PROCESS, LOCAL_MP, command, rows, run, status, without_neural_tangents
 
 from artifacts import run_directory
 
@@ -22,9 +22,14 @@ from artifacts import run_directory
     (2, IN_ONE_PROCESS, ('--config.run.num_steps=20', '--config.system.evaluation.nn_steps=0')),
   ],
 )
-def test_the_demo_beats_its_real_images_by_ten_points(tmp_path, cache, seed, program, shorter):
+def test_the_demo_beats_its_real_images_by_ten_points(
+  tmp_path, tmp_path_factory, cache, seed, program, shorter
+):
   flags = (f'--config.run.seed={seed}', *shorter)
-  done = run(command(tmp_path, *flags, config='configs/digits.py', program=program, cache=cache))
+  done = run(
+    command(tmp_path, *flags, config='configs/digits.py', program=program, cache=cache),
+    PYTHONPATH=without_neural_tangents(tmp_path_factory.mktemp('modules')),
+  )
   assert done.returncode == 0, done.stdout + done.stderr
   outcome, results = status(tmp_path), rows(tmp_path)
   assert outcome['state'] == 'finished' and outcome['step'] == outcome['num_steps']

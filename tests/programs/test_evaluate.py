@@ -9,6 +9,7 @@ import forked
 import launching
 import numpy as np
 import pytest
+from launching import without_neural_tangents
 
 from artifacts import distilled_set
 from configs import schema
@@ -44,9 +45,9 @@ def test_a_run_evaluates_networks_at_its_ends_and_baselines_once(distilled):
   assert baselines[0]['nn_test_accuracy'] == rows[0]['nn_test_accuracy']
 
 
-def _run(*flags, cache, run=forked.run):
+def _run(*flags, cache, run=forked.run, **environment):
   command = [sys.executable, '-m', 'programs.evaluate', *map(str, flags)]
-  return run(command, XDG_CACHE_HOME=os.path.dirname(cache))
+  return run(command, XDG_CACHE_HOME=os.path.dirname(cache), **environment)
 
 
 CONFIG = (
@@ -56,8 +57,10 @@ CONFIG = (
 )
 
 
-def test_a_file_of_ours_gives_what_the_run_found(distilled, cache):
-  done = _run(f'--dataset={distilled}/distilled.npz', '--json', cache=cache, run=launching.run)
+def test_a_file_of_ours_gives_what_the_run_found(distilled, cache, tmp_path):
+  flags = f'--dataset={distilled}/distilled.npz', '--json'
+  path = without_neural_tangents(tmp_path)
+  done = _run(*flags, cache=cache, run=launching.run, PYTHONPATH=path)
   assert done.returncode == 0, done.stderr
   assert done.stdout.count('\n') == 1
   found = json.loads(done.stdout)
