@@ -117,10 +117,6 @@ def test_coordinator_workers_and_evaluator_by_role(tmp_path, npz, make_run, cach
       "the run's key, /nowhere, cannot be read: No such file or directory",
     ),
     (
-      ('--role=evaluator', '--workdir=/nowhere', '--secret=/nowhere'),
-      '--secret=FILE is for workers',
-    ),
-    (
       ('--role=worker', '--coordinator=somewhere', '--secret=x'),
       "--coordinator must be HOST:PORT, got 'somewhere'",
     ),
