@@ -10,6 +10,7 @@ import hashlib
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 
@@ -43,6 +44,8 @@ _FLAGS = (
   '-fno-gnu-unique',
   '-Wl,-Bsymbolic',
   '-Wno-psabi',
+  # Messages of XLA's headers name their file: no folder of this machine's in the library.
+  '-fmacro-prefix-map={headers}=',
 )
 
 
@@ -63,6 +66,17 @@ def find(
 def is_built(folder: pathlib.Path = FOLDER, sources: pathlib.Path = SOURCES) -> bool:
   """Whether there is a library for every instruction set."""
   return all(find(name, folder, sources) for name in INSTRUCTION_SETS)
+
+
+def identity(path: pathlib.Path) -> str:
+  """Names a library by the compiler that made it, and by a digest of all its bytes.
+
+  The same compiler makes the same bytes wherever it runs.
+  """
+  content = path.read_bytes()
+  found = re.search(rb'(GCC: [^\0]*|clang version [^\0]*)\0', content)
+  compiler = found[1].decode(errors='replace') if found else 'unknown compiler'
+  return f'{compiler}, {hashlib.sha256(content).hexdigest()[:16]}'
 
 
 def build(folder: pathlib.Path = FOLDER, machine: str = platform.machine()) -> str:
@@ -107,7 +121,9 @@ def _compile(command: list[str], instruction_set: str, path: pathlib.Path) -> st
     the compiler's complaint, if any.
   """
   partial = path.with_suffix(f'.{os.getpid()}.partial')
-  flags = [*_FLAGS, *INSTRUCTION_SETS[instruction_set], '-isystem', str(_headers())]
+  headers = str(_headers())
+  flags = [flag.format(headers=headers) for flag in _FLAGS]
+  flags += [*INSTRUCTION_SETS[instruction_set], '-isystem', headers]
   result = subprocess.run(
     [*command, *flags, str(SOURCES / 'ffi.cc'), '-o', str(partial)],
     capture_output=True,

@@ -75,6 +75,12 @@ def load(instruction_set: str) -> ctypes.CDLL:
   return library
 
 
+@functools.cache
+def _identity(instruction_set: str) -> str:
+  path = build.find(instruction_set)
+  return build.identity(path) if path else ''
+
+
 class NativeKernel(Kernel):
   """NTK (or NNGP) blocks in C++: O(A·B·H·W·offsets) time, `threads` threads.
 
@@ -96,6 +102,7 @@ class NativeKernel(Kernel):
     self.architecture = architecture
     self.dtype = np.dtype(dtype)
     self.instruction_set = best_instruction_set()
+    self.compiled = _identity(self.instruction_set)
     self._derivatives_bytes = derivatives_bytes
     self._lanes = load(self.instruction_set).kip_vector_bytes() // self.dtype.itemsize
     self._network = dict(
