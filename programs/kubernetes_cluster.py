@@ -108,7 +108,8 @@ def print_manifest(argv: Sequence[str]) -> int:
   needs, secret = memory.needs(checked.config, checked.prepared), f'--secret={_KEY_FILE}'
   preparing = _PREPARING * checked.prepared.train_images.nbytes
   gpu = _GPU.value
-  manifest = _render(
+  manifest = render(
+    _TEMPLATES,
     name=name,
     image=_IMAGE.value,
     claim=_CLAIM.value,
@@ -116,7 +117,7 @@ def print_manifest(argv: Sequence[str]) -> int:
     cache=f'{mount}/.cache',
     key_folder=_KEY_FOLDER,
     key_file=_KEY_FILE,
-    key_base64=base64.b64encode(_key(workdir)).decode(),
+    key_base64=base64.b64encode(key(workdir)).decode(),
     config_text=pathlib.Path(path).read_text(encoding='utf-8').rstrip() + '\n',
     port=port,
     num_workers=system.num_workers,
@@ -147,14 +148,7 @@ def print_manifest(argv: Sequence[str]) -> int:
     ),
   )
   steps = _steps(name, workdir, system.num_workers)
-  command = shlex.join([os.path.basename(sys.executable), *sys.orig_argv[1:]])
-  header = (
-    f'Made by: {_printable(command)}\n\n{steps}\n\n'
-    "This file holds the run's key: keep it from others, who could run code in its pods.\n"
-    'It was checked against the schemas of Kubernetes, but has not been run on a cluster.\n'
-    'It needs Kubernetes 1.29 or newer, and a network plugin that heeds NetworkPolicy.'
-  )
-  print(''.join(f'# {line}'.rstrip() + '\n' for line in header.split('\n')) + manifest, end='')
+  print(_header(argv, steps) + manifest, end='')
   print(steps, file=sys.stderr)
   return 0
 
@@ -189,8 +183,11 @@ def _workdir() -> str:
   return workdir
 
 
-def _key(workdir: str) -> bytes:
-  """The run's key: that of the run directory, if this host sees it; else a new one."""
+def key(workdir: str) -> bytes:
+  """The content of the key's file: of the run directory's, if this host sees that; else a new one.
+
+  Raises SecretError.
+  """
   directory = run_directory.RunDirectory(workdir)
   if not os.path.isdir(workdir):
     return keys.new()
@@ -218,7 +215,7 @@ def _steps(name: str, workdir: str, num_workers: int) -> str:
   add = patch({'completions': more, 'parallelism': more}, 'worker')
   stop, resume = (patch({'suspend': value}, *all_jobs) for value in (True, False))
   return _printable(
-    f'start:       kubectl apply -f FILE, this output\n'
+    f'start:       kubectl apply -f FILE  (this output)\n'
     f'follow:      kubectl logs -f job/{name}-coordinator\n'
     f'see pods:    kubectl get pods {label}\n'
     f'status:      kubectl exec job/{name}-coordinator -- {status}\n'
@@ -232,6 +229,17 @@ def _steps(name: str, workdir: str, num_workers: int) -> str:
   )
 
 
+def _header(argv: Sequence[str], steps: str) -> str:
+  """The comment before the manifest."""
+  text = (
+    f'Made by: {_printable(shlex.join(["python", *argv]))}\n\n{steps}\n\n'
+    "This file holds the run's key: keep it from others, who could run code in its pods.\n"
+    'Such manifests were checked against the schemas of Kubernetes, but never run on a cluster.\n'
+    'It needs Kubernetes 1.29 or newer, and a network plugin that heeds NetworkPolicy.'
+  )
+  return ''.join(f'# {line}'.rstrip() + '\n' for line in text.split('\n'))
+
+
 def _printable(text: str) -> str:
   """Escapes what would end a comment, or may not be in one."""
   return ''.join(
@@ -239,10 +247,10 @@ def _printable(text: str) -> str:
   )
 
 
-def _render(**values: object) -> str:
-  """Fills in the templates. Raises BadInput if they cannot be."""
+def render(templates: str, **values: object) -> str:
+  """Fills in the templates of a folder. Raises BadInput if they cannot be."""
   environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(_TEMPLATES),
+    loader=jinja2.FileSystemLoader(templates),
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -257,7 +265,7 @@ def _render(**values: object) -> str:
         pass
     except (jinja2.TemplateError, yaml.YAMLError) as error:
       raise command_line.BadInput(
-        f'the template {_TEMPLATES}/{name} cannot be used: {" ".join(str(error).split())}'
+        f'the template {templates}/{name} cannot be used: {" ".join(str(error).split())}'
       ) from error
     parts.append(f'---\n{part}\n')
   return ''.join(parts)
