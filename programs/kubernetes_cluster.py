@@ -264,8 +264,9 @@ def render(templates: str, **values: object) -> str:
       for _ in yaml.safe_load_all(part):
         pass
     except (jinja2.TemplateError, yaml.YAMLError) as error:
+      line = f':{error.lineno}' if isinstance(error, jinja2.TemplateSyntaxError) else ''
       raise command_line.BadInput(
-        f'the template {templates}/{name} cannot be used: {" ".join(str(error).split())}'
+        f'the template {templates}/{name}{line} cannot be used: {" ".join(str(error).split())}'
       ) from error
     parts.append(f'---\n{part}\n')
   return ''.join(parts)
