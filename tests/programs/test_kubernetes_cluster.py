@@ -19,17 +19,7 @@ import typing
 import forked
 import pytest
 import yaml
-from launching import (
-  ROOT,
-  SMALL,
-  assert_as_in_one_process,
-  change_num_steps,
-  rows,
-  started,
-  status,
-  step,
-  wait,
-)
+from launching import ROOT, SMALL, assert_as_in_one_process, started, status, step, wait
 
 from programs import command_line, kubernetes_cluster
 from transport import secret
@@ -548,36 +538,38 @@ def _start(objects, role, life, tmp_path):
     return re.sub('kip-[-a-z0-9]*-coordinator', 'localhost', text)
 
   environment = {
-    it['name']: here(it.get('value', f'{name}-x7k2p')) for it in _container(job)['env']
+    it['name']: here(it.get('value', f'{role}-0-{life}')) for it in _container(job)['env']
   }
   script = _container(job)['command'][2].replace('.venv/bin/python', shlex.quote(sys.executable))
   command = ['sh', '-c', here(script), role, *map(here, _arguments(job))]
   return started(command, tmp_path / f'{name}.log', JOB_COMPLETION_INDEX='0', **environment)
 
 
-def test_the_pods_commands_run_stop_and_resume(manifest, tmp_path, make_run):
-  """As processes of this machine. All are stopped as by `suspend`; started again, they give the
-  bits of a run that was not."""
-  workdir = tmp_path / 'shared' / 'run'
+def test_the_pods_commands_make_a_run(manifest, tmp_path, make_run):
+  """As processes of this machine, hence slow. The worker is stopped as by an eviction, and
+  replaced; tests of hosts stop the coordinator."""
+  workdir, num_steps = tmp_path / 'shared' / 'run', 300
   with socket.create_server(('', 0)) as free:
-    flags = (*SMALL, f'--config.system.port={free.getsockname()[1]}')
-  num_steps = 100000
-  for life, expected in enumerate((75, 0)):
-    objects, _, _ = manifest(*flags, f'--config.run.num_steps={num_steps}')
-    with contextlib.ExitStack() as stack:
-      log, pods = tmp_path / f'coordinator{life}.log', []
-      for role in ROLES:
-        pods.append(stack.enter_context(_start(objects, role, life, tmp_path)))
-        wait(lambda log=log: 'The coordinator is at localhost:' in log.read_text())
-      if life == 0:
-        wait(lambda: step(workdir) >= 3 and len(rows(workdir)) == 2)
-        for pod in pods:
-          pod.send_signal(signal.SIGTERM)
-      ends = [pod.wait(120) for pod in pods]
-      assert ends == [expected] * 3, [path.read_text() for path in tmp_path.glob('*.log')]
-    num_steps = status(workdir)['step'] + 3
-    change_num_steps(workdir, num_steps)
-  assert list(status(workdir)['workers']) == ['worker_0_x7k2p']
+    port = free.getsockname()[1]
+  flags = (f'--config.run.num_steps={num_steps}', f'--config.system.port={port}')
+  objects, _, _ = manifest(*SMALL, *flags)
+  with contextlib.ExitStack() as stack:
+
+    def start(role, life=0):
+      return stack.enter_context(_start(objects, role, life, tmp_path))
+
+    pods = [start('coordinator')]
+    wait(lambda: 'is at localhost:' in (tmp_path / 'coordinator0.log').read_text())
+    evicted = start('worker')
+    pods.append(start('evaluator'))
+    wait(lambda: step(workdir) >= 3)
+    evicted.send_signal(signal.SIGTERM)
+    assert evicted.wait(60) == 75, (tmp_path / 'worker0.log').read_text()
+    assert status(workdir)['state'] == 'running'
+    pods.append(start('worker', 1))
+    ends = [pod.wait(120) for pod in pods]
+    assert ends == [0, 0, 0], [path.read_text() for path in tmp_path.glob('*.log')]
+  assert set(status(workdir)['workers']) == {'worker_0_0', 'worker_0_1'}
   assert stat.S_IMODE((tmp_path / 'worker1/run/secret').stat().st_mode) == 0o600
   assert not (workdir / 'secret').exists()
-  assert_as_in_one_process(workdir, make_run, num_steps - 3)
+  assert_as_in_one_process(workdir, make_run, num_steps)
