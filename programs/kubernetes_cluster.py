@@ -3,8 +3,8 @@ programs/kubernetes/.
 
     python launch.py --cluster=kubernetes --config=FILE --workdir=/shared/run \\
       --config.system.num_workers=8 --kubernetes_image=REGISTRY/kip \\
-      --kubernetes_claim=shared --kubernetes_gpu=nvidia.com/gpu > run.yaml
-    kubectl apply -f run.yaml
+      --kubernetes_claim=shared --kubernetes_gpu=nvidia.com/gpu > kip.yaml
+    kubectl apply -f kip.yaml
 """
 
 import base64
