@@ -3,7 +3,8 @@ PYTHON = .venv/bin/python
 UV = $(shell command -v uv || echo .uv/bin/uv)
 DEMO_DIR ?= runs/demo
 export DEMO_DIR
-CPP = $(wildcard kernels/*/src/*.h kernels/*/src/*.cc kernels/*/src/*.cu tests/kernels/*.h)
+CPP = $(wildcard kernels/*/src/*.h kernels/*/src/*.cc kernels/*/src/*.cu \
+  tests/kernels/*.h tests/kernels/*.cc)
 
 .PHONY: help demo test lint format test-slurm test-cable chaos bench bench-gpu bench-coordinator bench-scale \
   native setup dev cuda lock clean

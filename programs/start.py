@@ -103,9 +103,27 @@ def check(find_gpus: Callable[[str], placement.Gpus] | None, here: memory.Here) 
   config = validation.validate(raw)
   cache = store.cache_folder(config.system.cache_dir)
   prepared = store.prepare(config.run.data, cache, raw=config.run.augmentation.is_on)
+  num_workers = placement.num_workers(config.system.num_workers, gpus.names)
+  config = resolve(config, prepared, num_workers)
+  memory_remark = memory.check(config, prepared, here)
+  initial_support.make(config.run, prepared, cache)
+  remarks = (
+    classes.in_words(prepared.class_names),
+    *prepared.remarks,
+    memory_remark,
+    plan_advice.advise(config, prepared.num_classes),
+    gpus.remark,
+  )
+  return Checked(config, prepared, cache, tuple(filter(None, remarks)), gpus)
+
+
+def resolve(config: schema.Config, prepared: store.Prepared, num_workers: int) -> schema.Config:
+  """Fills in what a validated configuration leaves to the data and to this host.
+
+  Raises ConfigError where it does not suit the data.
+  """
   labels, num_classes = prepared.train_labels, prepared.num_classes
   targets = validation.resolve_targets(config.run, labels, num_classes)
-  num_workers = placement.num_workers(config.system.num_workers, gpus.names)
   config = dataclasses.replace(
     config,
     run=dataclasses.replace(config.run, targets_per_step=targets),
@@ -113,13 +131,4 @@ def check(find_gpus: Callable[[str], placement.Gpus] | None, here: memory.Here) 
   )
   height, width, channels = prepared.train_images.shape[1:]
   validation.validate_with_data(config, labels, num_classes, (height, width, channels))
-  memory_remark = memory.check(config, prepared, here)
-  initial_support.make(config.run, prepared, cache)
-  remarks = (
-    classes.in_words(prepared.class_names),
-    *prepared.remarks,
-    memory_remark,
-    plan_advice.advise(config, num_classes),
-    gpus.remark,
-  )
-  return Checked(config, prepared, cache, tuple(filter(None, remarks)), gpus)
+  return config

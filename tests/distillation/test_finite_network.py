@@ -4,15 +4,18 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import kernels.precision  # noqa: F401
 from distillation import finite_network
-from kernels import architectures, reference
+from distillation.network import Network
+from kernels import architectures
 
 FC1 = architectures.get('fc1')
 WIDTH, SHAPE, CLASSES = 12, (2, 3, 1), 3
+NETWORK = Network(FC1, WIDTH, CLASSES)
 PLAIN: dict[str, Any] = dict(
   width=WIDTH,
   steps=4,
@@ -40,8 +43,7 @@ def _soft_labels(classes):
 
 def _initial(seed, k):
   weights, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), k))
-  init_fn = reference.network(FC1, width=WIDTH, outputs=CLASSES, parameterization='standard')[0]
-  params = init_fn(weights, (-1, *SHAPE))[1]
+  params = NETWORK.initial(weights, SHAPE)
   return [np.asarray(p, np.float64) for p in jax.tree.leaves(params)]
 
 
@@ -91,7 +93,7 @@ def _trained(images, labels, ntk_images, loss, factor, l2, steps, seed, k):
 def _ours(images, labels, ntk_images, k, factor, l2, **changes):
   settings = {**PLAIN, **changes}
   params = finite_network.train(
-    FC1,
+    NETWORK,
     images,
     labels,
     ntk_images,
@@ -100,7 +102,7 @@ def _ours(images, labels, ntk_images, k, factor, l2, **changes):
     l2,
     check=lambda: None,
     batch=min(settings['batch'], len(images)),
-    **{name: settings[name] for name in ('width', 'steps', 'loss', 'seed')},
+    **{name: settings[name] for name in ('steps', 'loss', 'seed')},
   )
   return [np.asarray(p) for p in jax.tree.leaves(params)]
 
@@ -123,11 +125,10 @@ def test_training_is_that_of_the_papers(loss, k, factor, l2, steps):
 
 
 def test_learning_rate_is_set_by_the_first_fifty_held_out_images():
-  (images, classes), held_out = _data(6), _data(60, seed=1)
-  init_fn, apply_fn = finite_network.network(FC1, WIDTH, CLASSES)
-  params = init_fn(jax.random.key(3), (-1,) + SHAPE)[1]
+  (images, classes), held_out = _data(7), _data(60, seed=1)
+  params = NETWORK.initial(jax.random.key(3), SHAPE)
   first = held_out[0][:50]
-  rate = finite_network.max_learning_rate(apply_fn, params, first.astype(np.float64), CLASSES)
+  rate = finite_network.max_learning_rate(NETWORK, params, first.astype(np.float64))
   expected = _max_rate([np.asarray(p) for p in jax.tree.leaves(params)], first)
   assert rate == pytest.approx(expected, rel=1e-9)
   # Whatever comes after the fiftieth changes nothing.
@@ -149,7 +150,7 @@ def test_cross_entropy_sees_the_arg_max_of_labels_only():
     loss: [
       np.array_equal(a, b)
       for a, b in zip(
-        *[_ours(images, labels, _data(5, seed=1)[0], 0, 0.5, 0.01, loss=loss) for labels in both]
+        *[_ours(images, labels, _data(9, seed=1)[0], 0, 0.5, 0.01, loss=loss) for labels in both]
       )
     ]
     for loss in finite_network.LOSSES
@@ -161,7 +162,7 @@ def test_batches_are_of_different_images_and_differ_between_seeds_and_steps():
   """One update with a batch of 2 of 5 images is the update with some pair of them; which pair
   depends on the seed."""
   images, classes = _data(5)
-  labels, ntk_images = _soft_labels(classes), _data(6, seed=1)[0]
+  labels, ntk_images = _soft_labels(classes), _data(9, seed=1)[0]
   pairs = [(i, j) for i in range(5) for j in range(i)]
   found = set()
   for k in range(8):
@@ -178,7 +179,7 @@ def test_batches_are_of_different_images_and_differ_between_seeds_and_steps():
 
 
 def test_several_seeds_give_what_each_gives_and_the_same_again():
-  (images, classes), held_out, test = _data(6), _data(30, seed=1), _data(301, seed=2)
+  (images, classes), held_out, test = _data(7), _data(60, seed=1), _data(301, seed=2)
   labels = _soft_labels(classes)
   settings = {**PLAIN, 'num_seeds': 3}
   several = finite_network.evaluate(FC1, images, labels, held_out, test, **settings)
@@ -186,7 +187,7 @@ def test_several_seeds_give_what_each_gives_and_the_same_again():
   assert len(set(several.test_accuracies)) > 1
   assert several[1:] == (0.5, 0.01, None)
   for k, accuracy in enumerate(several.test_accuracies):
-    params = _trained(images, labels, held_out[0], 'mse', 0.5, 0.01, 4, 7, k)
+    params = _trained(images, labels, held_out[0][:50], 'mse', 0.5, 0.01, 4, 7, k)
     outputs, _ = _outputs_and_gradients(
       params, test[0].reshape(301, -1).astype(np.float64), np.zeros_like
     )
@@ -225,7 +226,7 @@ def test_the_grid_is_decided_on_held_out_images_even_against_the_test_set():
 
 
 def test_a_network_that_diverges_scores_nothing_and_is_not_selected(caplog):
-  (images, classes), held_out, test = _data(9), _data(30, seed=1), _data(30, seed=2)
+  (images, classes), held_out, test = _data(7), _data(60, seed=1), _data(30, seed=2)
   settings = {**PLAIN, 'steps': 200, 'learning_rate_factors': (1e9, 0.5)}
   labels = _soft_labels(classes)
   found = finite_network.evaluate(FC1, images, labels, held_out, test, **settings)
@@ -237,13 +238,12 @@ def test_a_network_that_diverges_scores_nothing_and_is_not_selected(caplog):
 
 
 def test_accuracy_counts_every_image_once():
+  """Of a linear network whose outputs are the first three pixels."""
   x, classes = _data(1203)
-
-  def apply_fn(params, x):
-    return x.reshape(len(x), -1)[:, :CLASSES] * params
-
+  network = Network(architectures.Architecture(), WIDTH, CLASSES)
+  params = [(jnp.eye(6, CLASSES, dtype=jnp.float32), jnp.zeros((1, CLASSES), jnp.float32))]
   expected = np.mean(x.reshape(1203, -1)[:, :CLASSES].argmax(axis=1) == classes)
-  assert finite_network.test_accuracy(apply_fn, np.float32(1), x, classes, lambda: None) == expected
+  assert finite_network.test_accuracy(network, params, x, classes, lambda: None) == expected
 
 
 def test_what_check_raises_ends_it():
@@ -254,7 +254,7 @@ def test_what_check_raises_ends_it():
     if len(calls) == 3:
       raise KeyboardInterrupt
 
-  (images, classes), held_out = _data(9), _data(30, seed=1)
+  (images, classes), held_out = _data(7), _data(60, seed=1)
   settings = {**PLAIN, 'steps': 10**6, 'check': check}
   with pytest.raises(KeyboardInterrupt):
     finite_network.evaluate(FC1, images, _soft_labels(classes), held_out, held_out, **settings)
@@ -278,9 +278,9 @@ def test_another_architecture_and_ragged_images():
 
 
 def test_seeds_and_settings_share_one_compilation(caplog):
-  (images, classes), held_out = _data(9), _data(30, seed=1)
+  (images, classes), held_out = _data(8), _data(60, seed=1)  # 8: no other test has compiled it
   grid = {'learning_rate_factors': (0.1, 0.5), 'l2s': (0.0, 1e-3), 'num_seeds': 3}
-  settings = {**PLAIN, 'steps': 11, **grid}  # 11: no other test has compiled this
+  settings = {**PLAIN, **grid}
   with jax.log_compiles():
     finite_network.evaluate(FC1, images, _soft_labels(classes), held_out, held_out, **settings)
   assert caplog.text.count('Finished XLA compilation of jit(update)') == 1

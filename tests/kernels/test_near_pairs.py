@@ -5,6 +5,7 @@ Each network against Neural Tangents in float64, by the tolerances that README s
 
 import functools
 
+import jax
 import kernel_cases
 import numpy as np
 import pytest
@@ -19,6 +20,13 @@ BLOCK, GRADIENT = TOLERANCES['float32']
 
 def _noise(epsilon):
   return lambda x, y, noise: (x, x + epsilon * noise)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _compiled_as_for_users():
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
 
 
 # name -> (x1 [3, H, W, D], y and noise, both alike) -> (x1, x2)
