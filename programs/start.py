@@ -19,6 +19,23 @@ WORKDIR = flags.DEFINE_string(
 )
 
 
+class Checked(NamedTuple):
+  """A run whose configuration and data fit together.
+
+  Attributes:
+    config: validated; `system.num_workers` is at least 1.
+    prepared: its data.
+    cache: folder that holds them.
+    remarks, gpus: as in `Run`.
+  """
+
+  config: schema.Config
+  prepared: store.Prepared
+  cache: str
+  remarks: tuple[str, ...]
+  gpus: placement.Gpus
+
+
 class Run(NamedTuple):
   """A run that may start.
 
@@ -47,7 +64,21 @@ def parse(argv: Sequence[str]) -> None:
 def ready(
   find_gpus: Callable[[str], placement.Gpus] | None, here: memory.Here = memory.Here.ALL
 ) -> Run:
-  """Validates the configuration, prepares the data and opens the run directory.
+  """Does what `check` does, and opens the run directory.
+
+  Raises:
+    BadInput, ConfigError, DataError, RunDirectoryError: anything the user can mend; nothing has
+      been started.
+  """
+  config, prepared, cache, remarks, gpus = check(find_gpus, here)
+  directory = run_directory.RunDirectory(WORKDIR.value or '')
+  directory.open(config, prepared.key)
+  directory.write_command([os.path.basename(sys.executable), *sys.orig_argv[1:]])
+  return Run(config, directory, cache, remarks, gpus)
+
+
+def check(find_gpus: Callable[[str], placement.Gpus] | None, here: memory.Here) -> Checked:
+  """Validates the configuration and prepares the data.
 
   Call it after `parse`.
 
@@ -56,9 +87,7 @@ def ready(
       workers do not share this host.
     here: the processes for which this host needs memory.
 
-  Raises:
-    BadInput, ConfigError, DataError, RunDirectoryError: anything the user can mend; nothing has
-      been started.
+  Raises BadInput, ConfigError, DataError.
   """
   if not command_line.CONFIG.value:
     raise command_line.BadInput(
@@ -78,9 +107,6 @@ def ready(
   config = resolve(config, prepared, num_workers)
   memory_remark = memory.check(config, prepared, here)
   initial_support.make(config.run, prepared, cache)
-  directory = run_directory.RunDirectory(WORKDIR.value)
-  directory.open(config, prepared.key)
-  directory.write_command([os.path.basename(sys.executable), *sys.orig_argv[1:]])
   remarks = (
     classes.in_words(prepared.class_names),
     *prepared.remarks,
@@ -88,7 +114,7 @@ def ready(
     plan_advice.advise(config, prepared.num_classes),
     gpus.remark,
   )
-  return Run(config, directory, cache, tuple(filter(None, remarks)), gpus)
+  return Checked(config, prepared, cache, tuple(filter(None, remarks)), gpus)
 
 
 def resolve(config: schema.Config, prepared: store.Prepared, num_workers: int) -> schema.Config:
