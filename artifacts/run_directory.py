@@ -52,7 +52,7 @@ class RunDirectory:
   Attributes:
     path: of the directory, absolute; the others are paths of files and folders in it.
     picture: of the support images.
-    address: the coordinator's, of a run on several hosts.
+    address, secret: the coordinator's and the run's key, of a run on several hosts.
   """
 
   def __init__(self, path: str):
@@ -64,6 +64,7 @@ class RunDirectory:
     self.metrics, self.baselines = inside('metrics.jsonl'), inside('baselines.json')
     self.distilled, self.picture = inside('distilled.npz'), inside('images.png')
     self.report, self.address = inside('report.html'), inside('address')
+    self.secret = inside('secret')
     self.generation, self._command = inside('generation'), inside('command.txt')
     self._lock: BinaryIO | None = None
     self._earlier_generation = 0  # of the last coordinator before `begin`
