@@ -9,8 +9,8 @@ installed. The differences:
 - Batched handlers and health checks do not exist.
 """
 
-from courier.client import Client, list_methods
-from courier.errors import StatusCode, StatusNotOk
-from courier.server import Server
+from .client import Client, list_methods
+from .errors import StatusCode, StatusNotOk
+from .server import Server
 
 __all__ = ['Client', 'Server', 'StatusCode', 'StatusNotOk', 'list_methods']

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
-from courier import messages, wire
-from courier.errors import StatusCode, StatusNotOk
+from . import messages, wire
+from .errors import StatusCode, StatusNotOk
 
 _RETRY = 0.05  # seconds between two tries to reach a server
 
@@ -117,15 +117,12 @@ class Client:
 
   def _connect(self, deadline: float | None) -> wire.Connection:
     while True:
-      left = None if deadline is None else deadline - time.monotonic()
-      if left is not None and left <= 0:
-        raise TimeoutError
       try:
-        return wire.Connection(wire.connect(self._address, left))
-      except OSError:
-        if not self._wait_for_ready:
+        return wire.connect(self._address, deadline)
+      except (OSError, wire.TooLong) as error:  # too long: the greeting of some other server
+        if not self._wait_for_ready or isinstance(error, TimeoutError):
           raise
-      time.sleep(_RETRY if left is None else min(_RETRY, left))
+      time.sleep(_RETRY)
 
 
 class _AsyncClient:

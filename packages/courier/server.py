@@ -1,7 +1,6 @@
 """Serves functions to clients."""
 
 import contextlib
-import errno
 import os
 import socket
 import stat
@@ -13,9 +12,10 @@ from typing import Any
 
 from absl import logging
 
-from courier import messages, wire
+from . import messages, wire
 
 _GRACE = 60.0  # seconds that `Stop` waits for calls
+_BACKLOG = 1024  # connections that wait to be accepted
 
 
 class Server:
@@ -36,7 +36,8 @@ class Server:
       name: has no effect.
       port: to listen on, for this machine alone.
       thread_pool_size: has no effect.
-      path: of a Unix socket to listen on instead, for this user alone.
+      path: of a Unix socket to listen on instead, for this user alone; one that is there is
+        replaced, and it stays there when the server has stopped.
     """
     if (port is None) == (path is None):
       raise ValueError('a server needs a port or a path')
@@ -77,7 +78,10 @@ class Server:
     """Starts to listen. Raises OSError where that is not possible."""
     if self._listener:
       raise ValueError('Server already started')
-    self._listener = _listen_at(self._path) if self._path else _listen_on(self._port)
+    if self._path is not None:
+      self._listener = _listen_at(self._path)
+    else:
+      self._listener = socket.create_server(('localhost', self._port or 0), backlog=_BACKLOG)
     threading.Thread(target=self._accept, name='courier', daemon=True).start()
 
   def Join(self) -> None:
@@ -94,8 +98,6 @@ class Server:
       first, self._stopping = not self._stopping, True
       threads = dict(self._threads)
     if first:
-      if self._path:
-        os.unlink(self._path)
       with contextlib.suppress(OSError):
         self._listener.shutdown(socket.SHUT_RDWR)  # ends a waiting `accept`
       self._listener.close()
@@ -133,6 +135,7 @@ class Server:
   def _serve(self, connection: wire.Connection) -> None:
     """Answers the calls of a connection, one after the other, until its end."""
     try:
+      connection.send(wire.GREETING)
       while (request := connection.receive()) is not None:
         answer = self._answer(request)
         request.release()
@@ -177,34 +180,16 @@ def _error(code: str, message: str) -> bytes:
 
 
 def _listen_at(path: str) -> socket.socket:
-  """Listens at a Unix socket, in place of one that a dead process has left."""
-  listener = socket.socket(socket.AF_UNIX)
+  """Listens at a Unix socket, which takes the place of what is there once it listens."""
+  listener, new = socket.socket(socket.AF_UNIX), f'{path}.next'
   try:
-    try:
-      listener.bind(path)
-    except OSError as error:
-      if error.errno != errno.EADDRINUSE or _answers(path):
-        raise
-      os.unlink(path)
-      listener.bind(path)
-    os.chmod(path, stat.S_IRUSR | stat.S_IWUSR)  # before anybody can connect
-    listener.listen(socket.SOMAXCONN)
-  except OSError as error:
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(new)
+    listener.bind(new)
+    os.chmod(new, stat.S_IRUSR | stat.S_IWUSR)  # before anybody can connect
+    listener.listen(_BACKLOG)
+    os.replace(new, path)
+  except OSError:
     listener.close()
-    raise OSError(error.errno, f'no server can listen at {path} ({error})') from error
+    raise
   return listener
-
-
-def _answers(path: str) -> bool:
-  """Whether somebody listens at a path, or it is no socket."""
-  if not stat.S_ISSOCK(os.stat(path).st_mode):
-    return True
-  try:
-    wire.connect(wire.address_of(path), timeout=1.0).close()
-    return True
-  except ConnectionRefusedError:
-    return False
-
-
-def _listen_on(port: int | None) -> socket.socket:
-  return socket.create_server(('localhost', port or 0), backlog=socket.SOMAXCONN)

@@ -1,10 +1,14 @@
-"""Addresses, and messages over a socket: 8 bytes of length, then the content."""
+"""Addresses, and messages over a socket: 8 bytes of length, then the content.
+
+A server sends GREETING first, so that a client knows whom it has reached, be it behind a relay.
+"""
 
 import contextlib
 import socket
 import struct
 import time
 
+GREETING = b'courier1'
 LONGEST = 2**30  # bytes of a message
 _LENGTH = struct.Struct('<Q')
 _SHORT = 2**16  # bytes that are copied to be sent at once
@@ -22,20 +26,35 @@ def address_of(path: str) -> str:
   return _UNIX + path
 
 
-def connect(address: str, timeout: float | None) -> socket.socket:
-  """Connects to 'unix:PATH' or 'HOST:PORT'. Raises OSError."""
+def connect(address: str, deadline: float | None) -> 'Connection':
+  """Connects to a server at 'unix:PATH' or 'HOST:PORT'. Raises OSError (TimeoutError at `deadline`,
+  by time.monotonic)."""
+  left = None if deadline is None else deadline - time.monotonic()
+  if left is not None and left <= 0:
+    raise TimeoutError
+  connection = Connection(_connected(address, left))
+  try:
+    if connection.receive(deadline) != GREETING:
+      raise ConnectionError('no server answers')
+  except BaseException:
+    connection.close()
+    raise
+  return connection
+
+
+def _connected(address: str, timeout: float | None) -> socket.socket:
   if address.startswith(_UNIX):
-    connection = socket.socket(socket.AF_UNIX)
+    connected = socket.socket(socket.AF_UNIX)
     try:
-      connection.settimeout(timeout)
-      connection.connect(address.removeprefix(_UNIX))
+      connected.settimeout(timeout)
+      connected.connect(address.removeprefix(_UNIX))
     except BaseException:
-      connection.close()
+      connected.close()
       raise
-    return connection
+    return connected
   host, _, port = address.rpartition(':')
   if not port.isdecimal():
-    raise OSError(f'{address} is no address: expected unix:PATH or HOST:PORT')
+    raise OSError('an address is unix:PATH or HOST:PORT')
   return socket.create_connection((host.strip('[]'), int(port)), timeout)
 
 
@@ -73,7 +92,7 @@ class Connection:
     [length] = _LENGTH.unpack(header)
     if length > LONGEST:
       raise TooLong(f'a message of {length} bytes; at most {LONGEST} are received')
-    if not len(self._buffer) >= length or len(self._buffer) > _KEPT:
+    if not length <= len(self._buffer) <= _KEPT:
       self._buffer = bytearray(length)
     message = memoryview(self._buffer)[:length]
     self._fill(message, deadline)
@@ -106,9 +125,9 @@ class Connection:
     while filled < len(view):
       self._limit(deadline)
       count = self._socket.recv_into(view[filled:])
+      if not count and may_end and not filled:
+        return False
       if not count:
-        if may_end and not filled:
-          return False
         raise ConnectionError('the connection was closed in the middle of a message')
       filled += count
     return True
