@@ -58,7 +58,7 @@ def serving(instance: Any, path: str) -> Iterator[None]:
   """
   from launchpad.nodes.courier import courier_utils  # here: it takes half a second
 
-  if importlib.util.find_spec('courier.python') is None:  # packages/courier
+  if _takes_paths():
     server = courier_utils.make_courier_server(instance, path=path)
     server.Start()
     try:
@@ -102,6 +102,8 @@ def check() -> None:
 
   Raises CannotListen if this Courier is not the one that is known, or this system forbids it.
   """
+  if _takes_paths():
+    return
   from courier.python import server
 
   file = os.path.realpath(str(server.__file__))
@@ -130,6 +132,11 @@ def check() -> None:
       f'this system does not let Courier be told to listen on a unix socket ({reason}): '
       'python -m programs.local runs on this machine without Courier.'
     )
+
+
+def _takes_paths() -> bool:
+  """Whether packages/courier is installed, not Launchpad's Courier."""
+  return importlib.util.find_spec('courier.python') is None
 
 
 def _address_in_memory(file: str, offset: int) -> int:
