@@ -6,10 +6,12 @@ import enum
 class StatusCode(enum.Enum):
   """Why a call failed, by gRPC's names."""
 
-  INVALID_ARGUMENT = enum.auto()  # the function raised, or something cannot be sent
-  NOT_FOUND = enum.auto()  # there is no such function, or it raised a KeyError
+  INVALID_ARGUMENT = enum.auto()  # something cannot be sent, or the function said so
+  NOT_FOUND = enum.auto()  # there is no such function, or it did not find something
+  UNIMPLEMENTED = enum.auto()
+  UNKNOWN = enum.auto()  # the function raised another exception
+  RESOURCE_EXHAUSTED = enum.auto()  # a message is too long, or there is no memory
   DEADLINE_EXCEEDED = enum.auto()
-  RESOURCE_EXHAUSTED = enum.auto()  # a message is too long
   UNAVAILABLE = enum.auto()  # there is no server, or the connection was lost
 
 

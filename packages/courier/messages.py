@@ -37,6 +37,8 @@ def _extend(value: Any) -> msgpack.ExtType:
       kind = _ARRAY if value is array else _NUMBER
       return msgpack.ExtType(kind, b''.join([bytes([len(header)]), header, array.tobytes()]))
     raise TypeError(f'arrays of {array.dtype} cannot be sent')
+  if type(value) is int:
+    raise OverflowError('an integer of more than 64 bits cannot be sent')
   raise TypeError(f'{type(value).__name__} cannot be sent')
 
 

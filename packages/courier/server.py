@@ -15,6 +15,13 @@ from absl import logging
 from . import messages, wire
 
 _GRACE = 60.0  # seconds that `Stop` waits for calls
+# What Courier makes of exceptions.
+_CODES = {
+  (TypeError, ValueError): 'INVALID_ARGUMENT',
+  (LookupError,): 'NOT_FOUND',
+  (MemoryError,): 'RESOURCE_EXHAUSTED',
+  (NotImplementedError,): 'UNIMPLEMENTED',
+}
 _BACKLOG = 1024  # connections that wait to be accepted
 
 
@@ -168,7 +175,8 @@ class Server:
       lines = traceback.format_exception(type(error), error, error.__traceback__.tb_next)
       message = f'Python exception was raised on the server:\n{"".join(lines)}'
       logging.error('%s', message)
-      return _error('NOT_FOUND' if isinstance(error, KeyError) else 'INVALID_ARGUMENT', message)
+      codes = [code for kinds, code in _CODES.items() if isinstance(error, kinds)]
+      return _error(codes[0] if codes else 'UNKNOWN', message)
     try:
       return messages.pack([None, result])
     except (OverflowError, TypeError, ValueError) as error:
