@@ -5,7 +5,7 @@ number, of these very types. Arrays are of plain numbers: their bytes are never 
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 import numpy as np
@@ -16,7 +16,7 @@ _KINDS = 'biufc'
 
 def pack(value: Any) -> bytes:
   """Writes a value. Raises TypeError, OverflowError or ValueError where it cannot be sent."""
-  return msgpack.packb(value, default=_extend, strict_types=True)
+  return cast(bytes, msgpack.packb(value, default=_extend, strict_types=True))
 
 
 def unpack(data: bytes | memoryview) -> Any:

@@ -105,7 +105,7 @@ def failure(call, *args, **kwargs):
   with pytest.raises(Exception) as caught:
     call(*args, **kwargs)
   assert type(caught.value).__name__ == 'StatusNotOk', caught.value
-  return str(caught.value.code), str(caught.value)
+  return str(getattr(caught.value, 'code')), str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -422,8 +422,9 @@ def test_other_types_cannot_be_packed(value):
 def extension(kind, header, data=b''):
   import msgpack
 
-  packed = msgpack.packb(header)
-  return msgpack.packb(msgpack.ExtType(kind, bytes([len(packed)]) + packed + data))
+  packer = msgpack.Packer()
+  packed = packer.pack(header)
+  return packer.pack(msgpack.ExtType(kind, bytes([len(packed)]) + packed + data))
 
 
 @pytest.mark.parametrize(
