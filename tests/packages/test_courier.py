@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,7 +106,8 @@ def failure(call, *args, **kwargs):
   with pytest.raises(Exception) as caught:
     call(*args, **kwargs)
   assert type(caught.value).__name__ == 'StatusNotOk', caught.value
-  return str(getattr(caught.value, 'code')), str(caught.value)
+  error: Any = caught.value
+  return str(error.code), str(error)
 
 
 @pytest.mark.parametrize(
