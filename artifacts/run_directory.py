@@ -15,6 +15,7 @@ from absl import logging
 
 from artifacts import RunDirectoryError, files
 from configs import schema, validation
+from data import store
 
 # States in status.json. A run that is SUBMITTED waits for a scheduler to start it.
 FINISHED, FAILED, STOPPED, SUBMITTED = 'finished', 'failed', 'stopped', 'submitted'
@@ -43,7 +44,7 @@ class Saved(NamedTuple):
   def from_dict(cls, values: Mapping[str, Any]) -> 'Saved':
     """Undoes `to_dict`; ignores further values. Raises KeyError, TypeError, ValueError."""
     config = {name: values[name] for name in ('run', 'system')}
-    return cls(schema.from_dict(schema.Config, config), values['data_key'])
+    return cls(schema.from_dict(schema.Config, config), store.check_key(values['data_key']))
 
 
 class RunDirectory:

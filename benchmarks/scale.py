@@ -42,7 +42,7 @@ from configs import base, schema, validation
 from data import store
 from distillation import plan
 from kernels import registry
-from nodes import kernel_worker, messages
+from nodes import hardware, kernel_worker, messages
 from nodes.client import Retrying
 from transport import unix_socket
 
@@ -173,7 +173,8 @@ class _Simulated:
     self._target_tile = run.plan.target_tile
     self._two_halves = run.plan.split_support(self._num_support) > 0
     rate = 1 / (self._costs.derivatives + self._costs.pull_back)
-    hello = json.dumps({'fingerprint': {'implementation': 'simulated'}, 'pairs_per_second': rate})
+    fingerprint = {**hardware.software(), 'implementation': 'simulated'}
+    hello = json.dumps({'fingerprint': fingerprint, 'pairs_per_second': rate})
     in_hand, coming = [], None
     while True:
       if coming and not in_hand:

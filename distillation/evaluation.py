@@ -148,7 +148,7 @@ class Evaluation:
     settings, prepared = self._settings, self._prepared
     if not settings.nn_steps:
       return {}
-    # Here, because it imports Neural Tangents, and not every run trains a network.
+    # Here, because it imports JAX, which those who only read results do without.
     from distillation import finite_network
 
     count = max(1, min(_HELD_OUT, len(prepared.train_images) // 10))

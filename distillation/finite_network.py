@@ -5,7 +5,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,11 @@ import numpy as np
 import optax
 import scipy.linalg
 from absl import logging
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Float, Int
 
 import kernels.precision  # noqa: F401
-from kernels import architectures, reference
+from distillation.network import Network, Parameters, empirical_ntk
+from kernels import architectures
 
 LOSSES = ('mse', 'cross_entropy')
 _MOMENTUM = 0.9
@@ -27,7 +28,6 @@ _TEST_BATCH = 500
 
 # Preprocessed images [N, H, W, D], and their classes [N].
 Images = tuple[Float[np.ndarray, '_ H W D'], Int[np.ndarray, ' _']]
-Apply = Callable[..., Any]  # parameters, images [N, H, W, D] -> outputs [N, C]
 
 
 class Result(NamedTuple):
@@ -86,14 +86,13 @@ def evaluate(
     seed: of all of them.
     check: called before every update and test batch; what it raises ends the evaluation.
   """
-  num_classes = labels.shape[1]
+  network = Network(architecture, width, labels.shape[1])
   train_one = functools.partial(
     train,
-    architecture,
+    network,
     images,
     labels,
     np.asarray(held_out[0][:_NTK_IMAGES], np.float32),
-    width=width,
     steps=steps,
     batch=min(batch, len(images)),
     loss=loss,
@@ -101,8 +100,8 @@ def evaluate(
     check=check,
   )
 
-  def accuracy(params: PyTree, data: Images) -> float:
-    return test_accuracy(network(architecture, width, num_classes)[1], params, *data, check)
+  def accuracy(params: Parameters, data: Images) -> float:
+    return test_accuracy(network, params, *data, check)
 
   grid = list(itertools.product(learning_rate_factors, l2s))
   best, params, score = grid[0], None, None
@@ -126,8 +125,8 @@ def evaluate(
 
 
 def test_accuracy(
-  apply_fn: Apply,
-  params: PyTree,
+  network: Network,
+  params: Parameters,
   images: Float[np.ndarray, 'N H W D'],
   classes: Int[np.ndarray, ' N'],
   check: Callable[[], None],
@@ -136,7 +135,7 @@ def test_accuracy(
 
   An output that is not finite is wrong. `check` is called before every batch.
   """
-  predict = _predict(apply_fn)
+  predict = _predict(network)
   correct = 0
   for start in range(0, len(images), _TEST_BATCH):
     check()
@@ -149,16 +148,16 @@ def test_accuracy(
 
 
 def max_learning_rate(
-  apply_fn: Apply, params: PyTree, images: Float[np.ndarray, 'n H W D'], num_classes: int
+  network: Network, params: Parameters, images: Float[np.ndarray, 'n H W D']
 ) -> float:
   """2 n C / lambda_max of the empirical NTK [n, n] of sum_c f_c / sqrt(C) on n images."""
-  theta = np.asarray(_empirical_ntk(apply_fn, num_classes)(images, None, params), np.float64)
+  theta = np.asarray(empirical_ntk(network, params, images), np.float64)
   largest = scipy.linalg.eigvalsh(theta, subset_by_index=[len(theta) - 1] * 2)[0]
-  return 2 * num_classes * len(images) / largest
+  return 2 * network.outputs * len(images) / largest
 
 
 def train(
-  architecture: architectures.Architecture,
+  network: Network,
   images: Float[np.ndarray, 'S H W D'],
   labels: Float[np.ndarray, 'S C'],
   ntk_images: Float[np.ndarray, 'n H W D'],
@@ -166,28 +165,22 @@ def train(
   learning_rate_factor: float,
   l2: float,
   *,
-  width: int,
   steps: int,
   batch: int,
   loss: str,
   seed: int,
   check: Callable[[], None],
-) -> PyTree:
+) -> Parameters:
   """Trains network `k`, and returns its parameters; other arguments as for `evaluate`.
 
   Args:
     ntk_images: the images that set the learning rate.
   """
-  init_fn, apply_fn = network(architecture, width, labels.shape[1])
   weights_key, batch_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), k))
-  params = jax.tree.map(
-    lambda p: p.astype(jnp.float32), init_fn(weights_key, (-1,) + images.shape[1:])[1]
-  )
+  params = jax.tree.map(jnp.float32, network.initial(weights_key, images.shape[1:]))
   check()
-  rate = jnp.float32(
-    learning_rate_factor * max_learning_rate(apply_fn, params, ntk_images, labels.shape[1])
-  )
-  update = _update(apply_fn, steps, batch, loss)
+  rate = jnp.float32(learning_rate_factor * max_learning_rate(network, params, ntk_images))
+  update = _update(network, steps, batch, loss)
   x, y = jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.float32)
   carry = params, optax.sgd(0.0, momentum=_MOMENTUM).init(params)
   # A Python loop: inside lax.scan XLA's CPU backend runs a convolution's backward pass some 40
@@ -214,20 +207,11 @@ def train(
 
 
 @functools.cache
-def network(
-  architecture: architectures.Architecture, width: int, outputs: int
-) -> tuple[Callable, Apply]:
-  """`init_fn` and `apply_fn` of the finite network, as `reference.network` gives them."""
-  made = reference.network(architecture, width=width, outputs=outputs, parameterization='standard')
-  return made[0], made[1]
-
-
-@functools.cache
-def _update(apply_fn: Apply, steps: int, batch: int, loss: str) -> Callable:
+def _update(network: Network, steps: int, batch: int, loss: str) -> Callable:
   """One jitted update: (parameters, optimiser's state) before it -> after it."""
 
   def objective(params, x, y, l2):
-    outputs = apply_fn(params, x)
+    outputs = network(params, x)
     if loss == 'mse':
       error = 0.5 * jnp.mean((outputs - y) ** 2)
     else:
@@ -247,21 +231,11 @@ def _update(apply_fn: Apply, steps: int, batch: int, loss: str) -> Callable:
 
 
 @functools.cache
-def _predict(apply_fn: Apply) -> Callable:
+def _predict(network: Network) -> Callable:
   """Jitted arg-max of the outputs, [N]; -1 where one of them is not finite."""
 
   def predict(params, x):
-    outputs = apply_fn(params, x)
+    outputs = network(params, x)
     return jnp.where(jnp.isfinite(outputs).all(axis=1), outputs.argmax(axis=1), -1)
 
   return jax.jit(predict)
-
-
-@functools.cache
-def _empirical_ntk(apply_fn: Apply, num_classes: int) -> Callable:
-  """Jitted empirical NTK of sum_c f_c / sqrt(C)."""
-
-  def summed(params: Any, inputs: Any, *_: Any, **__: Any) -> jax.Array:
-    return apply_fn(params, inputs).sum(axis=1, keepdims=True) / num_classes**0.5
-
-  return jax.jit(reference.nt.empirical_ntk_fn(summed, vmap_axes=0, trace_axes=(-1,)))

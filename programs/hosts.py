@@ -124,8 +124,8 @@ def _supervise_coordinator(stop: threading.Event) -> int:
       listener = relay.Listener(key, port, path)
     except OSError as error:
       raise command_line.BadInput(
-        f'system.port={port} cannot be used ({os.strerror(error.errno or 0)}); choose another, or 0 '
-        'for any free one.'
+        f'system.port={port} cannot be used ({os.strerror(error.errno or 0)}); choose another, '
+        'or 0 for any free one.'
       ) from error
     address = f'{_HOST.value or own_host()}:{listener.port}'
     files.write_atomically(run.directory.address, address + '\n')

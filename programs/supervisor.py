@@ -30,6 +30,7 @@ LAUNCHER_NOTICE = 30
 NOTICE = LAUNCHER_NOTICE - 2.0  # a child has less than its parent
 _POLL = 0.05  # seconds; Event.wait can deadlock with a signal handler that sets the event
 _ASK_AGAIN = 0.5  # seconds
+_NOTABLE = 3  # lives in vain before each further one is remarked on
 _PR_SET_PDEATHSIG = 1
 _BRIEF, _LASTING = b'.', b'!'  # marks of progress
 _reported: set[bytes] = set()
@@ -37,6 +38,9 @@ _reported: set[bytes] = set()
 
 class Policy(NamedTuple):
   """How long a supervisor goes on starting its child.
+
+  A life with any progress is a useful one. But what it did may be lost with it, again and again,
+  where it is killed in the middle of the same step each time: hence `max_in_vain`.
 
   Attributes:
     max_useless: lives in a row without any progress.
@@ -111,12 +115,22 @@ def supervise(name: str, stop: threading.Event, policy: Policy = DEFAULT_POLICY)
     cause = 'asked to be started afresh'
     if child.returncode < 0:
       cause = f'was killed by {_signal_name(-child.returncode)}'
-    if useless >= policy.max_useless or in_vain >= policy.max_in_vain:
-      times = useless if useless >= policy.max_useless else in_vain
+    if useless >= policy.max_useless:
       logging.error(
-        '%s %s: exited %d times without making progress; giving up.', name, cause, times
+        '%s %s: exited %d times without making progress; giving up.', name, cause, useless
       )
       return 1
+    if in_vain >= policy.max_in_vain:
+      logging.error('%s %s: exited %d times without a checkpoint; giving up.', name, cause, in_vain)
+      return 1
+    if in_vain >= _NOTABLE and not useless:
+      logging.warning(
+        'What %s did is lost: it has ended %d times in a row without a checkpoint, which it writes '
+        'after the first step of a life. After %d times it is given up.',
+        name,
+        in_vain,
+        policy.max_in_vain,
+      )
     pause = min(policy.first_pause * 2 ** max(useless - 1, 0), policy.longest_pause)
     logging.warning('%s %s; it is started again in %.1f s.', name, cause, pause)
     end = time.monotonic() + pause

@@ -6,7 +6,6 @@
 # What is installed already is left alone.
 set -eu
 cd "$(dirname "$0")/.."
-UV_VERSION=0.13.8
 VENV=.venv
 # A line with Python's version and checksums of requirements.txt and this file; one for each addition.
 STAMP=$VENV/.installed
@@ -43,9 +42,10 @@ find_uv() {
          "or install uv by hand: docs.astral.sh/uv"
   }
   rm -f .uv-log
-  .uv/bin/python -m pip install --quiet --disable-pip-version-check "uv==$UV_VERSION" || {
+  .uv/bin/python -m pip install --quiet --disable-pip-version-check --only-binary=:all: \
+    --require-hashes -r tools/uv.txt || {
     rm -rf .uv
-    fail "uv $UV_VERSION could not be installed:" \
+    fail "uv could not be installed:" \
          "is the package index reachable (network, proxy, PIP_INDEX_URL)?"
   }
 }
@@ -62,7 +62,7 @@ settle_home() {
 
 # Python's version: what is asked for, what .venv has, or what suits this machine.
 choose_python() {
-  PYTHON=${KIP_PYTHON:-$(sed -n '1s/ .*//p' $STAMP 2>/dev/null || true)}
+  PYTHON=${KIP_PYTHON:-$(sed -n '1s/^\(3\.[0-9]*\) .*/\1/p' $STAMP 2>/dev/null || true)}
   [ -z "$PYTHON" ] || return 0
   PYTHON=3.10
   [ $HAS_COURIER ] && return

@@ -4,15 +4,18 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import kernels.precision  # noqa: F401
 from distillation import finite_network
-from kernels import architectures, reference
+from distillation.network import Network
+from kernels import architectures
 
 FC1 = architectures.get('fc1')
 WIDTH, SHAPE, CLASSES = 12, (2, 3, 1), 3
+NETWORK = Network(FC1, WIDTH, CLASSES)
 PLAIN: dict[str, Any] = dict(
   width=WIDTH,
   steps=4,
@@ -40,8 +43,7 @@ def _soft_labels(classes):
 
 def _initial(seed, k):
   weights, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), k))
-  init_fn = reference.network(FC1, width=WIDTH, outputs=CLASSES, parameterization='standard')[0]
-  params = init_fn(weights, (-1, *SHAPE))[1]
+  params = NETWORK.initial(weights, SHAPE)
   return [np.asarray(p, np.float64) for p in jax.tree.leaves(params)]
 
 
@@ -91,7 +93,7 @@ def _trained(images, labels, ntk_images, loss, factor, l2, steps, seed, k):
 def _ours(images, labels, ntk_images, k, factor, l2, **changes):
   settings = {**PLAIN, **changes}
   params = finite_network.train(
-    FC1,
+    NETWORK,
     images,
     labels,
     ntk_images,
@@ -100,7 +102,7 @@ def _ours(images, labels, ntk_images, k, factor, l2, **changes):
     l2,
     check=lambda: None,
     batch=min(settings['batch'], len(images)),
-    **{name: settings[name] for name in ('width', 'steps', 'loss', 'seed')},
+    **{name: settings[name] for name in ('steps', 'loss', 'seed')},
   )
   return [np.asarray(p) for p in jax.tree.leaves(params)]
 
@@ -124,10 +126,9 @@ def test_training_is_that_of_the_papers(loss, k, factor, l2, steps):
 
 def test_learning_rate_is_set_by_the_first_fifty_held_out_images():
   (images, classes), held_out = _data(6), _data(60, seed=1)
-  init_fn, apply_fn = finite_network.network(FC1, WIDTH, CLASSES)
-  params = init_fn(jax.random.key(3), (-1,) + SHAPE)[1]
+  params = NETWORK.initial(jax.random.key(3), SHAPE)
   first = held_out[0][:50]
-  rate = finite_network.max_learning_rate(apply_fn, params, first.astype(np.float64), CLASSES)
+  rate = finite_network.max_learning_rate(NETWORK, params, first.astype(np.float64))
   expected = _max_rate([np.asarray(p) for p in jax.tree.leaves(params)], first)
   assert rate == pytest.approx(expected, rel=1e-9)
   # Whatever comes after the fiftieth changes nothing.
@@ -237,13 +238,12 @@ def test_a_network_that_diverges_scores_nothing_and_is_not_selected(caplog):
 
 
 def test_accuracy_counts_every_image_once():
+  """Of a linear network whose outputs are the first three pixels."""
   x, classes = _data(1203)
-
-  def apply_fn(params, x):
-    return x.reshape(len(x), -1)[:, :CLASSES] * params
-
+  network = Network(architectures.Architecture(), WIDTH, CLASSES)
+  params = [(jnp.eye(6, CLASSES, dtype=jnp.float32), jnp.zeros((1, CLASSES), jnp.float32))]
   expected = np.mean(x.reshape(1203, -1)[:, :CLASSES].argmax(axis=1) == classes)
-  assert finite_network.test_accuracy(apply_fn, np.float32(1), x, classes, lambda: None) == expected
+  assert finite_network.test_accuracy(network, params, x, classes, lambda: None) == expected
 
 
 def test_what_check_raises_ends_it():

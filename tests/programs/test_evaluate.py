@@ -2,10 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 import threading
 
+import forked
+import launching
 import numpy as np
 import pytest
 
@@ -14,8 +15,6 @@ from configs import base, schema, validation
 from data import store
 from distillation import evaluation
 from programs import local, start
-
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 @pytest.fixture(scope='module', name='distilled')
@@ -62,17 +61,9 @@ def test_a_run_evaluates_networks_at_its_ends_and_baselines_once(distilled):
   assert baselines[0]['nn_test_accuracy'] == rows[0]['nn_test_accuracy']
 
 
-def _run(*flags, cache, timeout=200):
-  environment = {**os.environ, 'XDG_CACHE_HOME': os.path.dirname(cache)}
-  return subprocess.run(
-    [sys.executable, '-m', 'programs.evaluate', *map(str, flags)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=timeout,
-    env=environment,
-    check=False,
-  )
+def _run(*flags, cache, run=forked.run):
+  command = [sys.executable, '-m', 'programs.evaluate', *map(str, flags)]
+  return run(command, XDG_CACHE_HOME=os.path.dirname(cache))
 
 
 CONFIG = (
@@ -83,7 +74,7 @@ CONFIG = (
 
 
 def test_a_file_of_ours_gives_what_the_run_found(distilled, cache):
-  done = _run(f'--dataset={distilled}/distilled.npz', '--json', cache=cache)
+  done = _run(f'--dataset={distilled}/distilled.npz', '--json', cache=cache, run=launching.run)
   assert done.returncode == 0, done.stderr
   assert done.stdout.count('\n') == 1
   found = json.loads(done.stdout)

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 
+import forked
 import psutil
 import pytest
 from launching import IN_ONE_PROCESS, SMALL, command, rows, run, status
@@ -73,8 +74,8 @@ def test_threads_instead_of_processes(tmp_path, npz, cache):
   assert status(tmp_path)['state'] == 'finished' and sorted(rows(tmp_path)) == [0, 1, 2]
 
 
-def _assert_refused(arguments, message):
-  done = run(arguments, timeout=60)
+def _assert_refused(arguments, message, run=forked.run):
+  done = run(arguments)
   assert done.returncode == 2, done.stdout + done.stderr
   lines = [line for line in done.stderr.splitlines() if line.startswith('error:')]
   assert len(lines) == 1 and 'Traceback' not in done.stderr
@@ -122,6 +123,7 @@ def test_a_config_file_with_a_bug(tmp_path):
   _assert_refused(
     command(tmp_path / 'run', config=tmp_path / 'mine.py'),
     "ModuleNotFoundError: No module named 'nothing_like_it'",
+    run,  # without any help of the tests'
   )
 
 
