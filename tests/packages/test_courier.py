@@ -477,7 +477,7 @@ def main(argv):
   program = lp.Program('p')
   server = program.add_node(lp.CourierNode(Server), label='server')
   program.add_node(lp.CourierNode(Caller, server), label='caller')
-  lp.launch(program, launch_type='local_mt')
+  lp.launch(program, launch_type='local_mt').wait()
 
 from absl import app
 app.run(main)
