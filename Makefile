@@ -63,7 +63,8 @@ dev: setup  ## adds what tests, linter and type checker need
 cuda: setup  ## adds what GPUs need
 	@tools/setup.sh cuda
 
-LOCK = $(UV) pip compile --quiet --python-version 3.10 --python $(PYTHON) \
+# One file for all Pythons and machines, with as few versions of a package as will do.
+LOCK = $(UV) pip compile --quiet --universal --python-version 3.10 --fork-strategy fewest \
   --override overrides.txt --generate-hashes --no-emit-index-url --no-header
 lock: setup  ## resolves requirements*.in again; the result is committed
 	$(LOCK) requirements.in -o requirements.txt

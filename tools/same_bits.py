@@ -1,9 +1,11 @@
 """Compares the bits of small runs at two commits: `.venv/bin/python tools/same_bits.py OLD [NEW]`.
 
 Each kind of run is made at both commits on this machine, with all the packages that are installed
-here. Exit status 0 if support images, labels and every figure of metrics.jsonl but times are equal.
+here; with `--python=FILE` at NEW by another interpreter, with the packages of its own. Exit status
+0 if support images, labels and every figure of metrics.jsonl but times are equal.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -35,18 +37,17 @@ RUNS = {
 TIMES = ('wall_seconds', 'kernel_pairs_per_second')
 
 
-def results(commit: str, folder: str) -> dict[str, dict[str, bytes]]:
+def results(commit: str, python: str, folder: str) -> dict[str, dict[str, bytes]]:
   """The bits of every run at a commit, by name."""
-  tree = os.path.join(folder, commit)
-  os.makedirs(tree)
+  tree = tempfile.mkdtemp(dir=folder)
   archive = subprocess.run(['git', 'archive', commit], check=True, capture_output=True)
   subprocess.run(['tar', '-x', '-C', tree], input=archive.stdout, check=True)
-  subprocess.run([sys.executable, '-m', 'kernels.native.build'], cwd=tree, check=True)
+  subprocess.run([python, '-m', 'kernels.native.build'], cwd=tree, check=True)
   found = {}
   for number, (name, flags) in enumerate(RUNS.items()):
     workdir = os.path.join(tree, 'runs', str(number))
-    command = [sys.executable, '-m', 'programs.local', f'--workdir={workdir}', *SHARED, *flags]
-    cache = f'--config.system.cache_dir={folder}/cache-{commit}'
+    command = [python, '-m', 'programs.local', f'--workdir={workdir}', *SHARED, *flags]
+    cache = f'--config.system.cache_dir={tree}/cache'
     subprocess.run([*command, cache], cwd=tree, check=True, stdout=subprocess.DEVNULL)
     found[name] = bits(workdir)
   return found
@@ -70,15 +71,17 @@ def bits(workdir: str) -> dict[str, bytes]:
   return found
 
 
-def main(commits: list[str]) -> int:
-  old, new = (
-    subprocess.run(
-      ['git', 'rev-parse', commit], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    for commit in (commits + ['HEAD'])[:2]
+def main() -> int:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
+  parser.add_argument('old')
+  parser.add_argument('new', nargs='?', default='HEAD')
+  parser.add_argument('--python', default=sys.executable)
+  arguments = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
-    before, after = results(old, folder), results(new, folder)
+    before = results(arguments.old, sys.executable, folder)
+    after = results(arguments.new, os.path.abspath(arguments.python), folder)
   same = True
   for name in RUNS:
     differing = [
@@ -95,4 +98,4 @@ def main(commits: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  sys.exit(main())

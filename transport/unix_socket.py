@@ -1,14 +1,16 @@
 """Courier on a unix socket. No TCP port is opened: Courier executes what it is sent, so nobody but
 the user may reach it.
 
-Courier's server knows ports only: it listens at the constant '[::]:' and a number. In this process
-that constant is made 'unix:', of the same length, by which gRPC takes the number as the name of a
-socket in the current folder.
+The server of Launchpad's Courier knows ports only: it listens at the constant '[::]:' and a number.
+In this process that constant is made 'unix:', of the same length, by which gRPC takes the number as
+the name of a socket in the current folder. packages/courier, which is in its place where Launchpad
+has no wheel, can be told a path.
 """
 
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import mmap
 import os
 import shutil
@@ -56,6 +58,15 @@ def serving(instance: Any, path: str) -> Iterator[None]:
   """
   from launchpad.nodes.courier import courier_utils  # here: it takes half a second
 
+  if _takes_paths():
+    server = courier_utils.make_courier_server(instance, path=path)
+    server.Start()
+    try:
+      yield
+    finally:
+      server.Stop()
+      server.Join()
+    return
   check()
   server, before = courier_utils.make_courier_server(instance, port=1), _listening()
   # Under another name until it listens: clients see the old socket or the new one.
@@ -76,7 +87,7 @@ def serving(instance: Any, path: str) -> Iterator[None]:
 
 
 def answers(path: str, seconds: float) -> bool:
-  """Tells whether a gRPC server is at the other end of a unix socket, be it behind a relay."""
+  """Tells whether a Courier server is at the other end of a unix socket, be it behind a relay."""
   with socket.socket(socket.AF_UNIX) as probe:
     probe.settimeout(seconds)
     try:
@@ -91,6 +102,8 @@ def check() -> None:
 
   Raises CannotListen if this Courier is not the one that is known, or this system forbids it.
   """
+  if _takes_paths():
+    return
   from courier.python import server
 
   file = os.path.realpath(str(server.__file__))
@@ -119,6 +132,11 @@ def check() -> None:
       f'this system does not let Courier be told to listen on a unix socket ({reason}): '
       'python -m programs.local runs on this machine without Courier.'
     )
+
+
+def _takes_paths() -> bool:
+  """Whether packages/courier is installed, not Launchpad's Courier."""
+  return importlib.util.find_spec('courier.python') is None
 
 
 def _address_in_memory(file: str, offset: int) -> int:

@@ -307,6 +307,7 @@ def main() -> int:
   parser.add_argument('--workdir', default='runs/chaos')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--steps', type=int, default=80, help='of each kind')
+  parser.add_argument('--kind', choices=KINDS, help='of the steps; both by default')
   parser.add_argument('--kills', type=int, default=3, help='of each role in each of its activities')
   arguments = parser.parse_args()
   workdir = os.path.abspath(arguments.workdir)
@@ -319,7 +320,7 @@ def main() -> int:
       arguments.steps,
       arguments.kills,
     )
-    for kind in KINDS
+    for kind in ([arguments.kind] if arguments.kind else KINDS)
   ]
   return 0 if all(survived) else 1
 
