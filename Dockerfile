@@ -2,8 +2,11 @@
 FROM python:3.10-slim-bookworm
 RUN apt-get update \
   && apt-get install -y --no-install-recommends make g++ \
-  && rm -rf /var/lib/apt/lists/*
+  && rm -rf /var/lib/apt/lists/* \
+  && useradd --create-home kip \
+  && install --directory --owner=kip /kip
+USER kip
 WORKDIR /kip
-COPY . .
+COPY --chown=kip . .
 RUN make setup
 CMD ["make", "demo"]

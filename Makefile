@@ -3,9 +3,10 @@ PYTHON = .venv/bin/python
 UV = $(shell command -v uv || echo .uv/bin/uv)
 DEMO_DIR ?= runs/demo
 export DEMO_DIR
-CPP = $(wildcard kernels/*/src/*.h kernels/*/src/*.cc kernels/*/src/*.cu tests/kernels/*.h)
+CPP = $(wildcard kernels/*/src/*.h kernels/*/src/*.cc kernels/*/src/*.cu \
+  tests/kernels/*.h tests/kernels/*.cc)
 
-.PHONY: help demo test lint format test-slurm chaos bench bench-gpu bench-coordinator bench-scale \
+.PHONY: help demo test lint format test-slurm test-cable chaos bench bench-gpu bench-coordinator bench-scale \
   native setup dev cuda lock clean
 
 help:  ## these lines
@@ -30,6 +31,9 @@ format: dev  ## formats all code, and mends what ruff can
 
 test-slurm: dev native  ## tests on a Slurm of its own (slurm-wlm, munge, root): some minutes
 	KIP_TEST_SLURM=1 $(PYTHON) -m pytest tests/slurm
+
+test-cable: dev native  ## cuts the network between two hosts (namespaces, root) for five minutes
+	KIP_TEST_CABLE=300 $(PYTHON) -m pytest -p no:xdist -o addopts= tests/programs/test_cable.py
 
 chaos: native  ## kills and pauses real runs and compares the bits: a quarter of an hour
 	PYTHONPATH=. $(PYTHON) tests/chaos --workdir=runs/chaos

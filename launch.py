@@ -18,9 +18,8 @@ resumes).
 
 import os
 
-from programs import isolation, placement, supervisor
+from programs import placement, supervisor
 
-isolation.enter_if_restarted()
 if not supervisor.is_child():  # the environment of a child is its parent's
   os.environ.update(placement.launcher_environment())  # before NumPy and JAX start
 
@@ -60,7 +59,6 @@ def main(argv: list[str]) -> int:
         program, local_resources=distill.local_resources(run), terminal='current_terminal'
       )
     distill.stop_on_signals()
-    distill.warn_of_open_port(program, run)
     distill.wait(manager)
   return outcome.conclude(run.directory)
 

@@ -1,6 +1,7 @@
 """A run's folder: paths, locks, and its small files (configuration, status, metrics)."""
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import functools
@@ -15,6 +16,7 @@ from absl import logging
 
 from artifacts import RunDirectoryError, files
 from configs import schema, validation
+from data import store
 
 # States in status.json. A run that is SUBMITTED waits for a scheduler to start it.
 FINISHED, FAILED, STOPPED, SUBMITTED = 'finished', 'failed', 'stopped', 'submitted'
@@ -41,9 +43,12 @@ class Saved(NamedTuple):
 
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> 'Saved':
-    """Undoes `to_dict`; ignores further values. Raises KeyError, TypeError, ValueError."""
-    config = {name: values[name] for name in ('run', 'system')}
-    return cls(schema.from_dict(schema.Config, config), values['data_key'])
+    """Undoes `to_dict`; ignores further values, fields of `system` that other versions have among
+    them. Raises KeyError, TypeError, ValueError."""
+    known = {field.name for field in dataclasses.fields(schema.System)}
+    system = {name: value for name, value in values['system'].items() if name in known}
+    config = {'run': values['run'], 'system': system}
+    return cls(schema.from_dict(schema.Config, config), store.check_key(values['data_key']))
 
 
 class RunDirectory:
@@ -52,7 +57,7 @@ class RunDirectory:
   Attributes:
     path: of the directory, absolute; the others are paths of files and folders in it.
     picture: of the support images.
-    address: the coordinator's, of a run on several hosts.
+    address, secret: the coordinator's and the run's key, of a run on several hosts.
   """
 
   def __init__(self, path: str):
@@ -64,6 +69,7 @@ class RunDirectory:
     self.metrics, self.baselines = inside('metrics.jsonl'), inside('baselines.json')
     self.distilled, self.picture = inside('distilled.npz'), inside('images.png')
     self.report, self.address = inside('report.html'), inside('address')
+    self.secret = inside('secret')
     self.generation, self._command = inside('generation'), inside('command.txt')
     self._lock: BinaryIO | None = None
     self._earlier_generation = 0  # of the last coordinator before `begin`

@@ -376,8 +376,10 @@ def _candidates(
       continue
     yield candidate(implementation, implementation)
     if implementation == 'native':
-      for name in ('avx2', 'portable'):
-        with _instruction_set(name), contextlib.suppress(ValueError):  # this machine lacks it
+      from kernels.native import kernel as native
+
+      for name in native.supported_instruction_sets()[1:]:
+        with _instruction_set(name):
           yield candidate(f'native {name}', 'native')
 
 

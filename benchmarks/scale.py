@@ -16,6 +16,7 @@ With --real: one, then two real workers of one thread each, on the real CIFAR-10
 
 import argparse
 import asyncio
+import atexit
 import functools
 import itertools
 import json
@@ -23,7 +24,7 @@ import multiprocessing
 import os
 import queue as queues
 import selectors
-import socket
+import shutil
 import tempfile
 import threading
 import time
@@ -41,8 +42,9 @@ from configs import base, schema, validation
 from data import store
 from distillation import plan
 from kernels import registry
-from nodes import kernel_worker, messages
+from nodes import hardware, kernel_worker, messages
 from nodes.client import Retrying
+from transport import unix_socket
 
 IMAGE, CLASSES, IMAGES = (32, 32, 3), 10, 50_000  # CIFAR-10
 WARM_UP, STEPS = 2, 3  # steps that are not counted; the fewest that are
@@ -171,7 +173,8 @@ class _Simulated:
     self._target_tile = run.plan.target_tile
     self._two_halves = run.plan.split_support(self._num_support) > 0
     rate = 1 / (self._costs.derivatives + self._costs.pull_back)
-    hello = json.dumps({'fingerprint': {'implementation': 'simulated'}, 'pairs_per_second': rate})
+    fingerprint = {**hardware.software(), 'implementation': 'simulated'}
+    hello = json.dumps({'fingerprint': fingerprint, 'pairs_per_second': rate})
     in_hand, coming = [], None
     while True:
       if coming and not in_hand:
@@ -270,10 +273,8 @@ def _piece(
   return messages.encode({'gradient': gradient})
 
 
-def _serve(workdir: str, cache: str, port: int, seconds: float, out: Any) -> None:
+def _serve(workdir: str, cache: str, path: str, seconds: float, out: Any) -> None:
   """Runs the coordinator's process; sends seconds and CPU seconds a step, and the steps done."""
-  import courier
-
   from nodes import coordinator, progress
 
   stop, seen = threading.Event(), []
@@ -285,17 +286,14 @@ def _serve(workdir: str, cache: str, port: int, seconds: float, out: Any) -> Non
 
   progress.Progress.log_step = note
   node = coordinator.Coordinator(workdir, cache, stop)
-  server = courier.Server('coordinator', port=port)
-  for method in ('describe', 'lease', 'fetch', 'complete', 'report_task_error'):
-    server.Bind(method, getattr(node, method))
-  server.Start()
-  node.run()
+  with unix_socket.serving(node, path):
+    node.run()
   (begin, cpu), (end, last), steps = seen[WARM_UP], seen[-1], len(seen) - 1 - WARM_UP
   out.put(((end - begin) / steps, (last - cpu) / steps, len(seen)))
 
 
 def _simulate(
-  port: int, names: list[str], cores: set[int], costs: Costs, over: Any, out: Any
+  path: str, names: list[str], cores: set[int], costs: Costs, over: Any, out: Any
 ) -> None:
   """Runs a process of simulated workers.
 
@@ -305,7 +303,7 @@ def _simulate(
   import courier
 
   workers = [
-    _Simulated(courier.Client(f'localhost:{port}', call_timeout=60), name, costs, seed)
+    _Simulated(courier.Client(unix_socket.SCHEME + path, call_timeout=60), name, costs, seed)
     for seed, name in zip(itertools.count(int(names[0][1:])), names)
   ]
 
@@ -329,12 +327,12 @@ def _simulate(
   asyncio.SelectorEventLoop(selectors.SelectSelector()).run_until_complete(work())
 
 
-def _work(port: int, name: str, folder: str) -> None:
+def _work(path: str, name: str, folder: str) -> None:
   """Runs the process of a real worker."""
   import courier
 
   client = Retrying(
-    courier.Client(f'localhost:{port}', call_timeout=60, wait_for_ready=False),
+    courier.Client(unix_socket.SCHEME + path, call_timeout=60, wait_for_ready=False),
     60,
     threading.Event(),
     lambda error: type(error).__name__ == 'StatusNotOk',
@@ -347,10 +345,10 @@ def measure_real(workers: int, folder: str, data: str) -> float:
   config = base.get_config()
   config.run.data.name, config.run.data.dir = 'cifar10', data
   config.run.implementation = 'native'
-  port, server, served = _start(config, workers, folder, 0.0)
+  path, server, served = _start(config, workers, folder, 0.0)
   spawn = multiprocessing.get_context('spawn')
   real = [
-    spawn.Process(target=_work, args=(port, f'w{i}', folder), daemon=True) for i in range(workers)
+    spawn.Process(target=_work, args=(path, f'w{i}', folder), daemon=True) for i in range(workers)
   ]
   for process in real:
     process.start()
@@ -360,8 +358,8 @@ def measure_real(workers: int, folder: str, data: str) -> float:
   return a_step
 
 
-def _start(config: Any, workers: int, folder: str, seconds: float) -> tuple[int, Any, Any]:
-  """Starts a coordinator's process; returns its port, itself, and the queue for its results."""
+def _start(config: Any, workers: int, folder: str, seconds: float) -> tuple[str, Any, Any]:
+  """Starts a coordinator's process; returns its socket, itself, and the queue for its results."""
   config.run.num_steps = 10**6
   config.system.num_workers = workers
   config.system.snapshot_steps = (0,)
@@ -371,16 +369,16 @@ def _start(config: Any, workers: int, folder: str, seconds: float) -> tuple[int,
   directory = run_directory.RunDirectory(tempfile.mkdtemp(dir=folder))
   directory.open(config, prepared.key)
   directory.close()
-  with socket.socket() as probe:
-    probe.bind(('', 0))
-    port = probe.getsockname()[1]
+  sockets = unix_socket.new_folder()
+  atexit.register(shutil.rmtree, sockets, ignore_errors=True)
+  path = os.path.join(sockets, 'courier')
   spawn = multiprocessing.get_context('spawn')
   served = spawn.Queue()
   server = spawn.Process(
-    target=_serve, args=(directory.path, folder, port, seconds, served), daemon=True
+    target=_serve, args=(directory.path, folder, path, seconds, served), daemon=True
   )
   server.start()
-  return port, server, served
+  return path, server, served
 
 
 def _received(queue: Any, *processes: Any) -> Any:
@@ -402,7 +400,7 @@ def measure(case: Case, costs: Costs, folder: str, seconds: float) -> Row:
   for name in ('support_tile', 'target_tile', 'target_tiles_per_task', 'support_per_task'):
     config.run.plan[name] = getattr(case, name)
   kernel = kernel_seconds(case, costs)
-  port, server, served = _start(config, case.workers, folder, seconds)
+  path, server, served = _start(config, case.workers, folder, seconds)
   cores = sorted(os.sched_getaffinity(0))
   of_workers = set(cores[1:]) or {cores[0]}
   spawn = multiprocessing.get_context('spawn')
@@ -412,7 +410,7 @@ def measure(case: Case, costs: Costs, folder: str, seconds: float) -> Row:
   simulated = [
     spawn.Process(
       target=_simulate,
-      args=(port, names[i : i + size], of_workers, costs, over, counted),
+      args=(path, names[i : i + size], of_workers, costs, over, counted),
       daemon=True,
     )
     for i in range(0, len(names), size)

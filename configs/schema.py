@@ -245,9 +245,12 @@ class System:
   worker_threads: int = _field(
     0, 'CPU threads of each worker; 0: an equal share of the machine.', at_least=0, at_most=4096
   )
-  port: int = _field(0, 'Port of the coordinator; 0: any free one.', at_least=0, at_most=65535)
-  accept_open_port: bool = _field(
-    False, 'Do not warn where other hosts can reach the port (BUILD.md explains the risk).'
+  port: int = _field(
+    0,
+    'Port of the coordinator where a run is on several hosts; 0: any free one. On one host it has '
+    'none.',
+    at_least=0,
+    at_most=65535,
   )
   cache_dir: str = _field(
     '',
@@ -270,12 +273,9 @@ class System:
     'task, if that is longer.',
   )
   worker_timeout: float = _seconds(
-    600.0, 'Time without any worker after which the run stops with a checkpoint, seconds.'
-  )
-  coordinator_timeout: float = _seconds(
-    120.0,
-    'Time for a process to reach the coordinator, seconds; half of that once it has reached it. '
-    'The process then restarts.',
+    600.0,
+    'Time without any worker after which the run stops with a checkpoint, and without the '
+    'coordinator after which a worker or the evaluator gives up, seconds.',
   )
   final_evaluation_timeout: float = _seconds(
     3600.0, 'Time that a finished run waits for its last evaluation, seconds.'

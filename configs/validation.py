@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 
 from configs import schema
+from distillation import optimizers
 from kernels import architectures, registry
 
 _TARGETS = 5000  # of a step, where the set has so many: as in the papers
@@ -55,11 +56,9 @@ def validate(config: Mapping[str, Any]) -> schema.Config:
       f'run.num_steps must be 1 where run.method is label_solve; got {run.num_steps}.'
     )
   _check_augmentation(run.augmentation)
-  from distillation import optimizers  # here, because optax takes a second to import
-
   try:
     registry.check_variant(run.implementation, run.kernel, run.parameterization)
-    optimizers.make(run.optimizer, run.learning_rate)
+    optimizers.check(run.optimizer, run.learning_rate)
   except ValueError as error:
     raise ConfigError(f'run.{error}') from error
   return schema.Config(run, schema.from_dict(schema.System, config['system']))

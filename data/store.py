@@ -7,25 +7,31 @@ shared disk fetch them from the coordinator, once.
 
 import contextlib
 import hashlib
+import io
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from absl import logging
 
 from configs import schema
-from data import NPZ_ERRORS, DataError, home, preprocess, sources
+from data import NPZ_ERRORS, DataError, home, one_line, preprocess, sources
 
 _VERSION = 4
 _META, _CONTENT = 'meta.json', 'content'
 _ARRAYS = ('train_images', 'train_labels', 'test_images', 'test_labels')
 _ZCA = 'zca'
 _RAW = ('train_images',)
+# Names of folders: SHA-256 of the source, and the recipe of its preprocessing. Peers send them.
+_KEY = re.compile(r'[0-9a-f]{32}-(standard|zca\d{1,20}(\.\d{1,20})?(e[+-]\d{1,3})?)', re.ASCII)
+_RAW_KEY = re.compile(r'[0-9a-f]{32}-raw')
 _SCRATCH = 'making-'
 CHUNK_BYTES = 2**22
 _BATCH = 2048  # images preprocessed at a time
@@ -105,6 +111,16 @@ def prepare(data: schema.Data, cache: str, raw: bool = False) -> Prepared:
   return prepared._replace(remarks=source.remarks + prepared.remarks)
 
 
+def check_key(key: Any) -> str:
+  """Returns `key` if it has the form of `Prepared.key`. Raises DataError."""
+  if isinstance(key, str) and _KEY.fullmatch(key):
+    return key
+  raise DataError(
+    f'{str(key)[:80]!r} is no name of prepared data: it must be 32 hexadecimal digits, then '
+    "'-standard' or '-zca' and a number."
+  )
+
+
 def fetch(
   key: str, cache: str, read: Callable[[str, str, int], bytes], raw: bool = False
 ) -> Prepared:
@@ -117,7 +133,8 @@ def fetch(
     raw: with the raw training images.
 
   Raises:
-    DataError: what was read does not match its digests, or the cache folder cannot be used.
+    DataError: what was read is no prepared set, is larger than it says, does not fit on the disk or
+      does not match its digests; `key` is no name of one; or the cache folder cannot be used.
   """
 
   def fetched(folder: str) -> _Folder:
@@ -152,12 +169,12 @@ def read_chunk(
   if folder not in (key, _raw_key(key)) or file not in files:
     raise ValueError(f'no file {folder}/{file} in the prepared data set {key}.')
   try:
-    with open(os.path.join(cache, folder, file), 'rb') as stream:
+    with open(os.path.join(_path(cache, folder), file), 'rb') as stream:
       stream.seek(offset)
       return stream.read(size)
   except OSError as error:
     raise DataError(
-      f'the prepared data in {os.path.join(cache, folder)} are gone, or were found '
+      f'the prepared data in {_path(cache, folder)} are gone, or were found '
       'damaged and removed: stop the run; its command makes them again and goes on.'
     ) from error
 
@@ -194,23 +211,93 @@ def _prepared(key: str, opened: _Folder, raw: _Folder | None = None) -> Prepared
 
 def _copy(folder: str, cache: str, read: Callable[[str, str, int], bytes]) -> None:
   """Copies a folder from another machine, see `fetch`."""
-  meta = json.loads(read(folder, _META, 0))
-  names = [name for name in (*_ARRAYS, _ZCA) if name in meta['sha256']]
+  names, meta = _described(folder, _chunk(read, folder, _META, 0))
 
   def write(path: str) -> None:
     for name in names:
-      offset = 0
       with open(os.path.join(path, f'{name}.npy'), 'wb') as file:
-        while chunk := read(folder, f'{name}.npy', offset):
-          file.write(chunk)
-          offset += len(chunk)
+        _copy_file(folder, name, read, file, cache)
 
   description = {k: v for k, v in meta.items() if k not in ('sha256', _CONTENT)}
   _install(folder, cache, description, names, write, expected=meta['sha256'])
 
 
+def _described(folder: str, content: bytes) -> tuple[list[str], dict[str, Any]]:
+  """Names of the arrays of a folder that is to be copied, and its meta.json. Raises DataError."""
+  names: list[str] = [*(_RAW if _RAW_KEY.fullmatch(folder) else _ARRAYS)]
+  if '-zca' in folder:
+    names.append(_ZCA)
+  try:
+    meta = json.loads(content)
+    if sorted(meta['sha256']) != sorted(names):
+      raise ValueError(f'it lists other files than {", ".join(names)}')
+    return names, meta
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
+    raise _no_data(f'{folder}/{_META}', one_line(error)) from error
+
+
+def _copy_file(
+  folder: str, name: str, read: Callable[[str, str, int], bytes], file: BinaryIO, cache: str
+) -> None:
+  """Copies an `.npy` file to `file`, in `cache`, as far as its own header says that it goes.
+
+  Raises DataError.
+  """
+  source = f'{name}.npy'
+  chunk = _chunk(read, folder, source, 0)
+  size, offset = _npy_bytes(f'{folder}/{source}', chunk), 0
+  free = shutil.disk_usage(cache).free
+  if size > free:
+    raise DataError(
+      f'{folder}/{source} has {size / 1e9:.1f} GB, and the cache folder {cache!r} has room for '
+      f'{free / 1e9:.1f} GB: make room, or choose another by --config.system.cache_dir.'
+    )
+  while chunk:
+    offset += len(chunk)
+    if offset > size:
+      raise _no_data(f'{folder}/{source}', f'it goes on after the {size} bytes of its array.')
+    file.write(chunk)
+    chunk = _chunk(read, folder, source, offset)
+
+
+def _npy_bytes(what: str, beginning: bytes) -> int:
+  """Size of an `.npy` file by its header, which is in the `beginning`. Raises DataError."""
+  stream = io.BytesIO(beginning)
+  try:
+    if np.lib.format.read_magic(stream) != (1, 0):
+      raise ValueError('an unknown version of the format')
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.hasobject or min(shape, default=0) < 0:
+      raise ValueError(f'an array {shape} of {dtype}')
+  except NPZ_ERRORS as error:
+    raise _no_data(what, one_line(error)) from error
+  return stream.tell() + math.prod(shape) * dtype.itemsize
+
+
+def _chunk(read: Callable[[str, str, int], bytes], folder: str, file: str, offset: int) -> bytes:
+  """A part of a file, from another machine. Raises DataError where it is larger than it may be."""
+  chunk = read(folder, file, offset)
+  if not isinstance(chunk, bytes) or len(chunk) > CHUNK_BYTES:
+    raise _no_data(f'{folder}/{file}', f'a part of it is not at most {CHUNK_BYTES} bytes.')
+  return chunk
+
+
+def _no_data(what: str, why: str) -> DataError:
+  return DataError(
+    f'the coordinator sends something else than prepared data as {what}: {why} Let both have the '
+    'same version of this project.'
+  )
+
+
 def _content(meta: Mapping[str, Any]) -> str:
   return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _path(cache: str, folder: str) -> str:
+  """Path of a set's folder, or of its raw images'. Raises DataError where it is no name of one."""
+  if not (isinstance(folder, str) and _RAW_KEY.fullmatch(folder)):
+    check_key(folder)
+  return os.path.join(cache, folder)
 
 
 def _raw_key(key: str) -> str:
@@ -223,7 +310,7 @@ def _open(key: str, cache: str) -> _Folder | None:
 
   Every file is read through, since mapping it does not show a flipped bit: 0.5 s for CIFAR-10.
   """
-  path = os.path.join(cache, key)
+  path = _path(cache, key)
   try:
     with open(os.path.join(path, _META), encoding='utf-8') as file:
       meta = json.load(file)
@@ -319,7 +406,7 @@ def _install(
   Raises:
     DataError: the files have other digests, or the cache cannot be written.
   """
-  scratch = None
+  scratch, path = None, _path(cache, key)
   try:
     os.makedirs(cache, exist_ok=True)
     scratch = tempfile.mkdtemp(prefix=_SCRATCH, dir=cache)
@@ -332,9 +419,9 @@ def _install(
     meta = {**meta, 'sha256': digests}
     with open(os.path.join(scratch, _META), 'w', encoding='utf-8') as file:
       json.dump({**meta, _CONTENT: _content(meta)}, file)
-    os.rename(scratch, os.path.join(cache, key))
+    os.rename(scratch, path)
   except OSError as error:
-    if not os.path.exists(os.path.join(cache, key, _META)):
+    if not os.path.exists(os.path.join(path, _META)):
       raise DataError(
         f'the cache folder {cache!r} cannot be used: {error.strerror}; choose another by '
         '--config.system.cache_dir.'

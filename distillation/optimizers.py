@@ -2,13 +2,12 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
-import optax
 
-import kernels.precision  # noqa: F401
+if TYPE_CHECKING:
+  import optax  # below, where it is used: with JAX it takes more than a second to import
 
 # Functions of optax whose result needs nothing but gradients and parameters.
 OPTIMIZERS = (
@@ -27,7 +26,13 @@ SCHEDULES = (
 _BY_STEP = 'boundaries_and_scales'  # an argument of the piecewise schedules: {step: factor}
 
 
-def make(optimizer: object, learning_rate: object) -> optax.GradientTransformation:
+def check(optimizer: object, learning_rate: object) -> None:
+  """Raises what `make` raises; does without optax where a name and a number suffice."""
+  if isinstance(learning_rate, Mapping) or optimizer not in OPTIMIZERS:
+    make(optimizer, learning_rate)
+
+
+def make(optimizer: object, learning_rate: object) -> 'optax.GradientTransformation':
   """Makes the optimiser, and tries it out.
 
   Args:
@@ -51,6 +56,10 @@ def make(optimizer: object, learning_rate: object) -> optax.GradientTransformati
 
 def _call(field: str, spec: object, known: Sequence[str], **fixed: Any) -> Any:
   """Calls the function of optax that `spec` names, with its arguments and the `fixed` ones."""
+  import optax
+
+  import kernels.precision  # noqa: F401
+
   if not isinstance(spec, (str, Mapping)):
     raise ValueError(f'{field}: expected a name or a dict with a name and arguments, got {spec!r}.')
   arguments: dict[str, Any] = {'name': spec} if isinstance(spec, str) else dict(spec)
@@ -75,6 +84,8 @@ def _call(field: str, spec: object, known: Sequence[str], **fixed: Any) -> Any:
 
 def _check(field: str, use: Callable[[], Any]) -> None:
   """Raises ValueError where `use()` fails or is not finite: optax checks few arguments earlier."""
+  import jax
+
   try:
     leaves = jax.tree.leaves(jax.device_get(use()))
     bad = [leaf for leaf in leaves if not np.isfinite(leaf).all()]

@@ -13,6 +13,13 @@ from distillation.step import Piece
 from kernels.contract import Images, Kernel, Linearised, Prepared
 
 
+class Form(NamedTuple):
+  """Type and shape of an array."""
+
+  dtype: np.dtype
+  shape: tuple[int, ...]
+
+
 class Targets(NamedTuple):
   """Targets of one kernel block: images [b, H, W, D] and centred labels [b, C]."""
 
@@ -111,6 +118,35 @@ def compute(
   if task.phase == plan.SUPPORT_BLOCKS:
     return {'block': kernel.block(support, other)}
   return {'gradient': kernel.block_vjp(support, other, inputs.published('cotangent'))[1]}
+
+
+def forms(
+  task: plan.Task, run: schema.Run, num_classes: int, image_shape: Sequence[int]
+) -> dict[str, Form]:
+  """Forms of the arrays of a task's piece, in their order: what `compute` returns.
+
+  Args:
+    task: one of `plan.tasks`.
+    run: with its plan.
+    num_classes: C.
+    image_shape: (H, W, D).
+  """
+  kernel, double = np.dtype(run.kernel_dtype), np.dtype(np.float64)
+  rows, columns = (stop - start for start, stop in (task.support_range, task.target_range))
+  gradient = Form(kernel, (rows, *image_shape))
+  if task.phase == plan.TARGETS:
+    return {
+      'loss': Form(double, ()),
+      'correct': Form(np.dtype(np.int64), ()),
+      'alpha_bar': Form(double, (rows, num_classes)),
+      'gradient': gradient,
+    }
+  if task.phase == plan.LABEL_SOLVE:
+    width = rows + num_classes
+    return {'factor': Form(double, (min(columns, width), width))}
+  if task.phase in plan.VJP_PHASES:
+    return {'gradient': gradient}
+  return {'block': Form(kernel, (rows, columns))}
 
 
 def _targets(

@@ -80,6 +80,8 @@ class Kernel(Protocol):
     dtype: of images, blocks and gradients.
     instruction_set: the CPU's that is used, where the implementation chooses one; else ''.
     device: the GPU's model, where the implementation uses one itself; else ''.
+    compiled: names what this machine has compiled of the implementation's own source, and by which
+      compiler, where that may change bits; else ''.
     kept_bytes: memory for all blocks that are linearised and not yet pulled back; it is the caller
       who adds up `Linearised.nbytes`.
   """
@@ -89,6 +91,7 @@ class Kernel(Protocol):
   dtype: np.dtype
   instruction_set: str = ''
   device: str = ''
+  compiled: str = ''
   kept_bytes: int = KEPT_BYTES
 
   def prepare(self, x: np.ndarray) -> Prepared:
@@ -151,6 +154,7 @@ class Wrapper(Kernel):
     self.dtype = inner.dtype
     self.instruction_set = inner.instruction_set
     self.device = inner.device
+    self.compiled = inner.compiled
     self.kept_bytes = inner.kept_bytes
 
   def prepare(self, x: np.ndarray) -> Prepared:

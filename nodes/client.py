@@ -13,11 +13,7 @@ _SILENCE = 15.0  # seconds before a line is logged
 
 
 class CoordinatorLost(ConnectionError):
-  """The coordinator has not answered for too long; `was_there` tells whether it ever did."""
-
-  def __init__(self, message: str, was_there: bool):
-    super().__init__(message)
-    self.was_there = was_there
+  """The coordinator has not answered for too long."""
 
 
 class Stopping(Exception):
@@ -27,10 +23,8 @@ class Stopping(Exception):
 class Retrying:
   """A coordinator whose lost calls are repeated until `timeout` seconds have passed.
 
-  Each of its methods may safely be called twice. After a first answer, half of `timeout` has to do:
-  that leaves time for this process to be started afresh, with a new connection.
-
-  Its methods raise CoordinatorLost, Stopping, and what the coordinator raised.
+  Each of its methods may safely be called twice, and raises CoordinatorLost, Stopping, and what the
+  coordinator raised.
   """
 
   def __init__(
@@ -50,7 +44,7 @@ class Retrying:
       timeout: seconds.
       stop: set when the process is to stop.
       unreachable: whether an error is the connection's, not one that the coordinator raised.
-      listening: whether the coordinator's port is open; while it is not, no try is made: gRPC backs
+      listening: whether the coordinator can be reached; while it cannot, no try is made: gRPC backs
         off further with every failed try, up to two minutes.
       answered: called with the method's name after each answer.
       address: of the coordinator, for messages.
@@ -59,7 +53,7 @@ class Retrying:
     self._coordinator, self._timeout, self._stop = coordinator, timeout, stop
     self._unreachable, self._listening, self._answered = unreachable, listening, answered
     self._where = f' at {address}' if address else ''
-    self._pause, self._was_there = pause_seconds, False
+    self._pause = pause_seconds
 
   def until(self, stop: threading.Event) -> 'Retrying':
     """Copies this, with another event that makes calls raise Stopping."""
@@ -74,7 +68,6 @@ class Retrying:
         if lost is None or self._listening():
           try:
             result = getattr(self._coordinator, method)(*args)
-            self._was_there = True
             self._answered(method)
             return result
           except Exception as error:
@@ -83,18 +76,16 @@ class Retrying:
               raise
             lost = error
         silent = time.monotonic() - start
-        timeout = self._timeout / 2 if self._was_there else self._timeout
-        if silent > timeout:
+        if silent > self._timeout:
           raise CoordinatorLost(
-            f'the coordinator has not answered for {silent:.0f} s{self._where}: {lost}',
-            self._was_there,
+            f'the coordinator has not answered for {silent:.0f} s{self._where}: {lost}'
           ) from lost
         if silent > logged + _SILENCE:
           logging.info(
             'The coordinator has not answered for %.0f s%s; trying for %.0f s more.',
             silent,
             self._where,
-            timeout - silent,
+            self._timeout - silent,
           )
           logged = silent
         pause(self._pause, self._stop)

@@ -21,9 +21,9 @@ from artifacts.checkpoints import NoGoodCheckpoint
 from artifacts.waiting import pause
 from configs import validation
 from data import DataError, store
-from distillation import krr, optimizers, state, step
+from distillation import krr, optimizers, pieces, state, step
 from distillation.state import SupportState
-from nodes import messages
+from nodes import hardware, messages
 from nodes.admission import EVALUATOR, Admission
 from nodes.errors import RunFailed, Stopped
 from nodes.evaluations import Evaluations
@@ -36,6 +36,7 @@ from nodes.task_board import TaskBoard, TaskFailed
 
 T = TypeVar('T')
 
+_MAX_MESSAGE = 2000  # characters of a client's that are kept
 # Errors whose message suffices for the user; of others the type is named too.
 EXPECTED = (RunFailed, TaskFailed, NoGoodCheckpoint, RunDirectoryError, DataError, OSError)
 
@@ -119,7 +120,9 @@ class Coordinator:
     num_support = run.images_per_class * prepared.num_classes
     in_halves = run.plan.split_support(num_support) > 0
     self.board = TaskBoard(system.lease_seconds, system.num_workers, in_halves)
-    self._admission = Admission(system, lambda *new: self._progress.log_joined(*new))
+    self._admission = Admission(
+      system, lambda *new: self._progress.log_joined(*new), own=hardware.software()
+    )
     self._stall = StallWatch(self.board, self._admission, system, self._timing.stall)
     self._progress = Progress(
       self._directory,
@@ -132,7 +135,13 @@ class Coordinator:
       self._timing.stall,
     )
     self.exchange = Served(
-      self.board, self._life, np.dtype(run.kernel_dtype), in_halves, self._watch, self._timing.poll
+      self.board,
+      self._life,
+      np.dtype(run.kernel_dtype),
+      in_halves,
+      lambda task: pieces.forms(task, run, prepared.num_classes, prepared.train_images.shape[1:]),
+      self._watch,
+      self._timing.poll,
     )
     optimizer = optimizers.make(run.optimizer, run.learning_rate)
     self._update = state.Update(run, optimizer)
@@ -230,13 +239,23 @@ class Coordinator:
 
     Returns:
       Further tasks, as from `lease`; None if there are none, and before the last part.
+
+    Raises:
+      Malformed: no worker of this version sends that. This one gets no further tasks.
+      ValueError: the checksum does not fit.
     """
     self._admission.hear(worker)
-    done = messages.task_from(task)
-    received = self.exchange.receive(Life(*life), done, lease, part, parts, data)
-    if received is None:
+    if not self._admission.is_admitted(worker):  # it is another life of the coordinator
       return None
-    piece = messages.decode(received, checksum)
+    done = messages.task_from(task)
+    try:
+      piece = self.exchange.receive(worker, Life(*life), done, lease, part, parts, data, checksum)
+    except messages.Malformed as error:
+      self._admission.exclude(worker, f'{error}; let all have the same version of this project.')
+      self.board.drop(worker)
+      raise
+    if piece is None:
+      return None
     bad = [name for name, array in piece.items() if not np.isfinite(array).all()]
     if bad:
       self.board.report_error(done, lease, f'{bad[0]} contains NaN or infinity')
@@ -249,6 +268,7 @@ class Coordinator:
 
   def report_task_error(self, worker: str, task: list[Any], lease: int, message: str) -> None:
     """Records that computing a task raised in a worker."""
+    message = message[:_MAX_MESSAGE]
     logging.warning('%s: %s', worker, message)
     self.board.report_error(messages.task_from(task), lease, message)
 
@@ -282,7 +302,7 @@ class Coordinator:
 
   def evaluated(self, row: str) -> None:
     """Records a row (JSON) that the evaluator has written."""
-    self._evaluations.record(json.loads(row))
+    self._evaluations.record(row)
 
   # The program.
 

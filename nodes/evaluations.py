@@ -1,5 +1,6 @@
 """The coordinator's side of evaluation: which snapshot is next, and when to stop waiting."""
 
+import json
 import threading
 import time
 from collections.abc import Container
@@ -14,6 +15,8 @@ from nodes.errors import RunFailed, Stopped
 from nodes.keeper import Keeper
 from nodes.progress import Progress
 from nodes.stall import Escalation
+
+_MAX_ROW = 2**16  # characters
 
 
 class Evaluations:
@@ -56,8 +59,15 @@ class Evaluations:
       self._finished.set()
     return None
 
-  def record(self, row: dict[str, Any]) -> None:
-    """Records a row that the evaluator has written."""
+  def record(self, content: str) -> None:
+    """Records a row (JSON) that the evaluator has written. Raises ValueError where it is none."""
+    row = json.loads(content) if len(content) <= _MAX_ROW else None
+    if (
+      not isinstance(row, dict)
+      or not isinstance(row.get('step'), int)
+      or not isinstance(row.get('krr_test_accuracy'), float)
+    ):
+      raise ValueError(f'{content[:80]!r} is no row of metrics')
     self._progress.last_row = row
     if row['step'] == self._num_steps:
       self._finished.set()

@@ -137,7 +137,7 @@ class Evaluator:
       if 'stop' in snapshot:
         return
       if snapshot['run_id'] != description['run_id']:
-        raise CoordinatorLost('another run answers in its place.', was_there=True)
+        raise CoordinatorLost('another run answers in its place.')
       done.append(snapshot['step'])
       row = self._try_to_evaluate(evaluate, snapshot, snapshot['step'] in settings.nn_snapshots)
       if row:

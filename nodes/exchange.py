@@ -1,16 +1,20 @@
 """The coordinator's side of a step: publishes its inputs, leases its tasks, collects its pieces."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from distillation import plan
+from distillation.pieces import Form
 from distillation.step import Piece
 from nodes import messages
 from nodes.messages import Life
 from nodes.task_board import IN_HAND, TaskBoard
+
+_FETCHED = 'images', 'alpha'  # whole from when they are published, unlike 'residual'
+_ROW_BYTES = 128  # of a packed array, beside its contents
 
 
 class Served:
@@ -22,8 +26,10 @@ class Served:
     life: Life,
     dtype: np.dtype,
     in_halves: bool,
+    forms: Callable[[plan.Task], Mapping[str, Form]],
     watch: Callable[[bool], None],
     poll: float,
+    part_bytes: int = messages.PART_BYTES,
   ):
     """
     Args:
@@ -31,16 +37,20 @@ class Served:
       life: of the coordinator; messages about tasks of another life are dropped.
       dtype: of the kernel, in which the cotangent of K_ss is sent.
       in_halves: whether steps have two halves.
+      forms: of a task's piece, see `pieces.forms`.
       watch: called before every wait for a piece, with whether the last wait ended without it; an
         exception that it raises ends the step.
       poll: seconds of a wait.
+      part_bytes: of the parts of a piece.
     """
     self._board, self._life, self._dtype, self._in_halves = board, life, dtype, in_halves
+    self._forms, self._part_bytes = forms, part_bytes
     self._watch, self._poll = watch, poll
     self._lock = threading.Lock()
     self._step = -1
     self._published: dict[str, np.ndarray] = {}
     self._packed: dict[tuple[str, int, int], bytes] = {}  # by name, start and stop of the rows
+    self._room: dict[str, int] = {}  # bytes of each published array that may yet be kept packed
     # Pieces that are still arriving, lease -> part -> content, and leases whose piece is complete.
     self._parts: dict[int, dict[int, bytes]] = {}
     self._arrived: set[int] = set()
@@ -54,6 +64,8 @@ class Served:
         self._step, self._published, self._packed = -1, {}, {}
         self._parts, self._arrived = {}, set()
       self._published[name] = value
+      # Tasks and the tiles of K_ss cut an array in two ways; nobody needs its rows in a third.
+      self._room[name] = 2 * (value.nbytes + _ROW_BYTES * len(value))
 
   def post(self, tasks: Sequence[plan.Task]) -> None:
     """Gives the tasks to the board."""
@@ -71,10 +83,14 @@ class Served:
   # What workers call.
 
   def fetch(self, life: Life, step: int, name: str, start: int, stop: int) -> bytes | None:
-    """Packs rows of a published array; None if the step is over."""
+    """Packs rows of a published array; None if the step is over. Raises Malformed."""
     with self._lock:
-      is_current = (life, step) == (self._life, self._step)
-      return self._rows(name, start, stop) if is_current else None
+      if (life, step) != (self._life, self._step):
+        return None
+      size = len(self._published[name]) if name in _FETCHED and name in self._published else 0
+      if not 0 <= start < stop <= size:
+        raise messages.Malformed(f'there are no rows {start} to {stop} of {name!r} to fetch')
+      return self._rows(name, start, stop)
 
   def lease(
     self, worker: str, pairs_per_second: float, holding: Sequence[int], wait: float
@@ -109,23 +125,48 @@ class Served:
     return {'life': tuple(self._life), 'tasks': leased, 'inputs': list(inputs.values())}
 
   def receive(
-    self, life: Life, task: plan.Task, lease: int, part: int, parts: int, data: bytes
-  ) -> list[bytes] | None:
-    """Keeps a part of a piece. Idempotent.
+    self,
+    worker: str,
+    life: Life,
+    task: plan.Task,
+    lease: int,
+    part: int,
+    parts: int,
+    data: bytes,
+    checksum: bytes,
+  ) -> Piece | None:
+    """Keeps a part of a piece. Idempotent. See `Coordinator.complete` for the arguments.
 
     Returns:
-      All parts in order, once the last one is there; None before, after, and for a stale task.
+      The piece, once its last part is there; None before, after, and for a stale task or lease.
+
+    Raises:
+      Malformed: no piece of this task has such a part, or such arrays.
+      ValueError: the checksum does not fit.
     """
     with self._lock:
-      if (life, task.step) != (self._life, self._step) or lease in self._arrived:
+      is_current = (life, task.step) == (self._life, self._step)
+      if not is_current or lease in self._arrived or not self._board.has(lease, task, worker):
         return None
+      forms = self._forms(task)
+      size = messages.packed_bytes(forms)
+      rest = size - part * self._part_bytes
+      if (
+        parts != -(-size // self._part_bytes)
+        or not 0 <= part < parts
+        or not isinstance(data, bytes)
+        or len(data) != min(rest, self._part_bytes)
+      ):
+        raise messages.Malformed(
+          f'part {part} of {parts} of a piece of {size} bytes has {len(data)} bytes'
+        )
       received = self._parts.setdefault(lease, {})
       received[part] = data
       if len(received) < parts:
         return None
       del self._parts[lease]
       self._arrived.add(lease)
-    return [received[i] for i in range(parts)]
+    return messages.decode([received[i] for i in range(parts)], checksum, forms)
 
   def _attached(self, task: plan.Task) -> list[bytes]:
     """The inputs sent with a task: those that a worker's other tasks are not likely to need."""
@@ -142,6 +183,10 @@ class Served:
   def _rows(self, name: str, start: int, stop: int) -> bytes:
     """Rows of a published array, packed once for all workers."""
     key = name, start, stop
-    if key not in self._packed:
-      self._packed[key] = messages.pack({name: self._published[name][start:stop]})
-    return self._packed[key]
+    if key in self._packed:
+      return self._packed[key]
+    data = messages.pack({name: self._published[name][start:stop]})
+    if len(data) <= self._room[name]:
+      self._packed[key] = data
+      self._room[name] -= len(data)
+    return data

@@ -1,5 +1,7 @@
 """Describes a worker: all of it that can change the bits of its results, and its speed."""
 
+import hashlib
+import pathlib
 import platform
 import time
 from typing import Any
@@ -11,7 +13,12 @@ from artifacts import hardware
 from configs import schema
 from data import store
 from kernels.contract import Kernel
+from nodes import messages
 
+ROOT = pathlib.Path(__file__).parent.parent
+# What makes bits, or cuts a step into tasks; what else there is moves arrays, or draws them.
+_CODE = ('configs/schema.py', 'data', 'distillation', 'kernels')
+_SUFFIXES = ('.py', '.h', '.cc', '.cu')
 # A larger block is measured if it takes no longer than this at the speed so far, which is far too
 # low after a single pair.
 _CALIBRATION_SECONDS = 80.0
@@ -20,15 +27,34 @@ _CALIBRATION_SECONDS = 80.0
 def fingerprint(kernel: Kernel, prepared: store.Prepared) -> dict[str, Any]:
   """Names all that can change the bits of a result, apart from the run's configuration."""
   return {
+    **software(),
     'implementation': kernel.implementation,
     'dtype': str(kernel.dtype),
     'instruction_set': kernel.instruction_set,
     'device': kernel.device or _device(),
+    'compiled': kernel.compiled,
     'data': prepared.content,
     'numpy': np.__version__,
     'jax': jax.__version__,
     'python': platform.python_version(),
   }
+
+
+def software(root: pathlib.Path = ROOT) -> dict[str, Any]:
+  """The part of a fingerprint that the coordinator has, too: its protocol, and its code in `root`.
+
+  Returns:
+    `protocol`, and `code` {file: digest}. Line ends do not count: a checkout may change them.
+  """
+  code = {}
+  for name in _CODE:
+    path = root / name
+    for file in sorted(path.rglob('*')) if path.is_dir() else [path]:
+      name = file.relative_to(root).as_posix()
+      if file.suffix in _SUFFIXES and '/.' not in name:  # hidden files and folders are editors'
+        content = file.read_bytes().replace(b'\r\n', b'\n')
+        code[name] = hashlib.sha256(content).hexdigest()[:16]
+  return {'protocol': messages.PROTOCOL, 'code': code}
 
 
 def pairs_per_second(

@@ -14,6 +14,7 @@ from absl import logging
 
 from artifacts import RunDirectoryError, distilled_set, files, run_directory, snapshots
 from artifacts.checkpoints import Checkpoints
+from artifacts.words import count
 from configs import schema
 from data import DataError, store
 from distillation import step
@@ -60,21 +61,32 @@ class Keeper:
 
   def restore(self, template: SupportState) -> SupportState:
     """Restores the newest checkpoint; returns `template`, the first state, where there is none."""
-    restored = self._checkpoints.restore(template)
+    restored, seen = self._checkpoints.restore(template), self._directory.read_status()
+    came_to = seen['step'] if seen and seen['state'] == run_directory.RUNNING else 0
     if restored is None:
       self._progress.reach(0)
       self._progress.write_status(run_directory.RUNNING, 0)
       return template
     found, meta = restored
-    self._admission.fingerprint = meta['fingerprint']
+    self._admission.resume(meta['fingerprint'] or {})
     self.saved_step = found.step
     self._progress.resume(found.step, meta['wall_seconds'], meta['reached_seconds'])
     self._progress.write_status(run_directory.RUNNING, found.step)
     logging.info('Resuming at step %d.', found.step)
+    if came_to > found.step:
+      logging.warning(
+        '%s that a killed coordinator had done are computed again; of a shorter '
+        'system.checkpoint_seconds (%g) fewer are lost.',
+        count(came_to - found.step, 'step'),
+        self._config.system.checkpoint_seconds,
+      )
     return found
 
   def is_checkpoint_due(self) -> bool:
-    """Whether `system.checkpoint_seconds` have passed since the last one."""
+    """Whether `system.checkpoint_seconds` have passed since the last one of this life.
+
+    So the first step of a life is kept, however short the lives are.
+    """
     return time.monotonic() >= self._next_checkpoint
 
   def save(self, current: SupportState) -> None:
@@ -90,7 +102,7 @@ class Keeper:
       )
       self.saved_step = current.step
       self._progressed(True)
-    self._next_checkpoint = time.monotonic() + self._config.system.checkpoint_seconds
+      self._next_checkpoint = time.monotonic() + self._config.system.checkpoint_seconds
 
   def rounds(
     self, current: SupportState

@@ -125,7 +125,7 @@ class KernelWorker:
     Raises CoordinatorLost where another run's coordinator has taken the place of this run's.
     """
     if leased.life.run_id != self._run_id:
-      raise CoordinatorLost('another run answers in its place.', was_there=True)
+      raise CoordinatorLost('another run answers in its place.')
     return self._or_report(leased, lambda: self._piece(leased))
 
   def _piece(self, leased: Leased) -> Piece:

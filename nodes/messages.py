@@ -13,9 +13,17 @@ import numpy as np
 import xxhash
 
 from distillation import plan
+from distillation.pieces import Form
 
+# Of what travels, in which order, and what it means: to be raised when that changes. Worker and
+# coordinator must have the same.
+PROTOCOL = 1
 PART_BYTES = 2**22
 _ALIGNMENT = 64
+
+
+class Malformed(ValueError):
+  """A message that no client of this version sends."""
 
 
 class Life(NamedTuple):
@@ -42,20 +50,38 @@ def encode(
   return parts, xxhash.xxh3_64_digest(data)
 
 
-def decode(parts: Sequence[bytes], checksum: bytes) -> dict[str, np.ndarray]:
-  """Unpacks a piece, its arrays read-only. Raises ValueError where the checksum does not fit."""
+def decode(
+  parts: Sequence[bytes], checksum: bytes, forms: Mapping[str, Form]
+) -> dict[str, np.ndarray]:
+  """Unpacks a piece, its arrays read-only.
+
+  Args:
+    parts: in order.
+    checksum: of the whole piece.
+    forms: of its arrays.
+
+  Raises:
+    Malformed: the arrays have other names, types or shapes.
+    ValueError: the checksum does not fit.
+  """
   data = b''.join(parts)
   if xxhash.xxh3_64_digest(data) != checksum:
     raise ValueError('a piece arrived damaged: its checksum does not fit')
+  header = _header(forms)
+  if not data.startswith(header) or len(data) != packed_bytes(forms):
+    raise Malformed(f'a piece begins with {data[: len(header)]!r} instead of {header!r}')
   return unpack(data)
 
 
 def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
   """Packs arrays into bytes: a line of JSON with names, dtypes and shapes, then their contents."""
-  header = json.dumps([(name, a.dtype.str, a.shape) for name, a in arrays.items()]).encode()
-  header += b' ' * (-(len(header) + 1) % _ALIGNMENT) + b'\n'
   contents = (np.ascontiguousarray(a).reshape(-1).view(np.uint8).data for a in arrays.values())
-  return b''.join([header, *contents])
+  return b''.join([_header(arrays), *contents])
+
+
+def packed_bytes(forms: Mapping[str, Form]) -> int:
+  """The size of packed arrays of these forms."""
+  return len(_header(forms)) + sum(math.prod(f.shape) * f.dtype.itemsize for f in forms.values())
 
 
 def unpack(data: bytes) -> dict[str, np.ndarray]:
@@ -66,3 +92,8 @@ def unpack(data: bytes) -> dict[str, np.ndarray]:
     arrays[name] = np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape)
     offset += arrays[name].nbytes
   return arrays
+
+
+def _header(arrays: Mapping[str, np.ndarray | Form]) -> bytes:
+  header = json.dumps([(name, a.dtype.str, a.shape) for name, a in arrays.items()]).encode()
+  return header + b' ' * (-(len(header) + 1) % _ALIGNMENT) + b'\n'

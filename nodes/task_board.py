@@ -193,12 +193,27 @@ class TaskBoard:
         self._piece.notify_all()
       return True
 
+  def has(self, lease_id: int, task: Task, worker: str) -> bool:
+    """Whether a worker has a task by this lease, or had it and may still answer."""
+    with self._lock:
+      lease = self._leases.get(lease_id) or self._late.get(lease_id)
+      return lease is not None and (lease.task, lease.worker) == (task, worker)
+
+  def drop(self, worker: str) -> None:
+    """Takes all its tasks back from a worker, whose answers are of no use."""
+    with self._lock:
+      for lease in reversed(list(self._held.get(worker, {}).values())):
+        self._take_back(lease, 'lost_leases')
+
   def report_error(self, task: Task, lease_id: int, message: str) -> None:
     """Records that computing `task` raised in a worker; it is tried again, or the run fails."""
     with self._lock:
       self._last_sign = self._clock()
-      lease = self._release(lease_id)
-      if lease is None or task not in self._tasks or self._tasks[task] is not None:
+      lease = self._leases.get(lease_id)
+      if lease is None or lease.task != task:
+        return
+      self._release(lease_id)
+      if self._tasks[task] is not None:
         return
       self._errors[task] += 1
       if self._errors[task] >= MAX_ERRORS:

@@ -15,6 +15,8 @@ from ml_collections import config_flags
 from artifacts import RunDirectoryError
 from configs import validation
 from data import DataError
+from transport.secret import SecretError
+from transport.unix_socket import CannotListen
 
 CONFIG = config_flags.DEFINE_config_file(
   'config',
@@ -118,7 +120,14 @@ def exit_with(main: Callable[[list[str]], int]) -> None:
   """
   try:
     sys.exit(main(sys.argv))
-  except (BadInput, validation.ConfigError, DataError, RunDirectoryError) as error:
+  except (
+    BadInput,
+    CannotListen,
+    DataError,
+    RunDirectoryError,
+    SecretError,
+    validation.ConfigError,
+  ) as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(_BAD_INPUT_STATUS)
   except KeyboardInterrupt:

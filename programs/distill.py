@@ -4,7 +4,6 @@ that ask it for work. How it is launched on this machine, and stopped."""
 import contextlib
 import os
 import signal
-import socket
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -13,7 +12,8 @@ import psutil
 from absl import flags, logging
 from launchpad.nodes.python.local_multi_processing import PythonProcess
 
-from programs import command_line, isolation, placement, processes, signals, start, supervisor
+from programs import placement, processes, signals, start, supervisor
+from transport import unix_socket
 
 _GRACE = 5.0  # seconds that the others have to end by themselves once the coordinator has
 
@@ -24,12 +24,12 @@ def make_program(run: start.Run) -> lp.Program:
   threads = placement.worker_threads(system.worker_threads, system.num_workers)
   program = lp.Program('kip')
   coordinator = program.add_node(
-    processes.CoordinatorNode(workdir, run.cache, system.port), label=processes.COORDINATOR
+    processes.CoordinatorNode(workdir, run.cache), label=processes.COORDINATOR
   )
   coordinator.set_client_kwargs(**processes.CLIENT_OPTIONS)
 
   def add_client(kind: str, label: str, **kwargs) -> None:
-    timeout = system.coordinator_timeout
+    timeout = system.worker_timeout
     node = processes.ClientNode(kind, coordinator, timeout, cache=run.cache, **kwargs)
     program.add_node(node, label=label)
 
@@ -43,12 +43,10 @@ def make_program(run: start.Run) -> lp.Program:
 def prepare() -> start.Run:
   """Makes a run ready for a launch on this machine; the flags are parsed.
 
-  Starts this process again in a network of its own: what needs the real one is done here. Raises
-  what `start.ready` raises.
+  Raises what `start.ready` and `unix_socket.check` raise.
   """
+  unix_socket.check()
   run = start.ready(placement.no_gpus if _is_threaded() else placement.find_gpus)
-  check_port(run.config.system.port)
-  isolation.restart_isolated()
   for remark in run.remarks:
     logging.info(remark)
   return run
@@ -70,19 +68,6 @@ def local_resources(run: start.Run) -> dict[str, PythonProcess]:
     label: PythonProcess(env={**environment, **shared})
     for label, environment in environments.items()
   }
-
-
-def warn_of_open_port(program: lp.Program, run: start.Run) -> None:
-  """Warns if other hosts can reach the coordinator of a launched program."""
-  coordinator = program.groups[processes.COORDINATOR][0]
-  assert isinstance(coordinator, lp.CourierNode)
-  if not isolation.is_isolated() and not run.config.system.accept_open_port:
-    logging.warning(
-      '%s is open to every host that can reach this one, and whoever connects can run code as you: '
-      'no private network could be made (see BUILD.md; system.accept_open_port=True ends this '
-      'warning).',
-      coordinator.courier_address.resolve(),
-    )
 
 
 def stop_on_signals() -> None:
@@ -119,21 +104,6 @@ def wait(manager: Manager) -> None:
     _end_children(end)
     psutil.wait_procs(nodes, timeout=supervisor.NOTICE + 2)
   manager.wait(raise_error=False)
-
-
-def check_port(port: int) -> None:
-  """Raises BadInput if the coordinator could not listen on `port`."""
-  if not port:
-    return
-  with socket.socket() as probe:
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-      probe.bind(('', port))
-    except OSError as error:
-      raise command_line.BadInput(
-        f'system.port={port} cannot be used ({error.strerror}); choose another, or 0 for any free '
-        'one.'
-      ) from error
 
 
 def _is_threaded() -> bool:

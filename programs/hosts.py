@@ -4,15 +4,20 @@
     python launch.py --role=worker --workdir=DIR
     python launch.py --role=evaluator --workdir=DIR
 
-The directory is on a disk that all hosts share; a worker without it takes --coordinator=HOST:PORT.
+The directory is on a disk that all hosts share; a worker without it takes --coordinator=HOST:PORT
+and --secret=FILE. The coordinator itself listens on a unix socket alone: its supervising parent
+takes connections from the network, of those who have the run's key (transport/relay.py).
 """
 
+import contextlib
 import ipaddress
 import os
 import re
+import shutil
 import socket
 import threading
 import time
+from collections.abc import Iterator
 
 import launchpad as lp
 from absl import flags, logging
@@ -22,7 +27,6 @@ from configs import schema, validation
 from data import store
 from programs import (
   command_line,
-  distill,
   memory,
   outcome,
   placement,
@@ -32,6 +36,8 @@ from programs import (
   supervisor,
   terminal,
 )
+from transport import relay, unix_socket
+from transport import secret as keys
 
 _COORDINATOR, _WORKER, _EVALUATOR = _ROLES = 'coordinator', 'worker', 'evaluator'
 ROLE = flags.DEFINE_enum('role', None, _ROLES, 'Run this one node of the program.')
@@ -39,6 +45,12 @@ _ADDRESS = flags.DEFINE_string(
   'coordinator',
   None,
   'HOST:PORT of the coordinator; not needed where --workdir is on a shared disk.',
+)
+_SECRET = flags.DEFINE_string(
+  'secret',
+  None,
+  "For a worker without a shared disk: its copy of the run's key, the file `secret` in the run "
+  'directory.',
 )
 _HOST = flags.DEFINE_string(
   'host',
@@ -51,6 +63,7 @@ _THREADS = flags.DEFINE_integer(
   'threads', 0, 'For a worker: its CPU threads; 0: all that it may use.', lower_bound=0
 )
 
+_SOCKET = 'KIP_SOCKET'  # environment of a child: path of the coordinator's unix socket
 _PATIENCE = 1800.0  # seconds to wait for an address: the coordinator prepares the data before
 _SILENCE = 1.0, 30.0  # seconds of waiting before the first log line, and between two
 _LOOK = 0.2  # seconds between two looks for an address
@@ -60,9 +73,10 @@ _ELSEWHERE = '192.0.2.1', 9  # no host has this address: it is reserved for docu
 def run_role(role: str) -> int:
   """Runs the node that --role names until the run is over or the process is asked to stop.
 
-  Returns the exit status. Raises what `start.ready` raises.
+  Returns the exit status. Raises what `start.ready` and `unix_socket.check` raise, and SecretError.
   """
   _check_flags(role)
+  unix_socket.check()
   if supervisor.is_child():
     _run_node(role)
     return 0
@@ -87,6 +101,13 @@ def _check_flags(role: str) -> None:
       'a worker needs --workdir=DIR, the run directory on a shared disk, or '
       '--coordinator=HOST:PORT.'
     )
+  if _ADDRESS.value and not (start.WORKDIR.value or _SECRET.value):
+    raise command_line.BadInput(
+      "a worker without --workdir needs --secret=FILE, a copy of the run's key, which is the file "
+      '`secret` in the run directory.'
+    )
+  if _SECRET.value and role != _WORKER:
+    raise command_line.BadInput('--secret=FILE is for workers; the others read it in --workdir.')
   if _ADDRESS.value and not re.fullmatch(r'\S+:\d{1,5}', _ADDRESS.value):
     raise command_line.BadInput(f'--coordinator must be HOST:PORT, got {_ADDRESS.value!r}.')
 
@@ -96,30 +117,49 @@ def _supervise_coordinator(stop: threading.Event) -> int:
   run = start.ready(None, memory.Here.COORDINATOR)
   for remark in run.remarks:
     logging.info(remark)
-  port = run.config.system.port
-  distill.check_port(port)
-  address = f'{_HOST.value or own_host()}:{port or _free_port()}'
-  files.write_atomically(run.directory.address, address + '\n')
-  logging.info(
-    'The coordinator is at %s. Whoever can connect to it can run code as you: see BUILD.md, '
-    '"The coordinator\'s port".',
-    address,
-  )
-  with terminal.show_output(run.directory):
-    run.directory.begin()
-    supervisor.supervise(processes.COORDINATOR, stop)
+  keys.make(run.directory.secret)
+  key, port = keys.Secret(run.directory.secret), run.config.system.port
+  with _socket() as path:
+    try:
+      listener = relay.Listener(key, port, path)
+    except OSError as error:
+      raise command_line.BadInput(
+        f'system.port={port} cannot be used ({os.strerror(error.errno or 0)}); choose another, '
+        'or 0 for any free one.'
+      ) from error
+    address = f'{_HOST.value or own_host()}:{listener.port}'
+    files.write_atomically(run.directory.address, address + '\n')
+    logging.info(
+      'The coordinator is at %s, for those who have the key in %s.', address, run.directory.secret
+    )
+    with terminal.show_output(run.directory):
+      run.directory.begin()
+      supervisor.supervise(processes.COORDINATOR, stop)
+    listener.close()
   return outcome.conclude(run.directory)
 
 
 def _supervise_client(role: str, stop: threading.Event) -> int:
   """Waits for the coordinator's address and supervises a worker or the evaluator."""
-  if not (_ADDRESS.value or _await_address(_published(), stop)):
+  if not _await_address(stop):
     return 0 if stop.is_set() else 1
-  config = _config()
+  config, secret_file = _config(), _SECRET.value or _directory().secret
+  key = keys.Secret(secret_file)
   # Of several workers on a host each has to be given its own GPU, as Slurm does.
   gpus = placement.take_gpu(config.run.implementation)
   logging.info(gpus.remark)
-  return supervisor.supervise(_label(role, os.getpid()), stop)
+  with _socket() as path:
+    dialer = relay.Dialer(key, _coordinator, path)
+    try:
+      dialer.connect().close()
+    except relay.AnotherKey as error:
+      if _ADDRESS.value:
+        raise command_line.BadInput(
+          f'{error}, {secret_file}: it takes part in another run, or the key is an old one.'
+        ) from error
+    except OSError:
+      pass  # it may come: the node goes on asking
+    return supervisor.supervise(_label(role, os.getpid()), stop)
 
 
 def _run_node(role: str) -> None:
@@ -127,10 +167,9 @@ def _run_node(role: str) -> None:
   config, stop = _config(), signals.supervised_stop_event()
   workdir, system = start.WORKDIR.value or '', config.system
   cache = store.cache_folder(system.cache_dir)
-  address = _ADDRESS.value or run_directory.read_address(_published()) or ''
+  path = os.environ[_SOCKET]
   if role == _COORDINATOR:
-    port = int(address.rpartition(':')[2])
-    processes.serve_coordinator(workdir, cache, port, stop)
+    processes.serve_coordinator(workdir, cache, path, stop)
     return
   if role == _WORKER:
     kind = processes.WORKER
@@ -138,10 +177,20 @@ def _run_node(role: str) -> None:
     settings = {'name': _label(role, os.getppid()), 'threads': threads}
   else:
     kind, settings = processes.EVALUATOR, {'workdir': workdir, 'threads': 1}
-  coordinator = lp.CourierClient(address, **processes.CLIENT_OPTIONS)
-  processes.Client(
-    kind, coordinator, system.coordinator_timeout, _published(), stop, cache=cache, **settings
-  ).run()
+  coordinator = lp.CourierClient(unix_socket.SCHEME + path, **processes.CLIENT_OPTIONS)
+  where, timeout = _coordinator() or '', system.worker_timeout
+  processes.Client(kind, coordinator, timeout, stop, where, cache=cache, **settings).run()
+
+
+@contextlib.contextmanager
+def _socket() -> Iterator[str]:
+  """Gives the path of the socket between this process and its child; its folder is removed."""
+  folder = unix_socket.new_folder()
+  os.environ[_SOCKET] = path = os.path.join(folder, 'courier')
+  try:
+    yield path
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _label(role: str, parent: int) -> str:
@@ -162,30 +211,32 @@ def _config() -> schema.Config:
     return validation.validate(command_line.CONFIG.value.to_dict())
   if not start.WORKDIR.value:
     return schema.Config()
-  directory = run_directory.RunDirectory(start.WORKDIR.value)
-  saved = directory.read_config()
+  saved = _directory().read_config()
   if saved is None:
     raise command_line.BadInput(
-      f'--workdir={directory.path} holds no run; a worker without a shared disk needs '
-      '--coordinator alone.'
+      f'--workdir={_directory().path} holds no run; a worker without a shared disk needs '
+      '--coordinator and --secret alone.'
     )
   return saved.config
 
 
-def _published() -> str:
-  """Names the file with the coordinator's address; '' if --coordinator gives it."""
-  if _ADDRESS.value:
-    return ''
-  return run_directory.RunDirectory(start.WORKDIR.value or '').address
+def _directory() -> run_directory.RunDirectory:
+  return run_directory.RunDirectory(start.WORKDIR.value or '')
 
 
-def _await_address(path: str, stop: threading.Event) -> bool:
-  """Waits for the file with the coordinator's address, at most _PATIENCE; returns whether it is
-  there and `stop` is not set."""
+def _coordinator() -> str | None:
+  """The coordinator's HOST:PORT: by --coordinator, or as it is published now."""
+  return _ADDRESS.value or run_directory.read_address(_directory().address)
+
+
+def _await_address(stop: threading.Event) -> bool:
+  """Waits until the coordinator's address is known, at most _PATIENCE; returns whether it is and
+  `stop` is not set."""
+  path = _directory().address
   begin = time.monotonic()
   first, interval = _SILENCE
   next_line = begin + first
-  while run_directory.read_address(path) is None and not stop.is_set():
+  while _coordinator() is None and not stop.is_set():
     now = time.monotonic()
     if now > begin + _PATIENCE:
       logging.error('Giving up: no coordinator has written %s for %.0f s.', path, _PATIENCE)
@@ -222,9 +273,3 @@ def own_host() -> str:
     'only processes of its own can join, unless --host=NAME tells one.'
   )
   return 'localhost'
-
-
-def _free_port() -> int:
-  with socket.socket() as probe:
-    probe.bind(('', 0))
-    return probe.getsockname()[1]

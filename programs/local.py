@@ -46,7 +46,7 @@ def distil(run: start.Run, stop: threading.Event) -> None:
   except coordinator_node.EXPECTED as error:
     logging.error('The run failed: %s', error)
     return
-  client = Retrying(coordinator, system.coordinator_timeout, stop)
+  client = Retrying(coordinator, system.worker_timeout, stop)
   threads = placement.worker_threads(system.worker_threads, system.num_workers)
   workers = [
     kernel_worker.KernelWorker(client, f'kernel_worker_{i}', threads, run.cache, stop)

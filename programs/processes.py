@@ -1,9 +1,10 @@
 """The process of one node: it does the node's work, or, if a launcher has started it, supervises a
 child that does."""
 
+import atexit
 import functools
 import os
-import socket
+import shutil
 import sys
 import threading
 from typing import Any
@@ -12,11 +13,10 @@ import launchpad as lp
 from absl import flags, logging
 from launchpad import address as lp_address
 from launchpad import context
-from launchpad.nodes.courier import courier_utils
 
-from artifacts import run_directory
 from nodes.client import CoordinatorLost, Retrying
 from programs import command_line, supervisor
+from transport import unix_socket
 
 COORDINATOR, EVALUATOR, WORKER = 'coordinator', 'evaluator', 'kernel_worker'
 # Of `lp.CourierClient`. No answer of the coordinator takes longer than the timeout (seconds).
@@ -49,21 +49,29 @@ class _Supervised(lp.PyClassNode):
     sys.exit(supervisor.supervise(self.label, lp.stop_event()))
 
 
-class CoordinatorNode(_Supervised, lp.CourierNode):
-  """The coordinator: a server on `port`, or on any free one; it keeps its address when it is
-  restarted."""
+class _UnixCourierNode(lp.CourierNode):
+  """A Courier node that serves on a unix socket instead of a port."""
+
+  def bind_addresses(self, **kwargs):
+    del kwargs  # they are about ports
+    folder = unix_socket.new_folder()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    self.courier_address.bind(_FixedAddress(unix_socket.SCHEME + os.path.join(folder, 'courier')))
+
+  def run(self) -> None:
+    instance = self._construct_instance()
+    path = self.courier_address.resolve().removeprefix(unix_socket.SCHEME)
+    with unix_socket.serving(instance, path):
+      instance.run()
+
+
+class CoordinatorNode(_Supervised, _UnixCourierNode):
+  """The coordinator: the program's only server; it keeps its address when it is restarted."""
 
   label = COORDINATOR
 
-  def __init__(self, workdir: str, cache: str, port: int):
+  def __init__(self, workdir: str, cache: str):
     super().__init__(make_coordinator, workdir, cache)
-    self._port = port
-
-  def bind_addresses(self, **kwargs):
-    if self._port:
-      self.courier_address.bind(_FixedAddress(f'localhost:{self._port}'))
-    else:
-      super().bind_addresses(**kwargs)
 
 
 class ClientNode(_Supervised):
@@ -99,17 +107,12 @@ def make_coordinator(workdir: str, cache: str, stop: threading.Event | None = No
     sys.exit(1)
 
 
-def serve_coordinator(workdir: str, cache: str, port: int, stop: threading.Event) -> None:
-  """Does without Launchpad what a `CoordinatorNode` does: serves the coordinator until its run is
-  over."""
+def serve_coordinator(workdir: str, cache: str, path: str, stop: threading.Event) -> None:
+  """Does without Launchpad what a `CoordinatorNode` does: serves the coordinator at the unix socket
+  `path` until its run is over."""
   coordinator = make_coordinator(workdir, cache, stop)
-  server = courier_utils.make_courier_server(coordinator, port=port)
-  server.Start()
-  try:
+  with unix_socket.serving(coordinator, path):
     coordinator.run()
-  finally:
-    server.Stop()
-    server.Join()
 
 
 class Client:
@@ -120,31 +123,24 @@ class Client:
     kind: str,
     coordinator: lp.CourierClient,
     timeout: float,
-    published: str = '',
     stop: threading.Event | None = None,
+    where: str = '',
     **kwargs: Any,
   ):
     """
     Args:
       kind: WORKER or EVALUATOR.
-      coordinator: to call.
+      coordinator: to call, at a unix socket.
       timeout: seconds without an answer after which the node gives up.
-      published: file with the coordinator's address, if that may change.
       stop: set when the process is to stop; None: Launchpad's event.
+      where: the coordinator's address on the network, for messages.
       **kwargs: the node's own.
     """
     command_line.log_plainly()
     stop = stop or lp.stop_event()
-    address = coordinator.address
-    retrying = Retrying(
-      coordinator,
-      timeout,
-      stop,
-      _is_unreachable,
-      functools.partial(_is_listening, address, published),
-      _note_progress,
-      address,
-    )
+    path = coordinator.address.removeprefix(unix_socket.SCHEME)
+    answers = functools.partial(unix_socket.answers, path, _CONNECT_SECONDS)
+    retrying = Retrying(coordinator, timeout, stop, _is_unreachable, answers, _note_progress, where)
     if kind == EVALUATOR:
       from nodes import evaluator
 
@@ -160,22 +156,8 @@ class Client:
     try:
       self._node.run()
     except CoordinatorLost as error:
-      logging.error('%s: %s', 'Starting afresh' if error.was_there else 'Giving up', error)
-      sys.exit(supervisor.RESTART_STATUS if error.was_there else 1)
-
-
-def _is_listening(address: str, published: str) -> bool:
-  """Tells whether a server listens at `address`. Raises CoordinatorLost if the file `published`
-  names another."""
-  now = run_directory.read_address(published) if published else None
-  if now not in (None, address):
-    raise CoordinatorLost(f'the coordinator is at {now} now.', was_there=True)
-  host, _, port = address.rpartition(':')
-  try:
-    socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-    return True
-  except OSError:
-    return False
+      logging.error('Giving up: %s', error)
+      sys.exit(1)
 
 
 def _note_progress(method: str) -> None:

@@ -8,6 +8,7 @@ inside an allocation, runs them there as steps; programs/slurm/ holds the script
 
 import hashlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -47,33 +48,44 @@ def submit(argv: Sequence[str]) -> int:
   Returns the exit status. Raises BadInput, and what `start.ready` raises.
   """
   # The data are prepared on this host: others may have no way to them. Mistakes show at once, too.
+  options = _split(_OPTIONS)
+  worker_options = _split(_WORKER_OPTIONS)
   run = start.ready(None, memory.Here.NOTHING)
   for remark in run.remarks:
     logging.info(remark)
   workdir, where = run.directory.path, f'--workdir={run.directory.path}'
   logs = os.path.join(workdir, 'logs')
+  if not logs.isprintable() or '\\' in logs:
+    raise command_line.BadInput(
+      f'--workdir={workdir!r} holds a backslash or a control character, with which Slurm cannot '
+      'name the files of logs; choose another.'
+    )
   os.makedirs(logs, exist_ok=True)
   num_workers = run.config.system.num_workers
   arguments = passed_on(argv)
   if 'SLURM_JOB_ID' in os.environ:
-    _run_in_allocation(run, arguments, logs)
-  name = f'kip-{os.path.basename(workdir)}-{hashlib.sha256(workdir.encode()).hexdigest()[:8]}'
+    _run_in_allocation(run, [*options, '--', *worker_options, '--', *arguments], logs)
+  # No characters that mean something to squeue or scancel, such as commas.
+  base = re.sub(r'[^A-Za-z0-9._-]', '_', os.path.basename(workdir))
+  name = f'kip-{base}-{hashlib.sha256(workdir.encode()).hexdigest()[:8]}'
 
-  def command(script: str, log: str, *options: str) -> list[str]:
+  def command(script: str, log: str, *more: str) -> list[str]:
     return [
       'sbatch',
       '--parsable',
       f'--job-name={name}',
-      f'--output={logs}/{log}.log',
-      f'--export=ALL,KIP_ROOT={_ROOT},KIP_PYTHON={sys.executable}',
-      *shlex.split(_OPTIONS.value),
+      f'--output={logs.replace("%", "%%")}/{log}.log',
+      '--export=ALL',
       *options,
+      *more,
       os.path.join(_SCRIPTS, script),
+      _ROOT,
+      sys.executable,
     ]
 
-  def workers(*options: str) -> list[str]:
-    options = (f'--array=1-{num_workers}', *shlex.split(_WORKER_OPTIONS.value), *options)
-    return [*command('client.sh', 'worker_%A_%a', *options), '--role=worker', where]
+  def workers(*more: str) -> list[str]:
+    more = (f'--array=1-{num_workers}', *worker_options, *more)
+    return [*command('client.sh', 'worker_%A_%a', *more), '--role=worker', where]
 
   if not any(argument.startswith(_PATIENT.partition('=')[0]) for argument in arguments):
     arguments.append(_PATIENT)
@@ -85,7 +97,7 @@ def submit(argv: Sequence[str]) -> int:
   array = _run(workers(after))
   print(
     f'Submitted: coordinator {coordinator}, evaluator {evaluator}, {num_workers} workers {array}.\n'
-    f'  follow:      tail -F {logs}/coordinator.log\n'
+    f'  follow:      {shlex.join(["tail", "-F", f"{logs}/coordinator.log"])}\n'
     f'  see jobs:    squeue --name={name}\n'
     f'  add workers: {shlex.join(workers())}\n'
     f'  stop:        scancel --name={name}\n'
@@ -105,12 +117,21 @@ def _run_in_allocation(run: start.Run, arguments: list[str], logs: str) -> NoRet
     KIP_PYTHON=sys.executable,
     KIP_WORKDIR=run.directory.path,
     KIP_WORKERS=str(run.config.system.num_workers),
-    KIP_OPTIONS=_OPTIONS.value,
-    KIP_WORKER_OPTIONS=_WORKER_OPTIONS.value,
   )
   run.directory.close()
   script = os.path.join(_SCRIPTS, 'allocation.sh')
   os.execv(script, [script, *arguments, f'--workdir={run.directory.path}'])
+
+
+def _split(flag: flags.FlagHolder) -> list[str]:
+  """Splits a flag's value into options, as a shell does. Raises BadInput."""
+  try:
+    options = shlex.split(flag.value)
+  except ValueError as error:
+    raise command_line.BadInput(f'--{flag.name}={flag.value}: {error}.') from error
+  if '--' in options:
+    raise command_line.BadInput(f"--{flag.name}={flag.value}: '--' is no option.")
+  return options
 
 
 def passed_on(argv: Sequence[str]) -> list[str]:

@@ -20,7 +20,6 @@ from absl import logging
 
 from programs import signals
 
-RESTART_STATUS = 76  # exit status by which a node asks to be started afresh
 LAUNCHER = 'KIP_LAUNCHER'  # environment: process id; a node ends when that process is gone
 PARENT = 'KIP_SUPERVISOR'  # environment of a child: its parent's process id
 _PIPE = 'KIP_PROGRESS'  # environment of a child: descriptor to which it reports progress
@@ -30,6 +29,7 @@ LAUNCHER_NOTICE = 30
 NOTICE = LAUNCHER_NOTICE - 2.0  # a child has less than its parent
 _POLL = 0.05  # seconds; Event.wait can deadlock with a signal handler that sets the event
 _ASK_AGAIN = 0.5  # seconds
+_NOTABLE = 3  # lives in vain before each further one is remarked on
 _PR_SET_PDEATHSIG = 1
 _BRIEF, _LASTING = b'.', b'!'  # marks of progress
 _reported: set[bytes] = set()
@@ -37,6 +37,9 @@ _reported: set[bytes] = set()
 
 class Policy(NamedTuple):
   """How long a supervisor goes on starting its child.
+
+  A life with any progress is a useful one. But what it did may be lost with it, again and again,
+  where it is killed in the middle of the same step each time: hence `max_in_vain`.
 
   Attributes:
     max_useless: lives in a row without any progress.
@@ -79,8 +82,8 @@ def progressed(lasting: bool = True) -> None:
 def supervise(name: str, stop: threading.Event, policy: Policy = DEFAULT_POLICY) -> int:
   """Runs the child until it ends by itself, or until this process is to stop.
 
-  A child that is killed (by whatever signal) or asks for it is started again, with growing pauses
-  while it makes no progress. One that ends by itself, well or not, has said why.
+  A child that is killed (by whatever signal) is started again, with growing pauses while it makes no
+  progress. One that ends by itself, well or not, has said why.
 
   Args:
     name: the node's, for messages.
@@ -106,17 +109,25 @@ def supervise(name: str, stop: threading.Event, policy: Policy = DEFAULT_POLICY)
     marks = os.read(reader, 16)
     os.close(reader)
     useless, in_vain = 0 if marks else useless + 1, 0 if _LASTING in marks else in_vain + 1
-    if child.returncode >= 0 and child.returncode != RESTART_STATUS:
+    if child.returncode >= 0:
       return child.returncode
-    cause = 'asked to be started afresh'
-    if child.returncode < 0:
-      cause = f'was killed by {_signal_name(-child.returncode)}'
-    if useless >= policy.max_useless or in_vain >= policy.max_in_vain:
-      times = useless if useless >= policy.max_useless else in_vain
+    cause = f'was killed by {_signal_name(-child.returncode)}'
+    if useless >= policy.max_useless:
       logging.error(
-        '%s %s: exited %d times without making progress; giving up.', name, cause, times
+        '%s %s: exited %d times without making progress; giving up.', name, cause, useless
       )
       return 1
+    if in_vain >= policy.max_in_vain:
+      logging.error('%s %s: exited %d times without a checkpoint; giving up.', name, cause, in_vain)
+      return 1
+    if in_vain >= _NOTABLE and not useless:
+      logging.warning(
+        'What %s did is lost: it has ended %d times in a row without a checkpoint, which it writes '
+        'after the first step of a life. After %d times it is given up.',
+        name,
+        in_vain,
+        policy.max_in_vain,
+      )
     pause = min(policy.first_pause * 2 ** max(useless - 1, 0), policy.longest_pause)
     logging.warning('%s %s; it is started again in %.1f s.', name, cause, pause)
     end = time.monotonic() + pause

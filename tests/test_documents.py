@@ -11,7 +11,17 @@ import pytest
 from configs import validation
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-ROOMS = ('artifacts', 'configs', 'data', 'distillation', 'kernels', 'nodes', 'programs', 'tools')
+ROOMS = (
+  'artifacts',
+  'configs',
+  'data',
+  'distillation',
+  'kernels',
+  'nodes',
+  'programs',
+  'tools',
+  'transport',
+)
 FOLDERS = (*ROOMS, 'benchmarks', 'docs', 'notebooks', 'tests')
 DOCUMENTS = sorted(
   os.path.relpath(path, ROOT)
@@ -139,10 +149,11 @@ def test_the_step_that_contributing_shows_is_the_code():
 
 
 def test_build_lists_what_one_process_needs():
-  """All that a run needs but Launchpad, and Neural Tangents, which is optional."""
+  """All that a run needs but Launchpad and what several hosts need, and Neural Tangents, which is
+  optional."""
   _, _, listed = _read('BUILD.md').partition('    pip install absl-py')
   wanted = re.findall(r'^([a-zA-Z][\w-]*)', _read('requirements.in'), re.MULTILINE)
-  optional = {'dm-launchpad', 'tensorflow-cpu', 'neural-tangents'}
+  optional = {'dm-launchpad', 'tensorflow-cpu', 'cryptography', 'neural-tangents'}
   assert {'absl-py', *listed.partition('\n\n')[0].replace('\\', '').split()} == (
     set(wanted) - optional
   )

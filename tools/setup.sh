@@ -4,7 +4,6 @@
 # wheels and CuPy. What is installed already is left alone.
 set -eu
 cd "$(dirname "$0")/.."
-UV_VERSION=0.13.8
 VENV=.venv
 STAMP=$VENV/.installed  # a line of checksums for requirements.txt and this file, one for each addition
 EXTRA=${1:-}
@@ -34,9 +33,10 @@ find_uv() {
          "or install uv by hand: docs.astral.sh/uv"
   }
   rm -f .uv-log
-  .uv/bin/python -m pip install --quiet --disable-pip-version-check "uv==$UV_VERSION" || {
+  .uv/bin/python -m pip install --quiet --disable-pip-version-check --only-binary=:all: \
+    --require-hashes -r tools/uv.txt || {
     rm -rf .uv
-    fail "uv $UV_VERSION could not be installed:" \
+    fail "uv could not be installed:" \
          "is the package index reachable (network, proxy, PIP_INDEX_URL)?"
   }
 }

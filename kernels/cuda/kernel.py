@@ -37,6 +37,7 @@ class Device(Protocol):
 
   Attributes:
     name: the model's.
+    compiler: what compiles the source, with its version.
     threads, shared_bytes: of a block, at most.
     kept_bytes: for derivatives of pairs that wait for a cotangent; and, besides, for those that are
       contracted with it at once.
@@ -44,6 +45,7 @@ class Device(Protocol):
   """
 
   name: str
+  compiler: str
   threads: int
   shared_bytes: int
   kept_bytes: int
@@ -80,6 +82,7 @@ class Gpu(Device):
     import cupy  # pyright: ignore[reportMissingImports]
 
     self._cupy = cupy
+    self.compiler = 'NVRTC {}.{}'.format(*cupy.cuda.nvrtc.getVersion())
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
     self.name, self.threads = properties['name'].decode(), planning.THREADS
     self.shared_bytes = properties['sharedMemPerBlockOptin']
@@ -188,7 +191,7 @@ class CudaKernel(Kernel):
     self.dtype = np.dtype(dtype)
     self._kind = kind
     self._gpu = gpu or current_gpu()
-    self.device = self._gpu.name
+    self.device, self.compiled = self._gpu.name, self._gpu.compiler
     self.kept_bytes = 2 * self._gpu.kept_bytes
     self._programs: dict[tuple[int, ...], _Program] = {}
 

@@ -10,11 +10,18 @@ import hashlib
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
+import sys
 
-# The best one first.
-INSTRUCTION_SETS = {
+# By the machine's name on Linux and on macOS; the best one first.
+_INSTRUCTION_SETS = {
+  'x86_64': ('avx512', 'avx2', 'portable'),
+  'aarch64': ('neon',),
+  'arm64': ('neon',),
+}
+_OWN_FLAGS = {
   'avx512': (
     '-mavx512f',
     '-mavx512dq',
@@ -26,6 +33,7 @@ INSTRUCTION_SETS = {
   ),
   'avx2': ('-mavx2', '-mfma'),
   'portable': (),
+  'neon': (),
 }
 SOURCES = pathlib.Path(__file__).parent / 'src'
 FOLDER = pathlib.Path(__file__).parent / 'build'
@@ -40,10 +48,20 @@ _FLAGS = (
   '-fPIC',
   '-shared',
   '-pthread',
-  '-fno-gnu-unique',
-  '-Wl,-Bsymbolic',
   '-Wno-psabi',
+  # Messages of XLA's headers name their file: no folder of this machine's in the library.
+  '-fmacro-prefix-map={headers}=',
+  # Several libraries in one process share no function: hidden are ours, and -Bsymbolic binds what
+  # the standard library's templates make. On macOS the first does for both; there a library has a
+  # name, by default the path that it is first written to.
+  '-fvisibility=hidden',
+  '-Wl,-install_name,kip' if sys.platform == 'darwin' else '-Wl,-Bsymbolic',
 )
+
+
+def instruction_sets(machine: str = platform.machine()) -> tuple[str, ...]:
+  """Those that libraries are built for, the best one first; none where there is no such kernel."""
+  return _INSTRUCTION_SETS.get(machine, ())
 
 
 def compiler() -> list[str] | None:
@@ -60,24 +78,46 @@ def find(
   return path if path.exists() else None
 
 
-def is_built(folder: pathlib.Path = FOLDER, sources: pathlib.Path = SOURCES) -> bool:
-  """Whether there is a library for every instruction set."""
-  return all(find(name, folder, sources) for name in INSTRUCTION_SETS)
+def is_built(
+  folder: pathlib.Path = FOLDER, sources: pathlib.Path = SOURCES, machine: str = platform.machine()
+) -> bool:
+  """Whether there is a library for every instruction set of a machine that has any."""
+  names = instruction_sets(machine)
+  return bool(names) and all(find(name, folder, sources) for name in names)
 
 
-def build(folder: pathlib.Path = FOLDER, machine: str = platform.machine()) -> str:
+def identity(path: pathlib.Path) -> str:
+  """Names a library by the compiler that made it, and by a digest of all its bytes.
+
+  The same compiler makes the same bytes wherever it runs.
+  """
+  content = path.read_bytes()
+  found = re.search(rb'(GCC: [^\0]*|clang version [^\0]*)\0', content)
+  compiler = found[1].decode(errors='replace') if found else 'unknown compiler'
+  return f'{compiler}, {hashlib.sha256(content).hexdigest()[:16]}'
+
+
+def build(
+  folder: pathlib.Path = FOLDER, machine: str = platform.machine(), command: list[str] | None = None
+) -> str:
   """Builds the missing libraries in `folder`.
+
+  Args:
+    folder: is made, in one that is there.
+    machine: to build for, as `platform.machine` names it.
+    command: the C++ compiler for that machine, by default `compiler()`.
 
   Returns:
     a line that says what was built, or why nothing could be.
   """
   refusal = 'native kernel: not built, {}; the JAX kernel will be used.'
-  if machine not in ('x86_64', 'AMD64'):
-    return refusal.format(f'{machine} is not x86-64')
-  missing = [name for name in INSTRUCTION_SETS if not find(name, folder)]
+  names = instruction_sets(machine)
+  if not names:
+    return refusal.format(f'{machine} is neither x86-64 nor 64-bit Arm')
+  missing = [name for name in names if not find(name, folder)]
   if not missing:
     return f'native kernel: up to date in {folder}.'
-  command = compiler()
+  command = command or compiler()
   if not command:
     wanted = os.environ.get('CXX', 'c++')
     return (
@@ -88,7 +128,7 @@ def build(folder: pathlib.Path = FOLDER, machine: str = platform.machine()) -> s
     folder.mkdir(exist_ok=True)
   except OSError as error:
     return refusal.format(f'{folder} cannot be written ({error.strerror})')
-  paths = {name: _path(name, folder) for name in INSTRUCTION_SETS}
+  paths = {name: _path(name, folder) for name in names}
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     compiled = pool.map(lambda name: _compile(command, name, paths[name]), missing)
     errors = [error for error in compiled if error]
@@ -107,7 +147,9 @@ def _compile(command: list[str], instruction_set: str, path: pathlib.Path) -> st
     the compiler's complaint, if any.
   """
   partial = path.with_suffix(f'.{os.getpid()}.partial')
-  flags = [*_FLAGS, *INSTRUCTION_SETS[instruction_set], '-isystem', str(_headers())]
+  headers = str(_headers())
+  flags = [flag.format(headers=headers) for flag in _FLAGS]
+  flags += [*_OWN_FLAGS[instruction_set], '-isystem', headers]
   result = subprocess.run(
     [*command, *flags, str(SOURCES / 'ffi.cc'), '-o', str(partial)],
     capture_output=True,
@@ -124,7 +166,7 @@ def _compile(command: list[str], instruction_set: str, path: pathlib.Path) -> st
 def _path(
   instruction_set: str, folder: pathlib.Path, sources: pathlib.Path = SOURCES
 ) -> pathlib.Path:
-  digest = hashlib.sha256(repr((_FLAGS, INSTRUCTION_SETS[instruction_set])).encode())
+  digest = hashlib.sha256(repr((_FLAGS, _OWN_FLAGS[instruction_set])).encode())
   headers = _headers()
   for path in [*sorted(sources.iterdir()), *sorted((headers / 'xla' / 'ffi' / 'api').glob('*.h'))]:
     digest.update(path.name.encode() + path.read_bytes())

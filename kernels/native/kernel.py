@@ -3,6 +3,9 @@
 import ctypes
 import functools
 import os
+import pathlib
+from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import jax.ffi
@@ -17,13 +20,64 @@ from kernels.native import build
 # pass is run twice.
 DERIVATIVES_BYTES = 2**28
 
-_HANDLERS = {
+# The libraries' functions, and their symbols.
+HANDLERS = {
   'tables': 'KipTables',
   'block': 'KipBlock',
   'vjp': 'KipVjp',
   'derivatives': 'KipDerivatives',
   'pull_back': 'KipPullBack',
 }
+
+_NOT_BUILT = (
+  'implementation: the native kernel is not built; build it by '
+  '`python -m kernels.native.build` (needs x86-64 or 64-bit Arm, and a C++17 compiler).'
+)
+
+
+class Library(Protocol):
+  """The functions compiled for an instruction set: `load`, or a stand-in in tests.
+
+  Attributes:
+    instruction_set: its name.
+    vector_bytes: of a vector.
+  """
+
+  instruction_set: str
+  vector_bytes: int
+
+  def call(
+    self,
+    name: str,
+    results: Sequence[jax.ShapeDtypeStruct],
+    arguments: Sequence[np.ndarray | jax.Array],
+    attributes: dict[str, np.ndarray | np.generic],
+  ) -> Sequence[np.ndarray | jax.Array]:
+    """Calls the function `name` of HANDLERS; returns arrays like `results`."""
+    ...
+
+
+class _Loaded:
+  """A library in this process. XLA calls its functions."""
+
+  def __init__(self, instruction_set: str, path: pathlib.Path):
+    library = ctypes.CDLL(str(path))
+    library.kip_best_instruction_set.restype = ctypes.c_char_p
+    self.instruction_set = instruction_set
+    self.vector_bytes = library.kip_vector_bytes()
+    self.best_instruction_set = library.kip_best_instruction_set().decode()
+    self._cpu = jax.devices('cpu')[0]
+    for name, symbol in HANDLERS.items():
+      capsule = jax.ffi.pycapsule(getattr(library, symbol))
+      jax.ffi.register_ffi_target(self._target(name), capsule, platform='cpu')
+
+  def call(self, name, results, arguments, attributes):
+    """See `Library.call`."""
+    with jax.default_device(self._cpu):
+      return jax.ffi.ffi_call(self._target(name), results)(*arguments, **attributes)
+
+  def _target(self, name: str) -> str:
+    return f'kip_{self.instruction_set}_{name}'
 
 
 def supported_instruction_sets() -> list[str]:
@@ -32,9 +86,10 @@ def supported_instruction_sets() -> list[str]:
   Raises:
     ValueError: the kernel is not built.
   """
-  best = load('portable').kip_best_instruction_set().decode()
-  names = list(build.INSTRUCTION_SETS)
-  return names[names.index(best) :]
+  names = list(build.instruction_sets())
+  if not names:
+    raise ValueError(_NOT_BUILT)
+  return names[names.index(load(names[-1]).best_instruction_set) :]
 
 
 def best_instruction_set() -> str:
@@ -54,7 +109,7 @@ def best_instruction_set() -> str:
 
 
 @functools.cache
-def load(instruction_set: str) -> ctypes.CDLL:
+def load(instruction_set: str) -> _Loaded:
   """Loads the library for an instruction set, and registers its functions with XLA.
 
   Raises:
@@ -62,17 +117,14 @@ def load(instruction_set: str) -> ctypes.CDLL:
   """
   path = build.find(instruction_set)
   if path is None:
-    raise ValueError(
-      'implementation: the native kernel is not built; build it by '
-      '`python -m kernels.native.build` (needs x86-64 and a C++17 compiler).'
-    )
-  library = ctypes.CDLL(str(path))
-  library.kip_best_instruction_set.restype = ctypes.c_char_p
-  for name, symbol in _HANDLERS.items():
-    jax.ffi.register_ffi_target(
-      f'kip_{instruction_set}_{name}', jax.ffi.pycapsule(getattr(library, symbol)), platform='cpu'
-    )
-  return library
+    raise ValueError(_NOT_BUILT)
+  return _Loaded(instruction_set, path)
+
+
+@functools.cache
+def _identity(instruction_set: str) -> str:
+  path = build.find(instruction_set)
+  return build.identity(path) if path else ''
 
 
 class NativeKernel(Kernel):
@@ -91,13 +143,16 @@ class NativeKernel(Kernel):
     threads: int,
     kind: str = 'ntk',
     derivatives_bytes: int = DERIVATIVES_BYTES,
+    library: Library | None = None,
   ):
-    """`derivatives_bytes`: how much `linearise` may keep."""
+    """`derivatives_bytes`: how much `linearise` may keep; `library`: by default the best one."""
     self.architecture = architecture
     self.dtype = np.dtype(dtype)
-    self.instruction_set = best_instruction_set()
+    self._library = library or load(best_instruction_set())
+    self.instruction_set = self._library.instruction_set
+    self.compiled = _identity(self.instruction_set)
     self._derivatives_bytes = derivatives_bytes
-    self._lanes = load(self.instruction_set).kip_vector_bytes() // self.dtype.itemsize
+    self._lanes = self._library.vector_bytes // self.dtype.itemsize
     self._network = dict(
       convs=np.array(architecture.convs_by_level, np.int64),
       all_offsets=np.int64(architecture.readout == 'global_average_pool'),
@@ -107,7 +162,6 @@ class NativeKernel(Kernel):
       b=np.float64(architecture.b_std**2),
       threads=np.int64(threads),
     )
-    self._cpu = jax.devices('cpu')[0]
 
   def prepare(self, x: np.ndarray) -> Prepared:
     """See `Kernel.prepare`.
@@ -177,17 +231,15 @@ class NativeKernel(Kernel):
     *arguments: np.ndarray | jax.Array,
     dtypes: list[np.dtype] | None = None,
     **attributes: np.int64,
-  ) -> list[jax.Array]:
+  ) -> Sequence[np.ndarray | jax.Array]:
     """Calls a function of the library.
 
     Args:
-      name: see _HANDLERS.
+      name: see HANDLERS.
       shapes, dtypes: of the results; dtypes are by default the kernel's.
     """
-    with jax.default_device(self._cpu):
-      results = list(map(jax.ShapeDtypeStruct, shapes, dtypes or [self.dtype] * len(shapes)))
-      call = jax.ffi.ffi_call(f'kip_{self.instruction_set}_{name}', results)
-      return list(call(*arguments, **self._network, **attributes))  # pyright: ignore[reportCallIssue]
+    results = list(map(jax.ShapeDtypeStruct, shapes, dtypes or [self.dtype] * len(shapes)))
+    return self._library.call(name, results, arguments, {**self._network, **attributes})
 
 
 def _arrays(x: Prepared) -> tuple[np.ndarray, ...]:

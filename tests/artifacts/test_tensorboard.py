@@ -112,7 +112,7 @@ def test_the_accuracy_of_a_finite_network_says_of_which(tmp_path):
 def test_files_that_are_missing_are_written_from_the_snapshots(tmp_path, caplog, damage):
   directory = run_directory.RunDirectory(str(tmp_path))
   os.makedirs(directory.snapshots)
-  saved = run_directory.Saved(schema.Config(), '')
+  saved = run_directory.Saved(schema.Config(), f'{0:032x}-standard')
   files.write_atomically(directory.config, json.dumps(saved.to_dict()))
   images = np.random.default_rng(0).normal(size=(2, 4, 4, 1)).astype(np.float32)
   labels = np.eye(2, dtype=np.float32)

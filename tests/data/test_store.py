@@ -1,6 +1,8 @@
 """The cache gives back what was put in, to every process and over the wire, and heals."""
 
 import dataclasses
+import io
+import json
 import os
 
 import numpy as np
@@ -114,7 +116,7 @@ def test_data_are_fetched_once_in_chunks_and_checked(tmp_path, zca, raw):
       prepared.key,
       str(tmp_path / 'third'),
       lambda folder, file, offset: (
-        read(folder, file, offset).replace(b'\x01', b'\x02')
+        read(folder, file, offset).replace(b'\x02\0\0', b'\x01\0\0')
         if file.startswith('train_labels')
         else read(folder, file, offset)
       ),
@@ -217,6 +219,85 @@ def test_only_a_prepared_set_can_be_read(tmp_path):
   ):
     with pytest.raises(ValueError, match='no file'):
       store.read_chunk(prepared.key, str(tmp_path), folder, file, 0)
+
+
+KEY = 32 * 'a' + '-standard'
+
+
+@pytest.mark.parametrize(
+  'key',
+  ['../../x', 'x', f'{KEY}/..', f'{KEY}\n', KEY[1:], f'/{KEY}', f'{KEY[:32]}-zca', '', None, 7],
+)
+def test_a_key_that_is_none_touches_no_file(tmp_path, key):
+  """Neither a folder of another's nor a new one; and nothing is asked of the peer."""
+  cache, other = tmp_path / 'a' / 'cache', tmp_path / 'x'
+  cache.mkdir(parents=True)
+  other.mkdir()
+  (other / 'precious').touch()
+  before = sorted(tmp_path.rglob('*'))
+  calls = []
+  for use in (
+    lambda: store.fetch(key, str(cache), lambda *place: calls.append(place) or b''),
+    lambda: store.open_prepared(key, str(cache)),
+    lambda: store.check_key(key),
+  ):
+    with pytest.raises(DataError, match='is no name of prepared data: it must be 32 hexadecimal'):
+      use()
+  assert sorted(tmp_path.rglob('*')) == before and not calls
+
+
+@pytest.mark.parametrize('regularisation', [None, 0.1, 1e-9, 12345.678, 1e9])
+def test_keys_of_all_recipes_are_good(tmp_path, regularisation):
+  data = _data(_write_npz(tmp_path / 'a.npz'), regularisation is not None, regularisation or 0.1)
+  key = store.prepare(data, str(tmp_path / 'cache')).key
+  assert store.check_key(key) == key
+
+
+def _npy(array, **changes):
+  """The beginning of an .npy file, its header changed."""
+  stream = io.BytesIO()
+  header = {**np.lib.format.header_data_from_array_1_0(array), **changes}
+  np.lib.format.write_array_header_1_0(stream, header)
+  return stream.getvalue()
+
+
+LABELS = np.zeros(3, np.int64)
+META = {'sha256': dict.fromkeys(('train_images', 'train_labels', 'test_images', 'test_labels'), '')}
+
+
+@pytest.mark.parametrize(
+  'meta, content, message',
+  [
+    ([], b'', 'as a*-standard/meta.json: list indices must be'),
+    ('[' * 10**5, b'', 'as a*-standard/meta.json: maximum recursion depth'),
+    (' ' * (store.CHUNK_BYTES + 1), b'', 'a part of it is not at most 4194304 bytes'),
+    ({'sha256': {'../../x': ''}}, b'', 'it lists other files than train_images, train_labels, '),
+    (META, 7, 'a part of it is not at most 4194304 bytes'),
+    (META, b'', 'train_images.npy: .*magic string'),
+    (META, bytes(store.CHUNK_BYTES + 1), 'a part of it is not at most 4194304 bytes'),
+    (META, _npy(LABELS) + bytes(30), 'it goes on after the 152 bytes of its array'),
+    (META, _npy(LABELS, descr='O') + bytes(24), r'an array \(3,\) of object'),
+    (META, _npy(LABELS, shape=(-1, -(10**9))), r'an array \(-1, -1000000000\) of int64'),
+    (
+      META,
+      _npy(LABELS, shape=(2**20, 2**40)),
+      'has 9223372036.9 GB, and the cache folder .* make room',
+    ),
+  ],
+)
+def test_a_peer_that_sends_something_else_is_cut_off(tmp_path, meta, content, message):
+  """One that sends for ever, too: every call gets the same bytes."""
+  calls = []
+
+  def read(folder, file, offset):
+    calls.append(offset)
+    assert len(calls) < 100
+    sent = meta if isinstance(meta, str) else json.dumps(meta)
+    return sent.encode() if file == 'meta.json' else content
+
+  with pytest.raises(DataError, match=message.replace('a*', 'a{32}')):
+    store.fetch(KEY, str(tmp_path / 'cache'), read)
+  assert list(tmp_path.rglob('*')) in ([], [tmp_path / 'cache'])
 
 
 def test_an_unwritable_cache(tmp_path):

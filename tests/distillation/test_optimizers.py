@@ -102,6 +102,7 @@ def test_every_schedule_is_optaxs(name):
   ],
 )
 def test_mistakes(optimizer, learning_rate, message):
-  with pytest.raises(ValueError, match=message) as error:
-    optimizers.make(optimizer, learning_rate)
-  assert '\n' not in str(error.value)
+  for refuse in (optimizers.make, optimizers.check):
+    with pytest.raises(ValueError, match=message) as error:
+      refuse(optimizer, learning_rate)
+    assert '\n' not in str(error.value)

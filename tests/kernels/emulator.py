@@ -19,7 +19,7 @@ _FLAGS = ('-std=c++17', '-O1', '-fPIC', '-shared', '-pthread', '-w')
 class Emulator:
   """A `kernels.cuda.kernel.Device`. A block's threads are real ones; memory starts as NaN."""
 
-  name = 'emulator'
+  name, compiler = 'emulator', ''
 
   def __init__(
     self,

@@ -192,10 +192,8 @@ def test_sums_in_rounds_are_the_sum():
 
 @built
 def test_unknown_instruction_set(monkeypatch):
-  monkeypatch.setenv('KIP_INSTRUCTION_SET', 'neon')
-  with pytest.raises(
-    ValueError, match='KIP_INSTRUCTION_SET: expected one of .*portable.*, got .neon.'
-  ):
+  monkeypatch.setenv('KIP_INSTRUCTION_SET', 'mmx')
+  with pytest.raises(ValueError, match='KIP_INSTRUCTION_SET: expected one of .*, got .mmx.'):
     _kernel('convnet')
 
 
@@ -205,7 +203,7 @@ def test_not_built(monkeypatch):
   native.load.cache_clear()
   message = (
     'the native kernel is not built; build it by `python -m kernels.native.build` '
-    r'\(needs x86-64 and a C\+\+17 compiler\)'
+    r'\(needs x86-64 or 64-bit Arm, and a C\+\+17 compiler\)'
   )
   with pytest.raises(ValueError, match=message):
     _kernel('convnet')
@@ -218,8 +216,22 @@ def test_not_built(monkeypatch):
   assert times == 1 and 'using the JAX kernel' in message
 
 
+@pytest.mark.parametrize(
+  'machine, expected',
+  [
+    ('x86_64', ('avx512', 'avx2', 'portable')),
+    ('aarch64', ('neon',)),  # Linux
+    ('arm64', ('neon',)),  # macOS
+    ('riscv64', ()),
+  ],
+)
+def test_instruction_sets_of_a_machine(machine, expected):
+  assert build.instruction_sets(machine) == expected
+
+
 def test_no_compiler(monkeypatch, tmp_path):
-  assert 'aarch64 is not x86-64' in build.build(tmp_path, machine='aarch64')
+  assert 'riscv64 is neither x86-64 nor 64-bit Arm' in build.build(tmp_path, machine='riscv64')
+  assert not build.is_built(machine='riscv64')
   monkeypatch.setenv('CXX', '/nowhere/c++')
   assert 'no C++ compiler' in build.build(tmp_path)
   assert not list(tmp_path.iterdir())
@@ -255,3 +267,13 @@ def test_the_table_has_a_variance_per_relu_input_and_two_values_per_pooled_pixel
   table, readouts = kernel.prepare(np.ones((2, 7, 6, 1), np.float32)).variances
   assert table.shape == (2, variances + pooled)
   assert readouts.shape == (2, 2) and readouts.dtype == np.float64
+
+
+@built
+@pytest.mark.parametrize('instruction_set', INSTRUCTION_SETS)
+def test_subnormal_numbers_are_flushed(monkeypatch, instruction_set):
+  monkeypatch.setenv('KIP_INSTRUCTION_SET', instruction_set)
+  kernel = native.NativeKernel(architectures.get('fc1'), 'float32', 2)
+  # Several vectors of images, for several threads; their squares are no subnormal float64.
+  assert not kernel.prepare(np.full((70, 2, 2, 1), 1e-40, np.float32)).variances[1].any()
+  assert kernel.prepare(np.full((70, 2, 2, 1), 1e-30, np.float32)).variances[1][:, 0].all()

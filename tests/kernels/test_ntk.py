@@ -9,19 +9,13 @@ import numpy as np
 import pytest
 from dense_oracle import dense_ntk
 from hypothesis import strategies as st
-from implementations import FAST, NAMES, TOLERANCES, error, make
+from implementations import CUSP_TOLERANCES, FAST, NAMES, TOLERANCES, error, make
 
 from kernels import architectures, checked, contract, fit_polynomials, registry
 from kernels.band import budget, layers, offsets
 from kernels.band.kernel import JaxKernel
 
 GOLDEN = np.load(pathlib.Path(__file__).with_name('golden.npz'))
-
-# As TOLERANCES, for images that coincide: there Neural Tangents' own float64 rounds to about 1e-8,
-# since the cusp of ReLU's derivative at c = 1 turns 1e-16 into 1e-8, and the dense oracle below is
-# the stricter test.
-CUSP_TOLERANCES = {'float32': (1e-6, 5e-6), 'float64': (5e-8, 5e-8)}
-
 
 kernel = functools.cache(make)
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from data import store
 from distillation import evaluation, pieces, plan
 from distillation import state as states
 from nodes import coordinator as coordinator_node
-from nodes import keeper, kernel_worker, messages
+from nodes import hardware, keeper, kernel_worker, messages
 from nodes.client import CoordinatorLost
 from nodes.errors import Stopped
 from programs import local, outcome
@@ -61,9 +62,9 @@ def _life(coordinator):
   return [description['run_id'], description['generation']]
 
 
-def _ask(coordinator, worker='w', device='A'):
+def _ask(coordinator, worker='w', device='A', **more):
   """The answer to a worker that asks for tasks."""
-  fingerprint = {'implementation': 'native', 'device': device}
+  fingerprint = {**hardware.software(), 'implementation': 'native', 'device': device, **more}
   return coordinator.lease(
     worker, json.dumps({'fingerprint': fingerprint, 'pairs_per_second': 10.0})
   )
@@ -74,6 +75,12 @@ def _answer(*args, **kwargs) -> dict[str, Any]:
   answer = _ask(*args, **kwargs)
   assert answer is not None
   return answer
+
+
+def _encoded(task):
+  """A piece of ones, ready to send."""
+  forms = pieces.forms(task, schema.Run(), 3, (8, 9, 2))
+  return messages.encode({name: np.ones(form.shape, form.dtype) for name, form in forms.items()})
 
 
 def _taken(coordinator, task) -> dict[str, np.ndarray]:
@@ -163,6 +170,108 @@ def test_a_worker_that_would_compute_other_bits_is_refused(make_run, tmp_path):
       assert 'device: B instead of A' in refusal and 'system.allow_mixed' in refusal
 
 
+def test_a_worker_whose_code_was_altered_is_refused_by_the_name_of_the_file(make_run, tmp_path):
+  """Also where it is the first one: it is compared with the coordinator's."""
+  altered = {**hardware.software()['code'], 'distillation/krr.py': '0123456789abcdef'}
+  for allow in (False, True):
+    run = make_run(tmp_path / str(allow), {**FC1, 'system.allow_mixed': allow})
+    answer = _ask(_coordinator(run, QUICK), code=altered)
+    if allow:
+      assert answer is None
+    else:
+      assert answer is not None and '(other code in distillation/krr.py). ' in answer['stop']
+
+
+def test_a_worker_of_another_protocol_is_refused_even_in_a_mixed_run(make_run, tmp_path):
+  coordinator = _coordinator(make_run(tmp_path, {**FC1, 'system.allow_mixed': True}), QUICK)
+  for protocol in (messages.PROTOCOL + 1, None, '1'):
+    refusal = _answer(coordinator, protocol=protocol)['stop']
+    assert f'(protocol: {protocol} instead of {messages.PROTOCOL})' in refusal
+  assert _ask(coordinator) is None
+
+
+def test_a_worker_that_sends_malformed_pieces_gets_no_further_tasks(make_run, tmp_path):
+  """Others do what it had; it may come back when it is started again."""
+  first, second = tasks = _targets(2)
+  coordinator = _begun(make_run(tmp_path, FC1), tasks)
+  leased = _answer(coordinator, 'bad')['tasks']
+  assert [plan.Task(*task) for task, *_ in leased] == tasks
+  parts, digest = messages.encode({'gradient': np.full(3, np.nan)})
+  about = _life(coordinator), list(first), leased[0][1], 0, 1, parts[0], digest, []
+  with pytest.raises(messages.Malformed, match='part 0 of 1 of a piece of'):
+    coordinator.complete('bad', *about)
+  assert 'part 0 of 1 of a piece of' in _answer(coordinator, 'bad')['stop']
+  assert coordinator.complete('bad', *about) is None
+  parts, digest = _encoded(first)
+  for task, lease, _ in _answer(coordinator, 'good')['tasks']:
+    coordinator.complete('good', _life(coordinator), task, lease, 0, 1, parts[0], digest, [])
+  assert _taken(coordinator, first) and _taken(coordinator, second)
+  assert coordinator.board.counters()['workers']['good']['tasks'] == 2
+  again = json.dumps(
+    {
+      'fingerprint': {**hardware.software(), 'implementation': 'native', 'device': 'A'},
+      'pairs_per_second': 11.0,
+    }
+  )
+  assert coordinator.lease('bad', again) is None
+
+
+JUNK = (None, -1, 10**30, '', 'x' * 10**6, b'\0', [], ['x'], {}, [[]], '[' * 10**5, float('nan'))
+
+
+def test_a_run_goes_on_whatever_a_worker_sends(make_run, tmp_path):
+  """Every call with junk in the place of each argument is an error of the caller's at most."""
+  run = make_run(tmp_path, {**FC1, 'run.num_steps': 1})
+  [task], errors = _targets(1), []
+  with small_runs.working(run, 1, QUICK._replace(linger=0.1)) as coordinator:
+    life = _life(coordinator)
+    hello = json.dumps({'fingerprint': {}, 'pairs_per_second': 1})
+    calls = {
+      'read_data': ['x', 'meta.json', 0],
+      'lease': ['rogue', hello],
+      'fetch': [life, 0, 'images', 0, 6],
+      'complete': ['rogue', life, list(task), 0, 0, 1, b'', b'', []],
+      'report_task_error': ['rogue', list(task), -1, 'no'],
+      'report_unusable': ['rogue', 'no'],
+      'heartbeat': ['rogue'],
+      'evaluated': ['{}'],
+      'next_snapshot': [[]],
+    }
+
+    def be_a_rogue():
+      for method, arguments in calls.items():
+        for i in range(len(arguments)):
+          for junk in JUNK:
+            try:
+              getattr(coordinator, method)(*arguments[:i], junk, *arguments[i + 1 :])
+            except Exception as error:
+              errors.append(error)
+      coordinator.evaluated(json.dumps({'step': 1, 'krr_test_accuracy': 0.5}))
+
+    rogue = threading.Thread(target=be_a_rogue)
+    rogue.start()
+    coordinator.run()
+    rogue.join()
+  status = run.directory.read_status()
+  assert (status['state'], status['step']) == ('finished', 1)
+  assert len(errors) > 100 and not [e for e in errors if isinstance(e, (MemoryError, SystemError))]
+
+
+@pytest.mark.parametrize(
+  'row', ['[]', '7', '{}', '{"step": 0}', '{"step": "0", "krr_test_accuracy": 0.5}', '[' * 10**5]
+)
+def test_what_is_no_row_does_not_become_the_last_one(make_run, tmp_path, row):
+  run = make_run(tmp_path, {**FC1, 'system.worker_timeout': 0.5})
+  coordinator = _coordinator(run, QUICK)
+  good = {'step': 0, 'krr_test_accuracy': 0.5}
+  coordinator.evaluated(json.dumps(good))
+  with pytest.raises((ValueError, RecursionError)):
+    coordinator.evaluated(row)
+  coordinator.run()
+  status = run_directory.RunDirectory(str(tmp_path)).read_status()
+  assert status is not None and status['last_row'] == good
+
+
 def test_answers_from_another_life_or_step_are_dropped(make_run, tmp_path):
   [task] = tasks = _targets(1, step=4)
   coordinator = _begun(make_run(tmp_path, FC1), tasks, alpha=np.ones(2))
@@ -170,7 +279,7 @@ def test_answers_from_another_life_or_step_are_dropped(make_run, tmp_path):
   answer = _answer(coordinator)
   [(leased, lease, _)] = answer['tasks']
   assert plan.Task(*leased) == task and answer['inputs'] == [] and list(answer['life']) == life
-  parts, digest = messages.encode({'x': np.ones(3)})
+  parts, digest = _encoded(task)
   run_id, generation = life
   for about, stale in (
     (life, task._replace(step=3)),
@@ -183,22 +292,7 @@ def test_answers_from_another_life_or_step_are_dropped(make_run, tmp_path):
   packed = coordinator.fetch(life, 4, 'alpha', 0, 2)
   assert packed is not None and messages.unpack(packed)['alpha'].tolist() == [1, 1]
   coordinator.complete('w', life, list(task), lease, 0, 1, parts[0], digest, [])
-  assert _taken(coordinator, task)['x'].tolist() == [1, 1, 1]
-
-
-def test_parts_may_arrive_twice_and_in_any_order(make_run, tmp_path):
-  [task] = tasks = _targets(1)
-  coordinator = _begun(make_run(tmp_path, FC1), tasks)
-  [(_, lease, _)] = _answer(coordinator)['tasks']
-  parts, digest = messages.encode({'x': np.arange(30)}, part_bytes=100)
-  assert len(parts) > 2
-  order = [1, 1, *range(2, len(parts)), 1, 0, 0, len(parts) - 1]
-  for i in order:
-    coordinator.complete(
-      'w', _life(coordinator), list(task), lease, i, len(parts), parts[i], digest, []
-    )
-  assert _taken(coordinator, task)['x'].tolist() == list(range(30))
-  assert coordinator.board.counters()['duplicate_answers'] == 0
+  assert (_taken(coordinator, task)['alpha_bar'] == 1).all()
 
 
 def test_a_resumed_run_wants_the_hardware_it_began_on(make_run, tmp_path):
@@ -499,6 +593,33 @@ def test_the_time_of_a_state_is_when_it_was_reached(make_run, tmp_path, caplog):
   assert 'for 998 steps.' in caplog.text and 'for 1000 steps.' not in caplog.text
 
 
+def test_the_first_step_of_a_life_is_kept_and_what_is_lost_is_said(make_run, tmp_path, caplog):
+  """However long the time between checkpoints; also from a step that is a snapshot."""
+  run = make_run(
+    tmp_path,
+    {
+      **FC1,
+      'run.num_steps': 10**6,
+      'system.snapshot_steps': (2,),
+      'system.checkpoint_seconds': 10.0**6,
+    },
+  )
+  state = small_runs.first_state(run)._replace(step=2)
+  times = {'wall_seconds': 1.0, 'reached_seconds': 1.0, 'fingerprint': None}
+  checkpoints.Checkpoints(run.directory.checkpoints).save(state, times)
+  run.directory.write_status(run_directory.RUNNING, step=40)
+  with small_runs.working(run, 1, QUICK) as coordinator:
+    running = threading.Thread(target=coordinator.run)
+    running.start()
+    end = time.monotonic() + 60
+    while run.directory.checkpoint_step() != 3 and time.monotonic() < end:
+      time.sleep(0.01)
+    assert run.directory.checkpoint_step() == 3
+  running.join()
+  words = '38 steps that a killed coordinator had done are computed again; of a shorter '
+  assert words + 'system.checkpoint_seconds (1e+06) fewer are lost.' in caplog.text
+
+
 @pytest.mark.parametrize(
   'num_steps, words', [(1, 'Finished 1 step after '), (2, 'Finished 2 steps after ')]
 )
@@ -549,9 +670,10 @@ def test_a_worker_gets_two_tasks_and_what_they_share_once(make_run, tmp_path):
 
 def test_a_worker_that_hands_in_its_last_piece_waits_for_work(make_run, tmp_path):
   first, second = _targets(2, phase=plan.LABEL_SOLVE)
-  coordinator = _begun(make_run(tmp_path, FC1), [first], timing=coordinator_node.TIMING)
+  run = make_run(tmp_path, FC1)
+  coordinator = _begun(run, [first], timing=coordinator_node.TIMING)
   [(_, lease, _)] = _answer(coordinator)['tasks']
-  parts, digest = messages.encode({'x': np.ones(3)})
+  parts, digest = _encoded(first)
   threading.Timer(0.2, coordinator.exchange.post, ([second],)).start()
   answer = coordinator.complete(
     'w', _life(coordinator), list(first), lease, 0, 1, parts[0], digest, []

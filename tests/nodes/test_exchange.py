@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from distillation import plan
+from distillation import pieces, plan
 from nodes import messages
 from nodes.errors import Stopped
 from nodes.exchange import Served
@@ -13,9 +13,32 @@ from nodes.task_board import TaskBoard
 LIFE = Life('run', 1)
 
 
+FORMS = {'x': pieces.Form(np.dtype(np.int64), (30,))}
+PIECE = {'x': np.arange(30)}
+
+
 def _served(in_halves=True, watch=lambda waited: None):
   board = TaskBoard(30, 1, in_halves)
-  return board, Served(board, LIFE, np.dtype('float32'), in_halves, watch, 0.01)
+  dtype = np.dtype('float32')
+  return board, Served(board, LIFE, dtype, in_halves, lambda task: FORMS, watch, 0.01, 100)
+
+
+def _leased(phase=plan.TARGETS):
+  """An exchange, and a task with its lease by worker 'w'."""
+  board, served = _served()
+  served.publish('images', np.zeros((4, 1, 1, 1)))
+  [task] = _tasks(phase, ((0, 1), (0, 4)))
+  served.post([task])
+  [(_, lease, _)] = _answer(served)['tasks']
+  return board, served, task, lease
+
+
+def _send(served, task, lease, parts, order=None, checksum=b'', worker='w', life=LIFE):
+  """What `receive` returns for each part; `parts` are (content, count)."""
+  return [
+    served.receive(worker, life, task, lease, i, len(parts), parts[i], checksum)
+    for i in order or range(len(parts))
+  ]
 
 
 def _answer(served, worker='w'):
@@ -83,15 +106,100 @@ def test_in_one_pass_images_are_fetched():
 
 
 def test_a_new_step_drops_what_is_left_of_another():
-  _, served = _served()
-  served.publish('images', np.zeros((4, 1, 1, 1)))
-  [task] = _tasks(plan.TARGET_BLOCKS, ((0, 1), (0, 4)))
-  served.post([task])
-  [(_, lease, _)] = _answer(served)['tasks']
-  assert served.receive(LIFE, task, lease, 0, 2, b'a') is None
+  _, served, task, lease = _leased()
+  parts, checksum = messages.encode(PIECE, 100)
+  assert _send(served, task, lease, parts, [0], checksum) == [None]
   served.publish('images', np.ones((4, 1, 1, 1)))
   assert served.fetch(LIFE, 0, 'images', 0, 4) is None
-  assert served.receive(LIFE, task, lease, 1, 2, b'b') is None
+  assert _send(served, task, lease, parts, [1, 2, 3], checksum) == [None] * 3
+
+
+def test_parts_may_arrive_twice_and_in_any_order():
+  _, served, task, lease = _leased()
+  parts, checksum = messages.encode(PIECE, 100)
+  assert len(parts) == 4
+  *before, piece, after = _send(served, task, lease, parts, [1, 1, 2, 1, 3, 0, 0], checksum)
+  assert not any(before) and after is None
+  assert piece is not None and piece['x'].tolist() == list(range(30))
+
+
+@pytest.mark.parametrize('other', ['worker', 'lease', 'task'])
+def test_nobody_answers_by_a_lease_that_is_not_theirs(other):
+  """Nothing is kept, and the lease stays good."""
+  board, served, task, lease = _leased()
+  parts, checksum = messages.encode(PIECE, 100)
+  wrong = {
+    'worker': (task, lease, 'v'),
+    'lease': (task, lease + 1, 'w'),
+    'task': (task._replace(support_range=(0, 10**9)), lease, 'w'),
+  }[other]
+  found = _send(served, *wrong[:2], parts, checksum=checksum, worker=wrong[2])
+  assert found == [None] * len(parts)
+  board.report_error(*wrong[:2], 'of no weight') if other != 'worker' else None
+  assert _send(served, task, lease, parts, checksum=checksum)[-1] is not None
+
+
+@pytest.mark.parametrize(
+  'part, parts, data, error',
+  [
+    (0, 4, bytes(99), messages.Malformed),
+    (0, 4, bytes(10**6), messages.Malformed),
+    (3, 4, bytes(100), messages.Malformed),
+    (4, 4, bytes(100), messages.Malformed),
+    (-1, 4, bytes(100), messages.Malformed),
+    (0, 3, bytes(100), messages.Malformed),
+    (0, 10**9, bytes(100), messages.Malformed),
+    (0, 0, bytes(100), messages.Malformed),
+    (0, 4, 'x' * 100, messages.Malformed),
+    (None, 4, bytes(100), TypeError),
+    ([], 4, bytes(100), TypeError),
+    (0, 4, None, (TypeError, messages.Malformed)),
+  ],
+)
+def test_parts_that_no_piece_has_are_errors_of_the_caller(part, parts, data, error):
+  _, served, task, lease = _leased()
+  with pytest.raises(error):
+    served.receive('w', LIFE, task, lease, part, parts, data, b'')
+  good, checksum = messages.encode(PIECE, 100)
+  assert _send(served, task, lease, good, checksum=checksum)[-1] is not None
+
+
+@pytest.mark.parametrize(
+  'name, start, stop, error',
+  [
+    ('images', 0, 7, messages.Malformed),
+    ('images', -1, 6, messages.Malformed),
+    ('images', 3, 3, messages.Malformed),
+    ('images', '0', 6, TypeError),
+    ('residual', 0, 6, messages.Malformed),  # its rows come one after the other
+    ('cotangent', 0, 6, messages.Malformed),
+    ('alpha', 0, 6, messages.Malformed),  # not yet published
+    ('_lock', 0, 6, messages.Malformed),
+  ],
+)
+def test_what_is_not_there_to_fetch_is_an_error_of_the_caller(name, start, stop, error):
+  _, served = _served()
+  for published in ('images', 'residual', 'cotangent'):
+    served.publish(published, np.zeros((6, 6)))
+  served.post(_tasks(plan.TARGETS, ((0, 1), (0, 4))))
+  with pytest.raises(error):
+    served.fetch(LIFE, 0, name, start, stop)
+  assert served.fetch(LIFE, 0, 'images', 0, 6) is not None
+
+
+def test_rows_that_nobody_needs_are_not_kept():
+  """Whatever is asked for, the memory does not grow beyond two cuts of the array."""
+  _, served = _served()
+  images = np.zeros((64, 1, 16, 16))
+  served.publish('images', images)
+  served.post(_tasks(plan.TARGETS, ((0, 1), (0, 4))))
+  kept = {}
+  for start in range(64):
+    for stop in range(start + 1, 65):
+      first = served.fetch(LIFE, 0, 'images', start, stop) or b''
+      if first is served.fetch(LIFE, 0, 'images', start, stop):
+        kept[start, stop] = len(first)
+  assert sum(kept.values()) <= 2 * (images.nbytes + 128 * 64) and len(kept) > 1
 
 
 def test_waiting_ends_with_the_piece_or_with_what_watch_raises():

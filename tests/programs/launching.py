@@ -5,13 +5,13 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 
 import numpy as np
+import psutil
 
 from artifacts import run_directory
 from programs import local
@@ -101,10 +101,10 @@ def rows(workdir):
   return {row['step']: row for row in run_directory.RunDirectory(str(workdir)).read_metrics()}
 
 
-def free_port():
-  with socket.socket() as probe:
-    probe.bind(('', 0))
-    return probe.getsockname()[1]
+def listening(process):
+  """TCP ports at which a process listens."""
+  connections = psutil.Process(process.pid).net_connections('tcp')
+  return [it.laddr.port for it in connections if it.status == psutil.CONN_LISTEN]
 
 
 def change_num_steps(workdir, num_steps):

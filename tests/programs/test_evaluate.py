@@ -2,21 +2,19 @@
 
 import json
 import os
-import subprocess
 import sys
 import threading
 
+import forked
+import launching
 import numpy as np
 import pytest
-from launching import without_neural_tangents
 
 from artifacts import distilled_set, run_directory
 from configs import base, schema, validation
 from data import store
 from distillation import evaluation
 from programs import local, start
-
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 @pytest.fixture(scope='module', name='distilled')
@@ -63,17 +61,9 @@ def test_a_run_evaluates_networks_at_its_ends_and_baselines_once(distilled):
   assert baselines[0]['nn_test_accuracy'] == rows[0]['nn_test_accuracy']
 
 
-def _run(*flags, cache, timeout=200, **environment):
-  environment |= {'XDG_CACHE_HOME': os.path.dirname(cache)}
-  return subprocess.run(
-    [sys.executable, '-m', 'programs.evaluate', *map(str, flags)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=timeout,
-    env={**os.environ, **environment},
-    check=False,
-  )
+def _run(*flags, cache, run=forked.run, **environment):
+  command = [sys.executable, '-m', 'programs.evaluate', *map(str, flags)]
+  return run(command, XDG_CACHE_HOME=os.path.dirname(cache), **environment)
 
 
 CONFIG = (
@@ -84,8 +74,13 @@ CONFIG = (
 
 
 def test_a_file_of_ours_gives_what_the_run_found(distilled, cache, tmp_path):
-  flags = f'--dataset={distilled}/distilled.npz', '--json'
-  done = _run(*flags, cache=cache, PYTHONPATH=without_neural_tangents(tmp_path))
+  done = _run(
+    f'--dataset={distilled}/distilled.npz',
+    '--json',
+    cache=cache,
+    run=launching.run,
+    PYTHONPATH=launching.without_neural_tangents(tmp_path),
+  )
   assert done.returncode == 0, done.stderr
   assert done.stdout.count('\n') == 1
   found = json.loads(done.stdout)

@@ -207,7 +207,9 @@ from programs import local
 import threadpoolctl
 from configs import validation
 threads = {library['num_threads'] for library in threadpoolctl.threadpool_info()}
+real = validation.validate
 def validate(config):
+  real(config)
   print('jax' in sys.modules, threads)
   print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['JAX_PLATFORMS'])
   os._exit(0)

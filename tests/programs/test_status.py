@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+import forked
 import pytest
 
 from artifacts import run_directory
@@ -180,14 +181,7 @@ def test_looking_keeps_no_launch_from_starting(tmp_path):
   ],
 )
 def test_from_the_command_line(flags, code, expected):
-  done = subprocess.run(
-    [sys.executable, 'launch.py', *flags],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=False,
-  )
+  done = forked.run([sys.executable, 'launch.py', *flags])
   assert done.returncode == code and expected in done.stdout + done.stderr
 
 

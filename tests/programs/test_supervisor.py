@@ -81,25 +81,28 @@ def test_it_is_started_again_until_it_ends_by_itself(node):
   assert log.count('node was killed by SIGKILL; it is started again in 0.0 s') == 5
 
 
-def test_it_is_started_afresh_if_it_asks(node):
-  status, lives, _ = node('sys.exit(supervisor.RESTART_STATUS if life < 2 else 0)\n').end()
-  assert (status, lives) == (0, 3)
-
-
 def test_an_error_of_its_own_is_final(node):
   status, lives, _ = node('raise ValueError("bad news")\n').end()
   assert (status, lives) == (1, 1)
 
 
 @pytest.mark.parametrize(
-  'work, lives, times',
+  'work, lives, reason',
   [
-    ('die()', 3, 3),
-    ('if life == 1: supervisor.progressed()\ndie()', 5, 3),
-    ('if life == 1: supervisor.progressed(lasting=False)\ndie()', 5, 3),
-    ('supervisor.progressed(lasting=False)\ndie()', 8, 8),
-    ('supervisor.progressed(life == 3)\nsupervisor.progressed(False)\ndie()', 12, 8),
-    ('supervisor.progressed(False)\nif life == 3: supervisor.progressed()\ndie()', 12, 8),
+    ('die()', 3, '3 times without making progress'),
+    ('if life == 1: supervisor.progressed()\ndie()', 5, '3 times without making progress'),
+    ('if life == 1: supervisor.progressed(False)\ndie()', 5, '3 times without making progress'),
+    ('supervisor.progressed(False)\ndie()', 8, '8 times without a checkpoint'),
+    (
+      'supervisor.progressed(life == 3)\nsupervisor.progressed(False)\ndie()',
+      12,
+      '8 times without a checkpoint',
+    ),
+    (
+      'supervisor.progressed(False)\nif life == 3: supervisor.progressed()\ndie()',
+      12,
+      '8 times without a checkpoint',
+    ),
   ],
   ids=[
     'none',
@@ -110,10 +113,18 @@ def test_an_error_of_its_own_is_final(node):
     'first one, then the other',
   ],
 )
-def test_lives_without_progress_are_limited(node, work, lives, times):
+def test_lives_without_progress_are_limited(node, work, lives, reason):
   *ended, log = node(work + '\n').end()
   assert ended == [1, lives]
-  assert f'exited {times} times without making progress; giving up' in log
+  assert f'exited {reason}; giving up' in log
+
+
+def test_progress_that_is_lost_again_and_again_is_remarked_on_before_it_is_the_end(node):
+  _, lives, log = node('supervisor.progressed(False)\ndie()\n').end()
+  assert lives == 8 and [
+    f'ended {n} times in a row without a checkpoint' in log for n in range(1, 9)
+  ] == [False, False, True, True, True, True, True, False]
+  assert 'After 8 times it is given up.' in log
 
 
 @pytest.mark.parametrize('obeys', [True, False])

@@ -254,8 +254,6 @@ def test_each_worker_has_the_gpu_that_slurm_gave_it(tmp_path, cluster, cache):
     'KIP_PYTHON': str(script),
     'KIP_WORKDIR': str(tmp_path),
     'KIP_WORKERS': '2',
-    'KIP_OPTIONS': '--nodelist=node1',
-    'KIP_WORKER_OPTIONS': '--gpus-per-task=1',
   }
   os.makedirs(tmp_path / 'logs')
   subprocess.run(
@@ -265,6 +263,10 @@ def test_each_worker_has_the_gpu_that_slurm_gave_it(tmp_path, cluster, cache):
       '--ntasks=4',
       '--gpus=2',
       f'{ROOT}/programs/slurm/allocation.sh',
+      '--nodelist=node1',
+      '--',
+      '--gpus-per-task=1',
+      '--',
     ],
     env=environment,
     timeout=100,
@@ -283,6 +285,8 @@ def test_each_worker_has_the_gpu_that_slurm_gave_it(tmp_path, cluster, cache):
       '--gpus=1',
       '--output=/dev/null',
       f'{ROOT}/programs/slurm/client.sh',
+      ROOT,
+      str(script),
       '--role=worker',
     ],
     env=environment,

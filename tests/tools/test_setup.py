@@ -1,6 +1,7 @@
 """tools/setup.sh, with a stand-in for uv that writes down how it is called."""
 
 import os
+import re
 import shutil
 import subprocess
 
@@ -21,18 +22,18 @@ def setup(tmp_path):
   copy = tmp_path / 'copy'
   (copy / 'tools').mkdir(parents=True)
   requirements = [f'requirements{extra}.txt' for extra in ('', '-dev', '-cuda')]
-  for name in ('tools/setup.sh', *requirements):
+  for name in ('tools/setup.sh', 'tools/uv.txt', *requirements):
     shutil.copy(os.path.join(ROOT, name), copy / name)
   (tmp_path / 'home').mkdir()
   (tmp_path / 'file').touch()
   (tmp_path / 'uv').write_text(UV)
   (tmp_path / 'uv').chmod(0o755)
 
-  def run(*arguments, home='home'):
+  def run(*arguments, home='home', path=f'{tmp_path}:{os.environ["PATH"]}'):
     return subprocess.run(
       ['tools/setup.sh', *arguments],
       cwd=copy,
-      env={'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'HOME': str(tmp_path / home)},
+      env={'PATH': path, 'HOME': str(tmp_path / home)},
       capture_output=True,
       text=True,
       timeout=60,
@@ -85,3 +86,47 @@ def test_unknown_arguments_are_refused(tmp_path, setup):
   done = setup('gpu')
   assert done.returncode == 1 and "unknown argument 'gpu'" in done.stderr
   assert not (tmp_path / 'copy' / 'calls').exists()
+
+
+# Stands in for the Python that installs uv: makes an environment whose pip writes down how it is
+# called, and installs the stand-in for uv.
+PYTHON = """#!/bin/sh
+[ "$1 $2" = '-m venv' ] || exit 1
+mkdir -p "$3/bin"
+cat > "$3/bin/python" <<'END'
+#!/bin/sh
+for word; do echo "$word"; done > pip-called
+cp ../stand-in .uv/bin/uv
+END
+chmod +x "$3/bin/python"
+"""
+
+
+def test_uv_is_installed_by_its_hash_where_there_is_none(tmp_path, setup):
+  copy = tmp_path / 'copy'
+  (tmp_path / 'uv').rename(tmp_path / 'stand-in')
+  (tmp_path / 'python3').write_text(PYTHON)
+  (tmp_path / 'python3').chmod(0o755)
+  for name in ('sh', 'cat', 'cp', 'chmod', 'mkdir', 'rm', 'dirname', 'cksum', 'uname', 'head'):
+    found = shutil.which(name)
+    assert found
+    (tmp_path / name).symlink_to(found)
+  done = setup(path=str(tmp_path))
+  assert done.returncode == 0, done.stderr
+  called = (copy / 'pip-called').read_text().split()
+  assert called[:3] == ['-m', 'pip', 'install']
+  assert {'--require-hashes', '--only-binary=:all:'} < set(called)
+  assert called[-2:] == ['-r', 'tools/uv.txt']  # and no name of a package beside it
+  pinned, *hashes = (copy / 'tools/uv.txt').read_text().partition('\n')[2].split(' \\\n')
+  assert re.fullmatch(r'uv==[\d.]+', pinned)
+  assert hashes and all(re.fullmatch(r' *--hash=sha256:[0-9a-f]{64}\n?', line) for line in hashes)
+
+
+def test_the_image_runs_as_a_user_without_rights():
+  with open(os.path.join(ROOT, 'Dockerfile'), encoding='utf-8') as file:
+    instructions = re.findall(r'^([A-Z]+) (.*)', file.read().replace('\\\n', ''), re.MULTILINE)
+  users = [value for name, value in instructions if name == 'USER']
+  assert users and users[-1] not in ('root', '0')
+  of_that_user = instructions[instructions.index(('USER', users[-1])) :]
+  assert ('RUN', 'make setup') in of_that_user and of_that_user[-1][0] == 'CMD'
+  assert 'pip install' not in ' '.join(value for _, value in instructions)  # see setup.sh

@@ -255,7 +255,7 @@ void store_block(Vector<T> values, Index i, Index tile, Index count, T* block) {
 inline constexpr int kGroup = 8;
 
 // Vectors of a row at a time: with the group's, as many sums as registers.
-inline constexpr int kColumns = kVectorBytes == 64 ? 3 : 1;
+inline constexpr int kColumns = kRegisters == 32 ? 3 : 1;
 
 // Adds sum_j weights[i, j] rows[j, e] to sums[i, e] for all i, and for the e < size of kColumns
 // vectors from `first`. weights [images, count], rows [count, size], sums [images, stride]. In

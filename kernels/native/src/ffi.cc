@@ -136,6 +136,9 @@ ffi::Error pull_back_cotangent(Array x1, Array q1, Array r1, Array values, Array
 }  // namespace
 }  // namespace kip
 
+// All else is hidden: libraries for several instruction sets may share a process, but no function.
+#pragma GCC visibility push(default)
+
 #define KIP_HANDLER(name, function, binding) \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function, xla::ffi::Ffi::Bind() binding.Attrs())
 #define KIP_ARRAY .Arg<xla::ffi::AnyBuffer>()
@@ -155,14 +158,20 @@ extern "C" {
 
 // The best instruction set of this processor, of those that libraries are built for.
 const char* kip_best_instruction_set() {
+#if defined(__aarch64__)
+  return "neon";
+#else
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) {
     return "avx512";
   }
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "avx2" : "portable";
+#endif
 }
 
 // Bytes of this library's vectors.
 int kip_vector_bytes() { return kip::kVectorBytes; }
 }
+
+#pragma GCC visibility pop

@@ -2,29 +2,48 @@
 // fixed, and each writes to places of its own.
 #pragma once
 
+#if !defined(__aarch64__)
 #include <xmmintrin.h>
+#endif
 
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <system_error>
 #include <thread>
 #include <vector>
 
 namespace kip {
 
+// The register that says how this thread rounds, and the bits of it that flush subnormal numbers.
+#if defined(__aarch64__)
+using FloatControl = std::uint64_t;
+inline constexpr FloatControl kFlush = 1 << 24;  // FPCR.FZ: what operations read and give
+inline FloatControl float_control() {
+  FloatControl value;
+  asm volatile("mrs %0, fpcr" : "=r"(value)::"memory");
+  return value;
+}
+inline void set_float_control(FloatControl value) {
+  asm volatile("msr fpcr, %0" ::"r"(value) : "memory");
+}
+#else
+using FloatControl = unsigned;
+inline constexpr FloatControl kFlush = 0x8000 | 0x0040;  // MXCSR: what operations give; and read
+inline FloatControl float_control() { return _mm_getcsr(); }
+inline void set_float_control(FloatControl value) { _mm_setcsr(value); }
+#endif
+
 // Flushes subnormal numbers to zero in this thread while it lives. XLA does so in its own threads;
 // all threads must agree, for speed and for equal bits.
 class FlushSubnormals {
  public:
-  FlushSubnormals() : saved_(_mm_getcsr()) {
-    _mm_setcsr(saved_ | kFlushToZero | kSubnormalsAreZero);
-  }
-  ~FlushSubnormals() { _mm_setcsr(saved_); }
+  FlushSubnormals() : saved_(float_control()) { set_float_control(saved_ | kFlush); }
+  ~FlushSubnormals() { set_float_control(saved_); }
   FlushSubnormals(const FlushSubnormals&) = delete;
 
  private:
-  static constexpr unsigned kFlushToZero = 0x8000, kSubnormalsAreZero = 0x0040;
-  unsigned saved_;
+  FloatControl saved_;
 };
 
 // Calls f(worker, i) once for each 0 <= i < units, on `workers` threads, this one included, or as

@@ -1,7 +1,11 @@
 // Vectors as wide as the instruction set that this file is compiled for has them.
 #pragma once
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#else
 #include <immintrin.h>
+#endif
 
 #include <cstddef>
 
@@ -15,6 +19,12 @@ inline constexpr int kVectorBytes = 64;
 inline constexpr int kVectorBytes = 32;
 #else
 inline constexpr int kVectorBytes = 16;
+#endif
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kRegisters = 32;
+#else
+inline constexpr int kRegisters = 16;
 #endif
 
 template <class T>
@@ -71,6 +81,15 @@ inline VectorF square_root(VectorF x) { return _mm256_sqrt_ps(x); }
 inline VectorD square_root(VectorD x) { return _mm256_sqrt_pd(x); }
 inline VectorF estimate_inverse_root(VectorF x) {
   return _mm256_and_ps(_mm256_cmp_ps(x, VectorF{}, _CMP_GT_OQ), _mm256_rsqrt_ps(x));
+}
+#elif defined(__aarch64__)
+inline VectorF square_root(VectorF x) { return vsqrtq_f32(x); }
+inline VectorD square_root(VectorD x) { return vsqrtq_f64(x); }
+// To 16 bits, by a Newton step: Arm's own estimate has 8, where x86 has 12 or 14.
+inline VectorF estimate_inverse_root(VectorF x) {
+  const float32x4_t estimate = vrsqrteq_f32(x),
+                    better = vmulq_f32(estimate, vrsqrtsq_f32(vmulq_f32(x, estimate), estimate));
+  return vreinterpretq_f32_u32(vandq_u32(vcgtzq_f32(x), vreinterpretq_u32_f32(better)));
 }
 #else
 inline VectorF square_root(VectorF x) { return _mm_sqrt_ps(x); }
