@@ -9,7 +9,6 @@ import forked
 import launching
 import numpy as np
 import pytest
-from launching import without_neural_tangents
 
 from artifacts import distilled_set
 from configs import schema
@@ -59,7 +58,7 @@ CONFIG = (
 
 def test_a_file_of_ours_gives_what_the_run_found(distilled, cache, tmp_path):
   flags = f'--dataset={distilled}/distilled.npz', '--json'
-  path = without_neural_tangents(tmp_path)
+  path = launching.without_neural_tangents(tmp_path)
   done = _run(*flags, cache=cache, run=launching.run, PYTHONPATH=path)
   assert done.returncode == 0, done.stderr
   assert done.stdout.count('\n') == 1
