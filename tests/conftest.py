@@ -31,8 +31,10 @@ from programs import local, start
 
 @pytest.fixture(scope='module')
 def compiled_as_for_users():
-  """With LLVM's optimisations, as in the processes that tests start: where roundings count, or where
-  it takes longer to compute than to compile."""
+  """With LLVM's optimisations, as in the processes that tests start.
+
+  For tests where roundings count, or that compute for longer than they compile.
+  """
   jax.config.update('jax_disable_most_optimizations', False)
   yield
   jax.config.update('jax_disable_most_optimizations', True)
