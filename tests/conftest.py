@@ -12,8 +12,7 @@ import jax
 import jaxtyping
 
 # LLVM's optimisations would be half of the time of tests that compile; without them a result
-# differs by a rounding or so. The processes that tests start, and tests/kernels/test_near_pairs.py,
-# where roundings count, compile as users do.
+# differs by a rounding or so.
 jax.config.update('jax_disable_most_optimizations', True)
 
 # Types, shapes and dtypes of distillation/, which must not be imported before, are checked at every
@@ -28,6 +27,17 @@ from artifacts import run_directory
 from configs import base, validation
 from data import store
 from programs import local, start
+
+
+@pytest.fixture(scope='module')
+def compiled_as_for_users():
+  """With LLVM's optimisations, as in the processes that tests start.
+
+  For tests where roundings count, or that compute for longer than they compile.
+  """
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture(scope='session')

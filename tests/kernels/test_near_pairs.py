@@ -5,13 +5,14 @@ Each network against Neural Tangents in float64, by the tolerances that README s
 
 import functools
 
-import jax
 import kernel_cases
 import numpy as np
 import pytest
 from implementations import FAST, TOLERANCES, error, make
 
 from kernels import architectures, contract
+
+pytestmark = pytest.mark.usefixtures('compiled_as_for_users')
 
 NETWORKS = kernel_cases.NEAR_NETWORKS
 SHAPE = (8, 8, 2)
@@ -20,13 +21,6 @@ BLOCK, GRADIENT = TOLERANCES['float32']
 
 def _noise(epsilon):
   return lambda x, y, noise: (x, x + epsilon * noise)
-
-
-@pytest.fixture(autouse=True, scope='module')
-def _compiled_as_for_users():
-  jax.config.update('jax_disable_most_optimizations', False)
-  yield
-  jax.config.update('jax_disable_most_optimizations', True)
 
 
 # name -> (x1 [3, H, W, D], y and noise, both alike) -> (x1, x2)
