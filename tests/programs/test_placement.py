@@ -12,6 +12,7 @@ import pytest
 from artifacts import run_directory
 from configs import schema
 from programs import distill, placement, start, supervisor
+from transport import secret
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LISTING = 'GPU {0}: NVIDIA H100 80GB HBM3 (UUID: GPU-{0}aaa)\n'
@@ -204,6 +205,7 @@ def test_a_process_of_its_own_is_placed_before_its_libraries_start(tmp_path):
   code = """
 import os, sys
 from programs import local
+from transport import secret
 import threadpoolctl
 from configs import validation
 threads = {library['num_threads'] for library in threadpoolctl.threadpool_info()}
@@ -285,7 +287,7 @@ def test_every_process_of_the_program_has_its_environment(machine, npz, cache, t
         'evaluator': 'GPU-1aaa',
       },
     ),
-    (('--role=worker', '--coordinator=localhost:1'), {'worker': 'GPU-0aaa'}),
+    (('--role=worker', '--coordinator=localhost:1', '--secret=SECRET'), {'worker': 'GPU-0aaa'}),
   ],
   ids=['local', 'role'],
 )
@@ -306,8 +308,10 @@ def test_environments_reach_the_processes_that_compute(tmp_path, npz, cache, fla
     '--config.run.targets_per_step=33',
     '--config.system.evaluation.nn_steps=0',
   )
+  secret.make(str(tmp_path / 'secret'))
+  flags = [flag.replace('SECRET', f'{tmp_path}/secret') for flag in flags or local]
   process = subprocess.Popen(
-    [sys.executable, 'launch.py', *(flags or local)],
+    [sys.executable, 'launch.py', *flags],
     cwd=ROOT,
     env=environment,
     stdout=subprocess.DEVNULL,
