@@ -153,7 +153,7 @@ def test_build_lists_what_one_process_needs():
   optional."""
   _, _, listed = _read('BUILD.md').partition('    pip install absl-py')
   wanted = re.findall(
-    r"^([a-zA-Z][\w-]*)(?!.*python_version >= )", _read('requirements.in'), re.MULTILINE
+    r'^([a-zA-Z][\w-]*)(?!.*python_version >= )', _read('requirements.in'), re.MULTILINE
   )
   optional = {'dm-launchpad', 'tensorflow-cpu', 'cryptography', 'neural-tangents'}
   assert {'absl-py', *listed.partition('\n\n')[0].replace('\\', '').split()} == (
