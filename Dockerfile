@@ -1,4 +1,5 @@
-# The environment of `make demo`. `make test` and `make lint` add what they need when they are run.
+# The environment of `make demo`, and of a run's pods on Kubernetes (with GPUs: --build-arg
+# TARGETS='native cuda'). `make test` and `make lint` add what they need when they are run.
 FROM python:3.10-slim-bookworm
 RUN apt-get update \
   && apt-get install -y --no-install-recommends make g++ \
@@ -8,5 +9,6 @@ RUN apt-get update \
 USER kip
 WORKDIR /kip
 COPY --chown=kip . .
-RUN make setup
+ARG TARGETS=native
+RUN make $TARGETS
 CMD ["make", "demo"]

@@ -10,7 +10,7 @@ On several hosts, one node of the same program a process (BUILD.md, 'Clusters'):
     python launch.py --role=worker --coordinator=HOST:PORT
     python launch.py --role=evaluator --workdir=runs/digits
 
-or all of them as Slurm's jobs, by --cluster=slurm.
+or all of them as Slurm's jobs, by --cluster=slurm, or on Kubernetes, by --cluster=kubernetes.
 
 Exit status: 0 finished, 1 failed, 2 bad input, 75 stopped with a checkpoint (the same command
 resumes).
@@ -30,6 +30,7 @@ from programs import (
   command_line,
   distill,
   hosts,
+  kubernetes_cluster,
   outcome,
   signals,
   slurm_cluster,
@@ -48,8 +49,10 @@ def main(argv: list[str]) -> int:
     return status.show()
   if hosts.ROLE.value:
     return hosts.run_role(hosts.ROLE.value)
-  if slurm_cluster.CLUSTER.value:
+  if slurm_cluster.CLUSTER.value == 'slurm':
     return slurm_cluster.submit(argv)
+  if slurm_cluster.CLUSTER.value == 'kubernetes':
+    return kubernetes_cluster.print_manifest(argv)
   run = distill.prepare()
   program = distill.make_program(run)
   with terminal.show_output(run.directory):

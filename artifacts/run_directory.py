@@ -1,6 +1,7 @@
 """A run's folder: paths, locks, and its small files (configuration, status, metrics)."""
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import functools
@@ -42,8 +43,11 @@ class Saved(NamedTuple):
 
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> 'Saved':
-    """Undoes `to_dict`; ignores further values. Raises KeyError, TypeError, ValueError."""
-    config = {name: values[name] for name in ('run', 'system')}
+    """Undoes `to_dict`; ignores further values, fields of `system` that other versions have among
+    them. Raises KeyError, TypeError, ValueError."""
+    known = {field.name for field in dataclasses.fields(schema.System)}
+    system = {name: value for name, value in values['system'].items() if name in known}
+    config = {'run': values['run'], 'system': system}
     return cls(schema.from_dict(schema.Config, config), store.check_key(values['data_key']))
 
 

@@ -180,14 +180,14 @@ def train(
   params = jax.tree.map(jnp.float32, network.initial(weights_key, images.shape[1:]))
   check()
   rate = jnp.float32(learning_rate_factor * max_learning_rate(network, params, ntk_images))
-  update = _update(network, steps, batch, loss)
+  update = _update(network, batch, loss)
   x, y = jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.float32)
   carry = params, optax.sgd(0.0, momentum=_MOMENTUM).init(params)
   # A Python loop: inside lax.scan XLA's CPU backend runs a convolution's backward pass some 40
   # times slower.
   for i in range(steps):
     check()
-    carry = update(carry, i, x, y, batch_key, rate, jnp.float32(l2))
+    carry = update(carry, i, steps, x, y, batch_key, rate, jnp.float32(l2))
     if i == 0:
       start = time.monotonic()  # compiled by now
     elif i == _TIMED:
@@ -207,7 +207,7 @@ def train(
 
 
 @functools.cache
-def _update(network: Network, steps: int, batch: int, loss: str) -> Callable:
+def _update(network: Network, batch: int, loss: str) -> Callable:
   """One jitted update: (parameters, optimiser's state) before it -> after it."""
 
   def objective(params, x, y, l2):
@@ -218,7 +218,7 @@ def _update(network: Network, steps: int, batch: int, loss: str) -> Callable:
       error = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(outputs, y.argmax(axis=1)))
     return error + 0.5 * l2 * sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
 
-  def update(carry, i, images, labels, batch_key, rate, l2):
+  def update(carry, i, steps, images, labels, batch_key, rate, l2):
     params, state = carry
     chosen = jax.random.permutation(jax.random.fold_in(batch_key, i), len(images))[:batch]
     gradient = jax.grad(objective)(params, images[chosen], labels[chosen], l2)

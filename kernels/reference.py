@@ -1,4 +1,5 @@
-"""Neural Tangents: the oracle of every kernel, the fallback, and the finite networks.
+"""Neural Tangents: the oracle of every kernel and of the finite networks, and the kernels in
+standard parameterisation.
 
 Novak et al. 2020, https://arxiv.org/abs/1912.02803.
 """

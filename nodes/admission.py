@@ -53,8 +53,20 @@ class Admission:
     self._unusable: dict[str, str] = {}
 
   def resume(self, fingerprint: Mapping[str, Any]) -> None:
-    """Goes on with the fingerprint of an earlier life of the run."""
-    self.fingerprint = {**self.fingerprint, **fingerprint}
+    """Goes on with the fingerprint of an earlier life of the run.
+
+    The coordinator's part is the present one: whoever resumes a run with changed code has chosen
+    to, and is told so.
+    """
+    own = self.fingerprint
+    earlier = {name: fingerprint[name] for name in ('code',) if name in fingerprint}
+    if changed := _differing(earlier, own).get('code'):
+      logging.warning(
+        'The run goes on with %s than it began with: results may differ in bits from those of a '
+        'run that was not interrupted.',
+        changed,
+      )
+    self.fingerprint = {**fingerprint, **own}
 
   def admit(self, worker: str, hello: str) -> str | None:
     """Admits a worker, or returns the reason for refusing it.

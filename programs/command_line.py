@@ -35,6 +35,7 @@ _FLAG_MODULES = (
   'programs.status',
   'programs.hosts',
   'programs.slurm_cluster',
+  'programs.kubernetes_cluster',
 )
 _HELP_WIDTH = 100
 _PLAIN_WORDS = {
@@ -84,6 +85,11 @@ def parse(argv: Sequence[str], expected: str) -> None:
     ) from error
   if len(rest) > 1:
     raise BadInput(f'unknown argument {rest[1]!r}; expected {expected}.')
+
+
+def config_file() -> str:
+  """The file of --config, with the argument that may follow it after a colon."""
+  return config_flags.get_config_filename(flags.FLAGS['config'])  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _print_help(takes_config: bool) -> None:

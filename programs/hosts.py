@@ -49,8 +49,8 @@ _ADDRESS = flags.DEFINE_string(
 _SECRET = flags.DEFINE_string(
   'secret',
   None,
-  "For a worker without a shared disk: its copy of the run's key, the file `secret` in the run "
-  'directory.',
+  "The run's key; by default the file `secret` in the run directory, of which a worker without a "
+  'shared disk needs a copy.',
 )
 _HOST = flags.DEFINE_string(
   'host',
@@ -106,8 +106,6 @@ def _check_flags(role: str) -> None:
       "a worker without --workdir needs --secret=FILE, a copy of the run's key, which is the file "
       '`secret` in the run directory.'
     )
-  if _SECRET.value and role != _WORKER:
-    raise command_line.BadInput('--secret=FILE is for workers; the others read it in --workdir.')
   if _ADDRESS.value and not re.fullmatch(r'\S+:\d{1,5}', _ADDRESS.value):
     raise command_line.BadInput(f'--coordinator must be HOST:PORT, got {_ADDRESS.value!r}.')
 
@@ -117,8 +115,10 @@ def _supervise_coordinator(stop: threading.Event) -> int:
   run = start.ready(None, memory.Here.COORDINATOR)
   for remark in run.remarks:
     logging.info(remark)
-  keys.make(run.directory.secret)
-  key, port = keys.Secret(run.directory.secret), run.config.system.port
+  secret_file = _SECRET.value or run.directory.secret
+  if not _SECRET.value:
+    keys.make(secret_file)
+  key, port = keys.Secret(secret_file), run.config.system.port
   with _socket() as path:
     try:
       listener = relay.Listener(key, port, path)
@@ -130,7 +130,7 @@ def _supervise_coordinator(stop: threading.Event) -> int:
     address = f'{_HOST.value or own_host()}:{listener.port}'
     files.write_atomically(run.directory.address, address + '\n')
     logging.info(
-      'The coordinator is at %s, for those who have the key in %s.', address, run.directory.secret
+      'The coordinator is at %s, for those who have the key in %s.', address, secret_file
     )
     with terminal.show_output(run.directory):
       run.directory.begin()
@@ -142,7 +142,7 @@ def _supervise_coordinator(stop: threading.Event) -> int:
 def _supervise_client(role: str, stop: threading.Event) -> int:
   """Waits for the coordinator's address and supervises a worker or the evaluator."""
   if not _await_address(stop):
-    return 0 if stop.is_set() else 1
+    return outcome.STOPPED_STATUS if stop.is_set() else 1
   config, secret_file = _config(), _SECRET.value or _directory().secret
   key = keys.Secret(secret_file)
   # Of several workers on a host each has to be given its own GPU, as Slurm does.
@@ -159,7 +159,9 @@ def _supervise_client(role: str, stop: threading.Event) -> int:
         ) from error
     except OSError:
       pass  # it may come: the node goes on asking
-    return supervisor.supervise(_label(role, os.getpid()), stop)
+    status = supervisor.supervise(_label(role, os.getpid()), stop)
+  # Not 0, by which a scheduler would take its work for done.
+  return outcome.STOPPED_STATUS if stop.is_set() and status == 0 else status
 
 
 def _run_node(role: str) -> None:

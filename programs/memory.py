@@ -16,7 +16,7 @@ from programs import command_line
 
 # Bytes.
 _PROCESS = 2**27  # interpreter and libraries
-_NETWORK = 2**28  # Neural Tangents, and what XLA makes of a finite network
+_NETWORK = 2**28  # what XLA makes of a finite network
 _DERIVATIVES = 2**28  # of a tile, at most: the native kernel keeps them
 _TILES = 3 * 2**28  # what the other kernels form beside results
 

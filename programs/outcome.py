@@ -7,7 +7,12 @@ from typing import Any
 from artifacts import run_directory, words
 from distillation import evaluation
 
-_EXIT_STATUS = {run_directory.FINISHED: 0, run_directory.FAILED: 1, run_directory.STOPPED: 75}
+STOPPED_STATUS = 75  # exit status of what the same command goes on with
+_EXIT_STATUS = {
+  run_directory.FINISHED: 0,
+  run_directory.FAILED: 1,
+  run_directory.STOPPED: STOPPED_STATUS,
+}
 _BEGINNINGS = {'real': 'real images', 'noise': 'noise'}  # by run.initial_images
 
 

@@ -23,8 +23,9 @@ from programs import command_line, memory, start
 CLUSTER = flags.DEFINE_enum(
   'cluster',
   None,
-  ['slurm'],
-  'Submit the run to this scheduler, or run it in the allocation that this is started in.',
+  ['slurm', 'kubernetes'],
+  'slurm: submit the run, or run it in the allocation that this is started in. kubernetes: print '
+  'its manifest.',
 )
 _OPTIONS = flags.DEFINE_string(
   'slurm_options',
@@ -134,14 +135,14 @@ def _split(flag: flags.FlagHolder) -> list[str]:
   return options
 
 
-def passed_on(argv: Sequence[str]) -> list[str]:
-  """Returns the arguments of a command line without the flags that this module reads."""
+def passed_on(argv: Sequence[str], own_flags: Sequence[str] = _OWN_FLAGS) -> list[str]:
+  """Returns the arguments of a command line without the flags that the submission itself reads."""
   rest, skip = [], False
   for argument in argv[1:]:
     flag, equals, _ = argument.lstrip('-').partition('=')
     if skip:
       skip = False
-    elif argument.startswith('-') and flag in _OWN_FLAGS:
+    elif argument.startswith('-') and flag in own_flags:
       skip = not equals
     else:
       rest.append(argument)

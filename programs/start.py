@@ -19,6 +19,23 @@ WORKDIR = flags.DEFINE_string(
 )
 
 
+class Checked(NamedTuple):
+  """A run whose configuration and data fit together.
+
+  Attributes:
+    config: validated; `system.num_workers` is at least 1.
+    prepared: its data.
+    cache: folder that holds them.
+    remarks, gpus: as in `Run`.
+  """
+
+  config: schema.Config
+  prepared: store.Prepared
+  cache: str
+  remarks: tuple[str, ...]
+  gpus: placement.Gpus
+
+
 class Run(NamedTuple):
   """A run that may start.
 
@@ -47,7 +64,21 @@ def parse(argv: Sequence[str]) -> None:
 def ready(
   find_gpus: Callable[[str], placement.Gpus] | None, here: memory.Here = memory.Here.ALL
 ) -> Run:
-  """Validates the configuration, prepares the data and opens the run directory.
+  """Does what `check` does, and opens the run directory.
+
+  Raises:
+    BadInput, ConfigError, DataError, RunDirectoryError: anything the user can mend; nothing has
+      been started.
+  """
+  config, prepared, cache, remarks, gpus = check(find_gpus, here)
+  directory = run_directory.RunDirectory(WORKDIR.value or '')
+  directory.open(config, prepared.key)
+  directory.write_command([os.path.basename(sys.executable), *sys.orig_argv[1:]])
+  return Run(config, directory, cache, remarks, gpus)
+
+
+def check(find_gpus: Callable[[str], placement.Gpus] | None, here: memory.Here) -> Checked:
+  """Validates the configuration and prepares the data.
 
   Call it after `parse`.
 
@@ -56,9 +87,7 @@ def ready(
       workers do not share this host.
     here: the processes for which this host needs memory.
 
-  Raises:
-    BadInput, ConfigError, DataError, RunDirectoryError: anything the user can mend; nothing has
-      been started.
+  Raises BadInput, ConfigError, DataError.
   """
   if not command_line.CONFIG.value:
     raise command_line.BadInput(
@@ -74,9 +103,27 @@ def ready(
   config = validation.validate(raw)
   cache = store.cache_folder(config.system.cache_dir)
   prepared = store.prepare(config.run.data, cache, raw=config.run.augmentation.is_on)
+  num_workers = placement.num_workers(config.system.num_workers, gpus.names)
+  config = resolve(config, prepared, num_workers)
+  memory_remark = memory.check(config, prepared, here)
+  initial_support.make(config.run, prepared, cache)
+  remarks = (
+    classes.in_words(prepared.class_names),
+    *prepared.remarks,
+    memory_remark,
+    plan_advice.advise(config, prepared.num_classes),
+    gpus.remark,
+  )
+  return Checked(config, prepared, cache, tuple(filter(None, remarks)), gpus)
+
+
+def resolve(config: schema.Config, prepared: store.Prepared, num_workers: int) -> schema.Config:
+  """Fills in what a validated configuration leaves to the data and to this host.
+
+  Raises ConfigError where it does not suit the data.
+  """
   labels, num_classes = prepared.train_labels, prepared.num_classes
   targets = validation.resolve_targets(config.run, labels, num_classes)
-  num_workers = placement.num_workers(config.system.num_workers, gpus.names)
   config = dataclasses.replace(
     config,
     run=dataclasses.replace(config.run, targets_per_step=targets),
@@ -84,16 +131,4 @@ def ready(
   )
   height, width, channels = prepared.train_images.shape[1:]
   validation.validate_with_data(config, labels, num_classes, (height, width, channels))
-  memory_remark = memory.check(config, prepared, here)
-  initial_support.make(config.run, prepared, cache)
-  directory = run_directory.RunDirectory(WORKDIR.value)
-  directory.open(config, prepared.key)
-  directory.write_command([os.path.basename(sys.executable), *sys.orig_argv[1:]])
-  remarks = (
-    classes.in_words(prepared.class_names),
-    *prepared.remarks,
-    memory_remark,
-    plan_advice.advise(config, num_classes),
-    gpus.remark,
-  )
-  return Run(config, directory, cache, tuple(filter(None, remarks)), gpus)
+  return config

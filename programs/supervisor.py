@@ -20,7 +20,6 @@ from absl import logging
 
 from programs import signals
 
-RESTART_STATUS = 76  # exit status by which a node asks to be started afresh
 LAUNCHER = 'KIP_LAUNCHER'  # environment: process id; a node ends when that process is gone
 PARENT = 'KIP_SUPERVISOR'  # environment of a child: its parent's process id
 _PIPE = 'KIP_PROGRESS'  # environment of a child: descriptor to which it reports progress
@@ -83,8 +82,8 @@ def progressed(lasting: bool = True) -> None:
 def supervise(name: str, stop: threading.Event, policy: Policy = DEFAULT_POLICY) -> int:
   """Runs the child until it ends by itself, or until this process is to stop.
 
-  A child that is killed (by whatever signal) or asks for it is started again, with growing pauses
-  while it makes no progress. One that ends by itself, well or not, has said why.
+  A child that is killed, by whatever signal, is started again, with growing pauses while it makes
+  no progress. One that ends by itself, well or not, has said why.
 
   Args:
     name: the node's, for messages.
@@ -110,11 +109,9 @@ def supervise(name: str, stop: threading.Event, policy: Policy = DEFAULT_POLICY)
     marks = os.read(reader, 16)
     os.close(reader)
     useless, in_vain = 0 if marks else useless + 1, 0 if _LASTING in marks else in_vain + 1
-    if child.returncode >= 0 and child.returncode != RESTART_STATUS:
+    if child.returncode >= 0:
       return child.returncode
-    cause = 'asked to be started afresh'
-    if child.returncode < 0:
-      cause = f'was killed by {_signal_name(-child.returncode)}'
+    cause = f'was killed by {_signal_name(-child.returncode)}'
     if useless >= policy.max_useless:
       logging.error(
         '%s %s: exited %d times without making progress; giving up.', name, cause, useless

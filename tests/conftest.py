@@ -1,14 +1,19 @@
 """Test-wide settings, and a small real run to test on."""
 
-import dataclasses
 import os
+import threading
 
 from programs import placement
 
 # Before NumPy and JAX start, as in the program's own processes.
 os.environ.update(placement.launcher_environment())
 
+import jax
 import jaxtyping
+
+# LLVM's optimisations would be half of the time of tests that compile; without them a result
+# differs by a rounding or so.
+jax.config.update('jax_disable_most_optimizations', True)
 
 # Types, shapes and dtypes of distillation/, which must not be imported before, are checked at every
 # call of its functions.
@@ -21,7 +26,18 @@ from PIL import Image
 from artifacts import run_directory
 from configs import base, validation
 from data import store
-from programs import start
+from programs import local, start
+
+
+@pytest.fixture(scope='module')
+def compiled_as_for_users():
+  """With LLVM's optimisations, as in the processes that tests start.
+
+  For tests where roundings count, or that compute for longer than they compile.
+  """
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture(scope='session')
@@ -72,7 +88,7 @@ def released_mnist(tmp_path):
   return name, str(folder), cache
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def make_run(npz, cache):
   """A function (workdir, {field: value}) -> start.Run on the blobs.
 
@@ -103,15 +119,25 @@ def make_run(npz, cache):
         node[leaf] = value
     config = validation.validate(config.to_dict())
     prepared = store.prepare(config.run.data, cache, raw=config.run.augmentation.is_on)
-    labels, num_classes = prepared.train_labels, prepared.num_classes
-    targets = validation.resolve_targets(config.run, labels, num_classes)
-    config = dataclasses.replace(
-      config, run=dataclasses.replace(config.run, targets_per_step=targets)
-    )
-    height, width, channels = prepared.train_images.shape[1:]
-    validation.validate_with_data(config, labels, num_classes, (height, width, channels))
+    config = start.resolve(config, prepared, config.system.num_workers)
     directory = run_directory.RunDirectory(str(workdir))
     directory.open(config, prepared.key)
     return start.Run(config, directory, cache)
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def make_finished(make_run, cache, tmp_path_factory):
+  """A function {field: value} -> the directory of a finished run of two updates on the blobs."""
+
+  def make(changes):
+    fc1 = {'run.architecture': 'fc1', 'run.num_steps': 2, 'system.cache_dir': cache}
+    run = make_run(tmp_path_factory.mktemp('run'), {**fc1, **changes})
+    run.directory.write_command(['python', 'launch.py', '--workdir=a b'])
+    local.distil(run, threading.Event())
+    status = run.directory.read_status()
+    assert status is not None and status['state'] == run_directory.FINISHED
+    return run.directory
 
   return make

@@ -155,7 +155,7 @@ def test_build_lists_what_one_process_needs():
   wanted = re.findall(
     r'^([a-zA-Z][\w-]*)(?!.*python_version >= )', _read('requirements.in'), re.MULTILINE
   )
-  optional = {'dm-launchpad', 'tensorflow-cpu', 'cryptography', 'neural-tangents'}
+  optional = {'dm-launchpad', 'tensorflow-cpu', 'cryptography', 'pyyaml', 'neural-tangents'}
   assert {'absl-py', *listed.partition('\n\n')[0].replace('\\', '').split()} == (
     set(wanted) - optional
   )

@@ -75,6 +75,19 @@ def test_imports_go_one_way():
   assert not wrong, '\n'.join(wrong)
 
 
+def test_only_the_reference_needs_neural_tangents():
+  importers = {
+    name: [
+      path for path, tree in _files(*FOLDERS) if any(m.startswith(name) for m in _imported(tree))
+    ]
+    for name in ('neural_tangents', 'kernels.reference')
+  }
+  assert importers == {
+    'neural_tangents': ['kernels/reference.py'],
+    'kernels.reference': ['kernels/registry.py'],
+  }
+
+
 def test_nothing_reaches_into_another_modules_privates():
   names = {path: _names(tree) for path, tree in _files(*FOLDERS, 'benchmarks', 'tests')}
   ours = set().union(*(own for own, _ in names.values()))  # other packages' privates are not meant

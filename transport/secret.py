@@ -69,11 +69,8 @@ class Secret:
     return context
 
 
-def make(path: str) -> None:
-  """Writes a new key for a run, unless the file is there.
-
-  Raises SecretError if it cannot be written.
-  """
+def new() -> bytes:
+  """Makes the content of a file with a new key."""
   from cryptography import x509  # here: only the process that makes a key needs it
   from cryptography.hazmat.primitives import hashes, serialization
   from cryptography.hazmat.primitives.asymmetric import ec
@@ -92,9 +89,17 @@ def make(path: str) -> None:
     .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     .sign(key, hashes.SHA256())
   )
-  content = key.private_bytes(
+  return key.private_bytes(
     serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
   ) + certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def make(path: str) -> None:
+  """Writes a new key for a run, unless the file is there.
+
+  Raises SecretError if it cannot be written.
+  """
+  content = new()
   try:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
   except FileExistsError:

@@ -40,5 +40,5 @@ run_client() {
 
 # Whether a worker or evaluator has ended before its time.
 failed() {
-  [ "$status" != 0 ] && [ "$status" != 2 ] && [ ! "$asked_to_stop$out_of_time" ]
+  [[ $status != @(0|2|75) ]] && [ ! "$asked_to_stop$out_of_time" ]  # 75: it was asked to stop
 }

@@ -3,9 +3,9 @@
 import csv
 import json
 import os
-import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,8 +14,6 @@ from artifacts import distilled_set, export
 from configs import base, schema, validation
 from data import DataError, preprocess, store
 from programs import export as program
-
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 @pytest.fixture(params=[False, True], ids=['standard', 'zca'])
@@ -105,7 +103,7 @@ def test_a_released_set_is_used_like_our_own(released_mnist, tmp_path):
 
 def test_a_released_set_is_written_out_by_its_name(released_mnist, tmp_path):
   name, folder, cache = released_mnist
-  done = subprocess.run(
+  done = forked.run(
     [
       sys.executable,
       '-m',
@@ -115,12 +113,7 @@ def test_a_released_set_is_written_out_by_its_name(released_mnist, tmp_path):
       '--config=configs/mnist_ipc1.py',
       f'--config.run.data.dir={folder}',
       f'--config.system.cache_dir={cache}',
-    ],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=200,
-    check=False,
+    ]
   )
   assert done.returncode == 0, done.stderr
   raw = distilled_set.raw_images(distilled_set.load_released(name, cache, folder))

@@ -7,11 +7,10 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
-import threading
 from typing import Any
 
+import forked
 import jax
 import matplotlib.figure
 import matplotlib.text
@@ -20,49 +19,14 @@ import pytest
 from PIL import Image
 
 from artifacts import distilled_set, paper_results, pictures, report, run_directory, snapshots
-from configs import base, schema, validation
-from data import DataError, preprocess, store
+from configs import schema
+from data import DataError, preprocess
 from distillation import evaluation
-from programs import local, start
-
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-
-@pytest.fixture(scope='module', name='make_small')
-def _make_small(npz, cache, tmp_path_factory):
-  """A function (changes) -> directory of a finished run of two updates on blobs."""
-
-  def make(changes):
-    config = base.get_config()
-    config.update_from_flattened_dict(
-      {
-        'run.architecture': 'fc1',
-        'run.data.name': npz,
-        'run.num_steps': 2,
-        'run.images_per_class': 2,
-        'run.targets_per_step': 33,
-        'system.cache_dir': cache,
-        'system.evaluation.nn_steps': 0,
-        'system.num_workers': 2,
-        **changes,
-      }
-    )
-    config = validation.validate(config.to_dict())
-    prepared = store.prepare(config.run.data, cache)
-    directory = run_directory.RunDirectory(str(tmp_path_factory.mktemp('run')))
-    directory.open(config, prepared.key)
-    directory.write_command(['python', 'launch.py', '--workdir=a b'])
-    local.distil(start.Run(config, directory, cache), threading.Event())
-    status = directory.read_status()
-    assert status is not None and status['state'] == run_directory.FINISHED
-    return directory
-
-  return make
 
 
 @pytest.fixture(scope='module', name='finished')
-def _finished(make_small):
-  return make_small(
+def _finished(make_finished):
+  return make_finished(
     {'run.data.zca': True, 'system.evaluation.baselines': True, 'system.snapshot_steps': (0, 1)}
   )
 
@@ -143,8 +107,8 @@ def test_the_report_of_another_step_shows_its_images(finished):
   assert open(finished.picture, 'rb').read() == before
 
 
-def test_labels_that_stay_are_not_drawn(make_small):
-  directory = make_small({'run.learn_labels': False})
+def test_labels_that_stay_are_not_drawn(make_finished):
+  directory = make_finished({'run.learn_labels': False})
   assert not os.path.exists(os.path.join(directory.path, 'labels.png'))
   assert 'Covariance' not in open(directory.report, encoding='utf-8').read()
 
@@ -287,14 +251,7 @@ def test_a_run_directory_that_cannot_be_written(named, blocked):
 
 def _command(directory):
   """`python -m programs.report` on a run's directory."""
-  return subprocess.run(
-    [sys.executable, '-m', 'programs.report', f'--workdir={directory.path}'],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=100,
-    check=False,
-  )
+  return forked.run([sys.executable, '-m', 'programs.report', f'--workdir={directory.path}'])
 
 
 def test_the_report_command_makes_what_is_missing(named):

@@ -59,3 +59,14 @@ def test_a_key_of_data_that_is_a_path_is_refused(tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps(bad))
   with pytest.raises(RunDirectoryError, match="config.json cannot be read .'../../x' is no name"):
     directory.read_config()
+
+
+def test_a_directory_of_a_version_with_other_system_fields_can_be_read(tmp_path):
+  """A field of `run` that is unknown would change the run: then it cannot."""
+  saved = run_directory.Saved(schema.Config(), f'{0:032x}-standard')
+  values = saved.to_dict()
+  values['system']['accept_open_port'] = True
+  assert run_directory.Saved.from_dict(values) == saved
+  values['run']['momentum'] = 0.9
+  with pytest.raises(TypeError, match='momentum'):
+    run_directory.Saved.from_dict(values)

@@ -10,6 +10,8 @@ import kernels.precision  # noqa: F401
 from distillation.network import Network, empirical_ntk
 from kernels import architectures, registry
 
+pytestmark = pytest.mark.usefixtures('compiled_as_for_users')
+
 SHAPE = (5, 7, 2)
 FLAT = architectures.get({'stages': [{'convs': 1, 'pool': True}], 'hidden': 1})
 POOLED = architectures.get(

@@ -12,6 +12,8 @@ from implementations import FAST, TOLERANCES, error, make
 
 from kernels import architectures, contract
 
+pytestmark = pytest.mark.usefixtures('compiled_as_for_users')
+
 NETWORKS = kernel_cases.NEAR_NETWORKS
 SHAPE = (8, 8, 2)
 BLOCK, GRADIENT = TOLERANCES['float32']

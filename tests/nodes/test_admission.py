@@ -138,7 +138,12 @@ def test_files_that_differ_are_named_a_few_of_them():
   assert refusal(code) is None
 
 
-def test_an_earlier_life_counts_more_than_the_coordinator():
-  admission = Admission(schema.System(), own={'protocol': 1, 'code': {'a.py': '1'}})
-  admission.resume({'code': {'a.py': '0'}, 'device': 'A'})
-  assert admission.fingerprint == {'protocol': 1, 'code': {'a.py': '0'}, 'device': 'A'}
+@pytest.mark.parametrize('earlier, warned', [('0', True), ('1', False)])
+def test_a_run_goes_on_with_the_code_that_resumes_it_and_says_so(caplog, earlier, warned):
+  own = {'protocol': 2, 'code': {'a.py': '1'}}
+  admission = Admission(schema.System(), own=own)
+  admission.resume({'protocol': 1, 'code': {'a.py': earlier}, 'device': 'A'})
+  assert admission.fingerprint == {**own, 'device': 'A'}
+  assert [
+    message.startswith('The run goes on with other code in a.py') for message in caplog.messages
+  ] == [True] * warned

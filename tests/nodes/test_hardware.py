@@ -1,7 +1,9 @@
 """A worker's fingerprint: the code that makes bits, and the library that it has compiled."""
 
 import pathlib
+import re
 import shutil
+import sys
 
 import jaxlib
 import numpy as np
@@ -65,7 +67,7 @@ def test_an_altered_file_is_the_one_that_differs(copy, name):
 
 @pytest.mark.skipif(not build.is_built(), reason='the native kernel is not built')
 def test_the_native_library_is_named_by_its_compiler_and_all_its_bytes(tmp_path):
-  path = build.find('portable')
+  path = build.find(build.instruction_sets()[-1])
   assert path is not None
   kernel = registry.make_kernel('fc1', implementation='native', threads=1)
   used = build.find(kernel.instruction_set)
@@ -78,7 +80,7 @@ def test_the_native_library_is_named_by_its_compiler_and_all_its_bytes(tmp_path)
   (tmp_path / 'other.so').write_bytes(changed)
   same, other = build.identity(path), build.identity(tmp_path / 'other.so')
   compiler, _, digest = same.rpartition(', ')
-  assert compiler.startswith(('GCC', 'clang')) and len(digest) == 16
+  assert (sys.platform == 'darwin' or re.search('GCC|clang', compiler)) and len(digest) == 16
   assert other.rpartition(', ')[0] == compiler and other != same
 
 

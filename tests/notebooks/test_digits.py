@@ -5,6 +5,7 @@ import os
 import threading
 
 import numpy as np
+import pytest
 
 from artifacts import run_directory
 from configs import digits, validation
@@ -14,6 +15,7 @@ from programs import local, start
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
+@pytest.mark.usefixtures('compiled_as_for_users')
 def test_from_a_demo_to_a_network_that_reads_real_digits(tmp_path, cache, monkeypatch):
   config = digits.get_config()
   config.run.num_steps, config.system.snapshot_steps = 30, (0, 30)

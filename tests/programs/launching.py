@@ -52,6 +52,12 @@ def run(command, timeout=400, **environment):
   )
 
 
+def without_neural_tangents(folder):
+  """A PYTHONPATH with which a process finds, in its place, a module that raises."""
+  (folder / 'neural_tangents.py').write_text('raise ImportError("only the reference needs it")')
+  return str(folder)
+
+
 @contextlib.contextmanager
 def started(command, log, **environment):
   """A process in a session of its own that writes to the file `log`; it does not outlive the

@@ -2,47 +2,30 @@
 
 import json
 import os
+import pathlib
 import sys
-import threading
 
 import forked
 import launching
 import numpy as np
 import pytest
 
-from artifacts import distilled_set, run_directory
-from configs import base, schema, validation
+from artifacts import distilled_set
+from configs import schema
 from data import store
 from distillation import evaluation
-from programs import local, start
 
 
 @pytest.fixture(scope='module', name='distilled')
-def _distilled(tmp_path_factory, npz, cache):
+def _distilled(make_finished):
   """The directory of a finished run with baselines."""
-  workdir = tmp_path_factory.mktemp('run')
-  config = base.get_config()
-  config.update_from_flattened_dict(
-    {
-      'run.architecture': 'fc1',
-      'run.data.name': npz,
-      'run.num_steps': 2,
-      'run.images_per_class': 2,
-      'run.targets_per_step': 33,
-      'system.cache_dir': cache,
-      'system.evaluation.nn_steps': 5,
-      'system.evaluation.nn_width': 8,
-      'system.evaluation.baselines': True,
-      'system.snapshot_steps': (1,),
-      'system.num_workers': 2,
-    }
-  )
-  config = validation.validate(config.to_dict())
-  prepared = store.prepare(config.run.data, cache)
-  directory = run_directory.RunDirectory(str(workdir))
-  directory.open(config, prepared.key)
-  local.distil(start.Run(config, directory, cache), threading.Event())
-  return workdir
+  changes = {
+    'system.evaluation.nn_steps': 5,
+    'system.evaluation.nn_width': 8,
+    'system.evaluation.baselines': True,
+    'system.snapshot_steps': (1,),
+  }
+  return pathlib.Path(make_finished(changes).path)
 
 
 def _rows(workdir):
@@ -61,9 +44,9 @@ def test_a_run_evaluates_networks_at_its_ends_and_baselines_once(distilled):
   assert baselines[0]['nn_test_accuracy'] == rows[0]['nn_test_accuracy']
 
 
-def _run(*flags, cache, run=forked.run):
+def _run(*flags, cache, run=forked.run, **environment):
   command = [sys.executable, '-m', 'programs.evaluate', *map(str, flags)]
-  return run(command, XDG_CACHE_HOME=os.path.dirname(cache))
+  return run(command, XDG_CACHE_HOME=os.path.dirname(cache), **environment)
 
 
 CONFIG = (
@@ -73,8 +56,10 @@ CONFIG = (
 )
 
 
-def test_a_file_of_ours_gives_what_the_run_found(distilled, cache):
-  done = _run(f'--dataset={distilled}/distilled.npz', '--json', cache=cache, run=launching.run)
+def test_a_file_of_ours_gives_what_the_run_found(distilled, cache, tmp_path):
+  flags = f'--dataset={distilled}/distilled.npz', '--json'
+  path = launching.without_neural_tangents(tmp_path)
+  done = _run(*flags, cache=cache, run=launching.run, PYTHONPATH=path)
   assert done.returncode == 0, done.stderr
   assert done.stdout.count('\n') == 1
   found = json.loads(done.stdout)

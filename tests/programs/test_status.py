@@ -17,6 +17,7 @@ from nodes import kernel_worker
 from programs import local, status
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+KEY = 32 * 'a' + '-standard'
 FIELDS = {
   'step': 3,
   'num_steps': 9,
@@ -34,7 +35,7 @@ FIELDS = {
 
 def test_a_run_that_goes_on_and_one_that_was_cut_off(tmp_path):
   directory, other = (run_directory.RunDirectory(str(tmp_path)) for _ in range(2))
-  directory.open(schema.Config(), 'key')
+  directory.open(schema.Config(), KEY)
   directory.write_status(run_directory.RUNNING, **FIELDS)
   os.makedirs(os.path.join(directory.checkpoints, '00000002'))
   found = status.read(other)
@@ -152,7 +153,7 @@ def test_looking_keeps_no_launch_from_starting(tmp_path):
   try:
     for _ in range(50):
       launch = run_directory.RunDirectory(str(tmp_path))
-      launch.open(schema.Config(), 'key')
+      launch.open(schema.Config(), KEY)
       launch.close()
   finally:
     stop.set()
@@ -187,7 +188,7 @@ def test_from_the_command_line(flags, code, expected):
 
 def test_one_line_of_json(tmp_path):
   directory = run_directory.RunDirectory(str(tmp_path))
-  directory.open(schema.Config(), 'key')
+  directory.open(schema.Config(), KEY)
   directory.write_status(run_directory.STOPPED, **FIELDS)
   done = subprocess.run(
     [sys.executable, 'launch.py', '--status', f'--workdir={tmp_path}', '--json'],

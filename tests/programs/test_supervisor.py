@@ -81,11 +81,6 @@ def test_it_is_started_again_until_it_ends_by_itself(node):
   assert log.count('node was killed by SIGKILL; it is started again in 0.0 s') == 5
 
 
-def test_it_is_started_afresh_if_it_asks(node):
-  status, lives, _ = node('sys.exit(supervisor.RESTART_STATUS if life < 2 else 0)\n').end()
-  assert (status, lives) == (0, 3)
-
-
 def test_an_error_of_its_own_is_final(node):
   status, lives, _ = node('raise ValueError("bad news")\n').end()
   assert (status, lives) == (1, 1)

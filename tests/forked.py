@@ -9,19 +9,20 @@ import sys
 import tempfile
 from typing import Any
 
-from launching import ROOT
-
-# A process that has imported what commands import, but for the modules that declare their flags;
-# each command is a fork of it.
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# A process that has imported what commands import, but for the modules that declare their flags:
+# different commands have flags of the same name. Each command is a fork of it.
 _FORKS: Any = multiprocessing.get_context('forkserver')
 _FORKS.set_forkserver_preload(
   [
-    'launchpad',
-    'optax',
     'artifacts.distilled_set',
+    'artifacts.report',
     'distillation.evaluation',
+    'distillation.initial_support',
     'kernels.native.kernel',
-    'programs.distill',
+    'programs.memory',
+    'programs.plan_advice',
+    'programs.processes',
     'programs.terminal',
   ]
 )
