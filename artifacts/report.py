@@ -17,6 +17,7 @@ from artifacts import distilled_set, files, hardware, paper_results, run_directo
 from configs import validation
 from data import DataError, classes
 from distillation import evaluation
+from kernels import cpus
 
 _COLUMNS = (
   'step',
@@ -252,7 +253,7 @@ def _software_and_machine() -> list[tuple[str, str]]:
       versions.append(f'{package} {importlib.metadata.version(package)}')
   machine = (
     hardware.cpu_model(),
-    f'{len(os.sched_getaffinity(0))} cores',
+    f'{cpus.available()} cores',
     f'{psutil.virtual_memory().total / 2**30:.0f} GiB',
     f'{platform.system()} {platform.release()}',
   )

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kernels.precision  # noqa: F401
-from kernels import architectures, contract, registry
+from kernels import architectures, contract, cpus, registry
 
 COTANGENT = np.array([[1, -0.5], [0.25, 2]])  # in the corner that is compared with float64
 CHECKED = len(COTANGENT)  # its rows and columns
@@ -457,7 +457,7 @@ def main():
   parser.add_argument('--architectures', default='fc1,conv3,convnet,myrtle5,myrtle10')
   parser.add_argument('--images', default='32x32x3,28x28x1')
   parser.add_argument('--implementations', help='by default all that this machine can run')
-  parser.add_argument('--threads', type=int, default=len(os.sched_getaffinity(0)))
+  parser.add_argument('--threads', type=int, default=cpus.available())
   parser.add_argument('--runs', type=int, default=5)
   parser.add_argument(
     '--json', default='benchmarks/kernels.json', help='where to write the table as JSON'

@@ -41,7 +41,7 @@ from artifacts import run_directory
 from configs import base, schema, validation
 from data import store
 from distillation import plan
-from kernels import registry
+from kernels import cpus, registry
 from nodes import hardware, kernel_worker, messages
 from nodes.client import Retrying
 from transport import unix_socket
@@ -299,7 +299,8 @@ def _simulate(
 
   When `over` is set, it sends its CPU seconds, calls, bytes up and bytes down, and ends.
   """
-  os.sched_setaffinity(0, cores)
+  if hasattr(os, 'sched_setaffinity'):  # not on macOS
+    os.sched_setaffinity(0, cores)
   import courier
 
   workers = [
@@ -401,7 +402,7 @@ def measure(case: Case, costs: Costs, folder: str, seconds: float) -> Row:
     config.run.plan[name] = getattr(case, name)
   kernel = kernel_seconds(case, costs)
   path, server, served = _start(config, case.workers, folder, seconds)
-  cores = sorted(os.sched_getaffinity(0))
+  cores = cpus.which()
   of_workers = set(cores[1:]) or {cores[0]}
   spawn = multiprocessing.get_context('spawn')
   counted, over = spawn.Queue(), spawn.Event()

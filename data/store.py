@@ -23,6 +23,7 @@ from absl import logging
 
 from configs import schema
 from data import NPZ_ERRORS, DataError, home, one_line, preprocess, sources
+from kernels import cpus
 
 _VERSION = 4
 _META, _CONTENT = 'meta.json', 'content'
@@ -375,7 +376,7 @@ def _write_images(
 ) -> None:
   """Preprocesses batch by batch into an `.npy` file; `split` names it in the log."""
   rows = np.lib.format.open_memmap(path, mode='w+', dtype=np.float32, shape=images.shape)
-  last, threads = time.monotonic(), len(os.sched_getaffinity(0))
+  last, threads = time.monotonic(), cpus.available()
   for start in range(0, len(images), _BATCH):
     end = min(start + _BATCH, len(images))
     rows[start:end] = preprocess.apply(transform, images[start:end], threads)

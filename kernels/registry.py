@@ -1,12 +1,11 @@
 """The implementations by name; `make_kernel` picks one. All obey the contract."""
 
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from kernels import architectures, checked
+from kernels import architectures, checked, cpus
 from kernels.contract import DTYPES, IMPLEMENTATIONS, KINDS, PARAMETERIZATIONS, Kernel
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def make_kernel(
   if dtype not in DTYPES:
     raise ValueError(f'dtype: expected one of {", ".join(DTYPES)}, got {dtype!r}.')
   check_variant(implementation, kind, parameterization)
-  threads = threads or len(os.sched_getaffinity(0))
+  threads = threads or cpus.available()
   if implementation == 'auto':
     implementation = _fastest() if parameterization == 'ntk' else 'reference'
 

@@ -14,7 +14,6 @@ Exit status: 0 done, 1 failed, 2 bad input.
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from artifacts import distilled_set
 from configs import base, schema, validation
 from data import DataError, npz, released, store
 from distillation import evaluation, krr
+from kernels import cpus
 from programs import command_line
 
 _DATASET = flags.DEFINE_string(
@@ -80,7 +80,7 @@ def _evaluate(path: str, baselines: bool) -> list[dict[str, Any]]:
   validation.validate_image_size(config, prepared.train_images.shape[1:])
   _check_fit(path, found, prepared)
   images, labels, settings = found.images, found.labels, config.system.evaluation
-  threads = config.system.worker_threads or len(os.sched_getaffinity(0))
+  threads = config.system.worker_threads or cpus.available()
   evaluate = evaluation.Evaluation(config.run, settings, prepared, threads)
   baselines = baselines or settings.baselines
   if baselines:

@@ -12,6 +12,8 @@ import subprocess
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from kernels import cpus
+
 _ON_CPU = 2  # workers, where the configuration leaves it open and there is no GPU
 _MEMORY = 0.9  # share of a GPU's memory for all processes on it together
 _NVIDIA_SMI_SECONDS = 60  # it initialises the driver where nobody has yet
@@ -100,7 +102,7 @@ def num_workers(configured: int, gpus: Sequence[str]) -> int:
 
 def worker_threads(configured: int, workers: int) -> int:
   """CPU threads of a worker: as configured, or an equal share of what this process may use."""
-  return configured or max(1, len(os.sched_getaffinity(0)) // max(1, workers))
+  return configured or max(1, cpus.available() // max(1, workers))
 
 
 def place(workers: int, gpus: Sequence[str]) -> Placement:

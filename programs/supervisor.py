@@ -65,10 +65,20 @@ def is_child() -> bool:
   parent = os.environ.get(PARENT)
   if parent is None:
     return False
-  ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+  if sys.platform == 'linux':
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+  else:
+    threading.Thread(target=_die_with, args=(int(parent),), daemon=True).start()
   if os.getppid() != int(parent):  # it died before the call
     sys.exit(1)
   return True
+
+
+def _die_with(parent: int) -> None:
+  """Ends this process when its parent has ended."""
+  while os.getppid() == parent:
+    time.sleep(_ASK_AGAIN)
+  os._exit(1)
 
 
 def progressed(lasting: bool = True) -> None:

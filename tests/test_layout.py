@@ -9,7 +9,7 @@ from collections.abc import Iterator
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # A module imports its own folder and the lines before its own.
 LAYERS = (
-  ('kernels.architectures', 'kernels.contract', 'transport'),
+  ('kernels.architectures', 'kernels.contract', 'kernels.cpus', 'transport'),
   ('configs.schema',),
   ('data', 'kernels'),
   ('distillation',),
