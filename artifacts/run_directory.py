@@ -46,7 +46,7 @@ class Saved(NamedTuple):
     """Undoes `to_dict`; ignores further values, fields of `system` that other versions have among
     them. Raises KeyError, TypeError, ValueError."""
     known = {field.name for field in dataclasses.fields(schema.System)}
-    system = {name: value for name, value in values['system'].items() if name in known}
+    system = {name: value for name, value in dict(values['system']).items() if name in known}
     config = {'run': values['run'], 'system': system}
     return cls(schema.from_dict(schema.Config, config), store.check_key(values['data_key']))
 

@@ -195,7 +195,7 @@ class Checked(Wrapper):
       first = int(np.nonzero(~np.isfinite(x))[0][0])
       raise ValueError(f'{name}: contains NaN or infinity in image {first}.')
     self.architecture.check_image_size(*x.shape[1:3])
-    if self._bias and np.abs(x).max() > _PEAK:
+    if self._bias and float(np.abs(x).max()) > _PEAK:  # which float32 does not hold
       raise self._too_large(x)
     return x
 

@@ -7,6 +7,7 @@ here=$PWD
 tree=$(mktemp -d)
 trap 'rm -rf -- "$tree"' EXIT
 git archive HEAD | tar -x -C "$tree"
+make native
 [ ! -d kernels/native/build ] || cp -R kernels/native/build "$tree/kernels/native/"
 
 cd "$tree"

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from damage import damaged
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from artifacts import checkpoints, distilled_set, files, run_directory
@@ -108,6 +108,7 @@ def test_rows_are_whole_and_single_whatever_was_there(tmp_path_factory, rows, to
     st.sampled_from([b'[]', b'{}', b'3', b'"x"', b'null', b'{"run": 1, "system": 2}']),
   )
 )
+@example(damage=b'{"run": 1, "system": 2}')
 def test_other_files_are_read_or_refused_in_one_line(tmp_path_factory, damage):
   directory = run_directory.RunDirectory(str(tmp_path_factory.mktemp('run')))
   for path in (directory.config, directory.status, directory.generation):
