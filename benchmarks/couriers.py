@@ -1,9 +1,11 @@
-"""Compares Launchpad's Courier with packages/courier, over a unix socket.
+"""Compares Launchpad's Courier with packages/courier: over a unix socket, as on one host, and with
+TLS between two such sockets, as between hosts.
 
     python -m benchmarks.couriers
 
 Of each that is there, in turns: calls a second, and MB/s of large arguments and of large results.
-One thread of one client calls; the server is a process of its own. The best of the rounds counts.
+One thread of one client calls; the server is a process of its own, and so is each end of the relay,
+whose CPU time for a byte is that of the large ones. The best of the rounds counts.
 """
 
 import argparse
@@ -19,9 +21,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import courier
+import psutil
 
 from artifacts import hardware
-from transport import unix_socket
+from transport import relay, secret, unix_socket
 
 OURS, THEIRS = 'packages/courier', "Launchpad's Courier"
 SMALL, LARGE = 100, 2**22  # bytes
@@ -30,11 +33,12 @@ _TIMEOUT = 60.0  # seconds of a call
 
 
 class Row(NamedTuple):
-  """What a Courier does: calls a second, and MB/s."""
+  """Calls a second, MB/s, and the CPU time of each end of the relay, ns a byte (0 without)."""
 
   calls: float
   arguments: float
   results: float
+  relay: float
 
 
 class Node:
@@ -90,34 +94,65 @@ def serving(name: str, instance: Any, path: str) -> Iterator[None]:
     server.Join()
 
 
-def measure(name: str, seconds: float) -> Row:
-  """Measures a Courier for about `seconds`."""
-  folder = unix_socket.new_folder()
-  path = os.path.join(folder, 'courier')
-  spawn = multiprocessing.get_context('spawn')
-  there, over = spawn.Event(), spawn.Event()
-  server = spawn.Process(target=_serve, args=(name, path, there, over), daemon=True)
-  server.start()
-  try:
-    if not there.wait(_TIMEOUT):
-      raise RuntimeError('the server has not started; see above.')
-    client = load(name).Client(f'unix:{path}', call_timeout=_TIMEOUT)
+def measure(name: str, seconds: float, tls: bool) -> Row:
+  """Measures a Courier for about `seconds`, by way of the relay if `tls`."""
+  with contextlib.ExitStack() as stack:
+    folder = unix_socket.new_folder()
+    stack.callback(shutil.rmtree, folder)
+    path, far = os.path.join(folder, 'courier'), os.path.join(folder, 'far')
+    stack.enter_context(_process(_serve, name, path))
+    relays = []
+    if tls:
+      secret.make(os.path.join(folder, 'secret'))
+      near, port = stack.enter_context(_process(_listen, folder, path))
+      relays = [near, stack.enter_context(_process(_dial, folder, port, far))[0]]
+    client = load(name).Client(f'unix:{far if tls else path}', call_timeout=_TIMEOUT)
     small, large = bytes(SMALL), bytes(LARGE)
     assert client.echo(small) == small and client.echo(large) == large
-    return Row(
-      _rate(lambda: client.echo(small), seconds / 3),
-      _rate(lambda: client.length(large), seconds / 3) * LARGE / 1e6,
-      _rate(lambda: client.make(LARGE), seconds / 3) * LARGE / 1e6,
-    )
+    calls = _rate(lambda: client.echo(small), seconds / 3)
+    before = sum(map(_cpu, relays))
+    arguments = _rate(lambda: client.length(large), seconds / 3) * LARGE
+    results = _rate(lambda: client.make(LARGE), seconds / 3) * LARGE
+    cpu = sum(map(_cpu, relays)) - before
+    moved = 2 * (arguments + results) * seconds / 3  # by both ends
+    return Row(calls, arguments / 1e6, results / 1e6, 1e9 * cpu / moved)
+
+
+def _cpu(process: Any) -> float:
+  times = psutil.Process(process.pid).cpu_times()
+  return times.user + times.system
+
+
+@contextlib.contextmanager
+def _process(work: Callable[..., None], *arguments: Any) -> Iterator[tuple[Any, Any]]:
+  """A process that works inside; with what it says when it is ready."""
+  spawn = multiprocessing.get_context('spawn')
+  ready, over = spawn.Queue(), spawn.Event()
+  process = spawn.Process(target=work, args=(*arguments, ready, over), daemon=True)
+  process.start()
+  try:
+    yield process, ready.get(timeout=_TIMEOUT)
   finally:
     over.set()
-    server.join()
-    shutil.rmtree(folder)
+    process.join()
 
 
-def _serve(name: str, path: str, there: Any, over: Any) -> None:
+def _listen(folder: str, path: str, ready: Any, over: Any) -> None:
+  key = secret.Secret(os.path.join(folder, 'secret'))
+  ready.put(relay.Listener(key, 0, path).port)
+  over.wait()
+
+
+def _dial(folder: str, port: int, path: str, ready: Any, over: Any) -> None:
+  key = secret.Secret(os.path.join(folder, 'secret'))
+  relay.Dialer(key, lambda: f'localhost:{port}', path)
+  ready.put(None)
+  over.wait()
+
+
+def _serve(name: str, path: str, ready: Any, over: Any) -> None:
   with serving(name, Node(), path):
-    there.set()
+    ready.put(None)
     over.wait()
 
 
@@ -137,14 +172,19 @@ def main():
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--seconds', type=float, default=3.0, help='of each round of each')
   arguments = parser.parse_args()
-  rows: dict[str, list[Row]] = {name: [] for name in names()}
+  rows: dict[tuple[str, bool], list[Row]] = {
+    (name, tls): [] for name in names() for tls in (False, True)
+  }
   for _ in range(arguments.rounds):
-    for name, measured in rows.items():
-      measured.append(measure(name, arguments.seconds))
+    for (name, tls), measured in rows.items():
+      measured.append(measure(name, arguments.seconds, tls))
   print(f'{hardware.cpu_model()}; Python {sys.version.split()[0]}')
-  print(f'{"":20} {f"{SMALL} B: calls/s":>18} {"4 MiB in: MB/s":>18} {"4 MiB out: MB/s":>18}')
-  for name, measured in rows.items():
-    print(f'{name:20}', *(f'{max(column):18.0f}' for column in zip(*measured)))
+  print(f'{"":28}{f"{SMALL} B: calls/s":>18}{"4 MiB in: MB/s":>18}{"4 MiB out: MB/s":>18}', end='')
+  print(f'{"relay: ns a byte":>18}')
+  for (name, tls), measured in rows.items():
+    calls, large_in, large_out, relays = zip(*measured, strict=True)
+    print(f'{name + ", TLS" * tls:28}{max(calls):18.0f}{max(large_in):18.0f}', end='')
+    print(f'{max(large_out):18.0f}{min(relays):18.2f}')
 
 
 if __name__ == '__main__':
