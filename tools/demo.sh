@@ -11,7 +11,8 @@ refuse() { printf 'demo: DEMO_DIR=%s %s\n' "$folder" "$1" >&2; exit 2; }
 
 [ -n "$folder" ] || refuse "names no folder."
 if [ -f "$folder/command.txt" ] && grep -qx "[^ ]* $demo" "$folder/command.txt"; then
-  flock -n "$folder/.lock" true ||
+  "$PYTHON" -c 'import fcntl, sys; fcntl.flock(open(sys.argv[1], "a"), fcntl.LOCK_EX | fcntl.LOCK_NB)' \
+    "$folder/.lock" 2>/dev/null ||
     refuse "is in use by a demo that is still going; stop it or choose another."
   rm -rf -- "$folder"
 elif [ -e "$folder" ] || [ -L "$folder" ]; then
