@@ -75,8 +75,8 @@ class Keeper:
     logging.info('Resuming at step %d.', found.step)
     if came_to > found.step:
       logging.warning(
-        '%s that a killed coordinator had done are computed again; of a shorter '
-        'system.checkpoint_seconds (%g) fewer are lost.',
+        '%s that a killed coordinator had done are computed again; with a shorter '
+        'system.checkpoint_seconds (now %g) fewer would be.',
         count(came_to - found.step, 'step'),
         self._config.system.checkpoint_seconds,
       )
