@@ -66,7 +66,7 @@ def write_images(path: str, counts: tuple[int, int]) -> None:
   arrays = {}
   for name, count in zip(('train', 'test'), counts):
     labels = np.arange(count) % CLASSES
-    images = 128 + 15 * patterns[labels] + 45 * rng.normal(size=(count, *SHAPE))
+    images = 128 + 4 * patterns[labels] + 45 * rng.normal(size=(count, *SHAPE))
     arrays[f'x_{name}'] = np.clip(images, 0, 255).astype(np.uint8)
     arrays[f'y_{name}'] = labels
   np.savez(path, **arrays)
@@ -88,10 +88,10 @@ def launch(workdir: str, flags: tuple[str, ...], workers: int, kill: bool) -> fl
     sys.executable,
     'launch.py',
     '--lp_launch_type=local_mp',
+    *flags,
     f'--workdir={workdir}',
     f'--config.system.num_workers={workers}',
     '--config.system.log_seconds=0.1',
-    *flags,
   ]
   begin = time.monotonic()
   with open(f'{workdir}.log', 'wb') as log:

@@ -37,7 +37,7 @@ prepare() {
   UV=$(command -v uv || echo .uv/bin/uv)
   rm -rf $PACKAGES
   mkdir $PACKAGES
-  for name in ml-collections dm-tree portpicker termcolor tensorboardx; do
+  for name in ml-collections dm-tree portpicker protobuf tensorboardx termcolor; do
     sed -n "/^$name==/,/# via/p" requirements.txt
   done > $PACKAGES/requirements.txt
   sed -n '/^beartype==/,/# via/p' requirements-dev.txt >> $PACKAGES/requirements.txt
@@ -99,7 +99,7 @@ run() {
   end=$(($(date +%s) + 60 * minutes))
   mkdir -p "$OUT" $RUNS
   summary=$OUT/summary.txt
-  { nvidia-smi -L || echo 'no GPU'; nproc; $PYTHON --version; } > "$summary" 2>&1
+  { nvidia-smi -L 2>/dev/null || echo 'no GPU'; nproc; $PYTHON --version; } > "$summary"
   left=
   for name; do
     begin=$(date +%s)
