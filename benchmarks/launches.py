@@ -2,8 +2,8 @@
 
     python -m benchmarks.launches
 
-launch.py with all its processes, workers and evaluator on the GPU if there is one: KIP on digits,
-KIP on made-up images of CIFAR-10's size, and Label Solve on digits, each by two workers, KIP also
+launch.py with all its processes, workers and evaluator on the GPU if there is one: KIP and
+Label Solve on digits, and KIP on made-up images of CIFAR-10's size, each by two workers, KIP also
 by two of which one is killed in the middle, and all by one. Without a GPU there are a few small
 steps of each.
 
@@ -168,8 +168,8 @@ def main() -> int:
   killed = ('two workers, one killed', 2, True)
   kinds = {
     'digits': ((*DIGITS, *steps['digits']), (two, killed, one)),
-    'images': ((*images, *steps['images']), (two, killed, one)),
     'solve': ((*DIGITS, *steps['digits'], *SOLVE), (two, one)),
+    'images': ((*images, *steps['images']), (two, killed, one)),
   }
   problems = []
   for kind, (flags, runs) in kinds.items():

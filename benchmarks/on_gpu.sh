@@ -25,8 +25,9 @@ fail() { printf 'on_gpu: %s\n' "$@" >&2; exit 2; }
 limit() {
   case $1 in
     tests) echo 150 ;;
-    launch) echo 240 ;;
-    scale | finite) echo 120 ;;
+    launch) echo 300 ;;
+    scale) echo 120 ;;
+    finite) echo 180 ;;
     *) echo 75 ;;
   esac
 }
@@ -59,7 +60,7 @@ item() {
   export PYTHONPATH="$PWD/$PACKAGES:$PWD/packages${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
   case $1 in
     tests)
-      $PYTHON -m pytest -q -o addopts= -n $((($(nproc) + 1) / 2)) -k cuda --durations=3 \
+      $PYTHON -m pytest -q -o addopts= -n $((($(nproc) + 1) / 2)) --dist=worksteal -k cuda --durations=3 \
         tests/kernels/test_ntk.py tests/kernels/test_near_pairs.py ;;
     launch) $PYTHON -m benchmarks.launches --workdir=$RUNS/launches ;;
     gpu-convnet) gpu --architectures=convnet --cases='1x250x1 1x1250x1' ;;
@@ -70,7 +71,7 @@ item() {
       if has_gpu; then set -- --cases=8,9,13,11; else set -- --cases=0 --seconds=2; fi
       $PYTHON -m benchmarks.scale --folder=$RUNS/scale "$@" ;;
     finite)
-      if has_gpu; then updates=5000; else updates=3; fi
+      if has_gpu; then width=1024 updates=5000; else width=32 updates=3; fi
       finite "$RUNS/launches/digits-0/distilled.npz" --config=configs/digits.py
       finite "$RUNS/launches/images-0/distilled.npz" --config=configs/base.py \
         --config.run.data.name=$RUNS/launches/images.npz ;;
@@ -80,12 +81,12 @@ item() {
 
 gpu() { $PYTHON -m benchmarks.gpu --implementations=cuda --json=$RUNS/gpu.json "$@"; }
 
-# Evaluates a set by one network of width 1024; says how long it took.
+# Evaluates a set by KRR and by one network of $width and $updates; says how long it took.
 finite() {
   [ -f "$1" ] || fail "$1 is missing: the item launch makes it."
   begin=$(date +%s)
   XLA_PYTHON_CLIENT_PREALLOCATE=false $PYTHON -m programs.evaluate --dataset="$@" \
-    --config.system.evaluation.nn_width=1024 --config.system.evaluation.nn_steps=$updates
+    --config.system.evaluation.nn_width=$width --config.system.evaluation.nn_steps=$updates
   echo "$(($(date +%s) - begin)) s"
 }
 
