@@ -90,7 +90,9 @@ def _add_numbers(
   for name, group in _SCALARS.items():
     if evaluation.has(row, name):
       network = evaluation.networks_in_words([row]) if name.startswith('nn') else ''
-      writer.add_scalar(f'{group}/{name}', row[name], step, summary_description=network)
+      # As an array without axes: tensorboardX 2.6 gives a number one, which NumPy 2.5 refuses.
+      number = np.asarray(row[name])
+      writer.add_scalar(f'{group}/{name}', number, step, summary_description=network)
   if evaluation.has(row, 'nn_test_accuracy'):
     writer.add_text('finite network', evaluation.network_in_words(row), step)
   if not are_numbers(class_names):

@@ -49,6 +49,10 @@ BLOCKS = ((10, 16), (10, 64), (10, 256), (256, 1024))
 ENOUGH_SECONDS = 2.0
 QUANTITIES = ('forward', 'vjp', 'step')
 Shape = tuple[int, int]
+# Beside the names of kernels/architectures.py: Arora et al. 2019 (https://arxiv.org/abs/1904.11955).
+DESCRIBED = {
+  'cntk_gap': {'stages': [{'convs': 2, 'pool': False}], 'readout': 'global_average_pool'}
+}
 HAS_NEURAL_TANGENTS = importlib.util.find_spec('neural_tangents') is not None
 
 
@@ -249,7 +253,7 @@ def measure(
   """Makes the rows of an architecture and an image size.
 
   Args:
-    name: of the architecture.
+    name: of the architecture, there or in DESCRIBED.
     image: H, W, D.
     implementations: in the order of their rows.
     threads: of each kernel.
@@ -257,7 +261,7 @@ def measure(
     peak: operations a second of the device.
     with_peer: whether Neural Tangents is timed; its two rows come first.
   """
-  architecture = architectures.get(name)
+  architecture = architectures.get(DESCRIBED.get(name, name))
   rng = np.random.default_rng(0)
   sizes = map(max, zip(*BLOCKS))
   x1, x2 = (rng.standard_normal((size, *image)).astype(np.float32) for size in sizes)

@@ -1,5 +1,6 @@
 """The implementations by name; `make_kernel` picks one. All obey the contract."""
 
+import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,11 @@ def available() -> list[str]:
   from kernels.cuda import kernel as cuda
   from kernels.native import build
 
-  missing = {'cuda': not cuda.is_available(), 'native': not build.is_built()}
+  missing = {
+    'cuda': not cuda.is_available(),
+    'native': not build.is_built(),
+    'reference': importlib.util.find_spec('neural_tangents') is None,
+  }
   return [name for name in IMPLEMENTATIONS if name != 'auto' and not missing.get(name)]
 
 

@@ -55,6 +55,8 @@ def _values(directory):
   return found
 
 
+# NumPy 2.5 makes it an error.
+@pytest.mark.filterwarnings('error:Conversion of an array with ndim > 0:DeprecationWarning')
 def test_a_row_and_its_set_once(tmp_path):
   """Two images of one grey each, in the space of (x - 10) / 20; training images from 0 to 40."""
   directory = run_directory.RunDirectory(str(tmp_path))
