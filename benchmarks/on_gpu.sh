@@ -16,7 +16,8 @@ PACKAGES=.gpu-packages
 RUNS=runs/on_gpu
 OUT=${OUT:-$RUNS}
 # The most valuable first.
-ITEMS='tests launch gpu-convnet gpu-myrtle5 gpu-cntk_gap gpu-myrtle10 gpu-convnet-64x64x3 scale finite'
+ITEMS='tests launch gpu-convnet gpu-myrtle5 gpu-cntk_gap gpu-myrtle10 gpu-convnet-64x64x3'
+ITEMS="$ITEMS scale finite"
 LEAST=20  # seconds below which no item is begun
 
 fail() { printf 'on_gpu: %s\n' "$@" >&2; exit 2; }
@@ -32,8 +33,8 @@ limit() {
   esac
 }
 
-# Small packages that run and tests import, by the hashes of a set-up; that machine's own JAX, NumPy,
-# CuPy and what is built on them must stay.
+# Small packages that runs and tests import, by the hashes of a set-up; that machine's own JAX,
+# NumPy, CuPy and what is built on them must stay.
 prepare() {
   UV=$(command -v uv || echo .uv/bin/uv)
   rm -rf $PACKAGES
@@ -60,15 +61,15 @@ item() {
   export PYTHONPATH="$PWD/$PACKAGES:$PWD/packages${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
   case $1 in
     tests)
-      $PYTHON -m pytest -q -o addopts= -n $((($(nproc) + 1) / 2)) --dist=worksteal -k cuda --durations=3 \
-        tests/kernels/test_ntk.py tests/kernels/test_near_pairs.py ;;
+      $PYTHON -m pytest -q -o addopts= -n $((($(nproc) + 1) / 2)) --dist=worksteal --durations=3 \
+        -k cuda tests/kernels/test_ntk.py tests/kernels/test_near_pairs.py ;;
     launch) $PYTHON -m benchmarks.launches --workdir=$RUNS/launches ;;
     gpu-convnet) gpu --architectures=convnet --cases='1x250x1 1x1250x1' ;;
     gpu-convnet-64x64x3) gpu --architectures=convnet --image=64x64x3 --cases= ;;
     gpu-*) gpu --architectures="${1#gpu-}" --cases= ;;
     scale)
       $PYTHON -m kernels.native.build
-      if has_gpu; then set -- --cases=8,9,13,11; else set -- --cases=0 --seconds=2; fi
+      if has_gpu; then set -- --cases=9,13,8; else set -- --cases=0 --seconds=2; fi
       $PYTHON -m benchmarks.scale --folder=$RUNS/scale "$@" ;;
     finite)
       if has_gpu; then width=1024 updates=5000; else width=32 updates=3; fi
@@ -77,6 +78,12 @@ item() {
         --config.run.data.name=$RUNS/launches/images.npz ;;
     *) fail "unknown item '$1': expected one of $ITEMS." ;;
   esac
+}
+
+versions() {
+  $PYTHON -c "import sys; from importlib import metadata; print(sys.version, *sorted(
+    f'{it.name} {it.version}' for it in metadata.distributions()
+    if it.name.startswith(('cupy', 'jax', 'numpy'))), sep='\n')"
 }
 
 gpu() { $PYTHON -m benchmarks.gpu --implementations=cuda --json=$RUNS/gpu.json "$@"; }
@@ -95,12 +102,15 @@ run() {
   case ${1:-} in --minutes=*) minutes=${1#*=}; shift ;; esac
   [ $# -gt 0 ] || set -- $ITEMS
   for name; do
-    case " $ITEMS " in *" $name "*) ;; *) fail "unknown item '$name': expected one of $ITEMS." ;; esac
+    case " $ITEMS " in
+      *" $name "*) ;;
+      *) fail "unknown item '$name': expected one of $ITEMS." ;;
+    esac
   done
   end=$(($(date +%s) + 60 * minutes))
   mkdir -p "$OUT" $RUNS
   summary=$OUT/summary.txt
-  { nvidia-smi -L 2>/dev/null || echo 'no GPU'; nproc; $PYTHON --version; } > "$summary"
+  { nvidia-smi -L 2>/dev/null || echo 'no GPU'; nproc; versions; } > "$summary"
   left=
   for name; do
     begin=$(date +%s)
