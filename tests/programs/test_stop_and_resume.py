@@ -1,13 +1,11 @@
 """Runs that are stopped, killed and resumed: real processes, real terminals, real signals."""
 
-import fcntl
 import os
 import pty
 import re
 import select
 import signal
 import subprocess
-import termios
 import threading
 import time
 
@@ -42,13 +40,12 @@ class Terminal:
     self.output = b''
     self._terminal, slave = pty.openpty()
     self.process = subprocess.Popen(
-      command,
+      # Not by Python, which would fork this process with all its threads.
+      ['env', '--default-signal=HUP', 'setsid', '--ctty', *command],
       cwd=ROOT,
       stdin=slave,
       stdout=slave,
       stderr=slave,
-      start_new_session=True,
-      preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
       env={**os.environ, 'TERM': 'xterm', 'COLUMNS': '200'},
     )
     os.close(slave)
