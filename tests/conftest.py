@@ -8,12 +8,8 @@ from programs import placement
 # Before NumPy and JAX start, as in the program's own processes.
 os.environ.update(placement.launcher_environment())
 
-import jax
+import compiled
 import jaxtyping
-
-# LLVM's optimisations would be half of the time of tests that compile; without them a result
-# differs by a rounding or so.
-jax.config.update('jax_disable_most_optimizations', True)
 
 # Types, shapes and dtypes of distillation/, which must not be imported before, are checked at every
 # call of its functions.
@@ -31,13 +27,9 @@ from programs import local, start
 
 @pytest.fixture(scope='module')
 def compiled_as_for_users():
-  """With LLVM's optimisations, as in the processes that tests start.
-
-  For tests where roundings count, or that compute for longer than they compile.
-  """
-  jax.config.update('jax_disable_most_optimizations', False)
-  yield
-  jax.config.update('jax_disable_most_optimizations', True)
+  """See `compiled.as_for_users`."""
+  with compiled.as_for_users():
+    yield
 
 
 @pytest.fixture(scope='session')

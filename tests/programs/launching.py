@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import compiled
 import numpy as np
 import psutil
 
@@ -120,7 +121,8 @@ def assert_as_in_one_process(workdir, make_run, num_steps):
   reference = make_run(
     f'{workdir}-in-one-process', {'run.architecture': 'fc1', 'run.num_steps': num_steps}
   )
-  local.distil(reference, threading.Event())
+  with compiled.as_for_users():
+    local.distil(reference, threading.Event())
   directory = run_directory.RunDirectory(str(workdir))
   with np.load(directory.distilled) as found, np.load(reference.directory.distilled) as expected:
     for name in ('images', 'labels'):

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 
+import compiled
 import numpy as np
 import psutil
 import pytest
@@ -75,7 +76,8 @@ def _assert_as_local(tmp_path, workdir, cache, snapshots):
   prepared = store.prepare(config.run.data, cache)
   directory = run_directory.RunDirectory(str(tmp_path / 'local'))
   directory.open(config, prepared.key)
-  local.distil(start.Run(config, directory, cache), threading.Event())
+  with compiled.as_for_users():
+    local.distil(start.Run(config, directory, cache), threading.Event())
   with (
     np.load(workdir / 'distilled.npz') as there,
     np.load(tmp_path / 'local' / 'distilled.npz') as here,
