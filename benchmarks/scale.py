@@ -47,6 +47,7 @@ from nodes.client import Retrying
 from transport import unix_socket
 
 IMAGE, CLASSES, IMAGES = (32, 32, 3), 10, 50_000  # CIFAR-10
+_LOOK, _END_SECONDS = 0.05, 5.0
 WARM_UP, STEPS = 2, 3  # steps that are not counted; the fewest that are
 REPEATS = 30  # measurements of the native kernel
 PAIRS = (10, 64)  # images of the block that they are of
@@ -308,16 +309,22 @@ def _simulate(
     for seed, name in zip(itertools.count(int(names[0][1:])), names)
   ]
 
+  async def end():
+    while not over.is_set():  # whoever sets it would wait for a process that died while it waited
+      await asyncio.sleep(_LOOK)
+
   async def work():
     working = [asyncio.ensure_future(worker.run()) for worker in workers]
-    ends = asyncio.get_running_loop().run_in_executor(None, over.wait)
+    ends = asyncio.ensure_future(end())
     await asyncio.wait([ends, *working], return_when=asyncio.FIRST_COMPLETED)
     for failed in [worker for worker in working if worker.done()]:
       try:
         failed.result()
-      except Exception:  # any type: it ends this process
-        traceback.print_exc()
-        os._exit(1)
+      except Exception:  # any type: it ends this process, but for calls that the run's end cuts off
+        await asyncio.wait([ends], timeout=_END_SECONDS)
+        if not ends.done():
+          traceback.print_exc()
+          os._exit(1)
     counts = np.sum([(w.calls, w.bytes_up, w.bytes_down) for w in workers], axis=0)
     out.put((time.process_time(), *counts.tolist()))
     out.close()
