@@ -65,9 +65,8 @@ _PATIENT = '--config.system.worker_timeout=86400'
 _NAME_AT_MOST = 40  # characters: a label of DNS has at most 63, and jobs and pods add to the name
 
 _MARGIN = 1.5  # of memory over the estimate: a pod that exceeds its limit is killed
-_SUPERVISOR = (
-  2**28
-)  # bytes; 0.2 GiB measured in the coordinator's pod, which also prepares the data
+# Bytes; 0.2 GiB measured in the coordinator's pod, which also prepares the data.
+_SUPERVISOR = 2**28
 _PREPARING = 3  # memory for that, relative to the result; 1.2 measured for CIFAR-10's shape
 _CUDA = 2**31  # bytes of main memory: libraries and context
 
@@ -102,9 +101,7 @@ def print_manifest(argv: Sequence[str]) -> int:
   port, cpus = system.port or _PORT, system.worker_threads or _CPUS
   mount = '/' + workdir.split('/')[1]
   path, colon, argument = command_line.config_file().partition(':')
-  rest = slurm_cluster.passed_on(argv, _OWN_FLAGS)
-  if not any(argument.startswith(_PATIENT.partition('=')[0]) for argument in rest):
-    rest.append(_PATIENT)
+  rest = slurm_cluster.unless_given(_PATIENT, slurm_cluster.passed_on(argv, _OWN_FLAGS))
   needs, secret = memory.needs(checked.config, checked.prepared), f'--secret={_KEY_FILE}'
   preparing = _PREPARING * checked.prepared.train_images.nbytes
   gpu = _GPU.value

@@ -88,8 +88,7 @@ def submit(argv: Sequence[str]) -> int:
     more = (f'--array=1-{num_workers}', *worker_options, *more)
     return [*command('client.sh', 'worker_%A_%a', *more), '--role=worker', where]
 
-  if not any(argument.startswith(_PATIENT.partition('=')[0]) for argument in arguments):
-    arguments.append(_PATIENT)
+  arguments = unless_given(_PATIENT, arguments)
   coordinator = _run([*command('coordinator.sh', 'coordinator'), *arguments, where])
   run.directory.begin(run_directory.SUBMITTED)
   run.directory.close()
@@ -103,7 +102,7 @@ def submit(argv: Sequence[str]) -> int:
     f'  add workers: {shlex.join(workers())}\n'
     f'  stop:        scancel --name={name}\n'
     'The same command goes on from the last checkpoint.\n'
-    "Whoever can connect to the coordinator's port can run code as you: see BUILD.md."
+    f"Whoever has the run's key, {run.directory.secret}, can take part in it: see docs/security.md."
   )
   return 0
 
@@ -133,6 +132,13 @@ def _split(flag: flags.FlagHolder) -> list[str]:
   if '--' in options:
     raise command_line.BadInput(f"--{flag.name}={flag.value}: '--' is no option.")
   return options
+
+
+def unless_given(flag: str, arguments: list[str]) -> list[str]:
+  """Adds `--NAME=VALUE` to arguments, unless they give that flag."""
+  name = flag.partition('=')[0]
+  is_given = any(argument.startswith(name) for argument in arguments)
+  return arguments if is_given else [*arguments, flag]
 
 
 def passed_on(argv: Sequence[str], own_flags: Sequence[str] = _OWN_FLAGS) -> list[str]:
