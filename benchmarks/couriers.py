@@ -86,12 +86,8 @@ def serving(name: str, instance: Any, path: str) -> Iterator[None]:
     function = getattr(instance, method)
     if callable(function) and (not method.startswith('_') or method == '__call__'):
       server.Bind(method, function)
-  server.Start()
-  try:
+  with unix_socket.running(server):
     yield
-  finally:
-    server.Stop()
-    server.Join()
 
 
 def measure(name: str, seconds: float, tls: bool) -> Row:

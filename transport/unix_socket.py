@@ -39,7 +39,7 @@ def new_folder() -> str:
   It is short enough for a socket's path, wherever the user keeps temporary files.
   """
   folder = tempfile.mkdtemp(prefix='kip-')
-  if len(os.fsencode(folder)) + len('/coordinator.new/1') > _LONGEST:
+  if len(os.fsencode(folder)) + len('/courier.new/1') > _LONGEST:
     shutil.rmtree(folder)
     folder = tempfile.mkdtemp(prefix='kip-', dir='/tmp')
   return folder
@@ -59,13 +59,8 @@ def serving(instance: Any, path: str) -> Iterator[None]:
   from launchpad.nodes.courier import courier_utils  # here: it takes half a second
 
   if _takes_paths():
-    server = courier_utils.make_courier_server(instance, path=path)
-    server.Start()
-    try:
+    with running(courier_utils.make_courier_server(instance, path=path)):
       yield
-    finally:
-      server.Stop()
-      server.Join()
     return
   check()
   server, before = courier_utils.make_courier_server(instance, port=1), _listening()
@@ -80,6 +75,17 @@ def serving(instance: Any, path: str) -> Iterator[None]:
       raise CannotListen(f'Courier has opened the TCP port {sorted(opened)}; it was stopped.')
     os.replace(os.path.join(folder, '1'), path)
     os.rmdir(folder)
+    yield
+  finally:
+    server.Stop()
+    server.Join()
+
+
+@contextlib.contextmanager
+def running(server: Any) -> Iterator[None]:
+  """Starts a `courier.Server` that knows its path, and stops it in the end."""
+  server.Start()
+  try:
     yield
   finally:
     server.Stop()
