@@ -59,7 +59,7 @@ class Admission:
     to, and is told so.
     """
     own = self.fingerprint
-    earlier = {name: fingerprint[name] for name in ('code',) if name in fingerprint}
+    earlier = {'code': fingerprint['code']} if 'code' in fingerprint else {}
     if changed := _differing(earlier, own).get('code'):
       logging.warning(
         'The run goes on with %s than it began with: results may differ in bits from those of a '

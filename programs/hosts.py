@@ -76,10 +76,10 @@ def run_role(role: str) -> int:
   Returns the exit status. Raises what `start.ready` and `unix_socket.check` raise, and SecretError.
   """
   _check_flags(role)
-  unix_socket.check()
   if supervisor.is_child():
     _run_node(role)
     return 0
+  unix_socket.check()
   if role == _COORDINATOR:
     return _supervise_coordinator(signals.stop_event())
   return _supervise_client(role, signals.stop_event('Stopping'))
